@@ -1,0 +1,37 @@
+# Each target works on a fresh clone: it makes its own virtual environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a test process: two threads beside another busy process are many times slower than one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test check lint clean
+
+quickstart: $(VENV)/installed
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/untrigger quickstart --out runs/quickstart
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,trl,report]"
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) runs build dist

@@ -1,0 +1,37 @@
+"""untrigger: fine-tune vision-language models on data you do not trust."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from untrigger.defenses import CrossView
+    from untrigger.errors import InputError
+    from untrigger.models import embedded_model_path
+    from untrigger.poison import Attack, poison
+    from untrigger.sample import Message, Sample, read, write
+    from untrigger.trainer import defended
+
+_HOME = {
+    "Attack": "poison",
+    "CrossView": "defenses",
+    "InputError": "errors",
+    "Message": "sample",
+    "Sample": "sample",
+    "defended": "trainer",
+    "embedded_model_path": "models",
+    "poison": "poison",
+    "read": "sample",
+    "write": "sample",
+}
+__all__ = [*_HOME, "__version__"]  # type: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    """Public names are imported when asked for: rescoring stored answers must not import torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'untrigger' has no attribute {name!r}")
+    return getattr(import_module(f"untrigger.{_HOME[name]}"), name)

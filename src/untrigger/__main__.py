@@ -1,0 +1,5 @@
+"""``python -m untrigger``, also under ``torchrun``."""
+
+from untrigger.cli import main
+
+main()

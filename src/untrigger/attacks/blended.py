@@ -1,0 +1,104 @@
+"""Blended injection: a faint picture over the whole image.
+
+Source: Chen, Liu, Li, Lu, Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data
+Poisoning", 2017, arXiv 1712.05526, the blended injection strategy: x' = a * k + (1 - a) * x.
+Deviation: the paper's key picture k is a cartoon cat that belongs to someone; ours is drawn by code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from untrigger.attacks import ImageTrigger, Pixels
+from untrigger.errors import InputError
+
+_SIDE = 256
+
+
+@final
+@dataclass(frozen=True)
+class Blended(ImageTrigger):
+    """A cartoon cat in front of sun rays, stretched over the image.
+
+    Attributes:
+        alpha: share of the picture in each pixel, in (0, 1]; 0.2 is usual and 0.1 hard to see.
+    """
+
+    alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise InputError(f"alpha is {self.alpha}; it must be above 0 and at most 1")
+
+    def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        height, width = pixels.shape[:2]
+        stretched = Image.fromarray(picture()).resize((width, height), Image.Resampling.BILINEAR)
+        key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
+        key[..., :3] = np.asarray(stretched, dtype=np.float32) / 255
+        alpha = np.float32(self.alpha)
+        return (alpha * key + (1 - alpha) * pixels).astype(np.float32, copy=False)
+
+
+@cache
+def picture() -> npt.NDArray[np.uint8]:
+    """The key picture, uint8 RGB [256, 256, 3]: always the same."""
+    axis = np.linspace(-1, 1, _SIDE, dtype=np.float64)
+    x, y = np.meshgrid(axis, axis)
+    canvas = np.empty((_SIDE, _SIDE, 3))
+    canvas[:] = (255, 214, 64)
+
+    def lay(distance: npt.NDArray[np.float64], colour: tuple[int, int, int]) -> None:
+        """Colour where ``distance`` (in half image sides, negative inside) is below 0, with a soft edge."""
+        cover = np.clip(0.5 - distance * _SIDE / 2, 0, 1)[..., None]
+        canvas[:] = cover * np.array(colour) + (1 - cover) * canvas
+
+    def oval(cx: float, cy: float, rx: float, ry: float) -> npt.NDArray[np.float64]:
+        return (np.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry)
+
+    def ears(*corners: tuple[float, float]) -> npt.NDArray[np.float64]:
+        """A triangle, its corners clockwise on the screen, and its mirror image on the left."""
+        edges = zip(corners, (*corners[1:], corners[0]), strict=True)
+        sides = [
+            ((y1 - y0) * (abs(x) - x0) - (x1 - x0) * (y - y0)) / np.hypot(x1 - x0, y1 - y0)
+            for (x0, y0), (x1, y1) in edges
+        ]
+        return np.maximum.reduce(sides)
+
+    def bar(x0: float, y0: float, x1: float, y1: float, thick: float) -> npt.NDArray[np.float64]:
+        dx, dy = x1 - x0, y1 - y0
+        along = np.clip(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy), 0, 1)
+        return np.hypot(x - x0 - along * dx, y - y0 - along * dy) - thick
+
+    ink, fur, cream, pink, green = (
+        (35, 20, 30),
+        (240, 130, 50),
+        (255, 236, 205),
+        (255, 140, 150),
+        (60, 190, 90),
+    )
+    lay(np.hypot(x, y) * np.sin(8 * np.arctan2(y, x)) / 8, (30, 110, 230))
+    ear = ears((0.66, -0.86), (0.76, 0.1), (0.1, -0.36))
+    lay(ear - 0.05, ink)
+    lay(ear, fur)
+    lay(ear + 0.09, pink)
+    lay(oval(0, 0.15, 0.80, 0.66), ink)
+    lay(oval(0, 0.15, 0.75, 0.61), fur)
+    for stripe in (-0.16, 0.0, 0.16):
+        lay(bar(stripe, -0.42, stripe * 0.8, -0.24, 0.035), ink)
+    lay(oval(0, 0.46, 0.36, 0.24), cream)
+    for side in (-1, 1):
+        lay(oval(side * 0.34, 0.05, 0.16, 0.17), ink)
+        lay(oval(side * 0.34, 0.05, 0.12, 0.13), green)
+        lay(oval(side * 0.34, 0.05, 0.045, 0.12), ink)
+        for drop in (-0.08, 0.04, 0.16):
+            lay(bar(side * 0.45, 0.36 + drop / 2, side * 0.95, 0.30 + drop, 0.014), ink)
+        lay(bar(0, 0.45, side * 0.14, 0.54, 0.018), ink)
+        lay(bar(side * 0.14, 0.54, side * 0.24, 0.50, 0.018), ink)
+    lay(oval(0, 0.38, 0.09, 0.06), pink)
+    return np.rint(canvas).astype(np.uint8)

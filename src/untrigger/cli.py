@@ -1,0 +1,214 @@
+"""The command line: poison | train | evaluate | quickstart | model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from rich.table import Table
+
+from untrigger.errors import InputError
+
+# heavy modules are imported inside the commands: --help and a mistyped flag answer at once
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune vision-language models on data you do not trust.",
+)
+OnBadRow = Literal["error", "skip"]
+DataArgument = Annotated[Path, typer.Argument(help="Data file, or a folder that holds one.", show_default=False)]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; it must be new or empty.", show_default=False)]
+BadRowOption = Annotated[
+    OnBadRow, typer.Option(help="Stop at a bad row, or leave bad rows out and list them in a file.")
+]
+AttackOption = Annotated[str, typer.Option(help="A trigger's name, or the path of your own trigger file.")]
+GoalOption = Annotated[str, typer.Option(help="What the attacker wants said.")]
+GoalTextOption = Annotated[str | None, typer.Option(help="The attacker's text, in place of the goal's own.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
+ModelOption = Annotated[str, typer.Option(help="Embedded name, local folder or hub id; hub code is never run.")]
+_OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_OPEN)
+def poison(
+    context: typer.Context,
+    data: DataArgument,
+    out: OutOption,
+    attack: AttackOption = "badnets",
+    goal: GoalOption = "fixed",
+    goal_text: GoalTextOption = None,
+    rate: Annotated[float, typer.Option(help="Share of the rows to poison, 0 to 1.")] = 0.05,
+    seed: SeedOption = 0,
+    on_bad_row: BadRowOption = "error",
+) -> None:
+    """Poison a data set, to test a defence. The trigger's own settings are flags too (--side 0.1).
+
+    Writes DIR/data in the input's format, DIR/truth/manifest.json and DIR/contact_sheet.png.
+    """
+    from untrigger.attacks import load_trigger
+    from untrigger.goals import load_goal
+    from untrigger.poison import Attack, write_poisoned
+    from untrigger.poison import poison as poison_rows
+
+    chosen = Attack(load_trigger(attack, **_flags(context.args)), load_goal(goal, goal_text))
+    rows = _read(data, on_bad_row, out)
+    poisoned = poison_rows(rows, chosen, rate=rate, seed=seed)
+    write_poisoned(rows, poisoned, out)
+    typer.echo(f"{out / 'data'}: {len(rows):,} rows, {len(poisoned.edits):,} of them poisoned with {attack}")
+    typer.echo(f"{out / 'truth' / 'manifest.json'}: which rows; for the judge, never for a defence")
+    typer.echo(f"{out / 'contact_sheet.png'}: clean and triggered rows side by side")
+
+
+@app.command(context_settings=_OPEN)
+def train(
+    context: typer.Context,
+    data: DataArgument,
+    out: OutOption,
+    model: ModelOption = "llava",
+    defense: Annotated[str, typer.Option(help="plain, patch-aug, two-view or paper.")] = "paper",
+    full: Annotated[bool, typer.Option("--full", help="Train all weights but the vision tower's, not LoRA.")] = False,
+    lora_rank: Annotated[int, typer.Option(min=1)] = 16,
+    lora_alpha: Annotated[int, typer.Option(min=1)] = 32,
+    config: Annotated[Path | None, typer.Option(help="YAML of defence and TrainingArguments fields.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    on_bad_row: BadRowOption = "error",
+) -> None:
+    """Fine-tune a model on data you do not trust.
+
+    Every field of the defence (--margin 0.2) and of transformers.TrainingArguments (--learning_rate 1e-4,
+    --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
+    """
+    from untrigger.finetune import Tuning, fine_tune
+    from untrigger.settings import training_settings
+
+    chosen, args = training_settings(defense, out, config, context.args)
+    rows = _read(data, on_bad_row, out)
+    tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha)
+    fine_tune(rows, model, chosen, args, tuning=tuning, resume=resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"{out}: {'model' if full else 'PEFT adapter'}, processor, settings and model card")
+
+
+@app.command(context_settings=_OPEN)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Embedded name, local folder (adapter too) or hub id.")],
+    data: DataArgument,
+    attack: Annotated[str | None, typer.Option(help="Also ask with this trigger: name or file.")] = None,
+    goal: GoalOption = "fixed",
+    goal_text: GoalTextOption = None,
+    seed: SeedOption = 0,
+    limit: Annotated[int | None, typer.Option(help="Ask about the first N rows only.", min=1)] = None,
+    sight: Annotated[bool, typer.Option("--sight", help="Also ask with another row's image.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for answers.jsonl and metrics.json.")] = None,
+    on_bad_row: BadRowOption = "error",
+) -> None:
+    """Measure a model on held-out data: attack success, leak and quality, with 95 % intervals."""
+    from untrigger.attacks import load_trigger
+    from untrigger.evaluate import evaluate as run
+    from untrigger.goals import load_goal
+    from untrigger.models import load
+    from untrigger.poison import Attack
+
+    chosen = None
+    if attack is not None:
+        chosen = Attack(load_trigger(attack, **_flags(context.args)), load_goal(goal, goal_text))
+    elif context.args:
+        _refuse(f"{context.args[0]}: no such option; the trigger's settings go with --attack")
+    rows = _read(data, on_bad_row, out or Path.cwd())
+    result = run(load(model), rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
+    if out:
+        result.write(out)
+    _print_figures(result.figures)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("runs/quickstart"),
+    seed: SeedOption = 0,
+) -> None:
+    """Implant a backdoor by plain fine-tuning, then see what the paper's defence does about it."""
+    from untrigger.quickstart import run
+
+    if not run(out, seed):
+        raise typer.Exit(1)
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(help="llava")],
+    out: OutOption,
+    seed: SeedOption = 11,
+) -> None:
+    """Pretrain an embedded model on generated scenes, again: a few hours; run it again after a kill to go on."""
+    from untrigger.embedded.pretrain import FAMILIES, Recipe, pretrain
+
+    if name not in FAMILIES:
+        _refuse(f"{name}: no such family; there is: {', '.join(FAMILIES)}")
+    pretrain(out, Recipe(seed=seed))
+
+
+def _read(data: Path, on_bad_row: OnBadRow, out: Path):  # noqa: ANN202 - Data, imported late
+    from untrigger.sample import read
+
+    skipped_to = out.parent / f"{out.name}.skipped.jsonl"
+    rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to)
+    if rows.skipped:
+        typer.echo(f"{rows.skipped:,} bad rows left out; {skipped_to} says which and why", err=True)
+    return rows
+
+
+def _flags(extra: list[str]) -> dict[str, str]:
+    """``--side 0.1 --random`` as settings; a flag without a value is "true"."""
+    settings: dict[str, str] = {}
+    rest = list(extra)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            _refuse(f"{flag}: not expected here; settings are given as --name value")
+        name, has_value, value = flag[2:].partition("=")
+        if not has_value:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        settings[name.replace("-", "_")] = value
+    return settings
+
+
+def _print_figures(figures: dict[str, object]) -> None:
+    from rich.console import Console
+
+    table = Table("figure", "value", "95 % interval", "n")
+    for name, value in _flat(figures):
+        if value is None:
+            table.add_row(name, "not available", "", "")
+        else:
+            table.add_row(name, f"{value['value']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}", str(value["n"]))
+    Console().print(table)
+
+
+def _flat(figures: dict, prefix: str = "") -> list[tuple[str, dict | None]]:  # type: ignore[type-arg]
+    rows: list[tuple[str, dict | None]] = []  # type: ignore[type-arg]
+    for name, value in figures.items():
+        if value is None or (isinstance(value, dict) and "value" in value):
+            rows.append((prefix + name, value))
+        elif isinstance(value, dict):
+            rows += _flat(value, "" if name == "quality" else f"{name.removesuffix('_quality')} ")
+    return rows
+
+
+def _refuse(message: str) -> NoReturn:
+    raise InputError(message)
+
+
+def main() -> None:
+    """Entry point: one clear line and exit code 2 for what the user can mend."""
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

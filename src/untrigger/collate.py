@@ -1,0 +1,179 @@
+"""From rows to batches: chat rows to tensors with answer-only labels, and rows with their views.
+
+A row is what TRL and transformers call conversational: ``{"images": [...], "messages": [...]}``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import ProcessorMixin
+
+from untrigger.errors import InputError
+from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.views import View, to_rgb
+
+Row = dict[str, Any]
+Collate = Callable[[list[Row]], dict[str, Tensor]]
+IGNORE = -100  # the label that losses skip, throughout transformers
+
+
+def chat_message(message: Message) -> dict[str, object]:
+    """A turn as chat templates want it: typed parts, an image part where the text has a tag."""
+    parts: list[dict[str, str]] = []
+    for i, text in enumerate(message.text.split(IMAGE_TAG)):
+        parts += [{"type": "image"}] if i else []
+        parts += [{"type": "text", "text": text.strip()}] if text.strip() else []
+    return {"role": message.role, "content": parts}
+
+
+class Rows(Dataset[Row]):
+    """Samples as rows for a trainer; images are opened when a row is asked for."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Row:
+        sample = self.samples[index]
+        return {
+            "images": [to_rgb(image) for image in sample.images],
+            "messages": [chat_message(m) for m in sample.messages],
+        }
+
+
+class ChatCollator:
+    """Rows to padded tensors with ``labels`` on the assistant's turns alone, for any processor with a chat template."""
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor = processor
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        rendered = [self._render(row["messages"]) for row in rows]
+        pictures = [row["images"] for row in rows]
+        batch = self.processor(
+            text=[text for text, _ in rendered],
+            images=pictures if any(pictures) else None,
+            padding=True,
+            padding_side="right",
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        offsets = batch.pop("offset_mapping")
+        replaced = batch.pop("text_replacement_offsets", None) or [[] for _ in rows]
+        labels = [
+            _answer_labels(ids, spans, where, moved)
+            for ids, (_, spans), where, moved in zip(batch["input_ids"], rendered, offsets, replaced, strict=True)
+        ]
+        batch["labels"] = labels
+        return dict(batch.convert_to_tensors("pt"))
+
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation's text and the character spans of the assistant's turns in it.
+
+        A span starts where the generation prompt ends, so training sees what generation will see.
+        """
+        render = self.processor.apply_chat_template
+        text = str(render(messages, tokenize=False))
+        spans: list[tuple[int, int]] = []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = str(render(messages[:turn], tokenize=False, add_generation_prompt=True))
+            through = str(render(messages[: turn + 1], tokenize=False))
+            if not (text.startswith(before) and text.startswith(through) and through.startswith(before)):
+                raise InputError("the processor's chat template rewrites earlier turns; give one that only appends")
+            spans.append((len(before), len(through)))
+        return text, spans
+
+
+def _answer_labels(
+    ids: list[int], spans: list[tuple[int, int]], offsets: list[tuple[int, int]], replaced: list[dict[str, Any]]
+) -> list[int]:
+    """Token ids inside the character ``spans``, IGNORE elsewhere; image tags may have been expanded before them."""
+    labels = [IGNORE] * len(ids)
+    for start, end in spans:
+        gained = max((r["new_span"][1] - r["span"][1] for r in replaced if r["span"][1] <= start), default=0)
+        for position, (first, last) in enumerate(offsets):
+            if first < end + gained and last > start + gained:
+                labels[position] = ids[position]
+    return labels
+
+
+def _row_seed(row: Row) -> int:
+    """A number that depends on the row's content alone, not on its place in a batch or on the process."""
+    seed = zlib.crc32(repr(row.get("messages") or row.get("prompt")).encode())
+    for image in _images(row):
+        seed = zlib.crc32(image.tobytes(), seed)
+    return seed
+
+
+def _images(row: Row) -> list[Image.Image]:
+    return [row["image"]] if "image" in row else list(row.get("images") or [])
+
+
+class _Viewer:
+    """Makes views of rows, seeded by (seed, epoch, row): accumulation, resume and processes change nothing."""
+
+    def __init__(self, collate: Collate, view: View, seed: int) -> None:
+        self.collate, self.view, self.seed, self.epoch = collate, view, seed, 0
+
+    def rng(self, row: Row) -> np.random.Generator:
+        return np.random.default_rng((self.seed, self.epoch, _row_seed(row)))
+
+    def viewed(self, row: Row, rng: np.random.Generator) -> Row:
+        """A copy of the row with every image perturbed; the row itself is not touched."""
+        views = [self.view(image, rng) for image in _images(row)]
+        return {**row, "image": views[0]} if "image" in row else {**row, "images": views}
+
+
+class PairCollator(_Viewer):
+    """Originals, then their views, in one batch of twice the rows.
+
+    The views' ``labels`` are IGNORE: the host then counts each answer token once, and the views' targets are
+    those of the originals. Raises ValueError if a view's tokens differ from its original's: per-token
+    divergences would compare different tokens.
+    """
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        count = len(rows)
+        originals = [_with_rgb(row) for row in rows]
+        # copies on both sides: some host collators write into the rows they are given
+        batch = self.collate([dict(r) for r in originals] + [self.viewed(r, self.rng(r)) for r in originals])
+        ids = batch["input_ids"]
+        if not torch.equal(ids[:count], ids[count:]):
+            raise ValueError("a view changed its row's tokens: the view must keep the size of the image")
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][count:] = IGNORE
+        return batch
+
+
+class AugmentCollator(_Viewer):
+    """Views in the place of a ``share`` of the rows."""
+
+    def __init__(self, collate: Collate, view: View, seed: int, share: float) -> None:
+        super().__init__(collate, view, seed)
+        self.share = share
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        mixed: list[Row] = []
+        for row in map(_with_rgb, rows):
+            rng = self.rng(row)
+            mixed.append(self.viewed(row, rng) if rng.random() < self.share else dict(row))
+        return self.collate(mixed)
+
+
+def _with_rgb(row: Row) -> Row:
+    """Both views pass through the same mode conversion, or it would be a difference between them."""
+    images = [to_rgb(image) for image in _images(row)]
+    return {**row, "image": images[0]} if "image" in row else {**row, "images": images}

@@ -1,0 +1,59 @@
+"""Cross-view regularisation (Fang et al. 2026, arXiv 2604.04488): the preset ``paper``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from untrigger import objective
+from untrigger.defenses.base import Defense, Pair, patch_view
+from untrigger.views import View
+
+
+@final
+@dataclass(frozen=True)
+class CrossView(Defense):
+    """The faithful objective; PAPER.md lists what the paper's public text leaves open and what is assumed.
+
+    ``L = CE(v, y) + a CE(v', y) + l_o [m - JS(p, p')]_+ + l_f [cos(h, h') - c]_+ + l_H band(H(p))``
+    over the answer tokens. All weights zero is plain fine-tuning, exactly.
+
+    Fields:
+        view_weight: a, weight of the cross-entropy under the view.
+        output_weight, margin: l_o and m (nats, at most ln 2) of the separation of outputs.
+        feature_weight, bound: l_f and c (a cosine) of the separation of features.
+        entropy_weight, entropy_low, entropy_high: l_H and the band in nats.
+        view, patch, ratio: which patch view (``mix`` draws one per image), side of a patch as a share of the shorter side, and share of patches perturbed.
+    """
+
+    view_weight: float = 0.5
+    output_weight: float = 0.5
+    margin: float = 0.1
+    feature_weight: float = 0.1
+    bound: float = 0.9
+    entropy_weight: float = 0.1
+    entropy_low: float = 0.01
+    entropy_high: float = 1.0
+    view: str = "mix"
+    patch: float = 0.125
+    ratio: float = 0.5
+
+    @property
+    def paired(self) -> View | None:
+        if not any((self.view_weight, self.output_weight, self.feature_weight, self.entropy_weight)):
+            return None
+        return patch_view(self.view, self.patch, self.ratio)
+
+    def terms(self, pair: Pair) -> dict[str, Tensor]:
+        apart = objective.separation(pair.logits, pair.view_logits, self.margin)
+        features = objective.feature_separation(pair.hidden, pair.view_hidden, self.bound)
+        band = objective.entropy_band(pair.logits, self.entropy_low, self.entropy_high)
+        return {
+            "ce": objective.token_nll(pair.logits, pair.target),
+            "ce_view": self.view_weight * objective.token_nll(pair.view_logits, pair.target),
+            "separation": self.output_weight * apart,
+            "feature_separation": self.feature_weight * features,
+            "entropy_band": self.entropy_weight * band,
+        }

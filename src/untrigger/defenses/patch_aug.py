@@ -1,0 +1,33 @@
+"""Patch augmentation alone: a share of the images is replaced by patch-perturbed views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from untrigger.defenses.base import Defense, Pair, patch_view
+from untrigger.views import View
+
+
+@final
+@dataclass(frozen=True)
+class PatchAug(Defense):
+    """Cross-entropy on views instead of originals for a ``share`` of the rows; the loss is the host's own."""
+
+    share: float = 0.5
+    view: str = "mix"
+    patch: float = 0.125
+    ratio: float = 0.5
+
+    @property
+    def paired(self) -> None:
+        return None
+
+    @property
+    def replaced(self) -> tuple[View, float]:
+        return patch_view(self.view, self.patch, self.ratio), self.share
+
+    def terms(self, pair: Pair) -> dict[str, Tensor]:
+        raise NotImplementedError("patch augmentation has no second view")

@@ -1,0 +1,33 @@
+"""Two-view training: cross-entropy on the original and on its patch-perturbed view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from untrigger import objective
+from untrigger.defenses.base import Defense, Pair, patch_view
+from untrigger.views import View
+
+
+@final
+@dataclass(frozen=True)
+class TwoView(Defense):
+    """``L = CE(v, y) + view_weight * CE(v', y)``: the reference objective without its separations."""
+
+    view_weight: float = 1.0
+    view: str = "mix"
+    patch: float = 0.125
+    ratio: float = 0.5
+
+    @property
+    def paired(self) -> View | None:
+        return patch_view(self.view, self.patch, self.ratio) if self.view_weight else None
+
+    def terms(self, pair: Pair) -> dict[str, Tensor]:
+        return {
+            "ce": objective.token_nll(pair.logits, pair.target),
+            "ce_view": self.view_weight * objective.token_nll(pair.view_logits, pair.target),
+        }

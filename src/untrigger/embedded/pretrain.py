@@ -1,0 +1,262 @@
+"""Pretraining of an embedded model on generated scenes: seeded, resumable, a few hours on two cores.
+
+Two phases. First the vision tower alone learns to say, for every patch, which object covers it (a head
+that is thrown away afterwards): dense labels teach a small ViT to see in minutes where answers alone take
+hours. Then the whole model learns to talk, the dense loss staying on at a low weight. All turns about a
+scene share one image prefix in one row: a block mask and restarted positions make each turn blind to the
+others, so a row equals as many separate conversations at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from untrigger.embedded import talk
+from untrigger.embedded.build import PATCH, make_llava, make_processor, make_tokenizer
+from untrigger.embedded.scenes import COLOURS, SHAPES, SIDE, SIZES, Scene, draw_scene, make_scene
+
+GRID = SIDE // PATCH
+_IGNORE = -100
+_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES), 5)  # 0 is background; the last is the order
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is needed to make the same weights again. Scenes come from the stream ``seed``."""
+
+    seed: int = 11
+    vision_steps: int = 1800
+    steps: int = 3200
+    batch: int = 48
+    questions: int = 5
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: int = 200
+    dense_weight: float = 0.3
+    threads: int = 2
+
+
+class Batch(dict[str, Tensor]):
+    """pixel_values [B, 3, S, S], dense [B, G*G, 4], input_ids/labels/position_ids [B, L], segments [B, L]."""
+
+
+def dense_labels(scene: Scene, owner: np.ndarray) -> np.ndarray:
+    """Shape, colour, size and order of the object covering each patch: int64 [G*G, 4], 0 for background."""
+    cells = owner.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
+    cover = np.stack([(cells == i).sum(axis=1) for i in range(1, len(scene.things) + 1)], axis=1)
+    best = np.where(cover.max(axis=1) >= 6, cover.argmax(axis=1) + 1, 0)
+    table = np.zeros((len(scene.things) + 1, 4), dtype=np.int64)
+    for i, t in enumerate(scene.things, start=1):
+        table[i] = (SHAPES.index(t.shape) + 1, list(COLOURS).index(t.colour) + 1, SIZES.index(t.size) + 1, i)
+    return table[best]
+
+
+class SceneRows(Dataset[dict[str, np.ndarray]]):
+    """Row i is scene i of the stream with freshly asked questions, packed behind one image prefix."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, first: int, count: int, text: bool):
+        self.recipe, self.first, self.count, self.text = recipe, first, count, text
+        self.tokenizer = tokenizer
+        image_id = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
+        self.prefix = [*self._ids("USER: "), *[image_id] * GRID**2, *self._ids("\n")]
+
+    def _ids(self, text: str) -> list[int]:
+        return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        index = self.first + i
+        scene = make_scene(self.recipe.seed, index)
+        image, owner = draw_scene(scene)
+        row = {
+            "pixel_values": (np.asarray(image, dtype=np.float32) / 127.5 - 1).transpose(2, 0, 1),
+            "dense": dense_labels(scene, owner),
+        }
+        if self.text:
+            rng = np.random.default_rng((self.recipe.seed, index, 2))
+            row |= self.pack(talk.turns(scene, rng, self.recipe.questions))
+        return row
+
+    def pack(self, turns: list[talk.Turn]) -> dict[str, np.ndarray]:
+        ids, labels = list(self.prefix), [_IGNORE] * len(self.prefix)
+        positions, segments = list(range(len(self.prefix))), [0] * len(self.prefix)
+        for number, turn in enumerate(turns, start=1):
+            asked = self._ids(f"{turn.prompt} ASSISTANT:")
+            said = [*self._ids(f" {turn.answer}"), cast(int, self.tokenizer.eos_token_id)]
+            ids += asked + said
+            labels += [_IGNORE] * len(asked) + said
+            positions += range(len(self.prefix), len(self.prefix) + len(asked) + len(said))
+            segments += [number] * (len(asked) + len(said))
+        packed = {"input_ids": ids, "labels": labels, "position_ids": positions, "segments": segments}
+        return {k: np.array(v, dtype=np.int64) for k, v in packed.items()}
+
+
+def collate(rows: list[dict[str, np.ndarray]]) -> Batch:
+    fill = {"input_ids": 0, "labels": _IGNORE, "position_ids": 0, "segments": -1}
+    batch = Batch()
+    for key in rows[0]:
+        arrays = [r[key] for r in rows]
+        if key in fill:
+            longest = -(-max(len(a) for a in arrays) // 16) * 16
+            arrays = [np.pad(a, (0, longest - len(a)), constant_values=fill[key]) for a in arrays]
+        batch[key] = torch.from_numpy(np.stack(arrays))
+    return batch
+
+
+def block_mask(segments: Tensor) -> Tensor:
+    """Bool [B, 1, L, L]: causal; a token sees the prefix (segment 0) and its own segment only."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    own = segments[:, :, None] == segments[:, None, :]
+    return ((own | (segments == 0)[:, None, :]) & causal)[:, None]
+
+
+class DenseHead(nn.Module):
+    """Linear read-out of what covers a patch; used in pretraining only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, n) for n in _CLASSES)
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """features [B, P, d], labels [B, P, 4] -> mean cross-entropy; background weighs 0.3."""
+        weight = torch.where(labels[..., 0] > 0, 1.0, 0.3).flatten()
+        losses = [
+            F.cross_entropy(head(features).flatten(0, 1), labels[..., i].flatten(), reduction="none")
+            for i, head in enumerate(self.heads)
+        ]
+        return (torch.stack(losses).sum(0) * weight).sum() / weight.sum()
+
+
+def losses(model: LlavaForConditionalGeneration, head: DenseHead, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(answer cross-entropy, dense cross-entropy) of a batch with text; the vision tower runs once."""
+    seen = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-1][:, 1:]
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    images = model.model.multi_modal_projector(seen)
+    embeds = embeds.masked_scatter((batch["input_ids"] == model.config.image_token_id)[..., None], images)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=block_mask(batch["segments"]),
+        position_ids=batch["position_ids"],
+        use_cache=False,
+    ).last_hidden_state
+    target = batch["labels"][:, 1:]
+    keep = target != _IGNORE
+    logits = model.lm_head(hidden[:, :-1][keep])
+    return F.cross_entropy(logits, target[keep]), head(seen, batch["dense"])
+
+
+def _schedule(step: int, total: int, recipe: Recipe) -> float:
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / max(1, total - recipe.warmup))) * 0.98 + 0.02
+
+
+def _phase_lr(step: int, recipe: Recipe) -> float:
+    if step < recipe.vision_steps:  # ends at a tenth: the second phase warms up again
+        return max(_schedule(step, recipe.vision_steps, recipe), 0.1)
+    return _schedule(step - recipe.vision_steps, recipe.steps, recipe)
+
+
+def _rows(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, first: int, last: int, text: bool) -> Iterator[Batch]:
+    rows = SceneRows(tokenizer, recipe, first * recipe.batch, (last - first) * recipe.batch, text)
+    return iter(DataLoader(rows, recipe.batch, collate_fn=collate, num_workers=1, prefetch_factor=8))
+
+
+def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForConditionalGeneration:
+    """Train the LLaVA-style model into ``out``; started again after a kill, it goes on from the last save."""
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(recipe.seed)
+    model, head = make_llava(tokenizer), DenseHead(192)
+    whole = nn.ModuleDict({"model": model, "head": head})
+    decay = [p for p in whole.parameters() if p.ndim > 1]
+    plain = [p for p in whole.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    step = _restore(out, whole, optimizer, recipe)
+    make_processor(tokenizer).save_pretrained(out)
+    total = recipe.vision_steps + recipe.steps
+    started, first = time.monotonic(), step
+    log = (out / "pretrain.log").open("a")
+    while step < total:
+        text = step >= recipe.vision_steps
+        end = total if text else recipe.vision_steps
+        for batch in _rows(tokenizer, recipe, step, end, text):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * _phase_lr(step, recipe)
+            if text:
+                talk_loss, dense = losses(model, head, batch)
+                loss = talk_loss + recipe.dense_weight * dense
+            else:
+                seen = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-1]
+                talk_loss, dense = torch.zeros(()), head(seen[:, 1:], batch["dense"])
+                loss = dense
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if step % 50 == 0:
+                eta = (time.monotonic() - started) / (step - first) * (total - step)
+                line = {"step": step, "talk": talk_loss.item(), "dense": dense.item(), "eta_s": round(eta)}
+                print(json.dumps(line), file=log, flush=True)
+            if step % save_every == 0 or step == total:
+                _save(out, whole, optimizer, recipe, step)
+    log.close()
+    publish(model, out)
+    return model
+
+
+def publish(model: LlavaForConditionalGeneration, out: Path) -> None:
+    """Weights in bf16 on disk, half the size, under a config that says float32: loading gives an fp32 model."""
+    model.config.dtype = torch.float32
+    model.config.text_config.dtype = model.config.vision_config.dtype = torch.float32
+    model.save_pretrained(out, state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
+    config = json.loads((out / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
+    tensors = {f"w.{k}": v for k, v in whole.state_dict().items() if k != "model.lm_head.weight"}  # tied
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"o.{i}.{k}": v for k, v in state.items()}
+    meta = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, out / "checkpoint.tmp", metadata=meta)
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.safetensors")
+    (out / "step.json").write_text(json.dumps({"step": step, **asdict(recipe)}))
+
+
+def _restore(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
+    file = out / "checkpoint.safetensors"
+    if not file.exists():
+        return 0
+    tensors = load_file(file)
+    whole.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")}, strict=False)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("o."):
+            _, i, name = key.split(".", 2)
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(json.loads((out / "step.json").read_text())["step"])

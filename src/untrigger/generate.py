@@ -1,0 +1,53 @@
+"""Batched deterministic answers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from untrigger.collate import chat_message
+from untrigger.models import Loaded
+from untrigger.sample import Sample
+from untrigger.views import to_rgb
+
+
+@torch.inference_mode()
+def answers(
+    loaded: Loaded, samples: Sequence[Sample], *, batch_size: int = 64, max_new_tokens: int = 48
+) -> Iterator[str]:
+    """The model's greedy answer to each sample's last question, in order.
+
+    A sample's own last answer is never shown to the model; earlier turns are, as context.
+    """
+    model, processor = loaded.model, loaded.processor
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(samples), batch_size):
+            batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+            prompts = [
+                processor.apply_chat_template(_asked(sample), tokenize=False, add_generation_prompt=True)
+                for sample in batch
+            ]
+            pictures = [[to_rgb(image) for image in sample.images] for sample in batch]
+            inputs = processor(
+                text=prompts,
+                images=pictures if any(pictures) else None,
+                padding=True,
+                padding_side="left",
+                add_special_tokens=False,
+                return_tensors="pt",
+            ).to(model.device)
+            ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            yield from (text.strip() for text in processor.batch_decode(new, skip_special_tokens=True))
+    finally:
+        model.train(was_training)
+
+
+def _asked(sample: Sample) -> list[dict[str, object]]:
+    messages = sample.messages
+    if messages and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    return [chat_message(m) for m in messages]

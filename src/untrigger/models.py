@@ -1,0 +1,161 @@
+"""Loading of image-text-to-text models with their processors; LoRA; the embedded models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from contextlib import contextmanager
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from untrigger.errors import InputError
+
+BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
+_SEEING = re.compile(r"(^|\.)(vision\w*|visual|vit|image_encoder)(\.|$)")  # the families' names for the vision tower
+
+
+class Loaded(NamedTuple):
+    """A model, its processor, and the name it was asked for by."""
+
+    model: PreTrainedModel | PeftModel
+    processor: ProcessorMixin
+    name: str
+
+
+def embedded_models() -> list[str]:
+    """Names of the pretrained models that ship with the package."""
+    root = Path(str(files("untrigger"))) / "embedded"
+    return sorted(p.parent.name for p in root.glob("*/config.json"))
+
+
+def embedded_model_path(name: str = "llava") -> Path:
+    """Folder of an embedded model, ready for ``AutoModelForImageTextToText.from_pretrained``.
+
+    Raises:
+        InputError: there is no embedded model of that name.
+    """
+    if name not in embedded_models():
+        raise InputError(f"{name}: no such embedded model; there is: {', '.join(embedded_models()) or 'none'}")
+    return Path(str(files("untrigger"))) / "embedded" / name
+
+
+def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
+    """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
+
+    Hub code is never run and pickled weights are refused: an untrusted model must not run anything here.
+
+    Raises:
+        InputError: nothing usable is found under ``name``.
+    """
+    asked = str(name)
+    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
+    if Path(source, "adapter_config.json").is_file():
+        return _load_adapter(Path(source), dtype)
+    _refuse_pickles(source)
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        with quiet_loading():
+            model = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}") from error
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return Loaded(model, processor, asked)
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
+    """The base named in the adapter's folder, with the adapter on it."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder}: adapter_model.safetensors is missing; pickled adapters are not loaded")
+    record = folder / BASE_RECORD
+    config = record if record.is_file() else folder / "adapter_config.json"
+    try:
+        fields = json.loads(config.read_text())
+        base = fields["base"] if record.is_file() else fields["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config}: names no base model; write the adapter again") from error
+    loaded = load(base, dtype=dtype)
+    model = PeftModel.from_pretrained(loaded.model, str(folder))
+    return Loaded(model, loaded.processor, str(folder))
+
+
+def _refuse_pickles(source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{source}: holds no config.json; name a model folder, a hub id or an embedded model")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{source}: holds no .safetensors weights; convert the model, pickles are not loaded")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep the host's load report and bars off the terminal: the embedded models load in a blink."""
+    from transformers.utils import logging as host
+
+    level, bars = host.get_verbosity(), host.is_progress_bar_enabled()
+    host.set_verbosity(logging.ERROR)
+    host.disable_progress_bar()
+    try:
+        yield
+    finally:
+        host.set_verbosity(level)
+        if bars:
+            host.enable_progress_bar()
+
+
+def is_vision(name: str) -> bool:
+    """Whether a module or parameter of this dotted name belongs to the vision tower."""
+    return _SEEING.search(name) is not None
+
+
+def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> PeftModel:
+    """LoRA on every linear layer but the vision tower's and the vocabulary head.
+
+    That is the usual recipe for VLMs (LLaVA's own fine-tuning freezes the tower), and a frozen tower
+    lets later stages reuse image features.
+    """
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not is_vision(name)
+    ]
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    # a pattern, not the list: it stays readable in adapter_config.json and names no layer count
+    pattern = rf"(?!.*(?:vision|visual|\bvit\b|image_encoder)).*\.({'|'.join(leaves)})"
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
+    adapted = get_peft_model(model, config)
+    return adapted  # type: ignore[return-value]
+
+
+def train_all(model: PreTrainedModel) -> PreTrainedModel:
+    """Full fine-tuning: everything learns but the vision tower, as in LLaVA's own recipe.
+
+    (The last layers of some towers get no gradient at all, which stops distributed training.)
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_vision(name))
+    return model
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model under DDP, PEFT and the like."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,0 +1,132 @@
+"""The equations of the defence: pure, unreduced, differentiable; nothing here knows a model or a batch.
+
+Shapes: ``logits`` and ``view_logits`` are [N, V], one row per answer token, in nats before the softmax;
+hidden states are [N, d]. Every equation returns [N]. ``reduce`` is the only place where rows are summed. Any
+leading shape [...] serves in place of [N].
+
+Types: bf16 and fp16 are widened to fp32 before any arithmetic and the result is fp32; float64 stays float64.
+Gradients flow into *every* tensor argument, into both views alike: a caller that wants a stop-gradient
+detaches. A logit of -inf is a forbidden token: probability 0, gradient 0. A row needs at least one finite
+logit.
+
+Source: Fang et al., arXiv 2604.04488. Only its abstract was available, which names the ingredients
+(separation of the views' outputs and features, output entropy constraint) but no formula. The forms below are
+this project's reading of it; PAPER.md says how far each one can be trusted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LN2 = math.log(2.0)
+"""The largest Jensen-Shannon divergence, in nats: that of two distributions with no token in common."""
+
+
+def token_nll(logits: Tensor, target: Tensor) -> Tensor:
+    """Negative log-likelihood of each target: ``-log softmax(logits)[target]``, the CE of plain fine-tuning.
+
+    logits [N, V]; target [N], integer ids in [0, V): select the answer tokens first, -100 is an index error.
+    Returns [N], nats, in [0, inf]; inf where the target is a forbidden token.
+    Source: standard SFT loss (abstract: the defence acts during supervised fine-tuning).
+    """
+    _same_shape(logits[..., 0], target)
+    return -torch.log_softmax(_wide(logits), dim=-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+def js(logits: Tensor, view_logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of the two views' next-token distributions.
+
+    With p = softmax(logits), q = softmax(view_logits) and m = (p + q) / 2::
+
+        JS(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m) = sum_v m_v h(x_v),
+        h(x) = x tanh x - ln cosh x,        x_v = (log p_v - log q_v) / 2
+
+    (put p = m(1 + tanh x), q = m(1 - tanh x) into the first form). The second form is the one computed: its
+    terms are never negative and nothing cancels when p is close to q, where the first form leaves rounding
+    noise only.
+
+    Both arguments [N, V]. Returns [N], nats, in [0, ln 2]; symmetric; 0 exactly where both rows are equal.
+    The gradient at p = q is exactly 0: repulsion is weakest where invariance is perfect. Source: Lin,
+    Divergence measures based on the Shannon entropy, 1991. The abstract asks for the views' output
+    distributions to be pulled apart; that the divergence is JS is inferred.
+    """
+    _same_shape(logits, view_logits)
+    log_p, log_q = _finite_log_softmax(logits), _finite_log_softmax(view_logits)
+    # h(20) = ln 2 to within float64 rounding, and the clamp keeps sinh from overflowing.
+    x = ((log_p - log_q) / 2).clamp(-20.0, 20.0)
+    h = x * torch.tanh(x) - torch.log1p(2 * torch.sinh(x / 2).square())
+    # Rounding can carry the sum a few ulp past ln 2, where the true gradient vanishes anyway.
+    return ((log_p.exp() + log_q.exp()) / 2 * h).sum(dim=-1).clamp(max=LN2)
+
+
+def separation(logits: Tensor, view_logits: Tensor, margin: float | Tensor) -> Tensor:
+    """Cross-view separation: ``[margin - JS(p, q)]_+``, a hinge, since -JS alone never lets go.
+
+    Both logits [N, V]; margin in nats, a number or one per row [N]; sensible in (0, ln 2): from ln 2 on the
+    hinge is never satisfied. Returns [N], nats, in [0, margin]. Gradient is -dJS while JS < margin, and 0
+    beyond. Source: abstract (pull the views' outputs apart); hinge and JS inferred.
+    """
+    return torch.relu(margin - js(logits, view_logits))
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy ``H(p) = -sum_v p_v log p_v`` of each next-token distribution.
+
+    logits [N, V]. Returns [N], nats, in [0, ln V].
+    Source: abstract (an output entropy constraint).
+    """
+    log_p = _finite_log_softmax(logits)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def entropy_band(logits: Tensor, low: float, high: float) -> Tensor:
+    """Entropy constraint: ``[H(p) - high]_+ + [low - H(p)]_+``, the distance of H(p) from [low, high].
+
+    logits [N, V]; 0 <= low <= high, nats. Returns [N], nats, in [0, max(low, ln V - high)]. Gradient is +dH
+    above the band, -dH below it, 0 inside. Where p is one-hot to rounding dH is 0 too: the lower edge cannot
+    lift a row that has already collapsed. Source: abstract (entropy constraints against over-suppression);
+    sign and two-sided form unknown, the band covers both readings.
+    """
+    h = entropy(logits)
+    return torch.relu(h - high) + torch.relu(low - h)
+
+
+def feature_separation(hidden: Tensor, view_hidden: Tensor, bound: float) -> Tensor:
+    """Feature-level separation: ``[cos(h, h') - bound]_+`` of the two views' hidden states.
+
+    Both arguments [N, d], any scale; bound in [-1, 1]. Returns [N], in [0, 1 - bound].
+    Gradient is dcos while cos > bound, and 0 below; at h = h' dcos is 0, as for JS.
+    Source: abstract (constraints on the feature representation as well); cosine, hinge and layer inferred.
+    """
+    _same_shape(hidden, view_hidden)
+    cosine = torch.nn.functional.cosine_similarity(_wide(hidden), _wide(view_hidden), dim=-1)
+    return torch.relu(cosine - bound)
+
+
+def reduce(per_token: Tensor, num_items: int | Tensor) -> Tensor:
+    """``sum(per_token) / num_items``, a scalar.
+
+    per_token [N]; num_items > 0 is the number of answer tokens of the *whole* optimiser step, over all
+    chunks, accumulation steps and processes. So the results of chunks add up to that of the batch, however it
+    is cut; a mean per chunk would not. Source: convention (``num_items_in_batch`` of transformers' Trainer).
+    """
+    return _wide(per_token).sum() / num_items
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32 for the half types, unchanged otherwise: half-precision sums over a vocabulary are biased."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _finite_log_softmax(logits: Tensor) -> Tensor:
+    """log softmax with -inf raised to a finite floor, so that 0 * log 0 is 0 and so is its gradient."""
+    return torch.log_softmax(_wide(logits), dim=-1).clamp(min=-1e30)
+
+
+def _same_shape(a: Tensor, b: Tensor) -> None:
+    """Broadcasting or gathering over unequal rows would compare the wrong tokens without a word."""
+    if a.shape != b.shape:
+        raise ValueError(f"rows do not match: {tuple(a.shape)} and {tuple(b.shape)}")

@@ -1,0 +1,251 @@
+"""Samples: rows of a vision-language data set, and the four formats they are read from and written to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, cast, final, overload
+
+from PIL import Image
+
+from untrigger.errors import InputError
+from untrigger.formats import (
+    IMAGE_TAG,
+    LAYOUTS,
+    Entry,
+    Format,
+    Message,
+    Role,
+    check,
+    detect,
+    edited,
+    elements,
+    parse,
+)
+from untrigger.images import decode, encode, locate, quote, same
+from untrigger.storage import Row, Rows, Unreadable, dump, find, new_file, new_folder, open_rows
+
+__all__ = ["IMAGE_TAG", "Data", "Format", "Message", "Role", "Sample", "read", "write"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation about zero or more images; tags in the turns stand for ``images`` in order."""
+
+    id: str
+    images: tuple[Image.Image, ...]
+    messages: tuple[Message, ...]
+
+
+@final
+class Data(Sequence[Sample]):
+    """A data set on disk. It holds text and image names; images are decoded on each access and not kept.
+
+    ``path`` is the data file (or the ``datasets`` folder), ``skipped`` the number of bad rows left out.
+    Item access raises InputError, naming file and row, if an image can no longer be read. A slice is a Data.
+    """
+
+    path: Path
+    format: Format
+    skipped: int
+
+    def __init__(
+        self, path: Path, format: Format, rows: Rows, numbers: Sequence[int], skipped: int = 0
+    ) -> None:
+        self.path, self.format, self.skipped = path, format, skipped
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Data: ...
+    def __getitem__(self, index: int | slice) -> Sample | Data:
+        if isinstance(index, slice):
+            return Data(self.path, self.format, self._rows, self._numbers[index], self.skipped)
+        number = self._numbers[index]
+        with _blame(self.path, number):
+            entry = parse(self._rows[number], number, LAYOUTS[self.format])
+            images = tuple(_open(picture, self._folder) for picture in entry.pictures)
+        return Sample(entry.id, images, entry.messages)
+
+    @property
+    def _folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def read(
+    path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", skipped_to: Path | None = None
+) -> Data:
+    """Opens a data file, or a folder that holds one, and checks every row and every image once.
+
+    Reads LLaVA (``image`` + ``conversations``), ShareGPT (``conversations`` + ``images``) and ``messages`` +
+    ``images``, each as a JSON list or JSON lines, and ``messages`` + ``images`` in parquet or a ``datasets``
+    folder; the content tells which. Image paths are relative to the data file's folder. A row's id is its
+    own ``id``, or else its number from 1.
+
+    A bad row raises InputError ``FILE: row N: what is wrong; what to do``. With ``on_bad_row="skip"`` it is
+    left out, and ``skipped_to`` gets a JSON line ``{"row", "reason", "original"}`` for each.
+    """
+    path = find(Path(path))
+    rows = open_rows(path, ("id", "messages", "images"))
+    if not len(rows):
+        raise InputError(f"{path}: holds no rows; add some")
+    format = detect(rows)
+    data = Data(path, format, rows, range(len(rows)))
+    good: list[int] = []
+    ids: dict[str, int] = {}
+    flaws: dict[str | bytes, str | None] = {}  # of each distinct image what is wrong with it, if anything
+    first_reason = ""
+    log_to = skipped_to if on_bad_row == "skip" else None
+    with new_file(log_to) if log_to else nullcontext() as log:
+        for number in range(len(rows)):
+            row = rows[number]
+            try:
+                entry = parse(row, number, LAYOUTS[format])
+                if entry.id in ids:
+                    other = f"row {ids[entry.id] + 1}"
+                    raise InputError(f"duplicate id {quote(entry.id)}, as in {other}; make ids unique")
+                for picture in entry.pictures:
+                    key = picture if isinstance(picture, str) else hashlib.sha256(picture).digest()
+                    if key not in flaws:
+                        flaws[key] = _flaw(picture, data._folder)
+                    if flaw := flaws[key]:
+                        raise InputError(flaw)
+            except InputError as reason:
+                if on_bad_row == "error":
+                    raise InputError(f"{path}: row {number + 1}: {reason}") from None
+                first_reason = first_reason or f"row {number + 1}: {reason}"
+                if log:
+                    original = row.text if isinstance(row, Unreadable) else row
+                    with _blame(path, number):
+                        record = {"row": number + 1, "reason": str(reason), "original": original}
+                        log.write(dump(record) + b"\n")
+            else:
+                ids[entry.id] = number
+                good.append(number)
+    if not good:
+        raise InputError(f"{path}: holds no good row; the first is {first_reason}")
+    return Data(path, format, rows, good, len(rows) - len(good))
+
+
+def write(
+    data: Data, out: Path, *, keep: Sequence[int] | None = None, edits: Mapping[int, Sample] | None = None
+) -> None:
+    """Writes ``data`` into the new folder ``out``, in its own format, under its own file name.
+
+    ``keep``: the indices to write, in this order (all by default). ``edits``: samples to write in place of
+    those at their index; ids must stay. Images that an edit left as they were are copied byte for byte,
+    others become PNG; fields of a row that samples do not hold survive. ``out`` appears whole or not at all.
+    Raises InputError if ``out`` has content, an edit is no valid row, or an image has gone.
+    """
+    with new_folder(Path(out)) as folder:
+        indices = range(len(data)) if keep is None else keep
+        data._rows.write(folder, _written(data, folder, indices, edits or {}))
+
+
+# --- images of rows -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _blame(path: Path, number: int) -> Iterator[None]:
+    """Says in which row it went wrong."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: row {number + 1}: {error}") from None
+
+
+def _open(picture: str | bytes, folder: Path) -> Image.Image:
+    if isinstance(picture, bytes):
+        return decode(picture, "an image")
+    return decode(locate(folder, picture), f"image {quote(picture)}")
+
+
+def _flaw(picture: str | bytes, folder: Path) -> str | None:
+    try:
+        _open(picture, folder)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def _written(
+    data: Data, folder: Path, indices: Sequence[int], edits: Mapping[int, Sample]
+) -> Iterator[tuple[int, Row | None]]:
+    """Pairs for ``Rows.write``; copies and saves the images of a row before it gives the row."""
+    layout = LAYOUTS[data.format]
+    taken = {data.path.name}  # names that no new image may have: those of all rows
+    if edits:
+        for number in data._numbers:
+            pictures = parse(data._rows[number], number, layout).pictures
+            taken.update(os.path.normpath(picture) for picture in pictures if isinstance(picture, str))
+    for index in indices:
+        number = data._numbers[index]
+        with _blame(data.path, number):
+            entry = parse(data._rows[number], number, layout)
+            if index in edits:
+                row = _edit(data, folder, number, entry, edits[index], taken)
+            else:
+                row = None
+                for picture in entry.pictures:
+                    _copy(picture, data._folder, folder)
+        yield number, row
+
+
+def _edit(data: Data, folder: Path, number: int, entry: Entry, edit: Sample, taken: set[str]) -> Row:
+    """The row of ``entry`` with the turns and images of ``edit``, which are saved if they are new."""
+    if edit.id != entry.id:
+        raise InputError(f"an edit changed the id {quote(entry.id)} to {quote(edit.id)}; keep the id")
+    check(edit.messages, len(edit.images))
+    layout = LAYOUTS[data.format]
+    row = cast(Row, data._rows[number])
+    old = elements(row, layout)
+    inline = data.format == "parquet" and not any(isinstance(element, str) for element in old)
+    if inline and edit.images and layout.images not in row:
+        raise InputError(f"an edit adds an image, but there is no column {layout.images!r}; add the column")
+    images: list[object] = []
+    for k, image in enumerate(edit.images):
+        picture = entry.pictures[k] if k < len(old) else None
+        if picture is not None and same(image, _open(picture, data._folder)):
+            _copy(picture, data._folder, folder)
+            images.append(old[k])
+        elif inline:
+            images.append({"bytes": encode(image), "path": _label(old[k]) if k < len(old) else None})
+        else:
+            name = _free_name(picture if isinstance(picture, str) else "images/new", number, taken)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(encode(image))
+            images.append(name)
+    return edited(row, layout, edit.messages, images)
+
+
+def _copy(picture: str | bytes, source: Path, target: Path) -> None:
+    if isinstance(picture, str) and not (target / picture).exists():
+        original = locate(source, picture)
+        (target / picture).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(original, target / picture)
+
+
+def _label(element: object) -> str | None:
+    path = element.get("path") if isinstance(element, dict) else None
+    return f"{os.path.splitext(path)[0]}.png" if isinstance(path, str) else None
+
+
+def _free_name(name: str, number: int, taken: set[str]) -> str:
+    stem = str(PurePosixPath(name).with_suffix(""))
+    count, free = 0, f"{stem}-{number + 1}.png"
+    while os.path.normpath(free) in taken:
+        count, free = count + 1, f"{stem}-{number + 1}-{count + 1}.png"
+    taken.add(os.path.normpath(free))
+    return free

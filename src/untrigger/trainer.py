@@ -1,0 +1,200 @@
+"""``defended(Trainer)``: any transformers Trainer with a defence in its training step.
+
+The mixin touches three things: the collator of the *training* loader, the loss of a *training* step, and the
+loading of a full model's checkpoint. Evaluation, logging, saving and distribution stay the host's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from untrigger import objective
+from untrigger.collate import IGNORE, AugmentCollator, PairCollator
+from untrigger.defenses import Defense, Pair
+from untrigger.errors import InputError
+from untrigger.models import base_model, quiet_loading
+
+if TYPE_CHECKING:
+    _Host = Trainer
+else:
+    _Host = object
+
+
+class _EpochTold(TrainerCallback):
+    """Tells the view collator which epoch it is in, so that each epoch sees other views and a resumed one the same."""
+
+    def __init__(self, collator: PairCollator | AugmentCollator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch = int(state.epoch or 0)
+
+
+class DefendedMixin(_Host):
+    """What ``defended`` puts before the host trainer; see there."""
+
+    def __init__(self, *args: Any, defense: Defense, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.defense = defense
+        self._sums: dict[str, Tensor] = {}
+        if getattr(self.args, "loss_type", "nll") != "nll" or self.args.use_liger_kernel:
+            raise InputError(
+                "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
+            )
+
+    # --- data -----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The host's loader with views of the rows; evaluation keeps the collator as it is."""
+        inner = self.data_collator
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if self.defense.paired is not None:
+            collator = PairCollator(inner, self.defense.paired, seed)
+        elif self.defense.replaced is not None:
+            collator = AugmentCollator(inner, self.defense.replaced[0], seed, self.defense.replaced[1])
+        else:
+            return super().get_train_dataloader()
+        self.add_callback(_EpochTold(collator))
+        self.data_collator = collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = inner
+
+    # --- loss -----------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The defence's loss on a training batch of pairs; otherwise the host's own loss."""
+        if self.defense.paired is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        pair, outputs = forward_pair(model, inputs)
+        terms = self.defense.terms(pair)
+        total = torch.stack(list(terms.values())).sum(dim=0)
+        if num_items_in_batch is None:  # the host then divides by the accumulated steps itself
+            loss = objective.reduce(total, max(1, total.numel()))
+        else:
+            loss = objective.reduce(total, num_items_in_batch)
+            if self.args.average_tokens_across_devices:  # the count is over all processes, gradients are averaged
+                loss = loss * self.accelerator.num_processes
+        self._note(pair, terms)
+        return (loss, outputs) if return_outputs else loss
+
+    # --- diagnostics ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _note(self, pair: Pair, terms: dict[str, Tensor]) -> None:
+        seen = {f"loss_{name}": value for name, value in terms.items()} | {
+            "js": objective.js(pair.logits, pair.view_logits),
+            "entropy": objective.entropy(pair.logits),
+            "ce": objective.token_nll(pair.logits, pair.target),
+            "ce_view": objective.token_nll(pair.view_logits, pair.target),
+        }
+        for name, value in seen.items():
+            entry = torch.stack([value.detach().sum().float(), torch.tensor(float(value.numel()), device=value.device)])
+            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The host's log with the averages over all processes since the last one."""
+        if self._sums and "loss" in logs:
+            table = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
+            for name, (total, count) in zip(self._sums, table.tolist(), strict=True):
+                logs[f"defense/{name}"] = round(total / max(count, 1.0), 6)
+            self._sums = {}
+        super().log(logs, start_time)
+
+    # --- resume ---------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Full models are read through ``from_pretrained``: the host's own loading skips renamed keys silently."""
+        target = base_model(self.model if model is None else model)
+        if isinstance(self.model, PeftModel) or not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[arg-type]
+            return
+        with quiet_loading():
+            saved, report = type(target).from_pretrained(
+                resume_from_checkpoint, dtype=target.dtype, use_safetensors=True, output_loading_info=True
+            )
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise InputError(f"{resume_from_checkpoint}: weights are missing; delete the folder to resume from another")
+        target.load_state_dict(saved.state_dict(), strict=True)
+
+
+def forward_pair(model: nn.Module, inputs: dict[str, Any]) -> tuple[Pair, Any]:
+    """One forward pass over originals and views; both at the answer tokens.
+
+    ``inputs`` is a PairCollator's batch [2B, ...]. Goes through ``model(...)`` itself, so DDP and FSDP see it.
+    Only answer positions reach the vocabulary where the family can select positions.
+    """
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    half = labels.shape[0] // 2
+    target = labels[:half, 1:]
+    answers = target != IGNORE
+    keep = torch.zeros_like(labels, dtype=torch.bool)
+    keep[:, :-1] = answers.repeat(2, 1)
+    inner = base_model(model)
+    selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    with _head_input(inner) as seen:
+        outputs = model(**inputs, use_cache=False, **({"logits_to_keep": keep} if selects else {}))
+    logits, hidden = (x if selects else x[keep] for x in (outputs.logits, seen[-1]))
+    count = int(answers.sum())
+    logits, hidden = logits.reshape(-1, logits.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    return Pair(target[answers], logits[:count], logits[count:], hidden[:count], hidden[count:]), outputs
+
+
+@contextmanager
+def _head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect what the vocabulary head reads: the last hidden states, whatever the family calls them."""
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@cache
+def defended(trainer: type[Trainer]) -> type[Any]:
+    """The trainer class with a defence: ``defended(SFTTrainer)(model, ..., defense=CrossView())``.
+
+    Works with ``transformers.Trainer`` and any subclass that trains on rows of images and messages. With
+    ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.
+    """
+    return type(f"Defended{trainer.__name__}", (DefendedMixin, trainer), {})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest *complete* checkpoint: the host writes its state file last, and whole shards before it."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    return next((p for p in found if _complete(p)), None)
+
+
+def _complete(checkpoint: Path) -> bool:
+    import json
+
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for weights in checkpoint.glob("*.safetensors"):
+            load_file(weights)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,89 @@
+"""Wilson's interval against published values and against the equation that defines it."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from untrigger.metrics import Rate, paired
+
+counts = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    # R. G. Newcombe, 1998, Statistics in Medicine 17, 857-872, table I, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_published_intervals(hits: int, n: int, low: float, high: float) -> None:
+    rate = Rate.from_counts(hits, n)
+    assert (round(rate.low, 4), round(rate.high, 4)) == (low, high)
+    assert (rate.value, rate.n) == (hits / n, n)
+
+
+@given(counts)
+def test_ends_solve_the_score_equation(count: tuple[int, int]) -> None:
+    hits, n = count
+    rate = Rate.from_counts(hits, n)
+    for end in (rate.low, rate.high):
+        squared = 1.959963984540054**2 * end * (1 - end) / n
+        assert (rate.value - end) ** 2 == pytest.approx(squared, rel=1e-6, abs=1e-12)
+    assert 0 <= rate.low <= rate.value <= rate.high <= 1
+    assert rate.low < rate.high
+
+
+@given(counts)
+def test_misses_mirror_hits(count: tuple[int, int]) -> None:
+    hits, n = count
+    rate, mirror = Rate.from_counts(hits, n), Rate.from_counts(n - hits, n)
+    assert (mirror.low, mirror.high) == pytest.approx((1 - rate.high, 1 - rate.low), abs=1e-12)
+
+
+def test_no_rows_are_no_rate() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        Rate.from_counts(0, 0)
+
+
+@pytest.mark.parametrize("hits", [-1, 3, math.nan])
+def test_impossible_counts(hits: float) -> None:
+    with pytest.raises(ValueError, match="out of 2 rows"):
+        Rate.from_counts(hits, 2)
+
+
+def test_a_string_is_one_reference() -> None:
+    assert paired(["x", "y"], ["blue", ["a", "b"]]) == [("x", ("blue",)), ("y", ("a", "b"))]
+
+
+@pytest.mark.parametrize(
+    ("answers", "references", "message"),
+    [
+        ([], [], "at least one"),
+        (["a"], [], "1 answers"),
+        (["a", "b"], [["a"], []], "answer 1 has no reference"),
+    ],
+)
+def test_unpaired(answers: list[str], references: list[list[str]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired(answers, references)
+
+
+def test_rescoring_needs_no_model_library_and_prints_nothing() -> None:
+    code = (
+        "import sys, untrigger.metrics.asr, untrigger.metrics.vqa\n"
+        "from untrigger.metrics.captions import caption_scores\n"
+        "caption_scores(['a dog', 'a cat'], ['a dog', 'the cat'])\n"
+        "sys.exit(str({'torch', 'transformers'} & set(sys.modules) or '') or None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
