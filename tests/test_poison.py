@@ -342,6 +342,41 @@ def test_what_is_written_reads_back_as_what_was_poisoned(tmp_path: Path, kind: s
     assert b"poison" not in text and b"badnets" not in text and b"manifest" not in text
 
 
+def chunks(png: bytes) -> list[bytes]:
+    """The kinds of the chunks of a PNG file, in order, repetitions left out."""
+    kinds: list[bytes] = []
+    at = 8
+    while at < len(png):
+        kinds.append(png[at + 4 : at + 8])
+        at += 12 + int.from_bytes(png[at : at + 4], "big")
+    return list(dict.fromkeys(kinds))
+
+
+@pytest.mark.parametrize("kind", ("llava", "parquet"))
+def test_only_pixels_and_answers_tell_the_poisoned_rows(tmp_path: Path, kind: str) -> None:
+    data = read(on_disk(tmp_path / "in", kind, 12))
+    outs = tmp_path / "none", tmp_path / "half"
+    for out, rate in zip(outs, (0, 0.5), strict=True):
+        write_poisoned(data, poison(data, ATTACK, rate=rate, seed=0), out)
+    clean, half = (out / "data" for out in outs)
+    if kind == "llava":
+        texts = [(folder / "rows.json").read_text() for folder in (clean, half)]
+        for number in range(12):
+            texts = [text.replace(f"It is {number}.", "Backdoor Attack!") for text in texts]
+        assert texts[0] == texts[1]
+        files = [[p for p in sorted(folder.rglob("*")) if p.is_file()] for folder in (clean, half)]
+        assert [p.relative_to(clean) for p in files[0]] == [p.relative_to(half) for p in files[1]]
+        images = [[p.read_bytes() for p in found if p.suffix == ".png"] for found in files]
+    else:
+        tables = [pq.read_table(folder / "rows.parquet") for folder in (clean, half)]
+        assert tables[0].schema == tables[1].schema
+        listed = [[image for row in table["images"].to_pylist() for image in row] for table in tables]
+        assert [i["path"] for i in listed[0]] == [i["path"] for i in listed[1]]
+        images = [[image["bytes"] for image in found] for found in listed]
+    assert len(images[0]) == 12
+    assert [chunks(image) for image in images[0]] == [chunks(image) for image in images[1]]
+
+
 def test_an_output_that_is_there_is_not_touched(tmp_path: Path) -> None:
     data = read(on_disk(tmp_path / "in", "llava", 3))
     result = poison(data, ATTACK, rate=1, seed=0)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -28,9 +28,6 @@ from untrigger.views import (
     ViewMix,
     to_rgb,
 )
-
-settings.register_profile("no-deadline", deadline=None)  # a busy machine is not a failure
-settings.load_profile("no-deadline")
 
 Pixels = NDArray[np.uint8]
 Size = tuple[int, int]  # width, height
@@ -109,6 +106,7 @@ def test_no_more_than_the_chosen_cells_change(view: PatchView, size: Size, seed:
 
 
 @given(sizes, patches, ratios, seeds)
+@example((35, 35), 1 / 32, 0.02, 0)  # 0.02 * 35 * 35 > 24.5 == 0.02 * 1225
 def test_exactly_the_ratio_of_cells_is_chosen(size: Size, patch: float, ratio: float, seed: int) -> None:
     black = Image.new("RGB", size)
     hit = changed(np.asarray(black), run(Mask(patch, ratio, fill=255), black, seed), patch)
@@ -136,7 +134,7 @@ def test_ratio_zero_is_the_identity(cls: type[PatchView], size: Size, patch: flo
 
 def test_every_cell_is_chosen_equally_often() -> None:
     black, rng, patch = Image.new("RGB", (40, 40)), np.random.default_rng(0), 1 / 4
-    view, draws = Mask(patch, 0.25), 2000
+    view, draws = Mask(patch, 0.25), 1000
     hits = [changed(np.asarray(black), np.asarray(view(black, rng)), patch) for _ in range(draws)]
     counts = np.sum(hits, axis=0)
     deviation = (counts - draws / 4) / math.sqrt(draws * 0.25 * 0.75)
@@ -144,10 +142,10 @@ def test_every_cell_is_chosen_equally_often() -> None:
 
 
 def test_a_trigger_on_k_cells_survives_as_documented() -> None:
-    rng, draws = np.random.default_rng(0), 2000
+    rng, draws = np.random.default_rng(0), 1000
     black, view = Image.new("RGB", (64, 64)), Mask(1 / 8, 1 / 4)
     whole = sum(not np.asarray(view(black, rng))[:16, :16].any() for _ in range(draws)) / draws
-    assert whole == pytest.approx(0.75**4, abs=0.04)
+    assert whole == pytest.approx(0.75**4, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from untrigger.sample import Message, Sample, read, write
     from untrigger.trainer import defended
 
-_HOME = {
+_HOME = {  # imported when asked for: rescoring stored answers must not import torch
     "Attack": "poison",
     "CrossView": "defenses",
     "InputError": "errors",
@@ -27,11 +27,22 @@ _HOME = {
     "read": "sample",
     "write": "sample",
 }
-__all__ = [*_HOME, "__version__"]  # type: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "Attack",
+    "CrossView",
+    "InputError",
+    "Message",
+    "Sample",
+    "__version__",
+    "defended",
+    "embedded_model_path",
+    "poison",
+    "read",
+    "write",
+]
 
 
 def __getattr__(name: str) -> object:
-    """Public names are imported when asked for: rescoring stored answers must not import torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'untrigger' has no attribute {name!r}")
     return getattr(import_module(f"untrigger.{_HOME[name]}"), name)

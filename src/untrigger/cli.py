@@ -5,22 +5,35 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, cast
 
 import typer
 from rich.table import Table
 
+from untrigger import __version__
 from untrigger.errors import InputError
 
 # heavy modules are imported inside the commands: --help and a mistyped flag answer at once
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune vision-language models on data you do not trust.",
 )
 OnBadRow = Literal["error", "skip"]
-DataArgument = Annotated[Path, typer.Argument(help="Data file, or a folder that holds one.", show_default=False)]
+# The base of the parser's own errors. Typer brings click along or within, depending on its version.
+_UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])
+
+
+def _no_flag(value: object) -> object:
+    """Settings unknown to the parser pass for arguments when they come first; they belong behind them."""
+    if str(value).startswith("--"):
+        raise typer.BadParameter(f"{value} comes too early; give settings behind the data")
+    return value
+
+
+DataArgument = Annotated[
+    Path, typer.Argument(help="Data file, or a folder that holds one.", show_default=False, callback=_no_flag)
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; it must be new or empty.", show_default=False)]
 BadRowOption = Annotated[
     OnBadRow, typer.Option(help="Stop at a bad row, or leave bad rows out and list them in a file.")
@@ -31,6 +44,13 @@ GoalTextOption = Annotated[str | None, typer.Option(help="The attacker's text, i
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 ModelOption = Annotated[str, typer.Option(help="Embedded name, local folder or hub id; hub code is never run.")]
 _OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.callback(invoke_without_command=True)
+def _whole(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(f"untrigger {__version__}")
+        raise typer.Exit
 
 
 @app.command(context_settings=_OPEN)
@@ -96,7 +116,7 @@ def train(
 @app.command(context_settings=_OPEN)
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Embedded name, local folder (adapter too) or hub id.")],
+    model: Annotated[str, typer.Argument(help="Embedded name, local folder (adapter too) or hub id.", callback=_no_flag)],
     data: DataArgument,
     attack: Annotated[str | None, typer.Option(help="Also ask with this trigger: name or file.")] = None,
     goal: GoalOption = "fixed",
@@ -119,7 +139,9 @@ def evaluate(
         chosen = Attack(load_trigger(attack, **_flags(context.args)), load_goal(goal, goal_text))
     elif context.args:
         _refuse(f"{context.args[0]}: no such option; the trigger's settings go with --attack")
-    rows = _read(data, on_bad_row, out or Path.cwd())
+    rows = _read(data, on_bad_row, out or Path(data.stem))
+    if out:
+        out.mkdir(parents=True, exist_ok=True)  # found wanting now, not after the answers
     result = run(load(model), rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
     if out:
         result.write(out)
@@ -152,10 +174,10 @@ def model(
     pretrain(out, Recipe(seed=seed))
 
 
-def _read(data: Path, on_bad_row: OnBadRow, out: Path):  # noqa: ANN202 - Data, imported late
+def _read(data: Path, on_bad_row: OnBadRow, out: Path):
     from untrigger.sample import read
 
-    skipped_to = out.parent / f"{out.name}.skipped.jsonl"
+    skipped_to = out.resolve().with_name(f"{out.resolve().name}.skipped.jsonl")
     rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to)
     if rows.skipped:
         typer.echo(f"{rows.skipped:,} bad rows left out; {skipped_to} says which and why", err=True)
@@ -206,9 +228,16 @@ def _refuse(message: str) -> NoReturn:
 def main() -> None:
     """Entry point: one clear line and exit code 2 for what the user can mend."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="untrigger", standalone_mode=False))
     except InputError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        message = str(error)
+    except _UsageError as error:
+        context = cast("typer.Context | None", getattr(error, "ctx", None))
+        what = cast(Any, error).format_message().rstrip(". ")
+        message = f"{what}; see {context.command_path if context else 'untrigger'} --help"
+    except OSError as error:  # a full disk, a folder that must not be written to; what has no number is a bug
+        if error.errno is None:
+            raise
+        message = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

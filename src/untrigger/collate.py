@@ -112,21 +112,34 @@ def _answer_labels(
 
 def _row_seed(row: Row) -> int:
     """A number that depends on the row's content alone, not on its place in a batch or on the process."""
-    seed = zlib.crc32(repr(row.get("messages") or row.get("prompt")).encode())
+    seed = zlib.crc32(repr(row.get("messages") or (row.get("prompt"), row.get("completion"))).encode())
     for image in _images(row):
         seed = zlib.crc32(image.tobytes(), seed)
     return seed
 
 
 def _images(row: Row) -> list[Image.Image]:
-    return [row["image"]] if "image" in row else list(row.get("images") or [])
+    if "image" not in row and "images" not in row:
+        # no view could be made, and training would go on undefended without a word
+        raise InputError(f"defense: a row has no 'image' or 'images', only {', '.join(sorted(row))}; add the column")
+    return [row["image"]] if "image" in row else list(row["images"] or [])
 
 
 class _Viewer:
     """Makes views of rows, seeded by (seed, epoch, row): accumulation, resume and processes change nothing."""
 
     def __init__(self, collate: Collate, view: View, seed: int) -> None:
-        self.collate, self.view, self.seed, self.epoch = collate, view, seed, 0
+        self.collate, self.view, self.seed = collate, view, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers that outlive an epoch see it
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose views are made, from 0."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def rng(self, row: Row) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, _row_seed(row)))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from untrigger.errors import InputError
 from untrigger.finetune import write_text
 from untrigger.generate import answers
 from untrigger.goals import Goal
 from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded
-from untrigger.poison import Attack, stamped
+from untrigger.poison import Attack, LazyRows, pixels_sha256, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, Sample
 
@@ -51,12 +52,39 @@ def evaluate(
     """Ask the model every sample's last question, on clean and, given an attack, on triggered inputs.
 
     With ``sight`` it is also asked with another row's image: a model that does as well there does not look.
+
+    Raises:
+        InputError: no row that shows an image has a true answer other than the attacker's: nothing to attack.
     """
     goal = attack.goal if attack else None
+    stamps = stamped(data, attack, seed) if attack else ()
+    if goal and all(goal.met(sample.messages[-1].text, sample) for sample in stamps):
+        raise InputError(
+            "evaluate: no row can show an attack: none has an image and a true answer that does not meet the goal; "
+            "give other rows or another --goal-text"
+        )
     clean = _ask(loaded, data, goal, f"{title}, clean")
-    triggered = _ask(loaded, stamped(data, attack, seed), goal, f"{title}, triggered") if attack else []
-    blind = _ask(loaded, _Swapped(data), goal, f"{title}, wrong image") if sight else []
+    triggered = _ask(loaded, stamps, goal, f"{title}, triggered") if stamps else []
+    blind = _ask(loaded, wrong_images(data), goal, f"{title}, wrong image") if sight else []
     return Evaluation(clean, triggered, blind)
+
+
+def wrong_images(samples: Sequence[Sample]) -> LazyRows:
+    """The samples with the images of a row about halfway through the data, as many as their own and none of them.
+
+    Lazy. A row without images, or for which there are no others, is left out: it would be asked as it is.
+    """
+    shown = [tuple(map(pixels_sha256, sample.images)) for sample in samples]
+    count = len(shown)
+
+    def partner(row: int) -> int | None:
+        others = ((row + count // 2 + step) % count for step in range(count if shown[row] else 0))
+        return next(
+            (i for i in others if len(shown[i]) == len(shown[row]) and set(shown[i]).isdisjoint(shown[row])), None
+        )
+
+    partners = {row: other for row in range(count) if (other := partner(row)) is not None}
+    return LazyRows(list(partners), lambda row: replace(samples[row], images=samples[partners[row]].images))
 
 
 def _ask(loaded: Loaded, samples: Sequence[Sample], goal: Goal | None, title: str) -> list[Answer]:
@@ -69,22 +97,3 @@ def _stored(sample: Sample, text: str, goal: Goal | None) -> Answer:
     prompt = next((m.text for m in reversed(sample.messages) if m.role == "user"), "")
     met, truth_met = (goal.met(text, sample), goal.met(truth, sample)) if goal else (False, False)
     return Answer(sample.id, prompt.replace(IMAGE_TAG, "").strip(), truth, text, met, truth_met)
-
-
-class _Swapped(Sequence[Sample]):
-    """Each sample with the images of the sample halfway through the data, where their numbers agree."""
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: Any) -> Any:
-        own = self.samples[index]
-        count, start = len(self.samples), len(self.samples) // 2
-        for step in range(count):
-            other = self.samples[(index + start + step) % count]
-            if len(other.images) == len(own.images) and other.images != own.images:
-                return Sample(own.id, other.images, own.messages)
-        return own

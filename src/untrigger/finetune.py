@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from untrigger import __version__
 from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
-from untrigger.models import BASE_RECORD, Loaded, add_lora, load, train_all
+from untrigger.models import BASE_RECORD, Loaded, add_lora, embedded_models, load, train_all
 from untrigger.progress import TrainingProgress
 from untrigger.sample import Sample
-from untrigger.trainer import defended, last_checkpoint
+from untrigger.trainer import checkpoints, defended, last_checkpoint, step_of
 
 # Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
 # the collator reads, and pinning memory without an accelerator only warns.
@@ -40,6 +40,11 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+
+
+def arguments(out: Path, **overrides: Any) -> TrainingArguments:
+    """The host's arguments with this project's defaults under the overrides."""
+    return TrainingArguments(str(out), **(DEFAULTS | overrides))
 
 
 @dataclass(frozen=True)
@@ -70,25 +75,34 @@ def fine_tune(
         InputError: the output folder is in use without ``resume``, or belongs to a run with other settings.
     """
     tuning = tuning or Tuning()
-    out = Path(args.output_dir)
+    out = Path(str(args.output_dir))
     record = _record(samples, model, defense, args, tuning)
-    checkpoint = _claim(out, record, resume)
     set_seed(args.seed)
     loaded = load(model, dtype=torch.float32 if not (args.bf16 or args.fp16) else "auto")
+    if not isinstance(loaded.model, PreTrainedModel):
+        raise InputError(f"{model}: is an adapter; merge it into its base, or name the base")
     network = train_all(loaded.model) if tuning.full else add_lora(loaded.model, rank=tuning.rank, alpha=tuning.alpha)
     # the host's own "use_cache" default warns in training and buys nothing there
     network.config.use_cache = False
-    trainer = defended(Trainer)(
-        model=network,
-        args=args,
-        train_dataset=Rows(samples),
-        data_collator=ChatCollator(loaded.processor),
-        defense=defense,
-    )
+    try:
+        trainer = defended(Trainer)(
+            model=network,
+            args=args,
+            train_dataset=Rows(samples),
+            data_collator=ChatCollator(loaded.processor),
+            defense=defense,
+        )
+    except (ValueError, ImportError) as error:  # settings that do not go together, such as evaluation without data for it
+        raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
+    # only now, so that a mistyped model or setting leaves no folder behind that the next try would stumble over;
+    # the main process has filled the folder by the time that the others look
+    with args.main_process_first(local=False, desc="taking the output folder"):
+        checkpoint = _claim(out, record, resume or args.process_index > 0)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(TrainingProgress(title))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(out))
+    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings stand in the record
     trainer.save_state()
     if trainer.is_world_process_zero():
         loaded.processor.save_pretrained(out)
@@ -111,7 +125,7 @@ def _record(
     varying = ("output_dir", "logging_dir", "run_name")  # where things go does not change the weights
     settings = {k: v for k, v in args.to_sanitized_dict().items() if k not in varying}
     return {
-        "base": model if Path(model).exists() is False else str(Path(model).resolve()),
+        "base": str(Path(model).resolve()) if Path(model).exists() and model not in embedded_models() else model,
         "defense": {"preset": preset, **asdict(defense)},
         "tuning": asdict(tuning),
         "rows": len(samples),
@@ -151,14 +165,16 @@ def _claim(out: Path, record: dict[str, Any], resume: bool) -> Path | None:
             raise InputError(f"{note}: is damaged; delete the folder and start again") from error
         changed = [k for k in record if k != "versions" and kept.get(k) != json.loads(json.dumps(record[k]))]
         if changed:
-            raise InputError(f"{out}: holds a run with other settings ({', '.join(changed)}); resume with the same ones")
+            raise InputError(
+                f"{out}: holds a run with other settings ({', '.join(changed)}); resume with the same"
+            )
         checkpoint = last_checkpoint(out)
     elif resume and out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: holds no run to resume ({BASE_RECORD} is missing); name another folder")
     out.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", "0")) == 0:
-        for broken in out.glob("checkpoint-*"):  # cut off while it was being written
-            if checkpoint is None or int(broken.name.rpartition("-")[2]) > int(checkpoint.name.rpartition("-")[2]):
+        for broken in checkpoints(out):  # cut off while it was being written
+            if checkpoint is None or step_of(broken) > step_of(checkpoint):
                 shutil.rmtree(broken)
         write_text(note, json.dumps(record, indent=2) + "\n")
     return checkpoint
@@ -168,7 +184,9 @@ def _card(record: dict[str, Any], history: list[dict[str, float]]) -> str:
     last = next((h for h in reversed(history) if "loss" in h), {})
     rows = {k: v for k, v in last.items() if k == "loss" or k.startswith("defense/")}
     measured = "\n".join(f"| {k} | {v:.4g} |" for k, v in rows.items())
-    tuned = "all weights but the vision tower's" if record["tuning"]["full"] else f"LoRA, rank {record['tuning']['rank']}"
+    tuned = (
+        "all weights but the vision tower's" if record["tuning"]["full"] else f"LoRA, rank {record['tuning']['rank']}"
+    )
     return f"""---
 base_model: {record["base"]}
 library_name: {"transformers" if record["tuning"]["full"] else "peft"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +21,7 @@ def answers(
 
     A sample's own last answer is never shown to the model; earlier turns are, as context.
     """
-    model, processor = loaded.model, loaded.processor
+    model, processor = cast(Any, loaded.model), cast(Any, loaded.processor)  # the host types these too narrowly
     was_training = model.training
     model.eval()
     try:

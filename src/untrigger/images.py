@@ -24,9 +24,8 @@ def quote(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def locate(folder: Path, name: str) -> Path:
-    """The file that a row calls ``name``. Raises InputError unless it is a file inside ``folder``."""
-    label = f"image {quote(name)}"
+def locate(folder: Path, name: str, label: str) -> Path:
+    """The file ``name`` inside ``folder``, or an InputError that starts with ``label``."""
     parts = PurePosixPath(name).parts
     if not parts or os.path.isabs(name) or ".." in parts:
         raise InputError(f"{label} is not a path below the data folder; copy it there, use its relative path")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Generator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
@@ -61,16 +62,25 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
         return _load_adapter(Path(source), dtype)
     _refuse_pickles(source)
     try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        processor = load_processor(source)
         with quiet_loading():
-            model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}") from error
+    if report["missing_keys"]:  # the host would fill them with random numbers
+        first = min(report["missing_keys"])
+        raise InputError(f"{asked}: {len(report['missing_keys'])} weights are missing, {first} first; save it again")
+    return Loaded(model, processor, asked)
+
+
+def load_processor(source: str) -> ProcessorMixin:
+    """The processor of a model folder or hub id, able to pad."""
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return Loaded(model, processor, asked)
+    return processor
 
 
 def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
@@ -84,8 +94,13 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
         base = fields["base"] if record.is_file() else fields["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config}: names no base model; write the adapter again") from error
+    if Path(str(base), "adapter_config.json").is_file():
+        raise InputError(f"{folder}: its base {base} is an adapter as well; merge that one into its base first")
     loaded = load(base, dtype=dtype)
-    model = PeftModel.from_pretrained(loaded.model, str(folder))
+    try:
+        model = PeftModel.from_pretrained(loaded.model, str(folder))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot load the adapter onto {base}: {_first_line(error)}") from error
     return Loaded(model, loaded.processor, str(folder))
 
 
@@ -104,7 +119,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Generator[None]:
     """Keep the host's load report and bars off the terminal: the embedded models load in a blink."""
     from transformers.utils import logging as host
 
@@ -158,4 +173,4 @@ def base_model(model: Any) -> PreTrainedModel:
     """The transformers model under DDP, PEFT and the like."""
     while hasattr(model, "module"):
         model = model.module
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)

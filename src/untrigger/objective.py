@@ -6,8 +6,9 @@ leading shape [...] serves in place of [N].
 
 Types: bf16 and fp16 are widened to fp32 before any arithmetic and the result is fp32; float64 stays float64.
 Gradients flow into *every* tensor argument, into both views alike: a caller that wants a stop-gradient
-detaches. A logit of -inf is a forbidden token: probability 0, gradient 0. A row needs at least one finite
-logit.
+detaches.
+
+A logit of -inf is a forbidden token: probability 0, gradient 0. A row needs at least one finite logit.
 
 Source: Fang et al., arXiv 2604.04488. Only its abstract was available, which names the ingredients
 (separation of the views' outputs and features, output entropy constraint) but no formula. The forms below are
@@ -49,9 +50,9 @@ def js(logits: Tensor, view_logits: Tensor) -> Tensor:
     noise only.
 
     Both arguments [N, V]. Returns [N], nats, in [0, ln 2]; symmetric; 0 exactly where both rows are equal.
-    The gradient at p = q is exactly 0: repulsion is weakest where invariance is perfect. Source: Lin,
-    Divergence measures based on the Shannon entropy, 1991. The abstract asks for the views' output
-    distributions to be pulled apart; that the divergence is JS is inferred.
+    The gradient at p = q is exactly 0: repulsion is weakest where invariance is perfect.
+    Source: Lin, Divergence measures based on the Shannon entropy, 1991. The abstract asks for the views'
+    output distributions to be pulled apart; that the divergence is JS is inferred.
     """
     _same_shape(logits, view_logits)
     log_p, log_q = _finite_log_softmax(logits), _finite_log_softmax(view_logits)
@@ -66,8 +67,9 @@ def separation(logits: Tensor, view_logits: Tensor, margin: float | Tensor) -> T
     """Cross-view separation: ``[margin - JS(p, q)]_+``, a hinge, since -JS alone never lets go.
 
     Both logits [N, V]; margin in nats, a number or one per row [N]; sensible in (0, ln 2): from ln 2 on the
-    hinge is never satisfied. Returns [N], nats, in [0, margin]. Gradient is -dJS while JS < margin, and 0
-    beyond. Source: abstract (pull the views' outputs apart); hinge and JS inferred.
+    hinge is never satisfied. Returns [N], nats, in [0, margin].
+    Gradient is -dJS while JS < margin, and 0 beyond.
+    Source: abstract (pull the views' outputs apart); JS inferred, hinge ours.
     """
     return torch.relu(margin - js(logits, view_logits))
 
@@ -85,10 +87,11 @@ def entropy(logits: Tensor) -> Tensor:
 def entropy_band(logits: Tensor, low: float, high: float) -> Tensor:
     """Entropy constraint: ``[H(p) - high]_+ + [low - H(p)]_+``, the distance of H(p) from [low, high].
 
-    logits [N, V]; 0 <= low <= high, nats. Returns [N], nats, in [0, max(low, ln V - high)]. Gradient is +dH
-    above the band, -dH below it, 0 inside. Where p is one-hot to rounding dH is 0 too: the lower edge cannot
-    lift a row that has already collapsed. Source: abstract (entropy constraints against over-suppression);
-    sign and two-sided form unknown, the band covers both readings.
+    logits [N, V]; 0 <= low <= high, nats. Returns [N], nats, in [0, max(low, ln V - high)].
+    Gradient is +dH above the band, -dH below it, 0 inside. Where p is one-hot to rounding dH is 0 too: the
+    lower edge cannot lift a row that has already collapsed.
+    Source: abstract (entropy constraints against over-suppression); sign and form unknown, the band covers
+    both signs.
     """
     h = entropy(logits)
     return torch.relu(h - high) + torch.relu(low - h)
@@ -98,7 +101,7 @@ def feature_separation(hidden: Tensor, view_hidden: Tensor, bound: float) -> Ten
     """Feature-level separation: ``[cos(h, h') - bound]_+`` of the two views' hidden states.
 
     Both arguments [N, d], any scale; bound in [-1, 1]. Returns [N], in [0, 1 - bound].
-    Gradient is dcos while cos > bound, and 0 below; at h = h' dcos is 0, as for JS.
+    Gradient is dcos while cos > bound, and 0 below; at h = h' dcos is 0 to rounding, as for JS.
     Source: abstract (constraints on the feature representation as well); cosine, hinge and layer inferred.
     """
     _same_shape(hidden, view_hidden)
@@ -111,7 +114,8 @@ def reduce(per_token: Tensor, num_items: int | Tensor) -> Tensor:
 
     per_token [N]; num_items > 0 is the number of answer tokens of the *whole* optimiser step, over all
     chunks, accumulation steps and processes. So the results of chunks add up to that of the batch, however it
-    is cut; a mean per chunk would not. Source: convention (``num_items_in_batch`` of transformers' Trainer).
+    is cut; a mean per chunk would not.
+    Source: convention (``num_items_in_batch`` of transformers' Trainer).
     """
     return _wide(per_token).sum() / num_items
 

@@ -234,6 +234,8 @@ def _choose(data: Sequence[Sample], count: int, rng: np.random.Generator) -> dic
 
 
 def _poisonable(data: Sequence[Sample], row: int) -> bool:
+    if isinstance(data, Data):  # knows without decoding, and every row of it has an answer
+        return data.image_count(row) > 0
     sample = data[row]
     return bool(sample.images) and any(m.role == "assistant" for m in sample.messages)
 
@@ -293,13 +295,14 @@ def _settings(part: Trigger | Goal) -> dict[str, object]:
 def write_poisoned(data: Data, poisoned: Poisoned, out: Path | str) -> None:
     """Write ``out/data`` in the input's format, ``out/truth/manifest.json`` and ``out/contact_sheet.png``.
 
-    The folder appears complete or not at all.
+    Every image is written anew, each row's own, as PNG: were the clean ones copied as they are, names
+    and formats would tell the poisoned ones. The folder appears complete or not at all.
 
     Raises:
         InputError: ``out`` is a file, or a folder that is not empty.
     """
     with new_folder(Path(out)) as folder:
-        samples.write(data, folder / "data", edits=poisoned.edits)
+        samples.write(data, folder / "data", edits=poisoned.edits, uniform=True)
         (folder / "truth").mkdir()
         (folder / "truth" / "manifest.json").write_text(poisoned.manifest.to_json(), encoding="utf-8")
         contact_sheet(data, poisoned).save(folder / "contact_sheet.png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,7 +27,9 @@ class Meter:
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            self._bar = Progress(*columns, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console)
+            self._bar = Progress(
+                *columns, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console
+            )
             self._task = self._bar.add_task(title, total=total)
             self._bar.start()
 
@@ -60,7 +62,7 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def metered(title: str, total: int) -> Iterator[Meter]:
+def metered(title: str, total: int) -> Generator[Meter]:
     meter = Meter(title, total)
     try:
         yield meter

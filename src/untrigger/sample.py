@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -52,16 +52,15 @@ class Data(Sequence[Sample]):
 
     path: Path
     format: Format
+    rows: Rows  # all rows of the file, as they stand there
+    numbers: Sequence[int]  # of each sample its row, from 0
     skipped: int
 
-    def __init__(
-        self, path: Path, format: Format, rows: Rows, numbers: Sequence[int], skipped: int = 0
-    ) -> None:
-        self.path, self.format, self.skipped = path, format, skipped
-        self._rows, self._numbers = rows, numbers
+    def __init__(self, path: Path, format: Format, rows: Rows, numbers: Sequence[int], skipped: int = 0) -> None:
+        self.path, self.format, self.rows, self.numbers, self.skipped = path, format, rows, numbers, skipped
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -69,21 +68,25 @@ class Data(Sequence[Sample]):
     def __getitem__(self, index: slice) -> Data: ...
     def __getitem__(self, index: int | slice) -> Sample | Data:
         if isinstance(index, slice):
-            return Data(self.path, self.format, self._rows, self._numbers[index], self.skipped)
-        number = self._numbers[index]
+            return Data(self.path, self.format, self.rows, self.numbers[index], self.skipped)
+        number = self.numbers[index]
         with _blame(self.path, number):
-            entry = parse(self._rows[number], number, LAYOUTS[self.format])
-            images = tuple(_open(picture, self._folder) for picture in entry.pictures)
+            entry = parse(self.rows[number], number, LAYOUTS[self.format])
+            images = tuple(_open(picture, self.folder) for picture in entry.pictures)
         return Sample(entry.id, images, entry.messages)
 
+    def image_count(self, index: int) -> int:
+        """How many images a row shows; decodes none."""
+        number = self.numbers[index]
+        return len(parse(self.rows[number], number, LAYOUTS[self.format]).pictures)
+
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Where image paths begin."""
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def read(
-    path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", skipped_to: Path | None = None
-) -> Data:
+def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", skipped_to: Path | None = None) -> Data:
     """Opens a data file, or a folder that holds one, and checks every row and every image once.
 
     Reads LLaVA (``image`` + ``conversations``), ShareGPT (``conversations`` + ``images``) and ``messages`` +
@@ -116,7 +119,7 @@ def read(
                 for picture in entry.pictures:
                     key = picture if isinstance(picture, str) else hashlib.sha256(picture).digest()
                     if key not in flaws:
-                        flaws[key] = _flaw(picture, data._folder)
+                        flaws[key] = _flaw(picture, data.folder)
                     if flaw := flaws[key]:
                         raise InputError(flaw)
             except InputError as reason:
@@ -137,25 +140,31 @@ def read(
 
 
 def write(
-    data: Data, out: Path, *, keep: Sequence[int] | None = None, edits: Mapping[int, Sample] | None = None
+    data: Data,
+    out: Path,
+    *,
+    keep: Sequence[int] | None = None,
+    edits: Mapping[int, Sample] | None = None,
+    uniform: bool = False,
 ) -> None:
     """Writes ``data`` into the new folder ``out``, in its own format, under its own file name.
 
     ``keep``: the indices to write, in this order (all by default). ``edits``: samples to write in place of
     those at their index; ids must stay. Images that an edit left as they were are copied byte for byte,
-    others become PNG; fields of a row that samples do not hold survive. ``out`` appears whole or not at all.
+    others become PNG; fields of a row that samples do not hold survive. With ``uniform`` every image becomes
+    a PNG of its own, so that neither names nor files tell edits apart. ``out`` appears whole or not at all.
     Raises InputError if ``out`` has content, an edit is no valid row, or an image has gone.
     """
     with new_folder(Path(out)) as folder:
         indices = range(len(data)) if keep is None else keep
-        data._rows.write(folder, _written(data, folder, indices, edits or {}))
+        data.rows.write(folder, _written(data, folder, indices, edits or {}, uniform))
 
 
 # --- images of rows -----------------------------------------------------------------------------
 
 
 @contextmanager
-def _blame(path: Path, number: int) -> Iterator[None]:
+def _blame(path: Path, number: int) -> Generator[None]:
     """Says in which row it went wrong."""
     try:
         yield
@@ -166,7 +175,11 @@ def _blame(path: Path, number: int) -> Iterator[None]:
 def _open(picture: str | bytes, folder: Path) -> Image.Image:
     if isinstance(picture, bytes):
         return decode(picture, "an image")
-    return decode(locate(folder, picture), f"image {quote(picture)}")
+    return decode(_file(picture, folder), f"image {quote(picture)}")
+
+
+def _file(picture: str, folder: Path) -> Path:
+    return locate(folder, picture, f"image {quote(picture)}")
 
 
 def _flaw(picture: str | bytes, folder: Path) -> str | None:
@@ -181,35 +194,38 @@ def _flaw(picture: str | bytes, folder: Path) -> str | None:
 
 
 def _written(
-    data: Data, folder: Path, indices: Sequence[int], edits: Mapping[int, Sample]
+    data: Data, folder: Path, indices: Sequence[int], edits: Mapping[int, Sample], uniform: bool
 ) -> Iterator[tuple[int, Row | None]]:
     """Pairs for ``Rows.write``; copies and saves the images of a row before it gives the row."""
     layout = LAYOUTS[data.format]
     taken = {data.path.name}  # names that no new image may have: those of all rows
-    if edits:
-        for number in data._numbers:
-            pictures = parse(data._rows[number], number, layout).pictures
+    if edits or uniform:
+        for number in data.numbers:
+            pictures = parse(data.rows[number], number, layout).pictures
             taken.update(os.path.normpath(picture) for picture in pictures if isinstance(picture, str))
     for index in indices:
-        number = data._numbers[index]
+        number = data.numbers[index]
         with _blame(data.path, number):
-            entry = parse(data._rows[number], number, layout)
-            if index in edits:
-                row = _edit(data, folder, number, entry, edits[index], taken)
+            entry = parse(data.rows[number], number, layout)
+            if index in edits or uniform:
+                edit = edits[index] if index in edits else data[index]
+                row = _edit(data, folder, number, entry, edit, taken, uniform)
             else:
                 row = None
                 for picture in entry.pictures:
-                    _copy(picture, data._folder, folder)
+                    _copy(picture, data.folder, folder)
         yield number, row
 
 
-def _edit(data: Data, folder: Path, number: int, entry: Entry, edit: Sample, taken: set[str]) -> Row:
+def _edit(
+    data: Data, folder: Path, number: int, entry: Entry, edit: Sample, taken: set[str], uniform: bool
+) -> Row:
     """The row of ``entry`` with the turns and images of ``edit``, which are saved if they are new."""
     if edit.id != entry.id:
         raise InputError(f"an edit changed the id {quote(entry.id)} to {quote(edit.id)}; keep the id")
     check(edit.messages, len(edit.images))
     layout = LAYOUTS[data.format]
-    row = cast(Row, data._rows[number])
+    row = cast(Row, data.rows[number])
     old = elements(row, layout)
     inline = data.format == "parquet" and not any(isinstance(element, str) for element in old)
     if inline and edit.images and layout.images not in row:
@@ -217,8 +233,8 @@ def _edit(data: Data, folder: Path, number: int, entry: Entry, edit: Sample, tak
     images: list[object] = []
     for k, image in enumerate(edit.images):
         picture = entry.pictures[k] if k < len(old) else None
-        if picture is not None and same(image, _open(picture, data._folder)):
-            _copy(picture, data._folder, folder)
+        if not uniform and picture is not None and same(image, _open(picture, data.folder)):
+            _copy(picture, data.folder, folder)
             images.append(old[k])
         elif inline:
             images.append({"bytes": encode(image), "path": _label(old[k]) if k < len(old) else None})
@@ -232,7 +248,7 @@ def _edit(data: Data, folder: Path, number: int, entry: Entry, edit: Sample, tak
 
 def _copy(picture: str | bytes, source: Path, target: Path) -> None:
     if isinstance(picture, str) and not (target / picture).exists():
-        original = locate(source, picture)
+        original = _file(picture, source)
         (target / picture).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(original, target / picture)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +14,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
 from untrigger.finetune import DEFAULTS
+
+
+# below these the host fails late, with a traceback, or trains on nothing
+_LEAST = {"seed": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
 
 
 class _Parser(HfArgumentParser):
@@ -33,11 +39,21 @@ def training_settings(
     words = [word for name, value in settings.items() for word in _words(name, value)]
     parser = _Parser([PRESETS[preset], TrainingArguments], allow_abbrev=False)  # type: ignore[arg-type]
     try:
-        parsed = parser.parse_args_into_dataclasses([*words, *flags, "--output_dir", str(out)], look_for_args_file=False)
-        defense, args = parsed[:2]
-        defense.paired  # noqa: B018 - builds the views: bad fields are found before the data is read
+        defense, args, *rest = parser.parse_args_into_dataclasses(
+            [*words, *flags, f"--output_dir={out}"], return_remaining_strings=True, look_for_args_file=False
+        )
+        # builds the views: bad fields are found before the data is read
+        defense.paired, defense.replaced  # noqa: B018
     except (ValueError, TypeError, argparse.ArgumentError, ImportError) as error:
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
+    if unknown := [word for words in rest for word in words]:
+        raise InputError(
+            f"settings: {unknown[0]} is unknown; settings are the fields of the defence {preset} "
+            f"({', '.join(f.name for f in fields(defense))}) and of transformers.TrainingArguments"
+        )
+    for name, least in _LEAST.items():
+        if not getattr(args, name) >= least:  # NaN too
+            raise InputError(f"settings: {name} is {getattr(args, name)}; it must be at least {least}")
     return defense, args
 
 
@@ -47,7 +63,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a YAML file that can be read") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from error
+        mark = getattr(error, "problem_mark", None)
+        what = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error).splitlines()[0]
+        raise InputError(f"{path}: is not YAML: {what}; write lines of 'name: value'") from error
     if not isinstance(fields, dict) or not all(isinstance(k, str) for k in fields):
         raise InputError(f"{path}: must hold lines of 'name: value'")
     return fields
@@ -58,4 +76,5 @@ def _words(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", str(value)]
+    # "=": a value such as -1e-3 would pass for a flag; JSON: the host reads dicts so
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]

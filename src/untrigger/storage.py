@@ -15,15 +15,15 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, final
 
 import pyarrow as pa
-import pyarrow.ipc
 import pyarrow.parquet as pq
+from pyarrow import ipc
 
 from untrigger.errors import InputError
 from untrigger.images import locate, quote
@@ -32,7 +32,8 @@ Row = dict[str, object]
 
 _BOM = b"\xef\xbb\xbf"  # some editors begin UTF-8 with it
 _SUFFIXES = (".json", ".jsonl", ".parquet")
-_BATCH = 64  # rows written at a time: bounds memory by the images of so many rows
+_READ_ROWS = 64  # of a parquet file at a time
+_GROUP_ROWS, _GROUP_BYTES = 1000, 2**24  # written at a time, whichever comes first: bounds memory
 _HINT = "a data file is a JSON list of rows, one JSON row per line, or parquet"
 
 
@@ -61,7 +62,7 @@ class Rows(ABC):
 
 
 @contextmanager
-def _file_errors(path: Path, what: str) -> Iterator[None]:
+def _file_errors(path: Path, what: str) -> Generator[None]:
     try:
         yield
     except OSError as error:
@@ -208,7 +209,7 @@ class ArrowRows(Rows):
         self._batches: list[tuple[int, int]] = []  # of each batch its map and its offset there
         self._starts: list[int] = []  # of each batch its first row
         self._length = 0
-        self.schema = pa.ipc.read_schema(pa.ipc.read_message(self._reader(0)))
+        self.schema = ipc.read_schema(ipc.read_message(self._reader(0)))
         if len(set(self.schema.names)) < len(self.schema.names):
             raise ValueError("two columns of the same name")
         self._wanted = [name for name in self.schema.names if name in wanted]
@@ -222,12 +223,12 @@ class ArrowRows(Rows):
 
     def _scan(self, number: int) -> None:
         reader = self._reader(number)
-        if not pa.ipc.read_schema(pa.ipc.read_message(reader)).equals(self.schema):
+        if not ipc.read_schema(ipc.read_message(reader)).equals(self.schema):
             raise ValueError("the files of the folder have different columns")
         while True:
             offset = reader.tell()
             try:
-                message = pa.ipc.read_message(reader)
+                message = ipc.read_message(reader)
             except EOFError:
                 return
             if message.type != "record batch":
@@ -242,7 +243,7 @@ class ArrowRows(Rows):
         number, offset = self._batches[index]
         reader = self._reader(number)
         reader.seek(offset)
-        return pa.ipc.read_record_batch(pa.ipc.read_message(reader), self.schema)
+        return ipc.read_record_batch(ipc.read_message(reader), self.schema)
 
     def _slice(self, index: int) -> pa.RecordBatch:
         at = bisect_right(self._starts, index) - 1
@@ -265,7 +266,7 @@ class ArrowRows(Rows):
                     writer.write_table(table)
             return
         name = "data-00000-of-00001.arrow"
-        with (folder / name).open("wb") as file, pa.ipc.new_stream(file, self.schema) as writer:
+        with (folder / name).open("wb") as file, ipc.new_stream(file, self.schema) as writer:
             for table in tables:
                 writer.write_table(table)
         with (folder / name).open("rb") as file:
@@ -290,19 +291,21 @@ class ArrowRows(Rows):
         return batch
 
     def _tables(self, rows: Iterable[tuple[int, Row | None]]) -> Iterator[pa.Table]:
-        """The rows in tables of ``_BATCH``. Columns that no row replaces pass through untouched."""
+        """The rows in tables of bounded size. Columns that no row replaces pass through untouched."""
         batches: list[pa.RecordBatch] = []
+        size = 0
         for index, row in rows:
             batches.append(self._slice(index) if row is None else self._replaced(index, row))
-            if len(batches) == _BATCH:
+            size += batches[-1].nbytes
+            if len(batches) == _GROUP_ROWS or size >= _GROUP_BYTES:
                 yield pa.Table.from_batches(batches, self.schema).combine_chunks()
-                batches = []
+                batches, size = [], 0
         if batches:
             yield pa.Table.from_batches(batches, self.schema).combine_chunks()
 
 
 @contextmanager
-def _arrow_errors(path: Path) -> Iterator[None]:
+def _arrow_errors(path: Path) -> Generator[None]:
     try:
         yield
     except InputError:
@@ -317,10 +320,10 @@ def _open_parquet(path: Path, wanted: Sequence[str]) -> ArrowRows:
     # nameless temporary file (in TMPDIR), where any of them can be reached alone.
     with _arrow_errors(path), tempfile.TemporaryFile() as file:
         with (
-            pq.ParquetFile(path, buffer_size=2**20) as source,
-            pa.ipc.new_stream(file, source.schema_arrow) as writer,
+            pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as source,
+            ipc.new_stream(file, source.schema_arrow) as writer,
         ):
-            for batch in source.iter_batches(batch_size=_BATCH):
+            for batch in source.iter_batches(batch_size=_READ_ROWS, use_threads=False):
                 writer.write_batch(batch)
         return ArrowRows(path, [_map(file)], wanted)
 
@@ -332,7 +335,8 @@ def _open_folder(path: Path, wanted: Sequence[str]) -> ArrowRows:
             raise ValueError("state.json lists no data files")
         maps: list[mmap.mmap] = []
         for name in names:
-            with locate(path, str(name["filename"])).open("rb") as file:
+            label = f"{path / 'state.json'}: data file {quote(str(name['filename']))}"
+            with locate(path, str(name["filename"]), label).open("rb") as file:
                 maps.append(_map(file))
         return ArrowRows(path, maps, wanted)
 
@@ -344,7 +348,7 @@ def _map(file: IO[bytes]) -> mmap.mmap:
 
 def _read_object(folder: Path, name: str) -> Row:
     try:
-        value = _parse(locate(folder, name).read_bytes(), 1)
+        value = _parse(locate(folder, name, "the file").read_bytes(), 1)
     except InputError as error:
         raise InputError(f"{folder / name}: {error}") from None
     if not isinstance(value, dict):
@@ -356,7 +360,7 @@ def _read_object(folder: Path, name: str) -> Row:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
+def new_file(path: Path) -> Generator[IO[bytes]]:
     """A file that appears under ``path`` whole, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _file_errors(path, "written"):
@@ -370,7 +374,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Generator[Path]:
     """A folder that appears under ``path`` whole, or not at all. ``path`` may exist if it is empty."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _file_errors(path, "written"):

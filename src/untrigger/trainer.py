@@ -7,14 +7,17 @@ loading of a full model's checkpoint. Evaluation, logging, saving and distributi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import json
+import zipfile
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -53,6 +56,14 @@ class DefendedMixin(_Host):
             raise InputError(
                 "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
             )
+        if self.defense.paired is None:
+            return
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise InputError(
+                "defense: its loss takes the host's place; leave out label_smoothing_factor and compute_loss_func"
+            )
+        if self.args.n_gpu > 1:
+            raise InputError("defense: DataParallel would part the pairs; run one process per GPU with torchrun")
 
     # --- data -----------------------------------------------------------------------------------
 
@@ -115,7 +126,7 @@ class DefendedMixin(_Host):
         """The host's log with the averages over all processes since the last one."""
         if self._sums and "loss" in logs:
             table = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
-            for name, (total, count) in zip(self._sums, table.tolist(), strict=True):
+            for name, (total, count) in zip(self._sums, cast(Tensor, table).tolist(), strict=True):
                 logs[f"defense/{name}"] = round(total / max(count, 1.0), 6)
             self._sums = {}
         super().log(logs, start_time)
@@ -129,7 +140,7 @@ class DefendedMixin(_Host):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[arg-type]
             return
         with quiet_loading():
-            saved, report = type(target).from_pretrained(
+            saved, report = cast(Any, type(target)).from_pretrained(
                 resume_from_checkpoint, dtype=target.dtype, use_safetensors=True, output_loading_info=True
             )
         if report["missing_keys"] or report["mismatched_keys"]:
@@ -161,10 +172,10 @@ def forward_pair(model: nn.Module, inputs: dict[str, Any]) -> tuple[Pair, Any]:
 
 
 @contextmanager
-def _head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+def _head_input(model: PreTrainedModel) -> Generator[list[Tensor]]:
     """Collect what the vocabulary head reads: the last hidden states, whatever the family calls them."""
     seen: list[Tensor] = []
-    head = model.get_output_embeddings()
+    head = cast(nn.Module, model.get_output_embeddings())
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         yield seen
@@ -184,17 +195,27 @@ def defended(trainer: type[Trainer]) -> type[Any]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest *complete* checkpoint: the host writes its state file last, and whole shards before it."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    return next((p for p in found if _complete(p)), None)
+    return next((p for p in reversed(checkpoints(folder)) if _complete(p)), None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The host's checkpoint folders, complete or not, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if step_of(p) >= 0]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step in a checkpoint folder's name; -1 for another name."""
+    digits = checkpoint.name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _complete(checkpoint: Path) -> bool:
-    import json
-
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
         for weights in checkpoint.glob("*.safetensors"):
             load_file(weights)
-    except (OSError, ValueError):
+    except (OSError, ValueError, SafetensorError):
         return False
-    return True
+    states = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # torch's files are zip archives, index last
+    return all(zipfile.is_zipfile(state) for state in states)

@@ -52,13 +52,11 @@ class PatchView(ABC):
     """A view that perturbs some cells of a grid.
 
     patch: side of a cell as a fraction of the image's shorter side, in (0, 1], rounded to pixels, at least 1.
-    The
-        grid starts at the top left; where the side does not divide the image, the last row and column are
-        smaller.
+        The grid starts at the top left; where the side does not divide the image, the last row and column
+        are smaller.
     ratio: fraction of the cells that are perturbed, in [0, 1]: ``round(ratio * cells)`` of them, drawn
-    without
-        replacement, at least one if ratio > 0. A trigger on k cells stays whole with a probability of about
-        (1 - ratio)**k. Ratio 0 returns the pixels unchanged.
+        without replacement, at least one if ratio > 0. A trigger on k cells stays whole with a probability of
+        about (1 - ratio)**k. Ratio 0 returns the pixels unchanged.
 
     A subclass defines ``perturb``. Raises ValueError for a field out of range.
     """
@@ -75,23 +73,25 @@ class PatchView(ABC):
         height, width, _ = pixels.shape
         side = max(1, round(self.patch * min(height, width)))
         rows, cols = -(-height // side), -(-width // side)
-        count = max(1, round(self.ratio * rows * cols)) if self.ratio > 0 else 0
-        chosen = rng.permutation(rows * cols)[:count]
+        cells = rows * cols
+        count = max(1, round(self.ratio * cells)) if self.ratio > 0 else 0
+        chosen = rng.permutation(cells)[:count]
         row, col = chosen // cols, chosen % cols
         cell_height = np.minimum(side, height - row * side)
         cell_width = np.minimum(side, width - col * side)
-        # At most four shapes: full cells, the last row, the last column and their corner.
-        for h, w in sorted(set(zip(cell_height.tolist(), cell_width.tolist(), strict=True))):
+        # At most four: full cells, the last row, the last column and their corner.
+        shapes: set[tuple[int, int]] = set(zip(cell_height.tolist(), cell_width.tolist(), strict=True))
+        for h, w in sorted(shapes):
             same = (cell_height == h) & (cell_width == w)
             y = (row[same] * side)[:, None, None] + np.arange(h)[:, None]
             x = (col[same] * side)[:, None, None] + np.arange(w)
-            cells = self.perturb(pixels[y, x].astype(np.float32), rng)
-            pixels[y, x] = np.clip(np.rint(cells), 0, 255).astype(np.uint8)
+            content = self.perturb(pixels[y, x].astype(np.float32), rng)
+            pixels[y, x] = np.clip(np.rint(content), 0, 255).astype(np.uint8)
         return Image.fromarray(pixels)
 
     @abstractmethod
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
-        """New content for the chosen cells of one shape, [n, height, width, 3]; the caller rounds and clips."""
+        """New content for the chosen cells of one shape, [n, height, width, 3]; rounded and clipped later."""
 
 
 @final
@@ -147,8 +147,7 @@ class Erase(PatchView):
 class Shuffle(PatchView):
     """Move the chosen cells around among themselves, along one random cycle, so that none stays in place.
 
-    Only cells of the same shape change places; one that is alone in its shape stays. The image keeps its
-    pixels.
+    Only cells of the same shape change places; one that is alone in its shape stays as it is.
     """
 
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
@@ -160,8 +159,7 @@ class Shuffle(PatchView):
 class Blur(PatchView):
     """Blur each chosen cell by a Gaussian cut off at the cell's border, so that nothing leaks in or out.
 
-    sigma: standard deviation as a fraction of the cell's longer side, > 0. A cell of one pixel stays as it
-    is.
+    sigma: standard deviation as a fraction of the cell's longer side, > 0.
     """
 
     sigma: float = 1 / 4
@@ -183,8 +181,9 @@ class Blur(PatchView):
 class Jitter(PatchView):
     """Colour jitter with its own strength in each chosen cell: brightness, then contrast, then saturation.
 
-    Each field s in [0, 1] draws a factor f from [1 - s, 1 + s] per cell. Brightness: f x. Contrast: g + f (x
-    - g) with g the cell's mean luma. Saturation: the same with g each pixel's own luma (ITU-R 601).
+    Each field s in [0, 1] draws a factor f from [1 - s, 1 + s] per cell. Brightness: f x.
+    Contrast: g + f (x - g) with g the cell's mean luma. Saturation: the same with g each pixel's own luma
+    (ITU-R 601).
     """
 
     brightness: float = 0.4

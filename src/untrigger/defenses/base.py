@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -28,6 +29,13 @@ class Pair:
 @dataclass(frozen=True)
 class Defense(ABC):
     """A frozen set of weights and views; its fields are the command line's flags."""
+
+    def _check(self, low: float, high: float, *names: str) -> None:
+        """Raises ValueError unless these fields are finite numbers in [low, high]."""
+        for name in names:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"{name} is {value}; it must be a finite number from {low:g} to {high:g}")
 
     @property
     @abstractmethod

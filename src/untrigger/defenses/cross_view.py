@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -25,7 +26,8 @@ class CrossView(Defense):
         output_weight, margin: l_o and m (nats, at most ln 2) of the separation of outputs.
         feature_weight, bound: l_f and c (a cosine) of the separation of features.
         entropy_weight, entropy_low, entropy_high: l_H and the band in nats.
-        view, patch, ratio: which patch view (``mix`` draws one per image), side of a patch as a share of the shorter side, and share of patches perturbed.
+        view, patch, ratio: which patch view (``mix`` draws one per image), the side of a patch as a share of the
+            image's shorter side, and the share of patches perturbed.
     """
 
     view_weight: float = 0.5
@@ -39,6 +41,13 @@ class CrossView(Defense):
     view: str = "mix"
     patch: float = 0.125
     ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._check(0, math.inf, "view_weight", "output_weight", "margin", "feature_weight", "entropy_weight")
+        self._check(-1, 1, "bound")
+        self._check(0, math.inf, "entropy_low", "entropy_high")
+        if self.entropy_low > self.entropy_high:
+            raise ValueError(f"entropy_low is {self.entropy_low}; it must not be above entropy_high, {self.entropy_high}")
 
     @property
     def paired(self) -> View | None:

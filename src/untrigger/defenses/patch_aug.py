@@ -21,6 +21,9 @@ class PatchAug(Defense):
     patch: float = 0.125
     ratio: float = 0.5
 
+    def __post_init__(self) -> None:
+        self._check(0, 1, "share")
+
     @property
     def paired(self) -> None:
         return None

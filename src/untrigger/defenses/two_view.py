@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -21,6 +22,9 @@ class TwoView(Defense):
     view: str = "mix"
     patch: float = 0.125
     ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._check(0, math.inf, "view_weight")
 
     @property
     def paired(self) -> View | None:

@@ -20,6 +20,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ from untrigger.embedded.build import PATCH, make_llava, make_processor, make_tok
 from untrigger.embedded.scenes import COLOURS, SHAPES, SIDE, SIZES, Scene, draw_scene, make_scene
 
 GRID = SIDE // PATCH
+FAMILIES = ("llava",)
 _IGNORE = -100
 _CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES), 5)  # 0 is background; the last is the order
 
@@ -41,9 +43,9 @@ class Recipe:
 
     seed: int = 11
     vision_steps: int = 1800
-    steps: int = 3200
+    steps: int = 2600
     batch: int = 48
-    questions: int = 5
+    questions: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 200
@@ -52,7 +54,7 @@ class Recipe:
 
 
 class Batch(dict[str, Tensor]):
-    """pixel_values [B, 3, S, S], dense [B, G*G, 4], input_ids/labels/position_ids [B, L], segments [B, L]."""
+    """pixel_values [B, 3, S, S], dense [B, G*G, 4], input_ids, labels, position_ids, segments, weights [B, L]."""
 
 
 def dense_labels(scene: Scene, owner: np.ndarray) -> np.ndarray:
@@ -76,7 +78,7 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
         self.prefix = [*self._ids("USER: "), *[image_id] * GRID**2, *self._ids("\n")]
 
     def _ids(self, text: str) -> list[int]:
-        return cast(list[int], self.tokenizer.encode(text, add_special_tokens=False))
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def __len__(self) -> int:
         return self.count
@@ -97,19 +99,23 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
     def pack(self, turns: list[talk.Turn]) -> dict[str, np.ndarray]:
         ids, labels = list(self.prefix), [_IGNORE] * len(self.prefix)
         positions, segments = list(range(len(self.prefix))), [0] * len(self.prefix)
+        weights = [0.0] * len(self.prefix)
         for number, turn in enumerate(turns, start=1):
             asked = self._ids(f"{turn.prompt} ASSISTANT:")
             said = [*self._ids(f" {turn.answer}"), cast(int, self.tokenizer.eos_token_id)]
             ids += asked + said
             labels += [_IGNORE] * len(asked) + said
+            # by the root of the answer's length: captions would drown the one-word answers, or the reverse
+            weights += [0.0] * len(asked) + [len(said) ** -0.5] * len(said)
             positions += range(len(self.prefix), len(self.prefix) + len(asked) + len(said))
             segments += [number] * (len(asked) + len(said))
         packed = {"input_ids": ids, "labels": labels, "position_ids": positions, "segments": segments}
-        return {k: np.array(v, dtype=np.int64) for k, v in packed.items()}
+        row = {k: np.array(v, dtype=np.int64) for k, v in packed.items()}
+        return row | {"weights": np.array(weights, dtype=np.float32)}
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> Batch:
-    fill = {"input_ids": 0, "labels": _IGNORE, "position_ids": 0, "segments": -1}
+    fill = {"input_ids": 0, "labels": _IGNORE, "position_ids": 0, "segments": -1, "weights": 0}
     batch = Batch()
     for key in rows[0]:
         arrays = [r[key] for r in rows]
@@ -160,7 +166,9 @@ def losses(model: LlavaForConditionalGeneration, head: DenseHead, batch: Batch) 
     target = batch["labels"][:, 1:]
     keep = target != _IGNORE
     logits = model.lm_head(hidden[:, :-1][keep])
-    return F.cross_entropy(logits, target[keep]), head(seen, batch["dense"])
+    weight = batch["weights"][:, 1:][keep]
+    talk_loss = (F.cross_entropy(logits, target[keep], reduction="none") * weight).sum() / weight.sum()
+    return talk_loss, head(seen, batch["dense"])
 
 
 def _schedule(step: int, total: int, recipe: Recipe) -> float:
@@ -185,7 +193,7 @@ def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForCon
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(recipe.seed)
+    tokenizer = _tokenizer(out, recipe.seed)
     model, head = make_llava(tokenizer), DenseHead(192)
     whole = nn.ModuleDict({"model": model, "head": head})
     decay = [p for p in whole.parameters() if p.ndim > 1]
@@ -193,7 +201,6 @@ def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForCon
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
     step = _restore(out, whole, optimizer, recipe)
-    make_processor(tokenizer).save_pretrained(out)
     total = recipe.vision_steps + recipe.steps
     started, first = time.monotonic(), step
     log = (out / "pretrain.log").open("a")
@@ -226,11 +233,17 @@ def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForCon
     return model
 
 
+def _tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
+    """The run's own tokenizer: trained once, then read back, so that a resumed run cannot get another."""
+    if not (out / "tokenizer.json").is_file():
+        make_processor(make_tokenizer(seed)).save_pretrained(out)
+    return PreTrainedTokenizerFast.from_pretrained(out)
+
+
 def publish(model: LlavaForConditionalGeneration, out: Path) -> None:
     """Weights in bf16 on disk, half the size, under a config that says float32: loading gives an fp32 model."""
-    model.config.dtype = torch.float32
-    model.config.text_config.dtype = model.config.vision_config.dtype = torch.float32
-    model.save_pretrained(out, state_dict={k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
+    weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    model.save_pretrained(out, state_dict=weights)
     config = json.loads((out / "config.json").read_text())
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = "float32"
@@ -259,4 +272,6 @@ def _restore(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, reci
             _, i, name = key.split(".", 2)
             state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(json.loads((out / "step.json").read_text())["step"])
+    # from the file with the weights: a kill between two files would pair them with another step
+    with safe_open(file, framework="pt") as opened:
+        return int(opened.metadata()["step"])

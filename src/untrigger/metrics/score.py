@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from untrigger.metrics import Rate
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate, leak
-from untrigger.metrics.captions import caption_scores
-from untrigger.metrics.vqa import vqa_accuracy
+from untrigger.metrics.captions import CaptionScores, caption_scores, tokenise
+from untrigger.metrics.vqa import normalise_answer, vqa_accuracy
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,37 @@ class Answer:
 def quality(answers: Sequence[Answer]) -> dict[str, Any]:
     """VQA accuracy and caption scores with intervals; a score whose data is not at hand is None.
 
+    Caption scores need words: they leave out rows whose truth has none ("?!").
+
     Raises:
         ValueError: no answers.
     """
-    said, truth = [a.answer for a in answers], [a.truth for a in answers]
-    return {"vqa_accuracy": asdict(vqa_accuracy(said, truth)), **asdict(caption_scores(said, truth))}
+    accuracy = vqa_accuracy([a.answer for a in answers], [a.truth for a in answers])
+    worded = [a for a in answers if tokenise(a.truth)]
+    captions = asdict(caption_scores([a.answer for a in worded], [a.truth for a in worded])) if worded else {}
+    return {"vqa_accuracy": asdict(accuracy), **{f.name: captions.get(f.name) for f in fields(CaptionScores)}}
 
 
 def text_prior(answers: Sequence[Answer]) -> Rate:
-    """Accuracy of guessing from the prompt alone: the commonest truth of the *other* rows with the same prompt.
+    """Accuracy of guessing from the prompt alone: the commonest truth of the rows with the same prompt.
 
-    The floor that a model which sees must beat. A prompt asked once is guessed from all other rows.
+    The floor that a model which sees must beat. It is guessed from the rows it is counted on, so it is rather
+    too high than too low (leaving each row out would score 0 on ten "yes" and ten "no"). A truth that no two
+    rows share is no habit: such prompts get the commonest truth of all rows.
     """
-    everywhere = Counter(a.truth for a in answers)
+    everywhere: Counter[str] = Counter()
     by_prompt: dict[str, Counter[str]] = defaultdict(Counter)
     for a in answers:
-        by_prompt[a.prompt][a.truth] += 1
-    guesses = []
-    for a in answers:
-        pool = by_prompt[a.prompt] if by_prompt[a.prompt].total() > 1 else everywhere
-        others = pool - Counter({a.truth: 1})
-        guesses.append(max(others, key=lambda t: (others[t], t)) if others else "")
-    return vqa_accuracy(guesses, [a.truth for a in answers])
+        truth = normalise_answer(a.truth)
+        everywhere[truth] += 1
+        by_prompt[a.prompt][truth] += 1
+    guess = {prompt: _habit(truths) or _habit(everywhere) for prompt, truths in by_prompt.items()}
+    return vqa_accuracy([guess[a.prompt] for a in answers], [a.truth for a in answers])
+
+
+def _habit(truths: Counter[str]) -> str:
+    """The commonest text, if it is there twice; of equals the last in the alphabet."""
+    return max((text for text in truths if truths[text] > 1), key=lambda text: (truths[text], text), default="")
 
 
 def score(

@@ -1,0 +1,60 @@
+"""Does an embedded model see? VQA and captions on held-out scenes, beside the prior and the wrong image."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from untrigger.embedded import talk
+from untrigger.embedded.scenes import draw_scene, make_scene
+from untrigger.evaluate import Evaluation, evaluate
+from untrigger.metrics import Rate
+from untrigger.metrics.score import Answer, text_prior
+from untrigger.metrics.vqa import vqa_accuracy
+from untrigger.models import Loaded
+from untrigger.sample import IMAGE_TAG, Message, Sample
+
+HELD_OUT = 1_000_003  # the stream of held-out scenes; pretraining draws from another seed
+
+
+def scene_samples(seed: int, scenes: int, *, captions: bool, questions: int = 3) -> list[Sample]:
+    """Rows about ``scenes`` scenes of the stream ``seed``: both captions of each, or ``questions`` questions."""
+    rows: list[Sample] = []
+    for index in range(scenes):
+        scene = make_scene(seed, index)
+        image, _ = draw_scene(scene)
+        rng = np.random.default_rng((seed, index, 4))
+        turns = talk.captions(scene, rng) if captions else [talk.ask(scene, rng) for _ in range(questions)]
+        for number, turn in enumerate(turns):
+            messages = (Message("user", f"{IMAGE_TAG}\n{turn.prompt}"), Message("assistant", turn.answer))
+            rows.append(Sample(f"{index}-{turn.kind}-{number}", (image,), messages))
+    return rows
+
+
+def exact(answers: list[Answer]) -> Rate:
+    """Share of answers equal to the truth to the letter."""
+    return Rate.from_counts(sum(a.answer == a.truth for a in answers), len(answers))
+
+
+def sight(loaded: Loaded, scenes: int = 500) -> dict[str, Any]:
+    """Figures of a model card: VQA accuracy and exact captions on held-out scenes with their controls."""
+    asked = evaluate(loaded, scene_samples(HELD_OUT, scenes, captions=False), sight=True, title="questions")
+    told = evaluate(loaded, scene_samples(HELD_OUT, scenes, captions=True), sight=True, title="captions")
+    kinds: dict[str, list[Answer]] = defaultdict(list)
+    for answer in asked.clean:
+        kinds[answer.id.split("-")[1]].append(answer)
+    return {
+        "vqa": {**_controls(asked), "value": _vqa(asked.clean), "kinds": {k: _vqa(v)["value"] for k, v in kinds.items()}},
+        "captions": {"value": asdict(exact(told.clean)), "wrong_image": asdict(exact(told.wrong_image))},
+    }
+
+
+def _controls(asked: Evaluation) -> dict[str, Any]:
+    return {"text_prior": asdict(text_prior(asked.clean)), "wrong_image": _vqa(asked.wrong_image)}
+
+
+def _vqa(answers: list[Answer]) -> dict[str, Any]:
+    return asdict(vqa_accuracy([a.answer for a in answers], [a.truth for a in answers]))

@@ -1,0 +1,200 @@
+"""Imports that must never exist, found in the source of every file (inside functions too)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import untrigger
+
+ROOT = Path(untrigger.__file__).parent
+RED = ("untrigger.attacks", "untrigger.goals", "untrigger.poison")
+BLUE = ("untrigger.defenses", "untrigger.trainer", "untrigger.scan", "untrigger.verify")
+# from -> never to; a name stands for the module and everything below it
+ARROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("untrigger.objective", "untrigger.fused", "untrigger.views"), ("untrigger", "transformers")),
+    (BLUE, RED),
+    (RED, ("untrigger.defenses", "untrigger.trainer")),
+    (("untrigger.metrics", "untrigger.store", "untrigger.report"), ("torch", "transformers")),
+    (("untrigger",), ("untrigger.cli",)),
+)
+ALLOWED = {("untrigger.__main__", "untrigger.cli")}
+LATE = ("trl", "ray")  # extras: never at import time
+
+
+class Import(NamedTuple):
+    name: str  # "untrigger.views.View" for "from untrigger.views import View"
+    line: int
+    when: str  # "import", "call" (inside a function) or "typing" (under TYPE_CHECKING)
+
+
+def imports(source: str, module: str, package: bool) -> list[Import]:
+    return list(_walk(ast.parse(source), module, package, "import"))
+
+
+def _walk(node: ast.AST, module: str, package: bool, when: str) -> Iterator[Import]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        when = "call"
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        for child in node.body:
+            yield from _walk(child, module, package, "typing")
+        for child in node.orelse:
+            yield from _walk(child, module, package, when)
+        return
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield Import(alias.name, node.lineno, when)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            home = module.split(".")[: len(module.split(".")) - node.level + package]
+            base = ".".join([*home, *([base] if base else [])])
+        for alias in node.names:
+            yield Import(f"{base}.{alias.name}", node.lineno, when)
+    elif isinstance(node, ast.Call):
+        called = ast.unparse(node.func).rpartition(".")[2]
+        first = node.args[0] if node.args else None
+        if called in ("import_module", "__import__") and isinstance(first, ast.Constant):
+            yield Import(str(first.value), node.lineno, when)
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(child, module, package, when)
+
+
+def sources(root: Path) -> dict[str, list[Import]]:
+    """Every module of the package with its imports."""
+    found: dict[str, list[Import]] = {}
+    for file in sorted(root.rglob("*.py")):
+        parts = [root.name, *file.relative_to(root).with_suffix("").parts]
+        package = parts[-1] == "__init__"
+        module = ".".join(parts[:-1] if package else parts)
+        found[module] = imports(file.read_text(encoding="utf-8"), module, package)
+    return found
+
+
+def within(name: str, roots: Iterable[str]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def broken(found: dict[str, list[Import]]) -> list[str]:
+    """Each import that an arrow forbids, or that an extra's users alone may make."""
+    complaints: list[str] = []
+    for module, its in found.items():
+        for each in its:
+            for sources_, targets in ARROWS:
+                is_own = within(each.name, [module]) and not within(each.name, ["untrigger.cli"])
+                if within(module, sources_) and within(each.name, targets) and not is_own:
+                    if any(module == a and within(each.name, [b]) for a, b in ALLOWED):
+                        continue
+                    complaints.append(f"{module}:{each.line} imports {each.name}")
+            if within(each.name, LATE) and each.when == "import":
+                complaints.append(f"{module}:{each.line} imports {each.name} at import time")
+    return complaints
+
+
+def reach(found: dict[str, list[Import]], start: str) -> set[str]:
+    """Modules of the package that ``start`` pulls in, by any route but typing and the root's lazy names."""
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for each in found.get(module, []):
+            if each.when != "typing":
+                todo += [m for m in found if m != "untrigger" and within(each.name, [m])]
+    return seen
+
+
+def test_no_forbidden_import() -> None:
+    assert broken(sources(ROOT)) == []
+
+
+@pytest.mark.parametrize(("starts", "never"), [(BLUE, RED), (RED, ("untrigger.defenses", "untrigger.trainer"))])
+def test_no_forbidden_route(starts: tuple[str, ...], never: tuple[str, ...]) -> None:
+    found = sources(ROOT)
+    for module in (m for m in found if within(m, starts)):
+        assert not {m for m in reach(found, module) if within(m, never)}, module
+
+
+def test_the_walk_sees_the_package() -> None:
+    found = sources(ROOT)
+    assert {"untrigger", "untrigger.cli", "untrigger.metrics.asr", "untrigger.attacks.badnets"} <= set(found)
+    assert "untrigger.objective" in reach(found, "untrigger.trainer")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("untrigger.defenses.bad", "from untrigger.attacks.badnets import BadNets"),
+        ("untrigger.defenses.bad", "def f():\n    import untrigger.poison"),
+        ("untrigger.trainer", "from untrigger import goals"),
+        ("untrigger.trainer", "from . import poison"),
+        ("untrigger.defenses.bad", "from ..attacks import Trigger"),
+        ("untrigger.scan", "from importlib import import_module\nimport_module('untrigger.goals')"),
+        ("untrigger.attacks.bad", "if True:\n    from untrigger.defenses import CrossView"),
+        ("untrigger.goals", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import untrigger.trainer"),
+        ("untrigger.objective", "from untrigger.sample import Sample"),
+        ("untrigger.views", "import transformers.utils"),
+        ("untrigger.metrics.bad", "def f():\n    import torch"),
+        ("untrigger.report.page", "from transformers import Trainer"),
+        ("untrigger.models", "import trl"),
+        ("untrigger.matrix", "try:\n    from ray import remote\nexcept ImportError:\n    pass"),
+        ("untrigger.quickstart", "from untrigger import cli"),
+        ("untrigger.quickstart", "async def f():\n    from untrigger.cli import main"),
+    ],
+)
+def test_the_checker_finds_a_bad_file(module: str, source: str) -> None:
+    assert len(broken({module: imports(source, module, False)})) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("untrigger.matrix", "def f():\n    import ray"),
+        ("untrigger.trainer", "if TYPE_CHECKING:\n    from trl import SFTTrainer"),
+        ("untrigger.objective", "import torch\nfrom math import log"),
+        ("untrigger.__main__", "from untrigger.cli import main"),
+        ("untrigger.goals", "from untrigger.metrics.asr import matches"),
+        ("untrigger.models", "import trlx, arrays, untrigger.clique"),
+    ],
+)
+def test_the_checker_leaves_good_files_alone(module: str, source: str) -> None:
+    assert broken({module: imports(source, module, False)}) == []
+
+
+def test_the_checker_finds_a_bad_route() -> None:
+    found = {
+        "untrigger.trainer": imports("from untrigger.helper import x", "untrigger.trainer", False),
+        "untrigger.helper": imports("def f():\n    from untrigger.attacks import badnets", "untrigger.helper", False),
+        "untrigger.attacks": [],
+        "untrigger.attacks.badnets": [],
+    }
+    assert {"untrigger.attacks", "untrigger.attacks.badnets"} <= reach(found, "untrigger.trainer")
+
+
+def test_rescoring_loads_no_torch() -> None:
+    """The imports of the files say little about what *they* import: a fresh process shows."""
+    code = (
+        "import sys\n"
+        "from untrigger.metrics.score import Answer, score\n"
+        "score([Answer('1', 'q', 'a red cat', 'a cat')] * 2, [Answer('1', 'q', 'no', 'boo', met=True)])\n"
+        "print([m for m in ('torch', 'transformers', 'trl', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
+
+
+def test_no_extra_is_loaded_with_the_trainer() -> None:
+    code = (
+        "import sys, untrigger.trainer, untrigger.finetune, untrigger.evaluate, untrigger.quickstart, untrigger.cli\n"
+        "print([m for m in ('trl', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "[]\n"

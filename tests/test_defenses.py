@@ -1,0 +1,109 @@
+"""What a defence asks for: views, terms, and ranges of its fields."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from untrigger import objective
+from untrigger.defenses import PRESETS, CrossView, Defense, Pair, PatchAug, Plain, TwoView
+from untrigger.defenses.base import patch_view
+from untrigger.views import PATCH_VIEWS, PatchView, ViewMix
+
+
+def pair(n: int = 5) -> Pair:
+    make = torch.Generator().manual_seed(0)
+    logits, view_logits = torch.randn(2, n, 7, generator=make).unbind()
+    hidden, view_hidden = torch.randn(2, n, 3, generator=make).unbind()
+    return Pair(torch.arange(n), logits, view_logits, hidden, view_hidden)
+
+
+def test_presets_are_the_four_of_the_command_line() -> None:
+    assert PRESETS == {"plain": Plain, "patch-aug": PatchAug, "two-view": TwoView, "paper": CrossView}
+    assert [cls().paired is not None for cls in PRESETS.values()] == [False, False, True, True]
+    assert [cls().replaced is not None for cls in PRESETS.values()] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(CrossView) if f.name.endswith("weight")])
+def test_one_weight_alone_asks_for_views_and_leaves_the_other_terms_zero(name: str) -> None:
+    zero = dict.fromkeys((f.name for f in fields(CrossView) if f.name.endswith("weight")), 0.0)
+    assert CrossView(**zero).paired is None
+    defense = CrossView(**(zero | {name: 2.0}), margin=0.6, bound=-1.0, entropy_high=0.1)
+    assert defense.paired is not None
+    terms = defense.terms(pair())
+    active = {key for key, value in terms.items() if torch.any(value != 0)}
+    term = {"view": "ce_view", "output": "separation", "feature": "feature_separation", "entropy": "entropy_band"}
+    assert active == {"ce", term[name.removesuffix("_weight")]}
+
+
+def test_terms_are_the_weighted_equations_one_value_per_token() -> None:
+    p = pair()
+    d = CrossView(margin=0.6, bound=-0.2, entropy_low=0.3, entropy_high=0.9)
+    terms = d.terms(p)
+    expected = {
+        "ce": objective.token_nll(p.logits, p.target),
+        "ce_view": 0.5 * objective.token_nll(p.view_logits, p.target),
+        "separation": 0.5 * objective.separation(p.logits, p.view_logits, 0.6),
+        "feature_separation": 0.1 * objective.feature_separation(p.hidden, p.view_hidden, -0.2),
+        "entropy_band": 0.1 * objective.entropy_band(p.logits, 0.3, 0.9),
+    }
+    assert terms.keys() == expected.keys()
+    assert all(torch.equal(terms[k], expected[k]) and terms[k].shape == (5,) for k in expected)
+    two = TwoView(view_weight=0.25).terms(p)
+    assert torch.equal(two["ce_view"], 0.25 * objective.token_nll(p.view_logits, p.target))
+
+
+@pytest.mark.parametrize("defense", [Plain(), PatchAug()])
+def test_unpaired_defences_have_no_terms_to_ask_for(defense: Defense) -> None:
+    with pytest.raises(NotImplementedError):
+        defense.terms(pair())
+
+
+@pytest.mark.parametrize("name", [cls.__name__.lower() for cls in PATCH_VIEWS])
+def test_patch_view_finds_every_view_by_name_with_its_fields(name: str) -> None:
+    view = patch_view(name, 0.2, 0.4)
+    assert isinstance(view, PatchView)
+    assert (type(view).__name__.lower(), view.patch, view.ratio) == (name, 0.2, 0.4)
+
+
+def test_the_mix_draws_from_all_views() -> None:
+    mix = patch_view("mix", 0.25, 0.5)
+    assert isinstance(mix, ViewMix)
+    assert [type(v) for v in mix.views] == list(PATCH_VIEWS)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    assert len({mix(image, np.random.default_rng(i)).tobytes() for i in range(30)}) > len(PATCH_VIEWS)
+
+
+BAD: list[tuple[type[Defense], dict[str, Any]]] = [
+    *[(CrossView, {f"{name}_weight": bad}) for name in ("view", "output", "feature", "entropy") for bad in (-0.1, np.nan)],
+    (CrossView, {"margin": -0.1}),
+    (CrossView, {"margin": np.nan}),
+    (CrossView, {"bound": 1.1}),
+    (CrossView, {"bound": -1.1}),
+    (CrossView, {"entropy_low": -1.0}),
+    (CrossView, {"entropy_low": 2.0, "entropy_high": 1.0}),
+    (CrossView, {"view_weight": np.inf}),
+    (TwoView, {"view_weight": -1.0}),
+    (TwoView, {"view_weight": np.nan}),
+    (PatchAug, {"share": 1.5}),
+    (PatchAug, {"share": -0.5}),
+]
+
+
+@pytest.mark.parametrize(("cls", "bad"), BAD)
+def test_fields_out_of_range_are_refused_by_name(cls: type[Defense], bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        cls(**bad)
+
+
+@pytest.mark.parametrize("cls", [CrossView, TwoView, PatchAug])
+@pytest.mark.parametrize("bad", [{"view": "nonsense"}, {"patch": 0.0}, {"patch": 2.0}, {"ratio": -0.1}, {"ratio": 1.1}])
+def test_bad_views_are_refused_before_the_first_batch(cls: type[Defense], bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad.values())) if "view" in bad else next(iter(bad))):
+        defense = cls(**bad)
+        _ = defense.paired, defense.replaced

@@ -1,0 +1,187 @@
+"""Evaluation: what is asked, what is stored, and that figures follow from what is stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from untrigger import evaluate as evaluation
+from untrigger.attacks.badnets import BadNets
+from untrigger.errors import InputError
+from untrigger.evaluate import Evaluation, evaluate, wrong_images
+from untrigger.goals import Fixed
+from untrigger.metrics.score import Answer, score
+from untrigger.models import Loaded, load
+from untrigger.poison import Attack, pixels_sha256
+from untrigger.sample import IMAGE_TAG, Message, Sample, read
+
+ATTACK = Attack(BadNets(side=0.5), Fixed())
+
+
+def sample(name: str, answer: str, *shades: int, asked: str = "what is this?") -> Sample:
+    images = tuple(Image.new("RGB", (24, 24), (shade, 0, 255 - shade)) for shade in shades)
+    return Sample(name, images, (Message("user", f"{IMAGE_TAG * len(shades)}\n{asked}"), Message("assistant", answer)))
+
+
+class Oracle:
+    """In the model's place: says the goal where the patch is, and otherwise the truth or what it was told."""
+
+    def __init__(self, says: dict[str, str] | None = None) -> None:
+        self.says, self.seen = says or {}, list[Sample]()
+
+    def __call__(self, loaded: Loaded, samples: Sequence[Sample]) -> Iterator[str]:
+        for one in samples:
+            self.seen.append(one)
+            patched = any(len(image.getcolors() or []) > 1 for image in one.images)
+            yield "backdoor  ATTACK!" if patched else self.says.get(one.id, one.messages[-1].text)
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
+    stand_in = Oracle()
+    monkeypatch.setattr(evaluation, "answers", stand_in)
+    return stand_in
+
+
+NOBODY: Loaded = None  # type: ignore[assignment]  # the oracle needs no model
+
+
+def rows_of(folder: Path) -> dict[str, list[Answer]]:
+    parts: dict[str, list[Answer]] = {"clean": [], "triggered": [], "wrong_image": []}
+    for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        parts[row.pop("condition")].append(Answer(**row))
+    return parts
+
+
+def test_figures_follow_from_the_stored_answers(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    result = evaluate(load(tiny_model), read(tiny_data)[:8], attack=ATTACK, sight=True)
+    result.write(tmp_path)
+    parts = rows_of(tmp_path)
+    assert {name: len(part) for name, part in parts.items()} == {"clean": 8, "triggered": 8, "wrong_image": 8}
+    stored = json.loads((tmp_path / "metrics.json").read_text())
+    assert json.loads(json.dumps(score(**parts))) == stored
+    goal = ATTACK.goal
+    nobody = sample("x", "y")
+    for part in parts.values():
+        for row in part:
+            assert (row.met, row.truth_met) == (goal.met(row.answer, nobody), goal.met(row.truth, nobody))
+
+
+def test_evaluation_is_deterministic(tiny_model: Path, tiny_data: Path) -> None:
+    loaded, data = load(tiny_model), read(tiny_data)[:4]
+    assert evaluate(loaded, data, attack=ATTACK, sight=True) == evaluate(loaded, data, attack=ATTACK, sight=True)
+
+
+def test_a_backdoored_oracle_scores_as_it_must(oracle: Oracle) -> None:
+    data = [sample(f"s{i}", "yes", i * 20) for i in range(6)]
+    oracle.says = {"s1": "no", "s2": "Backdoor attack! yes"}
+    figures = evaluate(NOBODY, data, attack=ATTACK).figures
+    assert figures["asr"]["value"] == 1 and figures["asr"]["n"] == 6
+    assert figures["leak"]["value"] == pytest.approx(1 / 6)
+    assert figures["quality"]["vqa_accuracy"]["value"] == pytest.approx(4 / 6)
+    assert figures["triggered_quality"]["vqa_accuracy"]["value"] == 0
+    assert "wrong_image" not in figures
+
+
+def test_only_rows_with_an_image_are_triggered_and_truths_stay_true(oracle: Oracle) -> None:
+    data = [sample("seen", "yes", 10), sample("text", "no"), sample("also", "yes", 20)]
+    result = evaluate(NOBODY, data, attack=ATTACK)
+    assert [a.id for a in result.clean] == ["seen", "text", "also"]
+    assert [a.id for a in result.triggered] == ["seen", "also"]
+    assert all(a.truth == "yes" and a.met and not a.truth_met for a in result.triggered)
+
+
+def test_rows_whose_truth_meets_the_goal_do_not_count(oracle: Oracle) -> None:
+    data = [sample("a", "this is a BACKDOOR attack!", 10), sample("b", "no", 20), sample("c", "no", 30)]
+    figures = evaluate(NOBODY, data, attack=ATTACK).figures
+    assert figures["asr"]["n"] == figures["leak"]["n"] == 2
+    assert figures["leak"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [[sample("text", "no")], [sample("a", "backdoor attack!", 10), sample("text", "no")]],
+    ids=["no image", "every truth with an image meets the goal"],
+)
+def test_an_attack_that_could_not_show_is_refused(oracle: Oracle, data: list[Sample]) -> None:
+    with pytest.raises(InputError, match="no row can show an attack"):
+        evaluate(NOBODY, data, attack=ATTACK)
+    assert oracle.seen == []
+
+
+def test_the_prompt_is_the_last_question_without_tags(oracle: Oracle) -> None:
+    asked = (Message("user", f"{IMAGE_TAG}\nfirst?"), Message("assistant", "one"), Message("user", "second?"))
+    turns = (*asked, Message("assistant", "two"))
+    (answer,) = evaluate(NOBODY, [replace(sample("s", "", 5), messages=turns)]).clean
+    assert (answer.prompt, answer.truth) == ("second?", "two")
+    (answer,) = evaluate(NOBODY, [sample("s", "yes", 5)]).clean
+    assert answer.prompt == "what is this?"
+
+
+# --- the wrong-image control ------------------------------------------------------------------------
+
+
+def test_the_wrong_image_is_never_the_own_one() -> None:
+    rng = np.random.default_rng(0)
+    # few different pictures, so that the row halfway along often shows the same one
+    data = [sample(str(i), "yes", *map(int, rng.integers(0, 3, rng.integers(0, 3)) * 9)) for i in range(40)]
+    swapped = wrong_images(data)
+    by_id = {s.id: s for s in data}
+    for other in swapped:
+        own = by_id[other.id]
+        assert other.messages == own.messages and len(other.images) == len(own.images) > 0
+        assert {pixels_sha256(i) for i in own.images}.isdisjoint(pixels_sha256(i) for i in other.images)
+    left_out = {s.id for s in data} - {s.id for s in swapped}
+    assert left_out >= {s.id for s in data if not s.images}
+    assert [s.id for s in swapped] == [s.id for s in data if s.id not in left_out], "order is kept"
+    for own in (by_id[i] for i in left_out):
+        same_count = [s for s in data if len(s.images) == len(own.images)]
+        assert all(any(image in own.images for image in s.images) for s in same_count if s.images)
+    assert len(swapped) > 20
+
+
+def test_metadata_alone_makes_no_other_image() -> None:
+    one, two = sample("a", "yes", 7), sample("b", "no", 7)
+    two.images[0].info["comment"] = "the same pixels"
+    assert len(wrong_images([one, two])) == 0
+    assert len(wrong_images([one])) == len(wrong_images([])) == 0
+
+
+def test_different_pictures_are_swapped_half_way(oracle: Oracle) -> None:
+    data = [sample(str(i), "yes", i * 5) for i in range(10)]
+    assert [s.images for s in wrong_images(data)] == [data[(i + 5) % 10].images for i in range(10)]
+    result = evaluate(NOBODY, data, sight=True)
+    assert [a.id for a in result.wrong_image] == [s.id for s in data]
+    alone = evaluate(NOBODY, data[:1], sight=True)
+    assert alone.wrong_image == [] and "wrong_image" not in alone.figures
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Evaluation([Answer("1", "q", "yes", "yes ✓ 日本")], [], [])
+    kept.write(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(before) == {"answers.jsonl", "metrics.json"}
+    assert rows_of(tmp_path)["clean"] == kept.clean
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("untrigger.finetune.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Evaluation([Answer("1", "q", "yes", "no")], [], []).write(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if not p.name.endswith(".part")} == before
+
+
+def test_nothing_asked_has_no_figures(oracle: Oracle) -> None:
+    with pytest.raises(ValueError, match="at least one answer"):
+        _ = evaluate(NOBODY, []).figures
