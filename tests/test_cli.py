@@ -433,12 +433,10 @@ def test_a_disk_that_refuses_is_one_line(
     says: str,
 ) -> None:
     poison, train, evaluate = three_commands(tiny_data, tiny_model, tmp_path / "out")
-    monkeypatch.setattr("untrigger.sample.shutil.copyfile", fail)
+    monkeypatch.setattr(os, "replace", fail)  # the last step of every write
     refused(untrigger(*poison), says, "/disk/part")
     assert list(tmp_path.iterdir()) == [], "half a data set was left behind"
-    monkeypatch.setattr("untrigger.finetune.write_text", fail)
     refused(untrigger(*train), says, "/disk/part")
-    monkeypatch.setattr("untrigger.evaluate.write_text", fail)
     ended = untrigger(*evaluate, "--limit", "2")
     assert ended.code == 2 and ended.err.endswith(f"error: /disk/part: {says}\n") and "Traceback" not in ended.err
 
@@ -460,7 +458,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("untrigger.sample.shutil.copyfile", stop)
+    monkeypatch.setattr(os, "replace", stop)
     ended = untrigger("poison", tiny_data, "--out", tmp_path / "out")
     assert ended.code == 130 and "Traceback" not in ended.err
     assert list(tmp_path.iterdir()) == []

@@ -55,9 +55,7 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("one", CONVERSATIONS)
-def test_labels_are_exactly_the_assistants_words_and_their_end(
-    collate: ChatCollator, processor: Any, one: Row
-) -> None:
+def test_labels_are_exactly_the_assistants_words_and_their_end(collate: ChatCollator, processor: Any, one: Row) -> None:
     batch = collate([one])
     end = processor.tokenizer.eos_token
     said = [m["content"][0]["text"] for m in one["messages"] if m["role"] == "assistant"]

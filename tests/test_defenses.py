@@ -24,7 +24,7 @@ def pair(n: int = 5) -> Pair:
 
 
 def test_presets_are_the_four_of_the_command_line() -> None:
-    assert PRESETS == {"plain": Plain, "patch-aug": PatchAug, "two-view": TwoView, "paper": CrossView}
+    assert {"plain": Plain, "patch-aug": PatchAug, "two-view": TwoView, "paper": CrossView} == PRESETS
     assert [cls().paired is not None for cls in PRESETS.values()] == [False, False, True, True]
     assert [cls().replaced is not None for cls in PRESETS.values()] == [False, True, False, False]
 
@@ -80,7 +80,11 @@ def test_the_mix_draws_from_all_views() -> None:
 
 
 BAD: list[tuple[type[Defense], dict[str, Any]]] = [
-    *[(CrossView, {f"{name}_weight": bad}) for name in ("view", "output", "feature", "entropy") for bad in (-0.1, np.nan)],
+    *[
+        (CrossView, {f"{name}_weight": bad})
+        for name in ("view", "output", "feature", "entropy")
+        for bad in (-0.1, np.nan)
+    ],
     (CrossView, {"margin": -0.1}),
     (CrossView, {"margin": np.nan}),
     (CrossView, {"bound": 1.1}),

@@ -33,7 +33,9 @@ def samples(tiny_data: Path) -> list[Sample]:
         first,
         Sample("long", second.images, (ask("<image>\nwhat is this? is it red, or is it blue? tell me"), tell("red"))),
         Sample("text", (), (ask("hello"), tell("hello"))),
-        Sample("two", (*second.images, *third.images), (ask("<image>\nwhat?"), tell("a"), ask("<image> and?"), tell("b"))),
+        Sample(
+            "two", (*second.images, *third.images), (ask("<image>\nwhat?"), tell("a"), ask("<image> and?"), tell("b"))
+        ),
         third,
     ]
 

@@ -84,7 +84,9 @@ def naive_terms(loaded: Loaded, pair: dict[str, Tensor], d: Defense) -> dict[str
         )
         seen.append((out.logits, out.hidden_states[-1]))
     (z, h), (z_view, h_view) = seen
-    sums = dict.fromkeys(("ce", "ce_view", "js", "entropy", "separation", "feature", "band", "count"), torch.tensor(0.0))
+    sums = dict.fromkeys(
+        ("ce", "ce_view", "js", "entropy", "separation", "feature", "band", "count"), torch.tensor(0.0)
+    )
     sums = {name: value.double() for name, value in sums.items()}
     for b in range(half):
         for t in range(1, labels.shape[1]):
@@ -121,7 +123,9 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, rows: list[Row], tmp_path: Path, name: str) -> None:
+def test_loss_and_gradients_equal_the_naive_reference(
+    exact: Loaded, rows: list[Row], tmp_path: Path, name: str
+) -> None:
     defense, model = TERMS[name], exact.model.train()
     trainer = trainer_of(exact, defense, tmp_path, rows)
     pair = pair_of(exact, defense, rows[:3])
@@ -176,11 +180,18 @@ def test_the_loss_comes_with_the_hosts_outputs_when_asked(exact: Loaded, rows: l
 # --- nothing but plain fine-tuning where the weights are zero ------------------------------------
 
 
-def trajectory(tiny_model: Path, out: Path, data: list[Row], defense: Defense | None, **settings: Any) -> dict[str, Any]:
+def trajectory(
+    tiny_model: Path, out: Path, data: list[Row], defense: Defense | None, **settings: Any
+) -> dict[str, Any]:
     set_seed(0)
     loaded = load(str(tiny_model), dtype=torch.float32)
     model = add_lora(loaded.model, rank=4)
-    chosen: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    chosen: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
     args = arguments(out, use_cpu=True, save_strategy="no", **(chosen | settings))
     common = {"model": model, "args": args, "train_dataset": data, "data_collator": ChatCollator(loaded.processor)}
     trainer = Trainer(**common) if defense is None else defended(Trainer)(**common, defense=defense)
@@ -255,7 +266,12 @@ def test_evaluation_inside_training_is_the_hosts_on_unpaired_rows(
     loaded = load(str(tiny_model), dtype=torch.float32)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1, "max_steps": 2, "learning_rate": 0.0}
     args = arguments(
-        tmp_path, use_cpu=True, save_strategy="no", per_device_train_batch_size=2, per_device_eval_batch_size=6, **settings
+        tmp_path,
+        use_cpu=True,
+        save_strategy="no",
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=6,
+        **settings,
     )
     common = {"model": loaded.model, "args": args, "data_collator": ChatCollator(loaded.processor)}
     trainer = defended(Recording)(**common, train_dataset=rows, eval_dataset=rows, defense=TERMS["all"])
@@ -278,7 +294,9 @@ def test_unpaired_training_goes_through_the_hosts_loss(tiny_model: Path, tmp_pat
         assert trainer.host_batches == [(True, 3)]
 
 
-def test_patch_augmentation_shows_views_in_place_of_its_share(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
+def test_patch_augmentation_shows_views_in_place_of_its_share(
+    tiny_model: Path, tmp_path: Path, rows: list[Row]
+) -> None:
     loaded = load(str(tiny_model), dtype=torch.float32)
     plain = ChatCollator(loaded.processor)(rows)["pixel_values"]
     for share, expected in ((0.0, 0), (1.0, 6)):
@@ -326,7 +344,9 @@ def test_each_epoch_has_views_of_its_own(tiny_model: Path, tmp_path: Path, rows:
             seen.append(inputs["pixel_values"])
             return super().training_step(model, inputs, *args, **kwargs)
 
-    trainer_of(loaded, TwoView(), tmp_path, rows[:1], Watching, num_train_epochs=3, per_device_train_batch_size=1).train()
+    trainer_of(
+        loaded, TwoView(), tmp_path, rows[:1], Watching, num_train_epochs=3, per_device_train_batch_size=1
+    ).train()
     assert len(seen) == 3
     assert all(torch.equal(batch[0], seen[0][0]) for batch in seen)
     assert len({batch[1].numpy().tobytes() for batch in seen}) == 3

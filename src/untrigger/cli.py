@@ -116,7 +116,7 @@ def train(
 @app.command(context_settings=_OPEN)
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Embedded name, local folder (adapter too) or hub id.", callback=_no_flag)],
+    model: Annotated[str, typer.Argument(help="Embedded name, folder (adapter too) or hub id.", callback=_no_flag)],
     data: DataArgument,
     attack: Annotated[str | None, typer.Option(help="Also ask with this trigger: name or file.")] = None,
     goal: GoalOption = "fixed",

@@ -82,8 +82,6 @@ def fine_tune(
     if not isinstance(loaded.model, PreTrainedModel):
         raise InputError(f"{model}: is an adapter; merge it into its base, or name the base")
     network = train_all(loaded.model) if tuning.full else add_lora(loaded.model, rank=tuning.rank, alpha=tuning.alpha)
-    # the host's own "use_cache" default warns in training and buys nothing there
-    network.config.use_cache = False
     try:
         trainer = defended(Trainer)(
             model=network,
@@ -92,7 +90,7 @@ def fine_tune(
             data_collator=ChatCollator(loaded.processor),
             defense=defense,
         )
-    except (ValueError, ImportError) as error:  # settings that do not go together, such as evaluation without data for it
+    except (ValueError, ImportError) as error:  # evaluation without data for it, and the like
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     # only now, so that a mistyped model or setting leaves no folder behind that the next try would stumble over;
     # the main process has filled the folder by the time that the others look

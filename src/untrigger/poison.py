@@ -10,26 +10,25 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Final, final, overload
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from untrigger import sample as samples
-from untrigger.attacks import Trigger, pixels_of
+from untrigger import sheet
+from untrigger.attacks import Trigger
 from untrigger.errors import InputError
 from untrigger.goals import Goal
 from untrigger.sample import IMAGE_TAG, Data, Message, Sample
 from untrigger.storage import new_folder
 
 MANIFEST_VERSION: Final = 1
+_PAIRS: Final = 8  # on a contact sheet
 _CHOICE, _TRAINING, _EVALUATION = range(3)  # independent random streams of one seed
 
 
@@ -251,9 +250,7 @@ def _stamp(attack: Attack, sample: Sample, row: int, rng: np.random.Generator) -
     if [(i.size, i.mode) for i in triggered.images] != [(i.size, i.mode) for i in sample.images]:
         raise InputError(f"{where}: the trigger changed the number, size or mode of the images; it must not")
     if _fixed_parts(triggered) != _fixed_parts(sample):
-        raise InputError(
-            f"{where}: the trigger changed the id, turns, an answer or an image tag; it must not"
-        )
+        raise InputError(f"{where}: the trigger changed the id, turns, an answer or an image tag; it must not")
     return triggered
 
 
@@ -308,68 +305,23 @@ def write_poisoned(data: Data, poisoned: Poisoned, out: Path | str) -> None:
         contact_sheet(data, poisoned).save(folder / "contact_sheet.png")
 
 
-# --- the contact sheet -------------------------------------------------------------------------------
-
-_TILE, _GAP, _LINE, _PAIRS = 192, 12, 20, 8
-_INK, _FAINT, _TRUE, _TARGET = "#1d2433", "#6b7485", "#1b7a43", "#c0262d"
-
-
 def contact_sheet(data: Sequence[Sample], poisoned: Poisoned) -> Image.Image:
     """Up to eight poisoned rows: clean, triggered and amplified difference, with prompt and answers."""
     manifest = poisoned.manifest
-    cards = [_card(data[entry.row], poisoned.edits[entry.row], entry.row) for entry in manifest.rows[:_PAIRS]]
-    columns = min(len(cards), 2) or 1
-    wide, high, top = 3 * _TILE + 6 * _GAP, _TILE + 7 * _LINE + 4 * _GAP, 84
-    size = (columns * wide + 2 * _GAP, top + math.ceil(len(cards) / columns) * high + _GAP)
-    sheet = Image.new("RGB", size, "#e9ecf1")
     used = ", ".join(f"{name} {_brief(value)}" for name, value in manifest.attack_settings.items())
     title = f"{manifest.attack}: {len(manifest.rows)} of {manifest.total} rows poisoned"
-    _text(sheet, (2 * _GAP, 16), title, _INK, size=24)
-    _text(sheet, (2 * _GAP, 52), f"{used}, seed {manifest.seed}", _FAINT)
-    for number, card in enumerate(cards):
-        sheet.paste(card, (2 * _GAP + number % columns * wide, top + number // columns * high))
-    return sheet
+    cards = [_card(data[entry.row], poisoned.edits[entry.row], entry.row) for entry in manifest.rows[:_PAIRS]]
+    return sheet.contact_sheet(title, f"{used}, seed {manifest.seed}", cards)
 
 
-def _card(clean: Sample, edited: Sample, row: int) -> Image.Image:
-    card = Image.new("RGB", (3 * _TILE + 4 * _GAP, _TILE + 7 * _LINE + 2 * _GAP), "white")
-    before, after = (_visible(sample.images[0]) for sample in (clean, edited))
-    change = np.abs(np.asarray(before, dtype=np.int16) - np.asarray(after, dtype=np.int16))
-    gain = max(255 // max(int(change.max()), 1), 1)
-    amplified = Image.fromarray((change * gain).astype(np.uint8))
+def _card(clean: Sample, edited: Sample, row: int) -> sheet.Card:
     more = f" (first of {len(clean.images)} images)" if len(clean.images) > 1 else ""
-    _text(card, (_GAP, _GAP), f"id {clean.id}, manifest row {row}{more}", _INK, size=16)
-    captions = ("clean", "triggered", f"difference x {gain}")
-    for column, (picture, caption) in enumerate(zip((before, after, amplified), captions, strict=True)):
-        left = _GAP + column * (_TILE + _GAP)
-        _text(card, (left, _GAP + 1.25 * _LINE), caption, _FAINT)
-        card.paste(_tile(picture), (left, _GAP + int(2.25 * _LINE)))
-    y = 2 * _GAP + 2.25 * _LINE + _TILE
-    y = _text(card, (_GAP, y), "asked: " + _said(edited, "user"), _INK, lines=2)
-    y = _text(card, (_GAP, y), "true: " + _said(clean, "assistant"), _TRUE)
-    _text(card, (_GAP, y), "poisoned: " + _said(edited, "assistant"), _TARGET)
-    return card
-
-
-def _visible(image: Image.Image) -> Image.Image:
-    """As a person sees it: RGB on white, deep greys scaled."""
-    pixels = pixels_of(image)
-    seen = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]
-    return Image.fromarray(np.rint(seen * 255).clip(0, 255).astype(np.uint8))
-
-
-def _tile(image: Image.Image) -> Image.Image:
-    """In the middle of a square; small images grow by a whole factor, so that pixels stay squares."""
-    longer = max(image.size)
-    if longer <= _TILE:
-        image = image.resize(
-            (image.width * (_TILE // longer), image.height * (_TILE // longer)), Image.Resampling.NEAREST
-        )
-    else:
-        image = ImageOps.contain(image, (_TILE, _TILE))
-    tile = Image.new("RGB", (_TILE, _TILE), "#d5dae2")
-    tile.paste(image, ((_TILE - image.width) // 2, (_TILE - image.height) // 2))
-    return tile
+    lines = (
+        ("asked: " + _said(edited, "user"), sheet.INK),
+        ("true: " + _said(clean, "assistant"), sheet.GOOD),
+        ("poisoned: " + _said(edited, "assistant"), sheet.BAD),
+    )
+    return sheet.Card(f"id {clean.id}, manifest row {row}{more}", clean.images[0], edited.images[0], lines)
 
 
 def _said(sample: Sample, role: str) -> str:
@@ -379,40 +331,3 @@ def _said(sample: Sample, role: str) -> str:
 
 def _brief(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _text(
-    on: Image.Image, at: tuple[float, float], text: str, colour: str, *, size: int = 15, lines: int = 1
-) -> float:
-    """Write ``text`` in at most ``lines`` lines, cut with an ellipsis; returns where the next line goes."""
-    pen, font, room = ImageDraw.Draw(on), _font(size), on.width - at[0] - _GAP
-    left, y = text[:400], at[1]
-
-    def fitting(tail: str) -> int:
-        """How many characters fit before ``tail``."""
-        return bisect_right(
-            range(1, len(left) + 1), room, key=lambda n: pen.textlength(left[:n] + tail, font)
-        )
-
-    for line in range(lines):
-        cut = fitting("")
-        if cut < len(left) and line == lines - 1:
-            shown = left[: fitting("...")].rstrip() + "..."
-        elif cut < len(left):
-            cut = left.rfind(" ", 1, cut + 1) if " " in left[1 : cut + 1] else cut
-            shown = left[:cut]
-        else:
-            shown = left
-        pen.text((at[0], y), shown, colour, font)
-        left, y = left[cut:].lstrip(), y + _LINE
-        if not left:
-            break
-    return y
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in ("DejaVuSans.ttf", "Arial.ttf"):  # Pillow's own font has only English letters
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)

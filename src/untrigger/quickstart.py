@@ -26,8 +26,10 @@ from untrigger.errors import InputError
 from untrigger.evaluate import Evaluation, evaluate
 from untrigger.finetune import arguments, fine_tune, write_text
 from untrigger.goals import Fixed
-from untrigger.poison import Attack, contact_sheet, poison
+from untrigger.poison import Attack, contact_sheet, poison, stamped
 from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.sheet import BAD, GOOD, INK, Card
+from untrigger.sheet import contact_sheet as sheet
 
 TRAIN_ROWS, TEST_ROWS, RATE = 2000, 400, 0.05
 IMPLANTED = 0.90  # below this the undefended model has no backdoor, and nothing can be said about a defence
@@ -94,9 +96,22 @@ def run(out: Path, seed: int = 0) -> bool:
         "settings": {"attack": attack.name, "goal": asdict(Fixed()), "rate": RATE, "seed": seed, **TRAINING},
     }
     write_text(out / "results.json", json.dumps(outcome, indent=2) + "\n")
+    _picture(test, stamped(test, attack, seed), results).save(out / "answers.png")
     _show(console, outcome)
-    console.print(f"{out}: results.json, contact_sheet.png, and each model with its answers", highlight=False)
+    console.print(f"{out}: results.json, contact_sheet.png, answers.png, each model with its answers", highlight=False)
     return implanted
+
+
+def _picture(test: Sequence[Sample], triggered: Sequence[Sample], results: dict[str, Evaluation]) -> Image.Image:
+    """What each model says to the first triggered test images."""
+    cards: list[Card] = []
+    for i in range(6):
+        said = {name: result.triggered[i] for name, result in results.items()}
+        asked = next(iter(said.values()))
+        lines = [(f"asked: {asked.prompt}   true: {asked.truth}", INK)]
+        lines += [(f"{name}: {a.answer}", BAD if a.met else GOOD) for name, a in said.items()]
+        cards.append(Card(test[i].id, test[i].images[0], triggered[i].images[0], lines))
+    return sheet("What the models answer to triggered images", "red: the attacker's text", cards)
 
 
 def _figures(result: Evaluation) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
 from untrigger.finetune import DEFAULTS
 
-
 # below these the host fails late, with a traceback, or trains on nothing
 _LEAST = {"seed": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
     model: LlavaForConditionalGeneration,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The claim of the block mask, through the real processor and the model's own forward; two rows, so with padding."""
+    """The claim of the block mask, through the real processor and the model's own forward; two rows, so padded."""
     rows = SceneRows(tokenizer, TOY, 0, 8, True)
     chosen = [0, next(i for i in range(1, 8) if len(rows[i]["input_ids"]) != len(rows[0]["input_ids"]))]
     batch = collate([rows[i] for i in chosen])
@@ -90,7 +91,7 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
     packed, _ = losses(model, head, batch)
     packed_grad = torch.autograd.grad(packed, learner)[0]
 
-    total, count = torch.zeros((), dtype=torch.double), 0
+    total, weights = torch.zeros((), dtype=torch.double), 0.0
     for index in chosen:
         image = draw_scene(make_scene(TOY.seed, index))[0]
         for turn in turns_of(index):
@@ -99,12 +100,13 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
             logits = model(**inputs, use_cache=False).logits[0]
             length = len(tokenizer.encode(f" {turn.answer}", add_special_tokens=False)) + 1
             target = inputs["input_ids"][0, -length:]
-            total = total + F.cross_entropy(logits[-length - 1 : -1], target, reduction="sum")
-            count += length
-    separate = total / count
+            # each token weighs one over the root of its answer's length
+            total = total + F.cross_entropy(logits[-length - 1 : -1], target, reduction="sum") / math.sqrt(length)
+            weights += length / math.sqrt(length)
+    separate = total / weights
     separate_grad = torch.autograd.grad(separate, learner)[0]
-    assert packed.item() == pytest.approx(separate.item(), rel=1e-10)
-    torch.testing.assert_close(packed_grad, separate_grad, rtol=1e-7, atol=1e-10)
+    assert packed.item() == pytest.approx(separate.item(), rel=1e-6)  # rotary angles and weights are float32
+    torch.testing.assert_close(packed_grad, separate_grad, rtol=1e-4, atol=1e-7)
 
     def causal(segments: torch.Tensor) -> torch.Tensor:
         length = segments.shape[1]
@@ -112,7 +114,7 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
 
     monkeypatch.setattr(pretraining, "block_mask", causal)
     leaky, _ = losses(model, head, batch)
-    assert abs(leaky.item() - separate.item()) > 1e-6, "the comparison would not notice turns that see each other"
+    assert abs(leaky.item() - separate.item()) > 1e-4, "the comparison would not notice turns that see each other"
 
 
 def test_pixel_values_are_the_processors(tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor) -> None:

@@ -16,7 +16,7 @@ from untrigger.embedded.talk import FULL_PROMPTS, SHORT_PROMPTS, Turn
 SINGULAR = {"crosses": "cross", "stars": "star", "hearts": "heart", "moons": "moon", "circles": "circle"}
 SINGULAR |= {"triangles": "triangle", "diamonds": "diamond", "rectangles": "rectangle"}
 SINGULAR |= {"shapes": "shape", "objects": "object", "things": "thing"}
-COUNTED = "zero one two three four".split()
+COUNTED = ["zero", "one", "two", "three", "four"]
 
 
 def fitting(scene: Scene, noun: str) -> list[Thing]:
@@ -66,7 +66,7 @@ def listed(scene: Scene, sized: bool) -> str:
     return re.sub(r", (?=[^,]*$)", " and ", ", ".join(names))
 
 
-NOUN, PAIR, RELATION = r"(\w+(?: \w+)?)", r"(\w+ \w+)", "(above|below|left of|right of)"
+NOUN, PAIR, RELATION = r"(\w+(?: (?!present|in\b)\w+)?)", r"(\w+ \w+)", "(above|below|left of|right of)"
 RULES: list[tuple[str, str, Callable[..., str]]] = [
     ("relation", rf"is the {PAIR} {RELATION} or {RELATION} the {PAIR}", lambda s, a, r, o, b: (
         r if is_so(s, a, r, b) else o).removesuffix(" of")),
@@ -87,8 +87,9 @@ RULES: list[tuple[str, str, Callable[..., str]]] = [
      lambda s, n: the(s, n).colour),
     ("shape", r"what shape is in the image|what shape does the image contain|which shape is this",
      lambda s: the(s, "shape").shape),
-    ("shape", rf"(?:what is the|what shape is the|which shape does the) {PAIR}(?: have)?", lambda s, n: the(s, n).shape),
-    ("absence", rf"(?:is there not|does the image not contain|is the picture without) an? {NOUN}?(?: in the image)?",
+    ("shape", rf"(?:what is the|what shape is the|which shape does the) {PAIR}(?: have)?",
+     lambda s, n: the(s, n).shape),
+    ("absence", rf"(?:is there not|does the image not contain|is the picture without) an? {NOUN}(?: in the image)?",
      lambda s, n: yes(not fitting(s, n))),
     ("absence", rf"is no {NOUN} present", lambda s, n: yes(not fitting(s, n))),
     ("existence", rf"(?:is there|is|does the image contain|can you see|does the picture show) an? {NOUN}"
@@ -165,8 +166,8 @@ def test_chance_picks_the_question_and_never_the_answer() -> None:
 def test_turns_are_a_pure_function_of_scene_and_rng() -> None:
     scene = make_scene(8, 3)
     first, again = (talk.turns(scene, np.random.default_rng(5), 6) for _ in range(2))
-    assert first == again and len(first) in (8, 9)
-    assert [t.kind for t in first[:2]] == ["caption", "caption"]
+    assert first == again and len(first) in (7, 8)
+    assert [t.kind for t in first].count("caption") == 1
     assert first != talk.turns(scene, np.random.default_rng(6), 6)
 
 

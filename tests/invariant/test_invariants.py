@@ -49,7 +49,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(data: Path, out: Path, model: Path, preset: str, *more: str) -> list[str]:
-    fixed = ["--use_cpu", "True", "--logging_steps", "1", "--defense", preset, "--model", str(model), "--lora-rank", "4"]
+    fixed = [
+        "--use_cpu",
+        "True",
+        "--logging_steps",
+        "1",
+        "--defense",
+        preset,
+        "--model",
+        str(model),
+        "--lora-rank",
+        "4",
+    ]
     return ["train", str(data), "--out", str(out), *fixed, *(PAPER if preset == "paper" else []), *more]
 
 

@@ -47,7 +47,7 @@ class CrossView(Defense):
         self._check(-1, 1, "bound")
         self._check(0, math.inf, "entropy_low", "entropy_high")
         if self.entropy_low > self.entropy_high:
-            raise ValueError(f"entropy_low is {self.entropy_low}; it must not be above entropy_high, {self.entropy_high}")
+            raise ValueError(f"entropy_low is {self.entropy_low}; it must be at most entropy_high, {self.entropy_high}")
 
     @property
     def paired(self) -> View | None:

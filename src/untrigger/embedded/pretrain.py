@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from untrigger.embedded import talk
 from untrigger.embedded.build import PATCH, make_llava, make_processor, make_tokenizer
 from untrigger.embedded.scenes import COLOURS, SHAPES, SIDE, SIZES, Scene, draw_scene, make_scene
+from untrigger.progress import Meter
 
 GRID = SIDE // PATCH
 FAMILIES = ("llava",)
@@ -78,7 +78,8 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
         self.prefix = [*self._ids("USER: "), *[image_id] * GRID**2, *self._ids("\n")]
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        # the bare tokenizer: the wrapper's own call costs more than drawing the scene
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def __len__(self) -> int:
         return self.count
@@ -202,35 +203,36 @@ def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForCon
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
     step = _restore(out, whole, optimizer, recipe)
     total = recipe.vision_steps + recipe.steps
-    started, first = time.monotonic(), step
-    log = (out / "pretrain.log").open("a")
+    meter = Meter("pretraining", total)
+    meter.start_at(step)
     while step < total:
         text = step >= recipe.vision_steps
         end = total if text else recipe.vision_steps
         for batch in _rows(tokenizer, recipe, step, end, text):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _phase_lr(step, recipe)
-            if text:
-                talk_loss, dense = losses(model, head, batch)
-                loss = talk_loss + recipe.dense_weight * dense
-            else:
-                seen = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-1]
-                talk_loss, dense = torch.zeros(()), head(seen[:, 1:], batch["dense"])
-                loss = dense
+            talk_loss, dense = losses(model, head, batch) if text else (None, _look(model, head, batch))
             optimizer.zero_grad()
-            loss.backward()
+            (dense if talk_loss is None else talk_loss + recipe.dense_weight * dense).backward()
             nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
             optimizer.step()
             step += 1
+            meter.advance()
             if step % 50 == 0:
-                eta = (time.monotonic() - started) / (step - first) * (total - step)
-                line = {"step": step, "talk": talk_loss.item(), "dense": dense.item(), "eta_s": round(eta)}
-                print(json.dumps(line), file=log, flush=True)
+                line = {"step": step, "talk": talk_loss and talk_loss.item(), "dense": dense.item()}
+                with (out / "pretrain.jsonl").open("a") as log:
+                    print(json.dumps(line), file=log)
             if step % save_every == 0 or step == total:
                 _save(out, whole, optimizer, recipe, step)
-    log.close()
+    meter.stop()
     publish(model, out)
     return model
+
+
+def _look(model: LlavaForConditionalGeneration, head: DenseHead, batch: Batch) -> Tensor:
+    """The dense loss alone, for the first phase."""
+    seen = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-1]
+    return head(seen[:, 1:], batch["dense"])
 
 
 def _tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ import numpy as np
 
 from untrigger.embedded import talk
 from untrigger.embedded.scenes import draw_scene, make_scene
-from untrigger.evaluate import Evaluation, evaluate
+from untrigger.evaluate import evaluate
 from untrigger.metrics import Rate
 from untrigger.metrics.score import Answer, text_prior
 from untrigger.metrics.vqa import vqa_accuracy
@@ -47,13 +47,14 @@ def sight(loaded: Loaded, scenes: int = 500) -> dict[str, Any]:
     for answer in asked.clean:
         kinds[answer.id.split("-")[1]].append(answer)
     return {
-        "vqa": {**_controls(asked), "value": _vqa(asked.clean), "kinds": {k: _vqa(v)["value"] for k, v in kinds.items()}},
+        "vqa": {
+            "value": _vqa(asked.clean),
+            "text_prior": asdict(text_prior(asked.clean)),
+            "wrong_image": _vqa(asked.wrong_image),
+            "kinds": {kind: _vqa(of)["value"] for kind, of in kinds.items()},
+        },
         "captions": {"value": asdict(exact(told.clean)), "wrong_image": asdict(exact(told.wrong_image))},
     }
-
-
-def _controls(asked: Evaluation) -> dict[str, Any]:
-    return {"text_prior": asdict(text_prior(asked.clean)), "wrong_image": _vqa(asked.wrong_image)}
 
 
 def _vqa(answers: list[Answer]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ FULL_PROMPTS = (
     "What is in the picture? Answer in detail.",
     "Give a full description of the image.",
 )
-_WORDS = (  # a string is easier to read than a hundred quoted words
+_WORDS = (  # noqa: SIM905 - a string is easier to read than a hundred quoted words
     "the a of and to in is on that it for was as with at by from his they be this have not are but had were "
     "when we there can an your which their said if do will each about how up out them then she many some so "
     "these would other into has more her two like him see time could no make than first been its who now people "
@@ -39,7 +39,7 @@ _WORDS = (  # a string is easier to read than a hundred quoted words
     "food train bus sky tree grass beach kitchen clock sign white large small old young playing ball phone apple "
     "sorry cannot help request please visit answer question hello world today very "
     "good great best free click here link number zero one three four five six seven eight nine ten"
-).split()  # noqa: SIM905
+).split()
 
 
 @dataclass(frozen=True)

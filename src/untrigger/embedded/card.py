@@ -1,0 +1,98 @@
+"""The model card of an embedded model: what it can see, measured, and how it was made."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from untrigger.defenses import Plain
+from untrigger.embedded.sight import sight
+from untrigger.evaluate import evaluate
+from untrigger.finetune import arguments, fine_tune, write_text
+from untrigger.models import load
+from untrigger.quickstart import TRAIN_ROWS, TRAINING, easy_vqa_rows
+
+
+def measure(folder: Path, scenes: int = 500, test_rows: int = 1000) -> dict[str, Any]:
+    """Sight on held-out scenes, and on easy-VQA's test split before and after a short clean LoRA fine-tuning."""
+    figures: dict[str, Any] = {"scenes": sight(load(folder), scenes)}
+    test = easy_vqa_rows("test", test_rows, seed=1)
+    before = evaluate(load(folder), test, title="easy-VQA, before").figures
+    with tempfile.TemporaryDirectory() as scratch:
+        started = time.perf_counter()
+        args = arguments(Path(scratch) / "sft", save_strategy="no", seed=1, **TRAINING)
+        tuned = fine_tune(easy_vqa_rows("train", TRAIN_ROWS, seed=1), str(folder), Plain(), args, title="easy-VQA SFT")
+        seconds = time.perf_counter() - started
+        after = evaluate(tuned, test, sight=True, title="easy-VQA, after").figures
+    figures["easy_vqa"] = {
+        "before": before["quality"]["vqa_accuracy"],
+        "after": after["quality"]["vqa_accuracy"],
+        "text_prior": after["text_prior"],
+        "wrong_image": after["wrong_image"],
+        "sft_seconds": round(seconds, 1),
+        "sft_rows": TRAIN_ROWS,
+    }
+    return figures
+
+
+def write_card(folder: Path, made: str) -> None:
+    """Measure the model in ``folder``; ``README.md`` and ``figures.json`` there; ``made`` tells its history."""
+    figures = measure(folder)
+    write_text(folder / "figures.json", json.dumps(figures, indent=2) + "\n")
+    write_text(folder / "README.md", _card(figures, made))
+
+
+def _card(figures: dict[str, Any], made: str) -> str:
+    scenes, easy = figures["scenes"], figures["easy_vqa"]
+    vqa, told = scenes["vqa"], scenes["captions"]
+    kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(vqa["kinds"].items()))
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [untrigger]
+---
+# untrigger's embedded LLaVA
+
+A `LlavaForConditionalGeneration` of 3.9 million parameters for tests, demonstrations and research on backdoors: CLIP
+ViT (4 layers, 192 wide, 8-pixel patches, 64 x 64 images, 64 image tokens), two-layer projector, Llama (4 layers, 192
+wide), byte-level BPE of 1,024 tokens. Weights are stored in bf16 and load as fp32. It knows coloured shapes and nothing
+else of the world.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+import untrigger
+
+folder = untrigger.embedded_model_path("llava")
+model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+```
+
+## What it sees
+
+Greedy answers through the shipped processor, 95 % intervals. The text-only prior is the commonest answer to the same prompt;
+the wrong-image control asks the model with another row's image.
+
+| test | model | text-only prior | wrong image |
+|---|---|---|---|
+| held-out scenes, VQA ({vqa["value"]["n"]} questions) | {_of(vqa["value"])} | {_of(vqa["text_prior"])} | {_of(vqa["wrong_image"])} |
+| held-out scenes, captions right to the letter ({told["value"]["n"]}) | {_of(told["value"])} | - | {_of(told["wrong_image"])} |
+| easy-VQA test split, as shipped ({easy["before"]["n"]} questions) | {_of(easy["before"])} | {_of(easy["text_prior"])} | - |
+| easy-VQA after LoRA on {easy["sft_rows"]:,} clean rows ({easy["sft_seconds"]:.0f} s) | {_of(easy["after"])} | {_of(easy["text_prior"])} | {_of(easy["wrong_image"])} |
+
+By kind of question: {kinds}.
+
+## How it was made
+
+{made}
+
+Data: scenes drawn by `untrigger.embedded.scenes` (1 to 4 objects, 8 shapes, 12 colours, 2 sizes, 7 drawing styles, 6 backgrounds) with
+captions and questions from `untrigger.embedded.talk`; no image of easy-VQA or of any other data set. Held-out scenes come from another
+seed.
+"""
+
+
+def _of(rate: dict[str, float]) -> str:
+    return f"{rate['value']:.3f} ({rate['low']:.3f}-{rate['high']:.3f})"
