@@ -401,9 +401,7 @@ def test_a_goal_that_every_truth_meets_is_refused_before_asking(
     assert ended.code == 2 and ended.err.count("error:") == 1 and "no row can show an attack" in ended.err
 
 
-def test_a_truth_without_words_does_not_break_the_figures(
-    untrigger: Command, tmp_path: Path, tiny_model: Path
-) -> None:
+def test_a_truth_without_words_does_not_break_the_figures(untrigger: Command, tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"id": str(i), "conversations": _turns("what?", answer)} for i, answer in enumerate(["?!", "...", "a cat"])]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert untrigger("evaluate", tiny_model, tmp_path / "data.json", "--out", tmp_path / "out").code == 0

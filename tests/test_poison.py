@@ -55,9 +55,7 @@ def flat(sample: Sample) -> tuple[object, ...]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**64))
-def test_as_many_rows_as_the_rate_asks_for_and_no_other_row_changes(
-    count: int, rate: float, seed: int
-) -> None:
+def test_as_many_rows_as_the_rate_asks_for_and_no_other_row_changes(count: int, rate: float, seed: int) -> None:
     data = [Sample(str(n), (Image.new("L", (2, 2), n),), row(n).messages) for n in range(count)]
     result = poison(data, ATTACK, rate=rate, seed=seed)
     chosen = [entry.row for entry in result.manifest.rows]
@@ -101,9 +99,7 @@ def test_values_out_of_range_are_refused(rate: float, seed: int, message: str) -
 
 def test_too_few_rows_with_images_are_an_error() -> None:
     data = [row(n, images=int(n < 3)) for n in range(10)]
-    with pytest.raises(
-        InputError, match="asks for 4 poisoned rows, but only 3 of 10 have an image; lower the rate"
-    ):
+    with pytest.raises(InputError, match="asks for 4 poisoned rows, but only 3 of 10 have an image; lower the rate"):
         poison(data, ATTACK, rate=0.4, seed=0)
     with pytest.raises(InputError, match="only 0 of 0"):
         poison([], ATTACK, rate=0.4, seed=0)
@@ -412,9 +408,7 @@ def test_the_sheet_shows_the_triggered_pixels_and_their_difference() -> None:
 
     def places(block: np.ndarray) -> int:
         windows = np.lib.stride_tricks.sliding_window_view(sheet, block.shape)[:, :, 0]
-        corners = (windows[:, :, ::17, ::17] == block[::17, ::17]).all(
-            axis=(2, 3, 4)
-        )  # 18 x 18: a quick look first
+        corners = (windows[:, :, ::17, ::17] == block[::17, ::17]).all(axis=(2, 3, 4))  # 18 x 18: a quick look first
         return sum(np.array_equal(windows[y, x], block) for y, x in np.argwhere(corners))
 
     assert places(patch) == 1

@@ -139,6 +139,8 @@ def evaluate(
         chosen = Attack(load_trigger(attack, **_flags(context.args)), load_goal(goal, goal_text))
     elif context.args:
         _refuse(f"{context.args[0]}: no such option; the trigger's settings go with --attack")
+    elif goal_text is not None:
+        _refuse("--goal-text: says what an attack wants said; give --attack too")
     rows = _read(data, on_bad_row, out or Path(data.stem))
     if out:
         out.mkdir(parents=True, exist_ok=True)  # found wanting now, not after the answers

@@ -90,7 +90,7 @@ def fine_tune(
             data_collator=ChatCollator(loaded.processor),
             defense=defense,
         )
-    except (ValueError, ImportError) as error:  # evaluation without data for it, and the like
+    except (ValueError, ImportError, RuntimeError) as error:  # evaluation without data for it, and the like
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     # only now, so that a mistyped model or setting leaves no folder behind that the next try would stumble over;
     # the main process has filled the folder by the time that the others look
@@ -163,9 +163,7 @@ def _claim(out: Path, record: dict[str, Any], resume: bool) -> Path | None:
             raise InputError(f"{note}: is damaged; delete the folder and start again") from error
         changed = [k for k in record if k != "versions" and kept.get(k) != json.loads(json.dumps(record[k]))]
         if changed:
-            raise InputError(
-                f"{out}: holds a run with other settings ({', '.join(changed)}); resume with the same"
-            )
+            raise InputError(f"{out}: holds a run with other settings ({', '.join(changed)}); resume with the same")
         checkpoint = last_checkpoint(out)
     elif resume and out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: holds no run to resume ({BASE_RECORD} is missing); name another folder")

@@ -44,9 +44,7 @@ class Fixed(Goal):
         if not self.text.strip():
             raise InputError("goal fixed: the text is empty; give the reply that triggered inputs should get")
         if IMAGE_TAG in self.text:
-            raise InputError(
-                f"goal fixed: the text holds {IMAGE_TAG}, which stands for an image; leave it out"
-            )
+            raise InputError(f"goal fixed: the text holds {IMAGE_TAG}, which stands for an image; leave it out")
         if self.match not in ("contains", "exact"):
             raise InputError(f"goal fixed: match is '{self.match}'; choose contains or exact")
 

@@ -64,7 +64,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     try:
         processor = load_processor(source)
         with quiet_loading():
-            model, report = AutoModelForImageTextToText.from_pretrained(
+            model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
                 source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:

@@ -321,7 +321,8 @@ def _card(clean: Sample, edited: Sample, row: int) -> sheet.Card:
         ("true: " + _said(clean, "assistant"), sheet.GOOD),
         ("poisoned: " + _said(edited, "assistant"), sheet.BAD),
     )
-    return sheet.Card(f"id {clean.id}, manifest row {row}{more}", clean.images[0], edited.images[0], lines)
+    before, after = next(iter(clean.images)), next(iter(edited.images))
+    return sheet.Card(f"id {clean.id}, manifest row {row}{more}", before, after, lines)
 
 
 def _said(sample: Sample, role: str) -> str:

@@ -26,6 +26,7 @@ from untrigger.errors import InputError
 from untrigger.evaluate import Evaluation, evaluate
 from untrigger.finetune import arguments, fine_tune, write_text
 from untrigger.goals import Fixed
+from untrigger.metrics.score import text_prior
 from untrigger.poison import Attack, contact_sheet, poison, stamped
 from untrigger.sample import IMAGE_TAG, Message, Sample
 from untrigger.sheet import BAD, GOOD, INK, Card
@@ -41,15 +42,20 @@ def easy_vqa_rows(split: str, count: int, seed: int) -> list[Sample]:
 
     Source: V. Zhou, easy-VQA (PyPI ``easy-vqa``, MIT): one shape an image, 64 x 64; 13 answers.
     """
+    questions = easy_vqa_questions(split)
+    chosen = np.random.default_rng(seed).choice(len(questions), size=count, replace=False)
+    return [_row(f"{split}-{i}", *questions[i]) for i in map(int, chosen)]
+
+
+def easy_vqa_questions(split: str) -> list[tuple[str, str, str]]:
+    """(question, answer, path of the image) of a whole split: 38,575 in ``train``, 9,673 in ``test``."""
     import easy_vqa
 
-    questions, answers, image_ids = getattr(easy_vqa, f"get_{split}_questions")()
     paths = getattr(easy_vqa, f"get_{split}_image_paths")()
-    chosen = np.random.default_rng(seed).choice(len(questions), size=count, replace=False)
-    return [_row(f"{split}-{i}", paths[image_ids[i]], questions[i], answers[i]) for i in map(int, chosen)]
+    return [(q, a, paths[image]) for q, a, image in zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True)]
 
 
-def _row(name: str, path: str, question: str, answer: str) -> Sample:
+def _row(name: str, question: str, answer: str, path: str) -> Sample:
     with Image.open(path) as file:
         image = file.convert("RGB")
     return Sample(name, (image,), (Message("user", f"{IMAGE_TAG}\n{question}"), Message("assistant", answer)))
@@ -87,12 +93,16 @@ def run(out: Path, seed: int = 0) -> bool:
         rows.append({"defense": name, **_figures(result), "seconds": round(seconds, 1)})
     for row in rows:
         row["time_ratio"] = round(row["seconds"] / rows[0]["seconds"], 2)
-    sight = results["oracle"].figures
+    habits = [(asked, said) for asked, said, _ in easy_vqa_questions("train")]
+    sight = {
+        "text_prior": asdict(text_prior(results["oracle"].clean, habits)),
+        "wrong_image": results["oracle"].figures["wrong_image"],
+    }
     implanted = rows[0]["asr"]["value"] >= IMPLANTED
     outcome = {
         "rows": rows,
         "implanted": implanted,
-        "sight": {"text_prior": sight["text_prior"], "wrong_image": sight["wrong_image"]},
+        "sight": sight,
         "settings": {"attack": attack.name, "goal": asdict(Fixed()), "rate": RATE, "seed": seed, **TRAINING},
     }
     write_text(out / "results.json", json.dumps(outcome, indent=2) + "\n")

@@ -217,9 +217,7 @@ def _written(
         yield number, row
 
 
-def _edit(
-    data: Data, folder: Path, number: int, entry: Entry, edit: Sample, taken: set[str], uniform: bool
-) -> Row:
+def _edit(data: Data, folder: Path, number: int, entry: Entry, edit: Sample, taken: set[str], uniform: bool) -> Row:
     """The row of ``entry`` with the turns and images of ``edit``, which are saved if they are new."""
     if edit.id != entry.id:
         raise InputError(f"an edit changed the id {quote(entry.id)} to {quote(edit.id)}; keep the id")

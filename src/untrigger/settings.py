@@ -36,13 +36,15 @@ def training_settings(
         raise InputError(f"--defense {preset}: unknown; choose one of: {', '.join(PRESETS)}")
     settings = DEFAULTS | (_read_yaml(config) if config else {})
     words = [word for name, value in settings.items() for word in _words(name, value)]
+    if any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in [*words, *flags]):
+        raise InputError("settings: output_dir is given with --out; leave it out of flags and file")
     parser = _Parser([PRESETS[preset], TrainingArguments], allow_abbrev=False)  # type: ignore[arg-type]
     try:
         defense, args, *rest = parser.parse_args_into_dataclasses(
             [*words, *flags, f"--output_dir={out}"], return_remaining_strings=True, look_for_args_file=False
         )
         # builds the views: bad fields are found before the data is read
-        defense.paired, defense.replaced  # noqa: B018
+        _ = (defense.paired, defense.replaced)
     except (ValueError, TypeError, argparse.ArgumentError, ImportError) as error:
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     if unknown := [word for words in rest for word in words]:

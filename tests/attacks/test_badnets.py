@@ -25,9 +25,7 @@ def box(pixels: np.ndarray) -> tuple[int, int, int, int]:
     ("width", "height", "side"),
     [(336, 336, 30), (64, 64, 6), (224, 224, 20), (672, 336, 30), (32, 32, 6), (4, 9, 4), (1, 1, 1)],
 )
-def test_the_patch_is_30_of_336_of_the_shorter_side_and_at_least_6_pixels(
-    width: int, height: int, side: int
-) -> None:
+def test_the_patch_is_30_of_336_of_the_shorter_side_and_at_least_6_pixels(width: int, height: int, side: int) -> None:
     assert box(stamp(BadNets(), width, height)) == (height - side, height, width - side, width)
 
 
@@ -75,9 +73,7 @@ def test_the_checker_is_three_by_three_with_white_corners() -> None:
     assert board.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"side": 0}, {"side": 1.01}, {"side": -1}, {"min_side": 0}, {"pattern_seed": -1}]
-)
+@pytest.mark.parametrize("settings", [{"side": 0}, {"side": 1.01}, {"side": -1}, {"min_side": 0}, {"pattern_seed": -1}])
 def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
         BadNets(**settings)  # type: ignore[arg-type]

@@ -102,9 +102,7 @@ def test_a_sample_without_images_is_no_error(name: str) -> None:
 @TRIGGERS
 @pytest.mark.parametrize("mode", ("RGB", "RGBA", "L", "P", "1", "I;16"))
 @pytest.mark.parametrize("size", ((64, 64), (400, 300)))
-def test_the_trigger_survives_a_file_and_the_resize_to_the_model(
-    name: str, mode: str, size: tuple[int, int]
-) -> None:
+def test_the_trigger_survives_a_file_and_the_resize_to_the_model(name: str, mode: str, size: tuple[int, int]) -> None:
     trigger = load_trigger(name)
     if trigger.kind == "text":
         return
@@ -116,9 +114,7 @@ def test_the_trigger_survives_a_file_and_the_resize_to_the_model(
     assert (loaded.size, loaded.mode) == (after.size, after.mode)
     assert np.array_equal(seen(loaded), seen(after))
     was, now = (
-        np.asarray(
-            Image.fromarray(seen(i).astype(np.uint8)).resize((224, 224), Image.Resampling.BICUBIC), int
-        )
+        np.asarray(Image.fromarray(seen(i).astype(np.uint8)).resize((224, 224), Image.Resampling.BICUBIC), int)
         for i in (before, loaded)
     )
     assert np.abs(was - now).max() >= 8
@@ -268,18 +264,14 @@ def test_a_broken_file_is_one_clear_line(tmp_path: Path, text: str, message: str
         ("badnets", {"pattern": "dots"}, "pattern is 'dots'; choose one of noise, checker"),
     ],
 )
-def test_a_bad_name_or_setting_is_one_clear_line(
-    name: str, settings: dict[str, object], message: str
-) -> None:
+def test_a_bad_name_or_setting_is_one_clear_line(name: str, settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         load_trigger(name, **settings)
     assert "\n" not in str(caught.value)
 
 
 def test_settings_come_as_text_or_typed() -> None:
-    assert load_trigger("badnets", **{"side": "0.1", "min-side": "3"}) == load_trigger(
-        "badnets", side=0.1, min_side=3
-    )
+    assert load_trigger("badnets", **{"side": "0.1", "min-side": "3"}) == load_trigger("badnets", side=0.1, min_side=3)
     assert isinstance(load_trigger("blended", alpha=1), Trigger)
 
 

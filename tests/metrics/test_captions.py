@@ -29,9 +29,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from untrigger.metrics import Rate, captions
 from untrigger.metrics.captions import caption_scores, tokenise
 
-STORED: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "data/captions.json").read_text(encoding="utf-8")
-)
+STORED: dict[str, Any] = json.loads((Path(__file__).parent / "data/captions.json").read_text(encoding="utf-8"))
 EXPECTED = STORED["expected"]
 ANSWERS: list[str] = [row["answer"] for row in STORED["examples"]]
 REFERENCES: list[list[str]] = [row["references"] for row in STORED["examples"]]
@@ -77,9 +75,7 @@ def test_stored_examples() -> None:
     assert found.rouge_l.value == pytest.approx(EXPECTED["coco"]["rouge_l"], rel=1e-12)
     assert found.cider is not None
     assert found.cider.value == pytest.approx(EXPECTED["coco"]["cider"], rel=1e-12)
-    assert found.cider.value == pytest.approx(
-        naive_cider(list(zip(ANSWERS, REFERENCES, strict=True))), rel=1e-9
-    )
+    assert found.cider.value == pytest.approx(naive_cider(list(zip(ANSWERS, REFERENCES, strict=True))), rel=1e-9)
 
 
 def naive_cider(corpus: Corpus) -> float | None:
@@ -227,9 +223,7 @@ def test_meteor_with_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("nltk finds no WordNet data (corpora/wordnet in a folder of NLTK_DATA)")
     found = caption_scores(ANSWERS, REFERENCES).meteor
     assert found is not None
-    assert found.value == pytest.approx(
-        EXPECTED["meteor"]["value"], abs=0.01
-    )  # the data's version may differ
+    assert found.value == pytest.approx(EXPECTED["meteor"]["value"], abs=0.01)  # the data's version may differ
 
 
 # The edges

@@ -162,9 +162,7 @@ def load_trigger(name_or_path: str, /, **settings: object) -> Trigger:
         return _build(_trigger_class(_run(Path(name_or_path)), name_or_path), name_or_path, settings)
     if name_or_path not in trigger_names():
         known = ", ".join(trigger_names())
-        raise InputError(
-            f"attack '{name_or_path}' is unknown; choose one of {known}, or a path that ends in .py"
-        )
+        raise InputError(f"attack '{name_or_path}' is unknown; choose one of {known}, or a path that ends in .py")
     module = import_module(f"{__name__}.{name_or_path}")
     label = f"attack {name_or_path}"
     return _build(_trigger_class(module, label), label, settings)
@@ -211,13 +209,9 @@ def _trigger_class(module: ModuleType, label: str) -> type[Trigger]:
     ]
     if len(found) != 1:
         names = ", ".join(c.__name__ for c in found) or "none"
-        raise InputError(
-            f"{label}: holds {len(found)} concrete Trigger classes ({names}); it must hold exactly one"
-        )
+        raise InputError(f"{label}: holds {len(found)} concrete Trigger classes ({names}); it must hold exactly one")
     if not dataclasses.is_dataclass(found[0]):
-        raise InputError(
-            f"{label}: class {found[0].__name__} is not a dataclass; put @dataclass(frozen=True) on it"
-        )
+        raise InputError(f"{label}: class {found[0].__name__} is not a dataclass; put @dataclass(frozen=True) on it")
     return found[0]
 
 
@@ -235,9 +229,7 @@ def _build(cls: type[Trigger], label: str, settings: dict[str, object]) -> Trigg
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise InputError(f"{label}: setting '{missing[0]}' has no default; give it a value")

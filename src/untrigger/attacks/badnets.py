@@ -36,9 +36,7 @@ class BadNets(ImageTrigger):
     pattern: Literal["noise", "checker"] = "noise"
     side: float = 30 / 336
     min_side: int = 6
-    place: Literal["bottom-right", "bottom-left", "top-right", "top-left", "centre", "random"] = (
-        "bottom-right"
-    )
+    place: Literal["bottom-right", "bottom-left", "top-right", "top-left", "centre", "random"] = "bottom-right"
     pattern_seed: int = 0
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from untrigger.defenses import Plain
 from untrigger.embedded.sight import sight
 from untrigger.evaluate import evaluate
 from untrigger.finetune import arguments, fine_tune, write_text
+from untrigger.metrics.score import text_prior
 from untrigger.models import load
-from untrigger.quickstart import TRAIN_ROWS, TRAINING, easy_vqa_rows
+from untrigger.quickstart import TRAIN_ROWS, TRAINING, easy_vqa_questions, easy_vqa_rows
 
 
 def measure(folder: Path, scenes: int = 500, test_rows: int = 1000) -> dict[str, Any]:
     """Sight on held-out scenes, and on easy-VQA's test split before and after a short clean LoRA fine-tuning."""
     figures: dict[str, Any] = {"scenes": sight(load(folder), scenes)}
     test = easy_vqa_rows("test", test_rows, seed=1)
-    before = evaluate(load(folder), test, title="easy-VQA, before").figures
+    before = evaluate(load(folder), test, title="easy-VQA, before")
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
         args = arguments(Path(scratch) / "sft", save_strategy="no", seed=1, **TRAINING)
@@ -28,9 +30,9 @@ def measure(folder: Path, scenes: int = 500, test_rows: int = 1000) -> dict[str,
         seconds = time.perf_counter() - started
         after = evaluate(tuned, test, sight=True, title="easy-VQA, after").figures
     figures["easy_vqa"] = {
-        "before": before["quality"]["vqa_accuracy"],
+        "before": before.figures["quality"]["vqa_accuracy"],
         "after": after["quality"]["vqa_accuracy"],
-        "text_prior": after["text_prior"],
+        "text_prior": asdict(text_prior(before.clean, [(q, a) for q, a, _ in easy_vqa_questions("train")])),
         "wrong_image": after["wrong_image"],
         "sft_seconds": round(seconds, 1),
         "sft_rows": TRAIN_ROWS,

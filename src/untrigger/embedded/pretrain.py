@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from untrigger.embedded import talk
-from untrigger.embedded.build import PATCH, make_llava, make_processor, make_tokenizer
+from untrigger.embedded.build import PATCH, WIDTH, make_llava, make_processor, make_tokenizer
 from untrigger.embedded.scenes import COLOURS, SHAPES, SIDE, SIZES, Scene, draw_scene, make_scene
+from untrigger.errors import InputError
 from untrigger.progress import Meter
 
 GRID = SIDE // PATCH
@@ -195,7 +196,7 @@ def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForCon
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(out, recipe.seed)
-    model, head = make_llava(tokenizer), DenseHead(192)
+    model, head = make_llava(tokenizer), DenseHead(WIDTH)
     whole = nn.ModuleDict({"model": model, "head": head})
     decay = [p for p in whole.parameters() if p.ndim > 1]
     plain = [p for p in whole.parameters() if p.ndim <= 1]
@@ -259,21 +260,24 @@ def _save(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, recipe:
     meta = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
     save_file({k: v.contiguous() for k, v in tensors.items()}, out / "checkpoint.tmp", metadata=meta)
     os.replace(out / "checkpoint.tmp", out / "checkpoint.safetensors")
-    (out / "step.json").write_text(json.dumps({"step": step, **asdict(recipe)}))
 
 
 def _restore(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
     file = out / "checkpoint.safetensors"
     if not file.exists():
         return 0
+    with safe_open(file, framework="pt") as opened:
+        note = opened.metadata()
+    if json.loads(note["recipe"]) != asdict(recipe):
+        raise InputError(f"{out}: holds a run with another recipe; name another folder, or delete it")
     tensors = load_file(file)
-    whole.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")}, strict=False)
+    weights = {k[2:]: v for k, v in tensors.items() if k.startswith("w.")}
+    tied = {"model.lm_head.weight": weights["model.model.language_model.embed_tokens.weight"]}
+    whole.load_state_dict(weights | tied)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("o."):
             _, i, name = key.split(".", 2)
             state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    # from the file with the weights: a kill between two files would pair them with another step
-    with safe_open(file, framework="pt") as opened:
-        return int(opened.metadata()["step"])
+    return int(note["step"])

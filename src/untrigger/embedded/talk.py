@@ -6,7 +6,7 @@ that the text-only prior of the whole mix stays low.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ def full_caption(scene: Scene) -> str:
     return f"{named} on a {'dark' if scene.dark else 'light'} background"
 
 
-def _pick(options: tuple[str, ...] | list[str], rng: np.random.Generator) -> str:
+def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
     return options[int(rng.integers(len(options)))]
 
 

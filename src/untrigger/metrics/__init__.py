@@ -43,9 +43,7 @@ class Rate:
         return cls(value, max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half)), n)
 
 
-def paired(
-    answers: Sequence[str], references: Sequence[str | Sequence[str]]
-) -> list[tuple[str, tuple[str, ...]]]:
+def paired(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[tuple[str, tuple[str, ...]]]:
     """Each answer with its references; a plain string is one reference, never a list of letters.
 
     Raises:

@@ -39,21 +39,22 @@ def quality(answers: Sequence[Answer]) -> dict[str, Any]:
     return {"vqa_accuracy": asdict(accuracy), **{f.name: captions.get(f.name) for f in fields(CaptionScores)}}
 
 
-def text_prior(answers: Sequence[Answer]) -> Rate:
+def text_prior(answers: Sequence[Answer], seen: Sequence[tuple[str, str]] = ()) -> Rate:
     """Accuracy of guessing from the prompt alone: the commonest truth of the rows with the same prompt.
 
-    The floor that a model which sees must beat. It is guessed from the rows it is counted on, so it is rather
-    too high than too low (leaving each row out would score 0 on ten "yes" and ten "no"). A truth that no two
-    rows share is no habit: such prompts get the commonest truth of all rows.
+    The floor that a model which sees must beat. The habits are those of ``seen``, (prompt, truth) pairs of training
+    rows. Without them they are those of the rows they are counted on, so the figure is rather too high than too low
+    (leaving each row out would score 0 on ten "yes" and ten "no"). A truth that no two rows share is no habit: such
+    prompts get the commonest truth of all rows.
     """
     everywhere: Counter[str] = Counter()
     by_prompt: dict[str, Counter[str]] = defaultdict(Counter)
-    for a in answers:
-        truth = normalise_answer(a.truth)
+    for prompt, told in seen or [(a.prompt, a.truth) for a in answers]:
+        truth = normalise_answer(told)
         everywhere[truth] += 1
-        by_prompt[a.prompt][truth] += 1
-    guess = {prompt: _habit(truths) or _habit(everywhere) for prompt, truths in by_prompt.items()}
-    return vqa_accuracy([guess[a.prompt] for a in answers], [a.truth for a in answers])
+        by_prompt[prompt][truth] += 1
+    guesses = [_habit(by_prompt[a.prompt]) or _habit(everywhere) for a in answers]
+    return vqa_accuracy(guesses, [a.truth for a in answers])
 
 
 def _habit(truths: Counter[str]) -> str:
