@@ -169,11 +169,14 @@ def model(
     seed: SeedOption = 11,
 ) -> None:
     """Pretrain an embedded model on generated scenes, again: a few hours; run it again after a kill to go on."""
+    from untrigger.embedded.card import write_card
     from untrigger.embedded.pretrain import FAMILIES, Recipe, pretrain
 
     if name not in FAMILIES:
         _refuse(f"{name}: no such family; there is: {', '.join(FAMILIES)}")
-    pretrain(out, Recipe(seed=seed))
+    recipe = Recipe(seed=seed)
+    pretrain(out, recipe)
+    write_card(out, f"`untrigger model {name} --seed {seed}`: {recipe}.")
 
 
 def _read(data: Path, on_bad_row: OnBadRow, out: Path):

@@ -34,7 +34,7 @@ from untrigger.sheet import contact_sheet as sheet
 
 TRAIN_ROWS, TEST_ROWS, RATE = 2000, 400, 0.05
 IMPLANTED = 0.90  # below this the undefended model has no backdoor, and nothing can be said about a defence
-TRAINING: dict[str, Any] = {"num_train_epochs": 4, "per_device_train_batch_size": 32, "learning_rate": 2e-3}
+TRAINING: dict[str, Any] = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 3e-3}
 
 
 def easy_vqa_rows(split: str, count: int, seed: int) -> list[Sample]:

@@ -84,7 +84,7 @@ the wrong-image control asks the model with another row's image.
 | easy-VQA test split, as shipped ({easy["before"]["n"]} questions) | {_of(easy["before"])} | {_of(easy["text_prior"])} | - |
 | easy-VQA after LoRA on {easy["sft_rows"]:,} clean rows ({easy["sft_seconds"]:.0f} s) | {_of(easy["after"])} | {_of(easy["text_prior"])} | {_of(easy["wrong_image"])} |
 
-By kind of question: {kinds}.
+By kind of question: {kinds}. What stands near 0.5 here is at chance: the model cannot do it.
 
 ## How it was made
 

@@ -44,7 +44,7 @@ class Recipe:
 
     seed: int = 11
     vision_steps: int = 1800
-    steps: int = 2600
+    steps: int = 3150
     batch: int = 48
     questions: int = 8
     learning_rate: float = 1e-3

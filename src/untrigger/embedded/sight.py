@@ -17,7 +17,7 @@ from untrigger.metrics.vqa import vqa_accuracy
 from untrigger.models import Loaded
 from untrigger.sample import IMAGE_TAG, Message, Sample
 
-HELD_OUT = 1_000_003  # the stream of held-out scenes; pretraining draws from another seed
+HELD_OUT = 2_000_003  # the stream of held-out scenes; pretraining draws from another seed
 
 
 def scene_samples(seed: int, scenes: int, *, captions: bool, questions: int = 3) -> list[Sample]:

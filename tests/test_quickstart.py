@@ -1,0 +1,62 @@
+"""The main job at toy size, and whole in the slow suite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from untrigger import quickstart
+from untrigger.errors import InputError
+
+
+def test_rows_are_the_packages_own(tmp_path: Path) -> None:
+    rows = quickstart.easy_vqa_rows("test", 5, seed=3)
+    again = quickstart.easy_vqa_rows("test", 5, seed=3)
+    assert [r.id for r in rows] == [r.id for r in again]
+    assert len({r.id for r in rows}) == 5
+    questions = quickstart.easy_vqa_questions("test")
+    assert len(questions) == 9_673
+    for row in rows:
+        question, answer, _ = questions[int(row.id.removeprefix("test-"))]
+        assert row.messages[0].text == f"<image>\n{question}"
+        assert row.messages[1].text == answer
+        assert row.images[0].size == (64, 64)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds no quickstart"):
+        quickstart.run(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "TRAIN_ROWS", 40)
+    monkeypatch.setattr(quickstart, "TEST_ROWS", 12)
+    monkeypatch.setitem(quickstart.TRAINING, "max_steps", 1)
+    out = tmp_path / "out"
+    for _ in range(2):  # a second run replaces the first
+        assert quickstart.run(out, seed=5) is False
+    assert "not implanted" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert [row["defense"] for row in results["rows"]] == ["plain", "paper", "oracle"]
+    for row in results["rows"]:
+        assert row["asr"]["low"] <= row["asr"]["value"] <= row["asr"]["high"]
+        assert row["asr"]["n"] == row["quality"]["n"] == 12
+        assert row["seconds"] > 0
+        answers = (out / row["defense"] / "evaluation" / "answers.jsonl").read_text().splitlines()
+        assert len(answers) == (36 if row["defense"] == "oracle" else 24)
+    assert (out / "contact_sheet.png").read_bytes()[:4] == (out / "answers.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_quickstart_implants_the_backdoor(tmp_path: Path) -> None:
+    assert quickstart.run(tmp_path / "out", seed=0)
+    rows = {row["defense"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    assert rows["plain"]["asr"]["value"] >= 0.90
+    assert rows["oracle"]["asr"]["value"] <= 0.05
+    assert rows["oracle"]["quality"]["value"] >= 0.85
