@@ -80,6 +80,7 @@ def test_every_field_of_training_arguments_is_reachable(tmp_path: Path) -> None:
     special = {name for name, value in given.items() if not isinstance(value, bool | int | float | str | list | dict)}
     plain = {k: getattr(v, "value", v) for k, v in given.items() if k not in special and v not in ([], {})}
     plain["report_to"] = "none"
+    del plain["output_dir"]  # given apart, and refused here
     warnings.simplefilter("ignore", FutureWarning)  # some fields have newer names
     again = settings(tmp_path, config=plain)[1]
     assert {k: getattr(again, k) for k in plain if k != "report_to"} == {k: given[k] for k in plain if k != "report_to"}
@@ -197,3 +198,9 @@ def test_defences_check_themselves() -> None:
         with pytest.raises(ValueError, match="it must"):
             bad()
     assert Plain() == Plain() and json.dumps(CrossView().margin)
+
+
+@pytest.mark.parametrize("flag", ["--output_dir=x", "--output-dir"])
+def test_the_output_folder_is_given_once(tmp_path: Path, flag: str) -> None:
+    with pytest.raises(InputError, match="--out"):
+        settings(tmp_path, flag)
