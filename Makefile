@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread a test process: two threads beside another busy process are many times slower than one.
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test check lint clean
 
 quickstart: $(VENV)/installed
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/untrigger quickstart --out runs/quickstart
+	$(BIN)/untrigger quickstart --out runs/quickstart
+
+# One thread a test process: two threads beside another busy process are many times slower than one.
+test check: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow"

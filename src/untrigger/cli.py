@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, cast
 
@@ -232,6 +233,8 @@ def _refuse(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point: one clear line and exit code 2 for what the user can mend."""
+    # the hosts tell each other of renamed properties; the user can mend none of it
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="untrigger", standalone_mode=False))
     except InputError as error:
