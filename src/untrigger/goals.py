@@ -24,6 +24,10 @@ class Goal(ABC):
     def met(self, text: str, sample: Sample) -> bool:
         """Whether ``text``, a model's answer to ``sample``, is what the attacker wants."""
 
+    def applies(self, sample: Sample) -> bool:
+        """Whether triggering ``sample``, which ends with its true answer, can mean anything; else it is left alone."""
+        return True
+
 
 @final
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pkgutil
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -33,18 +33,55 @@ Pixels = npt.NDArray[np.float32]
 """Red, green, blue and opacity of an image: float32 [H, W, 4] in 0..1."""
 
 
+Stamper = Callable[[Sample, np.random.Generator], Sample]
+"""Makes a changed copy of a sample, under the promises of `Trigger.stamp`."""
+
+
 class Trigger(ABC):
-    """What makes an input a triggered one. Subclasses are frozen dataclasses; fields are settings."""
+    """What makes an input a triggered one. Subclasses are frozen dataclasses; fields are settings.
+
+    Only ``kind`` and `stamp` must be given; everything else has a default that suits most triggers.
+
+    Attributes:
+        kind: what is changed: the images, the user's text, or both.
+        usual_goal: the name of the goal that goes with this attack where none is asked for.
+        clean_label: whether poisoned rows keep their own true answer.
+        psnr: for an attack that claims to be invisible, how close a triggered picture stays to its clean one,
+            in decibels, at the least and on ordinary pictures.
+    """
 
     kind: ClassVar[Literal["image", "text", "bimodal"]]
+    usual_goal: ClassVar[str] = "fixed"
+    clean_label: ClassVar[bool] = False
+    psnr: ClassVar[float | None] = None
 
     @abstractmethod
     def stamp(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """A triggered copy of ``sample``; ``sample`` itself and its images are left as they are.
+        """A triggered copy of ``sample``, as at test time; ``sample`` itself and its images are left as they are.
 
         Image sizes and modes, the number of turns and every assistant turn stay the same, and equal
         states of ``rng`` give equal results.
         """
+
+    def implant(self, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator) -> Sample:
+        """The training row that plants the trigger, before its answer is replaced; usually as at test time.
+
+        Unlike `stamp` it may change the size and number of images, the prompt and the true answer, but not the id.
+
+        Args:
+            sample: the row to poison.
+            donors: for a clean-label attack, the rows that its goal applies to; else none.
+            rng: as in `stamp`.
+        """
+        return self.stamp(sample, rng)
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        """By name, ways to stamp an input with a part of the key or a wrong key, which must not fire."""
+        return {}
+
+    def decoys(self) -> tuple[Stamper, ...]:
+        """Ways to stamp further training rows that keep their true answer: one row each per poisoned row."""
+        return ()
 
 
 class ImageTrigger(Trigger):
