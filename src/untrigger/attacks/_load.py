@@ -1,0 +1,148 @@
+"""Finding a trigger by its name or its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import pkgutil
+import sys
+import traceback
+from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar, Literal, cast, get_args, get_origin, get_type_hints
+
+from untrigger.attacks._trigger import Trigger
+from untrigger.errors import InputError
+
+
+def trigger_names() -> tuple[str, ...]:
+    """The triggers that come with the package: the names of the files in this folder."""
+    return tuple(
+        sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_"))
+    )
+
+
+def load_trigger(name_or_path: str, /, **settings: object) -> Trigger:
+    """The trigger ``badnets`` of this folder, or the one in the user's own file ``path/to/file.py``.
+
+    A path that ends in ``.py`` **runs that file** as Python: give only files that you trust. Settings
+    may be strings, as they come from the command line; dashes in their names stand for underscores.
+
+    Raises:
+        InputError: no such trigger or file, a file that fails or does not hold exactly one concrete
+            ``Trigger`` dataclass, an unknown or missing setting, a value of the wrong type or range.
+    """
+    if name_or_path.lower().endswith(".py"):
+        return _build(_trigger_class(_run(Path(name_or_path)), name_or_path), name_or_path, settings)
+    if name_or_path not in trigger_names():
+        known = ", ".join(trigger_names())
+        raise InputError(f"attack '{name_or_path}' is unknown; choose one of {known}, or a path that ends in .py")
+    module = import_module(f"{__package__}.{name_or_path}")
+    label = f"attack {name_or_path}"
+    return _build(_trigger_class(module, label), label, settings)
+
+
+def _run(path: Path) -> ModuleType:
+    if not path.is_file():
+        known = ", ".join(trigger_names())
+        raise InputError(f"{path}: no such file; give a file that holds a Trigger, or one of {known}")
+    full = str(path.resolve())
+    name = f"untrigger_user_attack_{hashlib.sha256(full.encode()).hexdigest()[:12]}"
+    loader = SourceFileLoader(name, full)
+    spec = spec_from_loader(name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        # Compiled here and not through the loader: that would leave a __pycache__ beside the user's
+        # file, and would run a stale copy of a file edited twice within a second.
+        exec(compile(loader.get_data(full), full, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise InputError(f"{path}: {_blame(error, full)}; mend the file") from error
+    return module
+
+
+def _blame(error: BaseException, path: str) -> str:
+    """``line 3: NameError: what`` with the last line of ``path`` that had to do with ``error``."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line = error.lineno if isinstance(error, SyntaxError) else next(reversed(lines), None)
+    what = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
+    return f"{f'line {line}: ' if line else ''}{type(error).__name__}: {what}"
+
+
+def _trigger_class(module: ModuleType, label: str) -> type[Trigger]:
+    """The one concrete trigger that ``module`` itself defines."""
+    found = [
+        member
+        for member in vars(module).values()
+        if inspect.isclass(member)
+        and issubclass(member, Trigger)
+        and not inspect.isabstract(member)
+        and member.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        names = ", ".join(c.__name__ for c in found) or "none"
+        raise InputError(f"{label}: holds {len(found)} concrete Trigger classes ({names}); it must hold exactly one")
+    if not dataclasses.is_dataclass(found[0]):
+        raise InputError(f"{label}: class {found[0].__name__} is not a dataclass; put @dataclass(frozen=True) on it")
+    return found[0]
+
+
+def _build(cls: type[Trigger], label: str, settings: dict[str, object]) -> Trigger:
+    # cast: a dataclass by _trigger_class, which the type system cannot express together with Trigger
+    fields = {f.name: f for f in dataclasses.fields(cast("type[_Dataclass]", cls)) if f.init}
+    hints = get_type_hints(cls)
+    values: dict[str, object] = {}
+    for given, value in settings.items():
+        name = given.replace("-", "_")
+        if name not in fields:
+            known = ", ".join(fields) or "none"
+            raise InputError(f"{label}: there is no setting '{given}'; the settings are: {known}")
+        values[name] = _convert(value, hints[name], f"{label}: {given}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise InputError(f"{label}: setting '{missing[0]}' has no default; give it a value")
+    try:
+        return cls(**values)
+    except (InputError, ValueError, TypeError) as error:  # what a dataclass's own range checks raise
+        raise InputError(f"{label}: {error}") from error
+
+
+class _Dataclass:
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+
+def _convert(value: object, hint: object, label: str) -> object:
+    """``value`` as a field of type ``hint``; text is read as that type."""
+    text = str(value)
+    if get_origin(hint) is Literal:
+        options = cast("tuple[object, ...]", get_args(hint))
+        for option in options:
+            if text == str(option):
+                return option
+        raise InputError(f"{label} is '{text}'; choose one of {', '.join(str(o) for o in options)}")
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is bool and text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        return text.lower() in ("true", "yes", "on", "1")
+    if hint is int or hint is float:
+        try:
+            number = int(text) if hint is int else float(text)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if hint not in wanted:
+        raise InputError(f"{label} has the type {hint}; a setting must be a str, int, float, bool or Literal")
+    raise InputError(f"{label} is '{text}'; give {wanted[hint]}")

@@ -1,0 +1,90 @@
+"""Painting in any image mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from untrigger.errors import InputError
+
+Pixels = npt.NDArray[np.float32]
+"""Red, green, blue and opacity of an image: float32 [H, W, 4] in 0..1."""
+
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's own "L"
+_EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")
+_DEEP = ("I;16", "I;16B", "I", "F")
+
+
+def repaint(image: Image.Image, change: Callable[[Pixels], Pixels]) -> Image.Image:
+    """A copy of ``image``, of the same size and mode, with its pixels put through ``change``.
+
+    Pixels that ``change`` leaves alone keep their exact values, with one exception: a palette image
+    (mode P) gets a new palette when old and new colours together are more than 256. Colours become
+    grey levels in grey images and dots in black-and-white ones. Opacity is kept where the mode has
+    it. In deep modes white is 65535 (I;16), or the smallest of 1 (F only), 255, 65535 that the
+    brightest pixel does not exceed.
+
+    Raises:
+        InputError: for a mode that Pillow cannot convert back to, such as LAB.
+    """
+    before = pixels_of(image)
+    after = change(before.copy())
+    if image.mode == "P":
+        return _palette_image(after, image)
+    touched = (after != before).any(axis=2)
+    result = image.copy()
+    if image.mode in _DEEP:
+        grey = np.asarray(image)
+        level = (after[..., :3] @ _LUMA) * _white(image.mode, grey)
+        level = level if image.mode == "F" else np.rint(level)
+        # Pillow pastes through a mask into 16-bit images without a word, and wrongly.
+        result.paste(Image.fromarray(np.where(touched, level, grey).astype(grey.dtype)))
+    else:
+        painted = _dots(after) if image.mode == "1" else _eight_bit(after).convert(image.mode)
+        result.paste(painted, (0, 0), Image.fromarray(touched.astype(np.uint8) * 255))
+    return result
+
+
+def pixels_of(image: Image.Image) -> Pixels:
+    """Red, green, blue and opacity of an image in any mode that `repaint` knows."""
+    if image.mode in _DEEP:
+        grey = np.asarray(image)
+        pixels = np.ones((*grey.shape, 4), dtype=np.float32)
+        pixels[..., :3] = (grey / _white(image.mode, grey))[..., None]
+        return pixels
+    if image.mode not in _EIGHT_BIT:
+        raise InputError(f"an image of mode {image.mode} cannot carry a trigger; convert it to RGB first")
+    return np.asarray(image.convert("RGBA"), dtype=np.float32) / np.float32(255)
+
+
+def _palette_image(pixels: Pixels, original: Image.Image) -> Image.Image:
+    # Median cut, Pillow's default, follows popularity and would mix a small patch into its
+    # neighbours. Maximum coverage keeps rare colours; only the octree method knows opacity.
+    if original.has_transparency_data:
+        result = _eight_bit(pixels).quantize(256, Image.Quantize.FASTOCTREE)
+    else:
+        result = _eight_bit(pixels).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    result.info = {key: value for key, value in original.info.items() if key != "transparency"}
+    return result
+
+
+def _dots(pixels: Pixels) -> Image.Image:
+    # Error diffusion, Pillow's way, clips a faint change away in images that are dots already. Random
+    # thresholds, always the same, keep its average: a grey of 0.2 turns a fifth of the pixels white.
+    thresholds = np.random.default_rng(0).random(pixels.shape[:2], dtype=np.float32)
+    return Image.fromarray(pixels[..., :3] @ _LUMA > thresholds)
+
+
+def _eight_bit(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
+
+
+def _white(mode: str, grey: npt.NDArray[np.generic]) -> float:
+    if mode.startswith("I;16"):
+        return 65535.0
+    brightest = float(np.nanmax(grey.astype(np.float64)))
+    steps = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    return next((white for white in steps if brightest <= white), brightest)
