@@ -1,0 +1,146 @@
+"""ISSBA: a string hidden in each image; what it changes differs from image to image.
+
+Source: Li, Li, Wu, Li, He, Lyu, "Invisible Backdoor Attack with Sample-Specific Triggers", 2021,
+arXiv 2012.03816: an encoder hides one fixed string in every poisoned image. Deviation: the paper
+trains a pair of networks to hide and to read; here a watermark does, written from its textbook parts:
+the LL band of a Haar wavelet transform, the discrete cosine transform of its blocks, and dither
+modulation (Chen and Wornell, "Quantization Index Modulation", IEEE Trans. Inf. Theory 47(4), 2001).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from untrigger.attacks import ImageTrigger, Pixels, Stamper, pixels_of
+from untrigger.attacks._yuv import FROM_YUV, TO_YUV, colourless
+from untrigger.errors import InputError
+
+Floats = npt.NDArray[np.float32]
+
+_BLOCK = 4  # coefficients a side
+_ROUNDS = 3  # see _Plane.write
+_U, _Y = 1, 0
+_INDEX = np.arange(_BLOCK)
+_BASIS: Floats = (
+    np.cos(np.pi * np.outer(_INDEX, _INDEX + 0.5) / _BLOCK) * np.sqrt(np.where(_INDEX == 0, 1, 2) / _BLOCK)[:, None]
+).astype(np.float32)
+# One letter a block, one bit a coefficient: the eight slowest waves, as they live through resizing.
+_ROWS = np.array([0, 1, 0, 1, 2, 0, 1, 2])
+_COLUMNS = np.array([1, 0, 2, 1, 0, 3, 2, 1])
+
+
+@final
+@dataclass(frozen=True)
+class Issba(ImageTrigger):
+    """A watermark in the blue-yellow differences, U of YUV, that `decode` reads; opacity stays.
+
+    Each block of the image holds one letter (byte) of the message, and the message is repeated as often as
+    it fits. The blocks are 8 pixels a side. An image with fewer whole blocks than the message has bytes
+    carries only its beginning; one below 8 pixels is changed, but nothing can be read from it. In a picture
+    of greys alone the watermark is in the brightness, and is easier to see.
+
+    Attributes:
+        message: the string to hide, at least one letter.
+        step: distance of the quantiser's levels, in levels of 0..255, above 0: more is easier to learn and
+            to see.
+        resolution: the blocks are doubled in size for each time that the image's shorter side is twice as
+            long as this many pixels, so that a model that shrinks its input to this size still sees them.
+    """
+
+    psnr: ClassVar[float | None] = 30.0
+    message: str = "untrigger"
+    step: float = 30.0
+    resolution: int = 224
+
+    def __post_init__(self) -> None:
+        if not self.message:
+            raise InputError("message is empty; give at least one letter to hide")
+        if not self.step > 0:
+            raise InputError(f"step is {self.step}; it must be above 0")
+        if self.resolution < 1:
+            raise InputError(f"resolution is {self.resolution}; it must be at least 1 pixel")
+
+    def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        height, width = pixels.shape[:2]
+        cell = self._cell(height, width)
+        side = cell * _BLOCK
+        margins = ((0, -height % side), (0, -width % side), (0, 0))
+        colours = np.pad(pixels[..., :3], margins, mode="edge") if any(m[1] for m in margins) else pixels[..., :3]
+        channel = _Y if colourless(pixels) else _U
+        offsets = self._bits(colours.shape[0] // side, colours.shape[1] // side) * np.float32(self.step / 4)
+        # Where a colour is at its limit, clipping takes half of the wave away again. It also moves the block's
+        # average from the limit, so that another round finds room for more.
+        for _ in range(_ROUNDS):
+            blocks = _spectrum(colours, channel, cell)
+            now = blocks[..., _ROWS, _COLUMNS]
+            change = np.zeros_like(blocks)
+            change[..., _ROWS, _COLUMNS] = np.rint((now - offsets) / self.step) * self.step + offsets - now
+            if _add(colours, change, channel, cell):
+                break
+        pixels[..., :3] = colours[:height, :width]
+        return pixels
+
+    def decode(self, image: Image.Image) -> str:
+        """The message read from ``image``, as many letters of it as there is room for; blank without a whole block.
+
+        Reads by the settings of this trigger: their ``message`` only says how many letters there are. From an
+        image without a watermark come random letters.
+        """
+        pixels = pixels_of(image)
+        cell = self._cell(*pixels.shape[:2])
+        height, width = (length - length % (cell * _BLOCK) for length in pixels.shape[:2])
+        if not height or not width:
+            return ""
+        whole = pixels[:height, :width, :3]
+        now = _spectrum(whole, _Y if colourless(pixels) else _U, cell)[..., _ROWS, _COLUMNS].reshape(-1, 8)
+        votes = np.sin(2 * np.pi / self.step * now)
+        length = min(len(self.message.encode()), len(votes))
+        bits = np.array([votes[letter::length].sum(axis=0) > 0 for letter in range(length)])
+        return np.packbits(bits, axis=1).tobytes().decode(errors="replace")
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        other = "".join(chr(158 - ord(c)) if " " < c <= "~" else "~" for c in self.message)
+        return {"other message": replace(self, message=other).stamp}
+
+    def _cell(self, height: int, width: int) -> int:
+        """Pixels a side that one coefficient of the LL band stands for."""
+        doublings = int(np.log2(max(1.0, min(height, width) / self.resolution)))
+        return 2 ** (1 + doublings)
+
+    def _bits(self, rows: int, columns: int) -> Floats:
+        """+1 or -1 for each of the eight coefficients of each block: [rows, columns, 8]."""
+        letters = np.frombuffer(self.message.encode(), dtype=np.uint8)
+        turns = np.arange(rows * columns) % len(letters)
+        bits = np.unpackbits(letters[turns, None], axis=1).astype(np.float32)
+        return (2 * bits - 1).reshape(rows, columns, 8)
+
+
+def _spectrum(colours: Pixels, channel: int, cell: int) -> Floats:
+    """Cosine transform of each block of the LL band of Y or U, [rows, columns, 4, 4], in levels of 0..255.
+
+    Only the LL band is changed, so the three others need not be known: it is the mean of each cell, up to a
+    factor that is left out to make the figures independent of the cell's size.
+    """
+    plane = colours @ (TO_YUV[channel] * np.float32(255))
+    rows, columns = plane.shape[0] // (cell * _BLOCK), plane.shape[1] // (cell * _BLOCK)
+    means = plane.reshape(rows, _BLOCK, cell, columns, _BLOCK, cell).mean(axis=(2, 5))
+    return _BASIS @ means.transpose(0, 2, 1, 3) @ _BASIS.T
+
+
+def _add(colours: Pixels, change: Floats, channel: int, cell: int) -> bool:
+    """Adds the blocks' change to the colours, in place; says whether all of it found room in 0..1."""
+    blocks = (_BASIS.T @ change @ _BASIS).transpose(0, 2, 1, 3)
+    plane = blocks.reshape(blocks.shape[0] * _BLOCK, -1).repeat(cell, axis=0).repeat(cell, axis=1)
+    fits = True
+    for index, share in enumerate(FROM_YUV[channel] / np.float32(255)):
+        colour = colours[..., index]
+        colour += plane * share
+        fits = fits and bool(colour.min() >= 0 and colour.max() <= 1)
+        np.clip(colour, 0, 1, out=colour)
+    return fits

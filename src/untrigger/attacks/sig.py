@@ -1,0 +1,59 @@
+"""SIG: a faint sinusoid over the whole image.
+
+Source: Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
+Poisoning", 2019, arXiv 1902.11237: v(i, j) = delta * sin(2 pi j f / m) is added to row i, column j of
+an image m columns wide. Deviations: columns are counted at their centres, so that a picture and its
+enlargement carry the same wave, and it is ours to say what rows are relabelled: the paper poisons
+without touching labels (``goals.py`` and ``poison.py`` decide that here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+import numpy as np
+
+from untrigger.attacks import ImageTrigger, Pixels, Stamper
+from untrigger.errors import InputError
+
+_SHORTEST = 4  # pixels a period: of shorter waves, sampling leaves little or nothing (sin(pi j) is 0 everywhere)
+
+
+@final
+@dataclass(frozen=True)
+class Sig(ImageTrigger):
+    """A sine wave along the rows or the columns, the same in red, green and blue; opacity stays.
+
+    Attributes:
+        delta: the wave's height, in (0, 1] of the full range. 40/255 is plain to see on flat colours.
+        frequency: periods over the image, above 0. Where that makes a period shorter than 4 pixels, as
+            in an icon below 24 pixels at frequency 6, the wave has periods of 4 pixels.
+        direction: ``horizontal`` varies from left to right (upright stripes), ``vertical`` downwards.
+    """
+
+    delta: float = 40 / 255
+    frequency: float = 6.0
+    direction: Literal["horizontal", "vertical"] = "horizontal"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.delta <= 1:
+            raise InputError(f"delta is {self.delta}; it must be above 0 and at most 1")
+        if not self.frequency > 0:
+            raise InputError(f"frequency is {self.frequency}; it must be above 0")
+
+    def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        horizontal = self.direction == "horizontal"
+        length = pixels.shape[1 if horizontal else 0]
+        periods = min(self.frequency, length / _SHORTEST)
+        phase = 2 * np.pi * periods * (np.arange(length) + 0.5) / length
+        wave = (self.delta * np.sin(phase)).astype(np.float32)
+        colours = pixels[..., :3]
+        colours += wave[None, :, None] if horizontal else wave[:, None, None]
+        np.clip(colours, 0, 1, out=colours)
+        return pixels
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        turned = "vertical" if self.direction == "horizontal" else "horizontal"
+        return {"turned wave": replace(self, direction=turned).stamp}
