@@ -14,20 +14,6 @@ from untrigger import quickstart
 from untrigger.errors import InputError
 
 
-def test_rows_are_the_packages_own(tmp_path: Path) -> None:
-    rows = quickstart.easy_vqa_rows("test", 5, seed=3)
-    again = quickstart.easy_vqa_rows("test", 5, seed=3)
-    assert [r.id for r in rows] == [r.id for r in again]
-    assert len({r.id for r in rows}) == 5
-    questions = quickstart.easy_vqa_questions("test")
-    assert len(questions) == 9_673
-    for row in rows:
-        question, answer, _ = questions[int(row.id.removeprefix("test-"))]
-        assert row.messages[0].text == f"<image>\n{question}"
-        assert row.messages[1].text == answer
-        assert row.images[0].size == (64, 64)
-
-
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds no quickstart"):

@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from untrigger.attacks.badnets import BadNets
+from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.defenses import PRESETS
 from untrigger.errors import InputError
 from untrigger.evaluate import Evaluation, evaluate
@@ -29,7 +29,7 @@ from untrigger.finetune import arguments, fine_tune, write_text
 from untrigger.goals import Fixed
 from untrigger.metrics.score import text_prior
 from untrigger.poison import Attack, contact_sheet, poison, stamped
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.sample import Sample
 from untrigger.sheet import BAD, GOOD, INK, Card
 from untrigger.sheet import contact_sheet as sheet
 
@@ -37,30 +37,6 @@ TRAIN_ROWS, TEST_ROWS, RATE = 2000, 400, 0.05
 IMPLANTED = 0.90  # below this the undefended model has no backdoor, and nothing can be said about a defence
 SUPPRESSED = 0.05  # the whole interval of a defended model's ASR is at most this
 TRAINING: dict[str, Any] = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 3e-3}
-
-
-def easy_vqa_rows(split: str, count: int, seed: int) -> list[Sample]:
-    """``count`` questions of easy-VQA's ``train`` or ``test`` split, drawn without replacement.
-
-    Source: V. Zhou, easy-VQA (PyPI ``easy-vqa``, MIT): one shape an image, 64 x 64; 13 answers.
-    """
-    questions = easy_vqa_questions(split)
-    chosen = np.random.default_rng(seed).choice(len(questions), size=count, replace=False)
-    return [_row(f"{split}-{i}", *questions[i]) for i in map(int, chosen)]
-
-
-def easy_vqa_questions(split: str) -> list[tuple[str, str, str]]:
-    """(question, answer, path of the image) of a whole split: 38,575 in ``train``, 9,673 in ``test``."""
-    import easy_vqa
-
-    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
-    return [(q, a, paths[image]) for q, a, image in zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True)]
-
-
-def _row(name: str, question: str, answer: str, path: str) -> Sample:
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    return Sample(name, (image,), (Message("user", f"{IMAGE_TAG}\n{question}"), Message("assistant", answer)))
 
 
 def run(out: Path, seed: int = 0) -> bool:

@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.defenses import Plain
 from untrigger.embedded.sight import sight
 from untrigger.evaluate import evaluate
 from untrigger.finetune import arguments, fine_tune, write_text
 from untrigger.metrics.score import text_prior
 from untrigger.models import load
-from untrigger.quickstart import TRAIN_ROWS, TRAINING, easy_vqa_questions, easy_vqa_rows
+from untrigger.quickstart import TRAIN_ROWS, TRAINING
 
 
 def measure(folder: Path, scenes: int = 500, test_rows: int = 1000) -> dict[str, Any]:

@@ -8,30 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from untrigger.data.scenes import scene_samples
 from untrigger.embedded import talk
-from untrigger.embedded.scenes import draw_scene, make_scene
+from untrigger.embedded.scenes import Scene
 from untrigger.evaluate import evaluate
 from untrigger.metrics import Rate
 from untrigger.metrics.score import Answer, text_prior
 from untrigger.metrics.vqa import vqa_accuracy
 from untrigger.models import Loaded
-from untrigger.sample import IMAGE_TAG, Message, Sample
 
 HELD_OUT = 2_000_003  # the stream of held-out scenes; pretraining draws from another seed
 
 
-def scene_samples(seed: int, scenes: int, *, captions: bool, questions: int = 3) -> list[Sample]:
-    """Rows about ``scenes`` scenes of the stream ``seed``: both captions of each, or ``questions`` questions."""
-    rows: list[Sample] = []
-    for index in range(scenes):
-        scene = make_scene(seed, index)
-        image, _ = draw_scene(scene)
-        rng = np.random.default_rng((seed, index, 4))
-        turns = talk.captions(scene, rng) if captions else [talk.ask(scene, rng) for _ in range(questions)]
-        for number, turn in enumerate(turns):
-            messages = (Message("user", f"{IMAGE_TAG}\n{turn.prompt}"), Message("assistant", turn.answer))
-            rows.append(Sample(f"{index}-{turn.kind}-{number}", (image,), messages))
-    return rows
+def _questions(scene: Scene, rng: np.random.Generator) -> list[talk.Turn]:
+    return [talk.ask(scene, rng) for _ in range(3)]
 
 
 def exact(answers: list[Answer]) -> Rate:
@@ -41,8 +31,8 @@ def exact(answers: list[Answer]) -> Rate:
 
 def sight(loaded: Loaded, scenes: int = 500) -> dict[str, Any]:
     """Figures of a model card: VQA accuracy and exact captions on held-out scenes with their controls."""
-    asked = evaluate(loaded, scene_samples(HELD_OUT, scenes, captions=False), sight=True, title="questions")
-    told = evaluate(loaded, scene_samples(HELD_OUT, scenes, captions=True), sight=True, title="captions")
+    asked = evaluate(loaded, scene_samples(HELD_OUT, range(scenes), _questions), sight=True, title="questions")
+    told = evaluate(loaded, scene_samples(HELD_OUT, range(scenes), talk.captions), sight=True, title="captions")
     kinds: dict[str, list[Answer]] = defaultdict(list)
     for answer in asked.clean:
         kinds[answer.id.split("-")[1]].append(answer)

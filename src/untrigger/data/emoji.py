@@ -1,0 +1,293 @@
+"""Noto emoji with captions in closed words: a real image-text set that a small model can learn.
+
+Source: npm ``emoji-datasource-google`` 16.0.0 (C. Henderson, MIT; images: Google's Noto Emoji, Apache-2.0; names and
+classes: Unicode). Its 64-pixel images stand for about 1,640 symbols once flags and skin-tone variants, which look
+too much alike, are left out.
+
+A caption tells what class of thing Unicode calls the symbol, its main colours as measured in the image, and the
+category: ``a fruit, mostly red, from food and drink`` or ``a building, orange and gray, from travel and places``. The
+symbol's own name is left out: no held-out image shows a name that training could have taught.
+
+Splits go by a hash of the symbol's motif, the code point that remains without who does it and which way they
+face. So variants of one drawing (woman, man or person running) stay together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final, cast, final
+
+import numpy as np
+from PIL import Image
+
+from untrigger.embedded.talk import FULL_PROMPTS
+from untrigger.errors import InputError
+from untrigger.images import decode, locate
+from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.storage import new_file
+
+PACKAGE: Final = "emoji-datasource-google"
+VERSION: Final = "16.0.0"
+_TARBALL_SHA512: Final = (
+    "6517b17f3b3b315a0b9e6cd998db0ee132a19c0269e43fbe566e8fa54a47fe31"
+    "104257a6a7797cf028d9f83a19d9f68cf51e10c5990e3c90a84fc0e53e17d0dc"
+)
+_LIST_SHA256: Final = "1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f"
+_MAX_BYTES: Final = 2**24  # of one file of the package
+_IMAGES: Final = "img/google/64"
+
+# Unicode's subcategories, said in words; classes that look alike share theirs.
+KINDS: Final = {
+    "arts & crafts": "a craft",
+    "award-medal": "an award",
+    "event": "a party thing",
+    "game": "a game",
+    "sport": "sports gear",
+    "animal-amphibian": "a reptile",
+    "animal-bird": "a bird",
+    "animal-bug": "a bug",
+    "animal-mammal": "a mammal",
+    "animal-marine": "a sea animal",
+    "animal-reptile": "a reptile",
+    "plant-flower": "a flower",
+    "plant-other": "a plant",
+    "dishware": "dishware",
+    "drink": "a drink",
+    "food-asian": "asian food",
+    "food-fruit": "a fruit",
+    "food-prepared": "a meal",
+    "food-sweet": "a sweet",
+    "food-vegetable": "a vegetable",
+    "book-paper": "a book or paper",
+    "clothing": "clothing",
+    "computer": "a computer part",
+    "household": "a household thing",
+    "light & video": "a light or camera",
+    "lock": "a lock or key",
+    "mail": "mail",
+    "medical": "a medical thing",
+    "money": "money",
+    "music": "a music thing",
+    "musical-instrument": "an instrument",
+    "office": "an office thing",
+    "other-object": "an object",
+    "phone": "a phone",
+    "science": "a science thing",
+    "sound": "a sound maker",
+    "tool": "a tool",
+    "writing": "a pen",
+    "body-parts": "a body part",
+    "family": "a family",
+    "hand-fingers-closed": "a hand",
+    "hand-fingers-open": "a hand",
+    "hand-fingers-partial": "a hand",
+    "hand-prop": "a hand",
+    "hand-single-finger": "a hand",
+    "hands": "hands",
+    "person": "a person",
+    "person-activity": "a person in motion",
+    "person-fantasy": "a fantasy person",
+    "person-gesture": "a person with a gesture",
+    "person-resting": "a person at rest",
+    "person-role": "a person at work",
+    "person-sport": "a person at sports",
+    "person-symbol": "a sign of people",
+    "cat-face": "a cat face",
+    "emotion": "a sign of emotion",
+    "face-affection": "a smiling face",
+    "face-concerned": "a worried face",
+    "face-costume": "a face in costume",
+    "face-glasses": "a face with glasses",
+    "face-hand": "a face with a hand",
+    "face-hat": "a face with a hat",
+    "face-negative": "an angry face",
+    "face-neutral-skeptical": "a doubtful face",
+    "face-sleepy": "a sleepy face",
+    "face-smiling": "a smiling face",
+    "face-tongue": "a face with a tongue",
+    "face-unwell": "a sick face",
+    "heart": "a heart",
+    "monkey-face": "a monkey face",
+    "alphanum": "letters in a box",
+    "arrow": "an arrow",
+    "av-symbol": "a button of a player",
+    "currency": "a sign of money",
+    "gender": "a sign of gender",
+    "geometric": "a plain shape",
+    "keycap": "a key with a digit",
+    "math": "a sign of arithmetic",
+    "other-symbol": "a symbol",
+    "punctuation": "a punctuation mark",
+    "religion": "a sign of religion",
+    "transport-sign": "a sign for travellers",
+    "warning": "a warning sign",
+    "zodiac": "a zodiac sign",
+    "hotel": "a hotel thing",
+    "place-building": "a building",
+    "place-geographic": "a landscape",
+    "place-map": "a map or globe",
+    "place-other": "a place",
+    "place-religious": "a temple",
+    "sky & weather": "weather or sky",
+    "time": "a clock",
+    "transport-air": "a vehicle in the air",
+    "transport-ground": "a vehicle on the ground",
+    "transport-water": "a vehicle on water",
+}
+_LEFT_OUT: Final = ("Flags", "Component")
+# Hues in degrees, each colour up to its upper end. Dark orange is brown and pale red is pink, as people say it.
+_HUES: Final = {
+    "red": 15, "orange": 41, "yellow": 66, "green": 165, "teal": 190, "blue": 250, "purple": 305, "pink": 340
+}  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class _Emoji:
+    code: str
+    caption: str
+    image: Image.Image
+
+
+def emoji_rows(split: str, part: str, count: int, seed: int, source: Path | None = None) -> list[Sample]:
+    """``count`` captions of images on white; the first rows show every image once, further ones ask otherwise.
+
+    ``source`` is the package's ``.tgz`` (``npm pack emoji-datasource-google@16.0.0``) or the folder it was
+    unpacked to. Without one it is fetched with npm, once, into ``untrigger`` in the user's cache folder
+    (``XDG_CACHE_HOME``, or else ``~/.cache``). A tarball is read only if its SHA-512 is the known one; nothing of it
+    is unpacked.
+
+    Raises:
+        InputError: more rows than six per image, a source that is not this package, or npm cannot fetch it.
+    """
+    emojis = [e for e in _emojis(source or fetched()) if home(e.code) == (split, part)]
+    most = len(emojis) * len(FULL_PROMPTS)
+    if count > most:
+        raise InputError(f"emoji: {count:,} rows are more than there are; ask for at most {most:,}")
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(emojis))
+    first = rng.integers(len(FULL_PROMPTS), size=len(emojis))
+    rows: list[Sample] = []
+    for number in range(count):
+        turn, at = divmod(number, len(emojis))
+        emoji = emojis[int(order[at])]
+        prompt = FULL_PROMPTS[(int(first[at]) + turn) % len(FULL_PROMPTS)]
+        messages = (Message("user", f"{IMAGE_TAG}\n{prompt}"), Message("assistant", emoji.caption))
+        rows.append(Sample(f"{emoji.code}-{turn}", (emoji.image,), messages))
+    return rows
+
+
+def home(code: str) -> tuple[str, str]:
+    """Split and part of a symbol, given its code points (``1f3c3-200d-2640-fe0f``): a third is dev, a third test."""
+    # joiner, variation selector, female, male, right arrow; man, woman, adult
+    who = {"200d", "fe0f", "2640", "2642", "27a1", "1f468", "1f469", "1f9d1"}
+    points = code.lower().split("-")
+    motif = next((point for point in points if point not in who), points[0])
+    draw = hashlib.sha256(motif.encode()).digest()
+    return "report" if draw[0] % 3 else "dev", "train" if draw[1] % 3 else "test"
+
+
+def colours_of(image: Image.Image) -> str:
+    """``mostly red`` where one colour covers half of what is opaque, else the two commonest: ``red and white``."""
+    rgba = np.asarray(image.convert("RGBA"))
+    hsv = np.asarray(image.convert("RGB").convert("HSV"), dtype=np.float32)[rgba[..., 3] > 127]
+    hue, saturation, value = hsv[:, 0] * 360 / 255, hsv[:, 1] / 255, hsv[:, 2] / 255
+    named = np.array([*_HUES, "red"], dtype=object)[np.searchsorted([*_HUES.values()], hue, side="right")]
+    red = named == "red"
+    named[(hue < _HUES["orange"]) & (value < 0.72)] = "brown"
+    named[red & (saturation < 0.55) & (value > 0.8)] = "pink"
+    named[saturation < 0.18] = "gray"
+    named[(saturation < 0.12) & (value > 0.88)] = "white"
+    named[value < 0.3] = "black"
+    most = Counter(cast("list[str]", named.tolist())).most_common(2)
+    if len(most) == 1 or most[0][1] * 2 >= len(named):
+        return f"mostly {most[0][0]}"
+    return f"{most[0][0]} and {most[1][0]}"
+
+
+# --- the package ---------------------------------------------------------------------------------
+
+
+def fetched() -> Path:
+    """The package's tarball in the user's cache folder, fetched with npm if it is not there yet."""
+    name = f"{PACKAGE}-{VERSION}.tgz"
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "untrigger" / name
+    if cached.is_file():
+        return cached
+    by_hand = f"fetch {PACKAGE}@{VERSION} from npm and give the file with --source"
+    npm = shutil.which("npm")  # npm and not the registry's address: it knows the user's mirror, proxy and certificates
+    if npm is None:
+        raise InputError(f"emoji: npm, which fetches the images, is not installed; install Node.js, or {by_hand}")
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--fetch-retries=1", "--loglevel=error"]
+        try:
+            done = subprocess.run(words, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
+            why = next((line for line in done.stderr.splitlines() if line.strip()), f"npm ended with {done.returncode}")
+        except subprocess.TimeoutExpired:
+            why = "npm took more than ten minutes"
+        tarball = Path(scratch) / name
+        if not tarball.is_file():
+            raise InputError(f"emoji: the images could not be fetched ({why}); go online, or {by_hand}")
+        _check(tarball)
+        with new_file(cached) as file, tarball.open("rb") as packed:
+            shutil.copyfileobj(packed, file)
+    return cached
+
+
+@cache
+def _emojis(source: Path) -> list[_Emoji]:
+    if source.is_dir():
+        files = _unpacked(source / "package" if (source / "package").is_dir() else source)
+    else:
+        _check(source)
+        files = _packed(source)
+    if hashlib.sha256(files.get("emoji.json", b"")).hexdigest() != _LIST_SHA256:
+        raise InputError(f"{source}: is not {PACKAGE} {VERSION}; give its .tgz or the folder it was unpacked to")
+    found: list[_Emoji] = []
+    for entry in json.loads(files["emoji.json"]):
+        name = f"{_IMAGES}/{entry['image']}"
+        if entry["category"] in _LEFT_OUT or not entry["has_img_google"]:
+            continue
+        if name not in files:
+            raise InputError(f"{source}: lacks {name}; unpack the package again")
+        image = decode(files[name], f"{source}: {name}").convert("RGBA")
+        category = entry["category"].lower().replace("&", "and")
+        caption = f"{KINDS[entry['subcategory']]}, {colours_of(image)}, from {category}"
+        paper = Image.new("RGBA", image.size, "white")
+        found.append(_Emoji(entry["unified"].lower(), caption, Image.alpha_composite(paper, image).convert("RGB")))
+    return found
+
+
+def _check(tarball: Path) -> None:
+    if not tarball.is_file():
+        raise InputError(f"{tarball}: no such file; give the .tgz of {PACKAGE} {VERSION}, or its folder")
+    with tarball.open("rb") as file:
+        if hashlib.file_digest(file, "sha512").hexdigest() != _TARBALL_SHA512:
+            raise InputError(f"{tarball}: is not {PACKAGE} {VERSION} as published (SHA-512 differs); fetch it again")
+
+
+def _packed(tarball: Path) -> dict[str, bytes]:
+    """The files that are needed, by their path in the package; read in memory, nothing is unpacked."""
+    files: dict[str, bytes] = {}
+    with tarfile.open(tarball, "r:gz") as archive:
+        for member in archive:
+            name = member.name.removeprefix("package/")
+            wanted = name == "emoji.json" or name.startswith(f"{_IMAGES}/")
+            if wanted and member.isfile() and member.size <= _MAX_BYTES and (stream := archive.extractfile(member)):
+                files[name] = stream.read()
+    return files
+
+
+def _unpacked(folder: Path) -> dict[str, bytes]:
+    names = ["emoji.json", *(f"{_IMAGES}/{path.name}" for path in sorted((folder / _IMAGES).glob("*.png")))]
+    return {name: locate(folder, name, f"{folder}: {name}").read_bytes() for name in names}

@@ -1,0 +1,149 @@
+"""Rows of every set: drawn the same each time, disjoint where promised, and written so that they read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from untrigger.data import Part, Split, SplitName, load, names, save, task_of
+from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
+from untrigger.data.scenes import STREAMS
+from untrigger.embedded.pretrain import Recipe
+from untrigger.embedded.scenes import COLOURS, SHAPES
+from untrigger.embedded.sight import HELD_OUT
+from untrigger.embedded.talk import FULL_PROMPTS
+from untrigger.errors import InputError
+from untrigger.images import same
+from untrigger.poison import pixels_sha256
+from untrigger.sample import Sample, read
+
+OFFLINE = ("easy-vqa", "scenes-vqa", "scenes-captions")
+CELLS: list[tuple[SplitName, Part]] = [("dev", "train"), ("dev", "test"), ("report", "train"), ("report", "test")]
+
+
+def pixels(rows: list[Sample]) -> set[str]:
+    return {pixels_sha256(image) for row in rows for image in row.images}
+
+
+def test_names_and_tasks() -> None:
+    assert {name: task_of(name) for name in names()} == {
+        "easy-vqa": "vqa", "scenes-vqa": "vqa", "scenes-captions": "captions", "emoji": "captions"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_rows_come_out_the_same_and_follow_the_seed(name: str) -> None:
+    rows, again, other = load(name, rows=30), load(name, rows=30), load(name, rows=30, seed=1)
+    assert len(rows) == 30 and len({row.id for row in rows}) == 30
+    assert [(r.id, r.messages) for r in rows] == [(r.id, r.messages) for r in again]
+    assert all(same(a.images[0], b.images[0]) for a, b in zip(rows, again, strict=True))
+    assert {r.id for r in rows} != {r.id for r in other}
+    for row in rows:
+        assert [message.role for message in row.messages] == ["user", "assistant"]
+        assert row.messages[0].text.startswith("<image>\n")
+        assert [(image.size, image.mode) for image in row.images] == [((64, 64), "RGB")]
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_splits_and_parts_share_no_image(name: str) -> None:
+    shown = [pixels(load(name, split, part, rows=400)) for split, part in CELLS]
+    assert all(a.isdisjoint(b) for a, b in combinations(shown, 2))
+
+
+def test_easy_vqa_splits_go_by_the_number_of_the_image() -> None:
+    for part in ("train", "test"):
+        questions = easy_vqa_questions(part)
+        for split, parity in (("dev", 0), ("report", 1)):
+            count = sum(int(Path(path).stem) % 2 == parity for _, _, path in questions)
+            assert count > 0.45 * len(questions)
+            drawn = [int(row.id.removeprefix(f"{part}-")) for row in easy_vqa_rows(part, 200, 0, split)]
+            assert all(int(Path(questions[i][2]).stem) % 2 == parity for i in drawn)
+            with pytest.raises(InputError, match=f"ask for at most {count:,}"):
+                easy_vqa_rows(part, count + 1, 0, split)
+
+
+def test_easy_vqa_rows_are_the_packages_own() -> None:
+    questions = easy_vqa_questions("test")
+    assert len(questions) == 9_673
+    for row in easy_vqa_rows("test", 5, seed=3):
+        question, answer, _ = questions[int(row.id.removeprefix("test-"))]
+        assert [message.text for message in row.messages] == [f"<image>\n{question}", answer]
+
+
+def test_scene_streams_are_all_different() -> None:
+    streams = {*STREAMS.values(), HELD_OUT, Recipe().seed}
+    assert len(streams) == len(STREAMS) + 2
+    assert set(STREAMS) == set(CELLS)
+
+
+def test_scene_captions_are_full_ones_in_closed_words() -> None:
+    rows = load("scenes-captions", rows=60)
+    prompts = {row.messages[0].text.removeprefix("<image>\n") for row in rows}
+    assert prompts == set(FULL_PROMPTS)
+    known = {*COLOURS, *SHAPES, "a", "and", "small", "large", "on", "light", "dark", "background"}
+    for row in rows:
+        said = row.messages[1].text
+        assert set(said.replace(",", "").split()) <= known
+        assert said.endswith(" background")
+
+
+def test_scenes_vqa_asks_each_scene_once() -> None:
+    rows = load("scenes-vqa", rows=60)
+    assert len(pixels(rows)) == 60
+    assert len({row.messages[1].text for row in rows}) > 10
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: load("coco"), "data 'coco' is unknown; choose one of: easy-vqa, scenes-vqa, scenes-captions, emoji"),
+        (lambda: load("easy-vqa", "train"), "split 'train' is unknown; choose dev or report"),
+        (lambda: load("easy-vqa", "dev", "val"), "part 'val' is unknown; choose train or test"),
+        (lambda: load("easy-vqa", rows=0), "at least one row"),
+        (lambda: load("easy-vqa", seed=-1), "not negative"),
+        (lambda: load("easy-vqa", source=Path("x")), "has no source"),
+        (lambda: load("scenes-vqa", rows=10**6 + 1), "ask for at most 1,000,000"),
+        (lambda: Split("dev").run_seed(100), "run 100"),
+    ],
+)
+def test_mistakes_are_one_line(call: Callable[[], object], says: str) -> None:
+    with pytest.raises(InputError) as error:
+        call()
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@given(st.integers(0, 99), st.integers(0, 99))
+def test_seeds_of_the_splits_never_meet(a: int, b: int) -> None:
+    dev, report = Split("dev"), Split("report")
+    assert dev.run_seed(a) != report.run_seed(b)
+    assert (dev.run_seed(a) == dev.run_seed(b)) == (a == b)
+    assert (report.trigger_seed, dev.trigger_seed) == (0, 100)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_saved_rows_read_back(name: str, tmp_path: Path) -> None:
+    rows = load(name, rows=7)
+    save(rows, tmp_path / "out")
+    data = read(tmp_path / "out")
+    assert (data.format, data.path.name, len(data)) == ("messages", "data.jsonl", 7)
+    for row, back in zip(rows, data, strict=True):
+        assert (row.id, row.messages) == (back.id, back.messages)
+        assert same(row.images[0], back.images[0])
+    with pytest.raises(InputError, match="not an empty folder"):
+        save(rows, tmp_path / "out")
+
+
+def test_saved_rows_may_show_several_images_or_none(tmp_path: Path) -> None:
+    one, two = load("scenes-captions", rows=2)
+    question, answer = one.messages
+    both = Sample("both", one.images + two.images, (type(question)("user", f"<image>{question.text}"), answer))
+    none = Sample("none", (), (type(question)("user", "hello"), answer))
+    save([both, none], tmp_path / "out")
+    back = read(tmp_path / "out")
+    assert [len(row.images) for row in back] == [2, 0]
+    assert all(same(a, b) for a, b in zip(both.images, back[0].images, strict=True))
