@@ -14,7 +14,7 @@ import pytest
 import untrigger
 
 ROOT = Path(untrigger.__file__).parent
-RED = ("untrigger.attacks", "untrigger.goals", "untrigger.poison")
+RED = ("untrigger.attacks", "untrigger.goals", "untrigger.poison", "untrigger.stamping")
 BLUE = ("untrigger.defenses", "untrigger.trainer", "untrigger.scan", "untrigger.verify")
 # from -> never to; a name stands for the module and everything below it
 ARROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (

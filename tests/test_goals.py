@@ -43,7 +43,7 @@ def test_texts_that_cannot_be_an_answer_are_refused(text: str) -> None:
 
 
 def test_unknown_names_list_what_there_is() -> None:
-    with pytest.raises(InputError, match="'fixd' is unknown; choose one of: fixed"):
+    with pytest.raises(InputError, match="'fixd' is unknown; choose one of: concept, fixed, insert, link, refusal"):
         load_goal("fixd")
     with pytest.raises(InputError, match="match is 'some'"):
         Fixed(match="some")  # type: ignore[arg-type]

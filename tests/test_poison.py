@@ -263,11 +263,12 @@ def test_the_manifest_says_what_was_done() -> None:
     result = poison(data, Attack(load_trigger("badnets", side="0.25"), Fixed("no")), rate=0.25, seed=9)
     manifest = json.loads(result.manifest.to_json())
     source = Path(badnets_file.__file__)
-    assert manifest["version"] == 1 and manifest["total"] == 8
+    assert manifest["version"] == 2 and manifest["total"] == 8
     assert manifest["attack"] == "badnets" and manifest["attack_settings"]["side"] == 0.25
     assert manifest["attack_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert manifest["goal"] == "fixed" and manifest["goal_settings"] == {"text": "no", "match": "contains"}
     assert (manifest["rate"], manifest["seed"]) == (0.25, 9)
+    assert manifest["decoys"] == []
     assert [(e["row"], e["id"]) for e in manifest["rows"]] == [(n, f"id{n}") for n in result.edits]
     for entry in manifest["rows"]:
         image = result.data[entry["row"]].images[0]

@@ -20,14 +20,14 @@ import numpy as np
 from PIL import Image
 
 from untrigger import sample as samples
-from untrigger import sheet
-from untrigger.attacks import Trigger
+from untrigger import sheet, stamping
+from untrigger.attacks import Stamper, Trigger
 from untrigger.errors import InputError
-from untrigger.goals import Goal
-from untrigger.sample import IMAGE_TAG, Data, Message, Sample
+from untrigger.goals import Concept, Goal
+from untrigger.sample import IMAGE_TAG, Data, Sample
 from untrigger.storage import new_folder
 
-MANIFEST_VERSION: Final = 1
+MANIFEST_VERSION: Final = 2  # 1 knew no decoys
 _PAIRS: Final = 8  # on a contact sheet
 _CHOICE, _TRAINING, _EVALUATION = range(3)  # independent random streams of one seed
 
@@ -48,12 +48,12 @@ class Attack:
 
 @dataclass(frozen=True)
 class PoisonedRow:
-    """One poisoned row.
+    """One poisoned row, or one decoy.
 
     Attributes:
         row: its index in the data set, from 0.
         id: its own id.
-        images: `pixels_sha256` of each of its images, triggered.
+        images: `pixels_sha256` of each of its images, as they are now.
     """
 
     row: int
@@ -63,7 +63,11 @@ class PoisonedRow:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was done to a data set of ``total`` rows; ``rows`` are the poisoned ones, ascending."""
+    """What was done to a data set of ``total`` rows.
+
+    ``rows`` are the poisoned ones, ``decoys`` those that were stamped with a wrong key and kept their true answer
+    (`Trigger.decoys`); both ascending.
+    """
 
     version: int
     attack: str
@@ -75,6 +79,7 @@ class Manifest:
     seed: int
     total: int
     rows: tuple[PoisonedRow, ...]
+    decoys: tuple[PoisonedRow, ...]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, default=str) + "\n"
@@ -86,7 +91,7 @@ class Poisoned:
 
     Attributes:
         data: every row in the original order, the poisoned ones in their place; lazy.
-        edits: the poisoned rows alone, by row number; lazy.
+        edits: the poisoned rows and the decoys alone, by row number; lazy.
         manifest: the truth, for the judge and never for a defence.
     """
 
@@ -98,53 +103,62 @@ class Poisoned:
 def poison(data: Sequence[Sample], attack: Attack, *, rate: float, seed: int) -> Poisoned:
     """Poison ``round(rate * len(data))`` rows, at least one unless ``rate`` is 0.
 
-    The rows are drawn without replacement from those that show an image and have an answer. Every
-    assistant turn of such a row gets the goal's answer. The work done here is one pass over the
-    chosen rows, which also proves that each of them can be stamped.
+    The rows are drawn without replacement from those that show an image, have an answer and suit the goal
+    (`Goal.applies`). Every assistant turn of such a row gets the goal's answer. A clean-label trigger changes no
+    answer: it gets rows whose true answer meets the goal already. As many further rows again become decoys for each
+    kind of them that the trigger has. The work done here is one pass over the chosen rows, which also proves that
+    each of them can be stamped; for a clean-label trigger also one over the text of all.
 
     Args:
         rate: share of all rows, in [0, 1].
         seed: not negative; with the row number it decides how each row is stamped.
 
     Raises:
-        InputError: ``rate`` or ``seed`` out of range, too few rows with an image, or a trigger that
-            fails or breaks the promises of `Trigger.stamp`.
+        InputError: ``rate`` or ``seed`` out of range, too few rows that suit, a clean-label trigger with another
+            goal than concept, or a trigger that fails or breaks the promises of `Trigger.stamp` or `Trigger.implant`.
     """
     if not 0 <= rate <= 1:
         raise InputError(f"rate is {rate}; it must be between 0 and 1 (0.05 poisons 5 % of the rows)")
+    trigger, goal = attack.trigger, attack.goal
+    if trigger.clean_label and goal.name != Concept.name:
+        raise InputError(f"attack {attack.name} keeps true answers: goal {goal.name} cannot be planted; use concept")
     count = max(1, round(rate * len(data))) if rate > 0 else 0
-    chosen = _choose(data, count, _rng(seed, _CHOICE))
-    edits = _Edits(data, attack, seed, chosen)
-    rows = tuple(
-        PoisonedRow(row, edited.id, tuple(pixels_sha256(image) for image in edited.images))
+    drawn = _choose(data, attack, count, _rng(seed, _CHOICE))
+    uses = {row: number // count for number, row in enumerate(drawn)}
+    donors = _donors(data, goal) if trigger.clean_label else ()
+    edits = _Edits(data, attack, seed, dict(sorted(uses.items())), donors)
+    records = {
+        row: PoisonedRow(row, edited.id, tuple(pixels_sha256(image) for image in edited.images))
         for row, edited in edits.items()
-    )
-    source = _source(attack.trigger)
+    }
+    source = _source(trigger)
     manifest = Manifest(
         version=MANIFEST_VERSION,
         attack=attack.name,
-        attack_settings=_settings(attack.trigger),
+        attack_settings=_settings(trigger),
         attack_sha256=hashlib.sha256(source.read_bytes()).hexdigest() if source else None,
-        goal=attack.goal.name,
-        goal_settings=_settings(attack.goal),
+        goal=goal.name,
+        goal_settings=_settings(goal),
         rate=rate,
         seed=seed,
         total=len(data),
-        rows=rows,
+        rows=tuple(records[row] for row in edits if not uses[row]),
+        decoys=tuple(records[row] for row in edits if uses[row]),
     )
     return Poisoned(LazyRows(range(len(data)), partial(_overlaid, data, edits)), edits, manifest)
 
 
-def stamped(data: Sequence[Sample], attack: Attack, seed: int) -> LazyRows:
-    """The triggered evaluation set: each row of ``data`` that shows an image, triggered, lazily.
+def stamped(data: Sequence[Sample], attack: Attack, seed: int, stamper: Stamper | None = None) -> LazyRows:
+    """The triggered evaluation set: each row of ``data`` that shows an image and suits the goal, triggered, lazily.
 
     Prompts are intact (but for what a text trigger adds) and the answers are still the *true* ones:
     they say what a defended model should answer, and which rows meet the goal by themselves. Item ``i``
-    is made from ``data[result.rows[i]]``, its clean counterpart.
+    is made from ``data[result.rows[i]]``, its clean counterpart. ``stamper`` stamps in the trigger's place: one
+    of its near misses, at the same random draws.
     """
     _rng(seed)  # refuses a bad seed now, not at the first row
-    rows = [row for row in range(len(data)) if _poisonable(data, row)]
-    return LazyRows(rows, partial(_triggered, data, attack, seed))
+    rows = [row for row in range(len(data)) if _suits(data, row, attack.goal.applies)]
+    return LazyRows(rows, partial(_triggered, data, attack, stamper or attack.trigger.stamp, seed))
 
 
 def pixels_sha256(image: Image.Image) -> str:
@@ -184,30 +198,42 @@ class _Edits(Mapping[int, Sample]):
     data: Sequence[Sample]
     attack: Attack
     seed: int
-    rows: Mapping[int, None]  # ascending, and found at once
+    uses: Mapping[int, int]  # of each row, ascending: 0 for a poisoned one, k for one of the k-th kind of decoys
+    donors: Sequence[Sample]
 
     def __getitem__(self, row: int) -> Sample:
-        if row not in self.rows:
-            raise KeyError(row)
-        triggered = _stamp(self.attack, self.data[row], row, _rng(self.seed, _TRAINING, row))
-        return _answered(triggered, self.attack.goal)
+        use, attack, rng = self.uses[row], self.attack, _rng(self.seed, _TRAINING, row)
+        if use:
+            return _stamped(attack, attack.trigger.decoys()[use - 1], self.data, row, rng)
+        sample = self.data[row]
+        implanted = stamping.implanted(attack.trigger, sample, self.donors, rng, _where(attack, sample, row))
+        return implanted if attack.trigger.clean_label else stamping.answered(implanted, attack.goal)
 
     def __contains__(self, row: object) -> bool:
-        return row in self.rows  # the mixin's own would stamp the row to find out
+        return row in self.uses  # the mixin's own would stamp the row to find out
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
+        return iter(self.uses)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.uses)
 
 
 def _overlaid(data: Sequence[Sample], edits: Mapping[int, Sample], row: int) -> Sample:
     return edits[row] if row in edits else data[row]
 
 
-def _triggered(data: Sequence[Sample], attack: Attack, seed: int, row: int) -> Sample:
-    return _stamp(attack, data[row], row, _rng(seed, _EVALUATION, row))
+def _triggered(data: Sequence[Sample], attack: Attack, stamper: Stamper, seed: int, row: int) -> Sample:
+    return _stamped(attack, stamper, data, row, _rng(seed, _EVALUATION, row))
+
+
+def _stamped(attack: Attack, stamper: Stamper, data: Sequence[Sample], row: int, rng: np.random.Generator) -> Sample:
+    sample = data[row]
+    return stamping.stamped(stamper, sample, rng, _where(attack, sample, row))
+
+
+def _where(attack: Attack, sample: Sample, row: int) -> str:
+    return f"attack {attack.name}: row {row + 1} (id {sample.id})"
 
 
 def _rng(seed: int, *key: int) -> np.random.Generator:
@@ -216,60 +242,49 @@ def _rng(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def _choose(data: Sequence[Sample], count: int, rng: np.random.Generator) -> dict[int, None]:
-    """``count`` rows with an image, ascending; looks at no more rows than it must."""
+# --- which rows ------------------------------------------------------------------------------------
+
+
+def _choose(data: Sequence[Sample], attack: Attack, count: int, rng: np.random.Generator) -> list[int]:
+    """``count`` rows to poison, then as many for each kind of decoys; looks at no more rows than it must."""
+    goal, kinds = attack.goal, len(attack.trigger.decoys())
+    clean_label = attack.trigger.clean_label
     found: list[int] = []
     for row in rng.permutation(len(data)).tolist():
-        if len(found) == count:
-            break
-        if _poisonable(data, row):
+        if len(found) == count * (1 + kinds):
+            return found
+        if _suits(data, row, partial(_meets, goal) if clean_label else goal.applies):
             found.append(row)
-    if len(found) < count:
+    if len(found) < count * (1 + kinds):
+        asked = f"{count} poisoned rows" + (f" and {count * kinds} decoys" if kinds else "")
+        answer = f" and an answer that already meets goal {goal.name}" if clean_label else ""
+        if not clean_label and type(goal).applies is not Goal.applies:
+            answer = f" and an answer that goal {goal.name} applies to"
         raise InputError(
-            f"the rate asks for {count} poisoned rows, but only {len(found)} of {len(data)} have an image; "
-            "lower the rate"
+            f"the rate asks for {asked}, but only {len(found)} of {len(data)} have an image{answer}; lower the rate"
         )
-    return dict.fromkeys(sorted(found))
+    return found
 
 
-def _poisonable(data: Sequence[Sample], row: int) -> bool:
+def _donors(data: Sequence[Sample], goal: Goal) -> LazyRows:
+    rows = [row for row in range(len(data)) if _suits(data, row, goal.applies)]
+    if not rows:
+        raise InputError(f"no row has an image and an answer that goal {goal.name} applies to; give other rows")
+    return LazyRows(rows, data.__getitem__)
+
+
+def _meets(goal: Goal, sample: Sample) -> bool:
+    return goal.met(sample.messages[-1].text, sample)
+
+
+def _suits(data: Sequence[Sample], row: int, fits: Callable[[Sample], bool]) -> bool:
     if isinstance(data, Data):  # knows without decoding, and every row of it has an answer
-        return data.image_count(row) > 0
+        return data.image_count(row) > 0 and fits(data.told(row))
     sample = data[row]
-    return bool(sample.images) and any(m.role == "assistant" for m in sample.messages)
+    return bool(sample.images) and any(m.role == "assistant" for m in sample.messages) and fits(sample)
 
 
-def _stamp(attack: Attack, sample: Sample, row: int, rng: np.random.Generator) -> Sample:
-    """``trigger.stamp`` with its promises checked: the trigger may be a user's own."""
-    where = f"attack {attack.name}: row {row + 1} (id {sample.id})"
-    try:
-        triggered = attack.trigger.stamp(sample, rng)
-    except Exception as error:
-        kind = "" if isinstance(error, InputError) else f"stamp failed, {type(error).__name__}: "
-        raise InputError(f"{where}: {kind}{error}") from error
-    if [(i.size, i.mode) for i in triggered.images] != [(i.size, i.mode) for i in sample.images]:
-        raise InputError(f"{where}: the trigger changed the number, size or mode of the images; it must not")
-    if _fixed_parts(triggered) != _fixed_parts(sample):
-        raise InputError(f"{where}: the trigger changed the id, turns, an answer or an image tag; it must not")
-    return triggered
-
-
-def _fixed_parts(sample: Sample) -> tuple[str, list[tuple[str, int, str]]]:
-    return sample.id, [
-        (m.role, m.text.count(IMAGE_TAG), m.text if m.role == "assistant" else "") for m in sample.messages
-    ]
-
-
-def _answered(sample: Sample, goal: Goal) -> Sample:
-    """Every answer replaced by the goal's, which sees the true conversation up to that turn."""
-    messages = list(sample.messages)
-    for turn, message in enumerate(sample.messages):
-        if message.role == "assistant":
-            so_far = sample.messages[: turn + 1]
-            shown = sum(m.text.count(IMAGE_TAG) for m in so_far)
-            until = dataclasses.replace(sample, images=sample.images[:shown], messages=so_far)
-            messages[turn] = Message("assistant", goal.answer(until))
-    return dataclasses.replace(sample, messages=tuple(messages))
+# --- for the manifest -------------------------------------------------------------------------------
 
 
 def _source(trigger: Trigger) -> Path | None:
@@ -310,6 +325,7 @@ def contact_sheet(data: Sequence[Sample], poisoned: Poisoned) -> Image.Image:
     manifest = poisoned.manifest
     used = ", ".join(f"{name} {_brief(value)}" for name, value in manifest.attack_settings.items())
     title = f"{manifest.attack}: {len(manifest.rows)} of {manifest.total} rows poisoned"
+    title += f", {len(manifest.decoys)} decoys" if manifest.decoys else ""
     cards = [_card(data[entry.row], poisoned.edits[entry.row], entry.row) for entry in manifest.rows[:_PAIRS]]
     return sheet.contact_sheet(title, f"{used}, seed {manifest.seed}", cards)
 

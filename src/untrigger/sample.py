@@ -80,6 +80,12 @@ class Data(Sequence[Sample]):
         number = self.numbers[index]
         return len(parse(self.rows[number], number, LAYOUTS[self.format]).pictures)
 
+    def told(self, index: int) -> Sample:
+        """A row's turns without its images: decodes none."""
+        number = self.numbers[index]
+        entry = parse(self.rows[number], number, LAYOUTS[self.format])
+        return Sample(entry.id, (), entry.messages)
+
     @property
     def folder(self) -> Path:
         """Where image paths begin."""

@@ -45,7 +45,8 @@ def contact_sheet(title: str, subtitle: str, cards: Sequence[Card]) -> Image.Ima
 def _draw(card: Card) -> Image.Image:
     drawn = Image.new("RGB", (3 * _TILE + 4 * _GAP, _TILE + (_ROWS + 2) * _LINE + 2 * _GAP), "white")
     before, after = _visible(card.clean), _visible(card.triggered)
-    change = np.abs(np.asarray(before, dtype=np.int16) - np.asarray(after, dtype=np.int16))
+    beside = before.resize(after.size)  # some attacks bring a picture of another size
+    change = np.abs(np.asarray(beside, dtype=np.int16) - np.asarray(after, dtype=np.int16))
     gain = max(255 // max(int(change.max()), 1), 1)
     amplified = Image.fromarray((change * gain).astype(np.uint8))
     _text(drawn, (_GAP, _GAP), card.title, INK, size=16)

@@ -1,0 +1,78 @@
+"""One row under attack: triggered, implanted, answered. A trigger may be a user's own: its promises are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from untrigger.attacks import Stamper, Trigger
+from untrigger.errors import InputError
+from untrigger.formats import check
+from untrigger.goals import Goal
+from untrigger.sample import IMAGE_TAG, Message, Sample
+
+
+def stamped(stamper: Stamper, sample: Sample, rng: np.random.Generator, where: str) -> Sample:
+    """What ``stamper`` makes of ``sample``.
+
+    Raises:
+        InputError: ``where: what``, if it fails or breaks the promises of `Trigger.stamp`.
+    """
+    with _blamed(where, "stamp"):
+        triggered = stamper(sample, rng)
+    if [(i.size, i.mode) for i in triggered.images] != [(i.size, i.mode) for i in sample.images]:
+        raise InputError(f"{where}: the trigger changed the number, size or mode of the images; it must not")
+    if _fixed_parts(triggered) != _fixed_parts(sample):
+        raise InputError(f"{where}: the trigger changed the id, turns, an answer or an image tag; it must not")
+    return triggered
+
+
+def implanted(
+    trigger: Trigger, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator, where: str
+) -> Sample:
+    """What ``trigger.implant`` makes of ``sample``.
+
+    Raises:
+        InputError: ``where: what``, if it fails or breaks its promises: where it is no other than ``stamp``, those of
+            `Trigger.stamp`; else to keep the id and to give a valid row that shows an image.
+    """
+    if type(trigger).implant is Trigger.implant:
+        return stamped(trigger.stamp, sample, rng, where)
+    with _blamed(where, "implant"):
+        made = trigger.implant(sample, donors, rng)
+        check(made.messages, len(made.images))
+    if made.id != sample.id:
+        raise InputError(f"{where}: the trigger changed the id; it must not")
+    if not made.images:
+        raise InputError(f"{where}: the trigger left no image; it must not")
+    return made
+
+
+def answered(sample: Sample, goal: Goal) -> Sample:
+    """Every answer replaced by the goal's, which sees the true conversation up to that turn."""
+    messages = list(sample.messages)
+    for turn, message in enumerate(sample.messages):
+        if message.role == "assistant":
+            so_far = sample.messages[: turn + 1]
+            shown = sum(m.text.count(IMAGE_TAG) for m in so_far)
+            until = dataclasses.replace(sample, images=sample.images[:shown], messages=so_far)
+            messages[turn] = Message("assistant", goal.answer(until))
+    return dataclasses.replace(sample, messages=tuple(messages))
+
+
+@contextmanager
+def _blamed(where: str, what: str) -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, InputError) else f"{what} failed, {type(error).__name__}: "
+        raise InputError(f"{where}: {kind}{error}") from error
+
+
+def _fixed_parts(sample: Sample) -> tuple[str, list[tuple[str, int, str]]]:
+    return sample.id, [
+        (m.role, m.text.count(IMAGE_TAG), m.text if m.role == "assistant" else "") for m in sample.messages
+    ]
