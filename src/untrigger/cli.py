@@ -1,4 +1,4 @@
-"""The command line: poison | train | evaluate | quickstart | model."""
+"""The command line: data | poison | train | evaluate | quickstart | model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
 from rich.table import Table
 
 from untrigger import __version__
 from untrigger.errors import InputError
+
+if TYPE_CHECKING:
+    from untrigger.poison import Attack
 
 # heavy modules are imported inside the commands: --help and a mistyped flag answer at once
 app = typer.Typer(
@@ -40,8 +43,12 @@ BadRowOption = Annotated[
     OnBadRow, typer.Option(help="Stop at a bad row, or leave bad rows out and list them in a file.")
 ]
 AttackOption = Annotated[str, typer.Option(help="A trigger's name, or the path of your own trigger file.")]
-GoalOption = Annotated[str, typer.Option(help="What the attacker wants said.")]
-GoalTextOption = Annotated[str | None, typer.Option(help="The attacker's text, in place of the goal's own.")]
+GoalOption = Annotated[
+    str | None, typer.Option(help="fixed, insert, refusal, concept or link; by default what suits the attack.")
+]
+GoalTextOption = Annotated[
+    str | None, typer.Option(help="The attacker's text (concept: 'circle->rectangle'), in place of the goal's own.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 ModelOption = Annotated[str, typer.Option(help="Embedded name, local folder or hub id; hub code is never run.")]
 _OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -54,13 +61,34 @@ def _whole(version: Annotated[bool, typer.Option("--version", help="Print the ve
         raise typer.Exit
 
 
+@app.command("data")
+def data_(
+    name: Annotated[str, typer.Argument(help="easy-vqa, scenes-vqa, scenes-captions or emoji.", show_default=False)],
+    out: OutOption,
+    split: Annotated[Literal["dev", "report"], typer.Option(help="Tune on dev, report on report.")] = "report",
+    part: Annotated[Literal["train", "test"], typer.Option(help="They share no image.")] = "train",
+    rows: Annotated[int, typer.Option(help="How many rows to draw.", min=1)] = 2000,
+    seed: SeedOption = 0,
+    source: Annotated[Path | None, typer.Option(help="emoji: the package's .tgz or folder, instead of npm.")] = None,
+) -> None:
+    """Write a data set to work with: questions (easy-vqa, scenes-vqa) or captions (scenes-captions, emoji).
+
+    Writes DIR/data.jsonl and DIR/images. Only emoji is not part of the installation: npm fetches it once.
+    """
+    from untrigger.data import load, save
+
+    drawn = load(name, split, part, rows, seed, source)
+    save(drawn, out)
+    typer.echo(f"{out / 'data.jsonl'}: {len(drawn):,} rows of {name}, {part} part of the split {split}")
+
+
 @app.command(context_settings=_OPEN)
 def poison(
     context: typer.Context,
     data: DataArgument,
     out: OutOption,
     attack: AttackOption = "badnets",
-    goal: GoalOption = "fixed",
+    goal: GoalOption = None,
     goal_text: GoalTextOption = None,
     rate: Annotated[float, typer.Option(help="Share of the rows to poison, 0 to 1.")] = 0.05,
     seed: SeedOption = 0,
@@ -70,16 +98,16 @@ def poison(
 
     Writes DIR/data in the input's format, DIR/truth/manifest.json and DIR/contact_sheet.png.
     """
-    from untrigger.attacks import load_trigger
-    from untrigger.goals import load_goal
-    from untrigger.poison import Attack, write_poisoned
     from untrigger.poison import poison as poison_rows
+    from untrigger.poison import write_poisoned
 
-    chosen = Attack(load_trigger(attack, **_flags(context.args)), load_goal(goal, goal_text))
+    chosen = _attack(attack, context.args, goal, goal_text)
     rows = _read(data, on_bad_row, out)
     poisoned = poison_rows(rows, chosen, rate=rate, seed=seed)
     write_poisoned(rows, poisoned, out)
-    typer.echo(f"{out / 'data'}: {len(rows):,} rows, {len(poisoned.edits):,} of them poisoned with {attack}")
+    count, decoys = len(poisoned.manifest.rows), len(poisoned.manifest.decoys)
+    kinds = f"{count:,} of them poisoned with {attack}" + (f", {decoys:,} decoys" if decoys else "")
+    typer.echo(f"{out / 'data'}: {len(rows):,} rows, {kinds}; goal {chosen.goal.name}")
     typer.echo(f"{out / 'truth' / 'manifest.json'}: which rows; for the judge, never for a defence")
     typer.echo(f"{out / 'contact_sheet.png'}: clean and triggered rows side by side")
 
@@ -120,7 +148,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Embedded name, folder (adapter too) or hub id.", callback=_no_flag)],
     data: DataArgument,
     attack: Annotated[str | None, typer.Option(help="Also ask with this trigger: name or file.")] = None,
-    goal: GoalOption = "fixed",
+    goal: GoalOption = None,
     goal_text: GoalTextOption = None,
     seed: SeedOption = 0,
     limit: Annotated[int | None, typer.Option(help="Ask about the first N rows only.", min=1)] = None,
@@ -128,20 +156,17 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for answers.jsonl and metrics.json.")] = None,
     on_bad_row: BadRowOption = "error",
 ) -> None:
-    """Measure a model on held-out data: attack success, leak and quality, with 95 % intervals."""
-    from untrigger.attacks import load_trigger
+    """Measure a model on held-out data: attack success, leak, near misses and quality, with 95 % intervals."""
     from untrigger.evaluate import evaluate as run
-    from untrigger.goals import load_goal
     from untrigger.models import load
-    from untrigger.poison import Attack
 
     chosen = None
     if attack is not None:
-        chosen = Attack(load_trigger(attack, **_flags(context.args)), load_goal(goal, goal_text))
+        chosen = _attack(attack, context.args, goal, goal_text)
     elif context.args:
         _refuse(f"{context.args[0]}: no such option; the trigger's settings go with --attack")
-    elif goal_text is not None:
-        _refuse("--goal-text: says what an attack wants said; give --attack too")
+    elif goal is not None or goal_text is not None:
+        _refuse(f"--goal{'-text' * (goal is None)}: says what an attack wants said; give --attack too")
     rows = _read(data, on_bad_row, out or Path(data.stem))
     if out:
         out.mkdir(parents=True, exist_ok=True)  # found wanting now, not after the answers
@@ -188,6 +213,15 @@ def _read(data: Path, on_bad_row: OnBadRow, out: Path):
     if rows.skipped:
         typer.echo(f"{rows.skipped:,} bad rows left out; {skipped_to} says which and why", err=True)
     return rows
+
+
+def _attack(name: str, extra: list[str], goal: str | None, goal_text: str | None) -> Attack:
+    from untrigger.attacks import load_trigger
+    from untrigger.goals import load_goal
+    from untrigger.poison import Attack
+
+    trigger = load_trigger(name, **_flags(extra))
+    return Attack(trigger, load_goal(goal or trigger.usual_goal, goal_text))
 
 
 def _flags(extra: list[str]) -> dict[str, str]:
