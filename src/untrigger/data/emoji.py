@@ -1,8 +1,8 @@
 """Noto emoji with captions in closed words: a real image-text set that a small model can learn.
 
 Source: npm ``emoji-datasource-google`` 16.0.0 (C. Henderson, MIT; images: Google's Noto Emoji, Apache-2.0; names and
-classes: Unicode). Its 64-pixel images stand for about 1,640 symbols once flags and skin-tone variants, which look
-too much alike, are left out.
+classes: Unicode). Its 64-pixel images stand for about 1,600 symbols once flags, silhouettes of families and skin-tone
+variants, which look too much alike, are left out.
 
 A caption tells what class of thing Unicode calls the symbol, its main colours as measured in the image, and the
 category: ``a fruit, mostly red, from food and drink`` or ``a building, orange and gray, from travel and places``. The
@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -43,7 +44,6 @@ _TARBALL_SHA512: Final = (
     "104257a6a7797cf028d9f83a19d9f68cf51e10c5990e3c90a84fc0e53e17d0dc"
 )
 _LIST_SHA256: Final = "1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f"
-_MAX_BYTES: Final = 2**24  # of one file of the package
 _IMAGES: Final = "img/google/64"
 
 # Unicode's subcategories, said in words; classes that look alike share theirs.
@@ -87,7 +87,7 @@ KINDS: Final = {
     "tool": "a tool",
     "writing": "a pen",
     "body-parts": "a body part",
-    "family": "a family",
+    "family": "a couple",
     "hand-fingers-closed": "a hand",
     "hand-fingers-open": "a hand",
     "hand-fingers-partial": "a hand",
@@ -144,7 +144,6 @@ KINDS: Final = {
     "transport-ground": "a vehicle on the ground",
     "transport-water": "a vehicle on water",
 }
-_LEFT_OUT: Final = ("Flags", "Component")
 # Hues in degrees, each colour up to its upper end. Dark orange is brown and pale red is pink, as people say it.
 _HUES: Final = {
     "red": 15, "orange": 41, "yellow": 66, "green": 165, "teal": 190, "blue": 250, "purple": 305, "pink": 340
@@ -228,6 +227,7 @@ def fetched() -> Path:
     npm = shutil.which("npm")  # npm and not the registry's address: it knows the user's mirror, proxy and certificates
     if npm is None:
         raise InputError(f"emoji: npm, which fetches the images, is not installed; install Node.js, or {by_hand}")
+    print(f"emoji: npm fetches {PACKAGE}@{VERSION}, 74 MB, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         words = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--fetch-retries=1", "--loglevel=error"]
         try:
@@ -256,7 +256,7 @@ def _emojis(source: Path) -> list[_Emoji]:
     found: list[_Emoji] = []
     for entry in json.loads(files["emoji.json"]):
         name = f"{_IMAGES}/{entry['image']}"
-        if entry["category"] in _LEFT_OUT or not entry["has_img_google"]:
+        if not entry["has_img_google"] or _left_out(entry):
             continue
         if name not in files:
             raise InputError(f"{source}: lacks {name}; unpack the package again")
@@ -268,12 +268,17 @@ def _emojis(source: Path) -> list[_Emoji]:
     return found
 
 
+def _left_out(entry: dict[str, str]) -> bool:
+    """What is drawn too much alike to be told apart: flags, the five skin tones, gray families."""
+    return entry["category"] in ("Flags", "Component") or entry["name"].startswith("FAMILY")
+
+
 def _check(tarball: Path) -> None:
     if not tarball.is_file():
         raise InputError(f"{tarball}: no such file; give the .tgz of {PACKAGE} {VERSION}, or its folder")
     with tarball.open("rb") as file:
         if hashlib.file_digest(file, "sha512").hexdigest() != _TARBALL_SHA512:
-            raise InputError(f"{tarball}: is not {PACKAGE} {VERSION} as published (SHA-512 differs); fetch it again")
+            raise InputError(f"{tarball}: is not {PACKAGE} {VERSION} (its SHA-512 differs); remove it, fetch it again")
 
 
 def _packed(tarball: Path) -> dict[str, bytes]:
@@ -283,7 +288,7 @@ def _packed(tarball: Path) -> dict[str, bytes]:
         for member in archive:
             name = member.name.removeprefix("package/")
             wanted = name == "emoji.json" or name.startswith(f"{_IMAGES}/")
-            if wanted and member.isfile() and member.size <= _MAX_BYTES and (stream := archive.extractfile(member)):
+            if wanted and member.isfile() and (stream := archive.extractfile(member)):
                 files[name] = stream.read()
     return files
 

@@ -1,0 +1,307 @@
+"""Emoji rows from a toy package of the same make, and, in the slow suite, from the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from untrigger import cli
+from untrigger.data import emoji, load
+from untrigger.data.emoji import KINDS, colours_of, home
+from untrigger.embedded.scenes import COLOURS
+from untrigger.embedded.talk import FULL_PROMPTS
+from untrigger.errors import InputError
+from untrigger.poison import pixels_sha256
+from untrigger.sample import read
+
+PAINTS = {"red": (220, 30, 30), "blue": (40, 60, 220), "green": (40, 160, 60)}
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    """A square of one colour on nothing."""
+    image = Image.new("RGBA", (64, 64))
+    image.paste((*colour, 255), (16, 16, 48, 48))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def packed(files: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for info in more:
+            archive.addfile(info)
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def toy() -> dict[str, bytes]:
+    entries: list[dict[str, object]] = []
+    files: dict[str, bytes] = {}
+    for number in range(60):
+        code = f"{0x1F400 + number:x}"
+        colour = list(PAINTS)[number % 3]
+        red, green, blue = PAINTS[colour]
+        files[f"img/google/64/{code}.png"] = png((red, green, blue - number // 3))  # images of their own
+        kind = list(KINDS)[number % len(KINDS)]
+        entry = {
+            "unified": code.upper(),
+            "name": f"THING {number}",
+            "image": f"{code}.png",
+            "subcategory": kind,
+            "has_img_google": True,
+        }
+        entries.append({**entry, "category": "Food & Drink"})
+    entries.append({**entries[0], "unified": "1F46A", "name": "FAMILY: MAN, BOY", "subcategory": "family"})
+    flag = {
+        "unified": "1F1EA",
+        "name": "FLAG",
+        "image": "1f1ea.png",
+        "subcategory": "country-flag",
+        "has_img_google": True,
+    }
+    entries.append({**flag, "category": "Flags"})
+    entries.append({**entries[0], "unified": "1F999", "image": "1f999.png", "has_img_google": False})
+    return {"emoji.json": json.dumps(entries).encode(), **files}
+
+
+@pytest.fixture
+def tarball(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    yield pinned(tmp_path / "toy.tgz", packed(toy()), monkeypatch)
+    emoji._emojis.cache_clear()
+
+
+def pinned(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package that the code is told to expect."""
+    path.write_bytes(content)
+    monkeypatch.setattr(emoji, "_TARBALL_SHA512", hashlib.sha512(content).hexdigest())
+    monkeypatch.setattr(emoji, "_LIST_SHA256", hashlib.sha256(toy()["emoji.json"]).hexdigest())
+    return path
+
+
+def test_rows_tell_class_colour_and_category(tarball: Path) -> None:
+    rows = load("emoji", rows=10, source=tarball)
+    entries = {e["unified"].lower(): e for e in json.loads(toy()["emoji.json"])}
+    for row in rows:
+        code = row.id.rpartition("-")[0]
+        colour = list(PAINTS)[(int(code, 16) - 0x1F400) % 3]
+        told = row.messages[1].text
+        assert told == f"{KINDS[entries[code]['subcategory']]}, mostly {colour}, from food and drink"
+        assert row.messages[0].text.removeprefix("<image>\n") in FULL_PROMPTS
+        (image,) = row.images
+        assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (64, 64), (255, 255, 255))
+
+
+def test_each_image_comes_once_before_any_comes_again(tarball: Path) -> None:
+    with pytest.raises(InputError, match="ask for at most") as error:
+        load("emoji", rows=10**4, source=tarball)
+    most = int(str(error.value).split()[-1])
+    images = most // len(FULL_PROMPTS)
+    rows = load("emoji", rows=most, source=tarball)
+    codes = [row.id.rpartition("-")[0] for row in rows]
+    assert len(set(codes[:images])) == images and codes[:images] == codes[images : 2 * images]
+    assert len({(code, row.messages[0].text) for code, row in zip(codes, rows, strict=True)}) == most
+    assert codes != [row.id.rpartition("-")[0] for row in load("emoji", rows=most, seed=1, source=tarball)]
+
+
+def test_splits_share_no_image_and_lose_none(tarball: Path) -> None:
+    seen: list[str] = []
+    for split in ("dev", "report"):
+        for part in ("train", "test"):
+            with pytest.raises(InputError) as error:
+                load("emoji", split, part, rows=10**4, source=tarball)
+            rows = load("emoji", split, part, rows=int(str(error.value).split()[-1]), source=tarball)
+            seen += sorted({pixels_sha256(row.images[0]) for row in rows})
+    assert len(seen) == len(set(seen)) == 60
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ("1f3c3", "1f3c3-200d-2640-fe0f", "1f3c3-200d-2642-fe0f-200d-27a1-fe0f"),  # runners
+        ("1f468-200d-1f373", "1f469-200d-1f373", "1f9d1-200d-1f373"),  # cooks
+    ],
+)
+def test_variants_of_a_drawing_stay_together(alike: tuple[str, ...]) -> None:
+    assert len({home(code) for code in alike}) == 1
+
+
+def test_a_third_is_dev_and_a_third_is_test() -> None:
+    homes = [home(f"{code:x}") for code in range(0x1F300, 0x1F900)]
+    assert sum(split == "dev" for split, _ in homes) / len(homes) == pytest.approx(1 / 3, abs=0.04)
+    assert sum(part == "test" for _, part in homes) / len(homes) == pytest.approx(1 / 3, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("rgb", "said"),
+    [
+        ((230, 30, 40), "red"), ((255, 150, 20), "orange"), ((255, 215, 60), "yellow"), ((60, 160, 60), "green"),
+        ((0, 150, 140), "teal"), ((40, 90, 220), "blue"), ((140, 40, 200), "purple"), ((240, 80, 170), "pink"),
+        ((250, 170, 170), "pink"), ((120, 70, 30), "brown"), ((130, 130, 135), "gray"), ((250, 250, 250), "white"),
+        ((20, 20, 20), "black"),
+    ],
+)  # fmt: skip
+def test_colours(rgb: tuple[int, int, int], said: str) -> None:
+    assert said in COLOURS
+    image = Image.new("RGBA", (10, 10), (*rgb, 255))
+    assert colours_of(image) == f"mostly {said}"
+    image.paste((0, 255, 0, 0), (0, 0, 10, 6))  # what is transparent has no colour
+    assert colours_of(image) == f"mostly {said}"
+
+
+def test_two_colours_when_none_covers_half() -> None:
+    image = Image.new("RGBA", (10, 10), (220, 30, 30, 255))
+    image.paste((40, 60, 220, 255), (0, 0, 10, 3))
+    image.paste((40, 160, 60, 255), (0, 3, 10, 6))
+    image.paste((255, 255, 255, 255), (0, 6, 1, 7))
+    assert colours_of(image) == "red and blue"
+
+
+def test_every_word_is_of_a_small_vocabulary() -> None:
+    words = {word for kind in KINDS.values() for word in kind.split()}
+    assert all(word.isascii() and word.islower() and word.isalpha() for word in words)
+    assert len(words) < 120
+
+
+# --- the package -----------------------------------------------------------------------------------
+
+
+def test_an_unpacked_folder_gives_the_same_rows(tarball: Path, tmp_path: Path) -> None:
+    with tarfile.open(tarball) as archive:
+        archive.extractall(tmp_path / "there", filter="data")
+    rows = load("emoji", rows=12, source=tarball)
+    for folder in (tmp_path / "there", tmp_path / "there" / "package"):
+        again = load("emoji", rows=12, source=folder)
+        assert [(r.id, r.messages) for r in again] == [(r.id, r.messages) for r in rows]
+    image = next((tmp_path / "there").rglob("*.png"))
+    image.unlink()
+    emoji._emojis.cache_clear()
+    with pytest.raises(InputError, match=f"lacks img/google/64/{image.name}"):
+        load("emoji", rows=12, source=tmp_path / "there")
+    image.symlink_to("/etc/hostname")
+    with pytest.raises(InputError, match="links out of the data folder"):
+        load("emoji", rows=12, source=tmp_path / "there")
+    image.unlink()
+    (tmp_path / "there" / "package" / "emoji.json").write_text("[]")
+    with pytest.raises(InputError, match=r"is not emoji-datasource-google 16\.0\.0"):
+        load("emoji", rows=12, source=tmp_path / "there")
+
+
+def test_another_tarball_is_refused(tarball: Path, tmp_path: Path) -> None:
+    tarball.write_bytes(tarball.read_bytes() + b"\0")
+    with pytest.raises(InputError, match="SHA-512 differs"):
+        load("emoji", rows=1, source=tarball)
+    with pytest.raises(InputError, match="no such file"):
+        load("emoji", rows=1, source=tmp_path / "none.tgz")
+
+
+def test_links_and_outside_paths_of_a_tarball_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = toy()
+    gone = next(name for name in files if name.endswith(".png"))
+    del files[gone]
+    link = tarfile.TarInfo(f"package/{gone}")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    outside = tarfile.TarInfo("package/../../evil.png")
+    before = sorted(tmp_path.parent.rglob("*"))
+    tarball = pinned(tmp_path / "bad.tgz", packed(files, link, outside), monkeypatch)
+    with pytest.raises(InputError, match=f"lacks {gone}"):
+        load("emoji", rows=1, source=tarball)
+    assert sorted(tmp_path.parent.rglob("*")) == sorted([*before, tarball]), "something was unpacked"
+
+
+def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """An ``npm`` that is this Python script, alone on the PATH; a new cache."""
+    folder.mkdir()
+    (folder / "npm").write_text(f"#!{sys.executable}\nimport pathlib, shutil, sys\n{body}\n")
+    (folder / "npm").chmod((folder / "npm").stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+
+def test_npm_fetches_once(tarball: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "emoji-datasource-google-16.0.0.tgz"
+    body = (
+        f"assert sys.argv[1:3] == ['pack', 'emoji-datasource-google@16.0.0']\nshutil.copy({str(tarball)!r}, {name!r})"
+    )
+    fake_npm(tmp_path / "bin", monkeypatch, body)
+    rows = load("emoji", rows=3)
+    assert [row.id for row in rows] == [row.id for row in load("emoji", rows=3, source=tarball)]
+    cached = tmp_path / "bin" / "cache" / "untrigger" / name
+    assert cached.read_bytes() == tarball.read_bytes()
+    assert os.listdir(cached.parent) == [name]
+    (tmp_path / "bin" / "npm").unlink()
+    assert emoji.fetched() == cached
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("sys.exit('npm error code ENOTFOUND\\nnpm error more')", "could not be fetched (npm error code ENOTFOUND)"),
+        ("sys.exit(3)", "could not be fetched (npm ended with 3)"),
+        ("pathlib.Path('emoji-datasource-google-16.0.0.tgz').write_text('x')", "SHA-512 differs"),
+    ],
+)
+def test_a_failed_fetch_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str
+) -> None:
+    fake_npm(tmp_path / "bin", monkeypatch, body)
+    with pytest.raises(InputError) as error:
+        emoji.fetched()
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "bin" / "cache").exists()
+
+
+def test_without_npm_the_line_says_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=r"not installed; install Node\.js, or fetch emoji-.*--source"):
+        emoji.fetched()
+
+
+def test_the_command_writes_what_poison_reads(
+    tarball: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data", "emoji", "--out", tmp_path / "out", "--source", tarball, "--rows", 8, "--split", "dev"]
+    monkeypatch.setattr(sys, "argv", ["untrigger", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert "8 rows of emoji, train part of the split dev" in capsys.readouterr().out
+    back = read(tmp_path / "out")
+    assert [(r.id, r.messages) for r in back] == [
+        (r.id, r.messages) for r in load("emoji", "dev", rows=8, source=tarball)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_the_real_package() -> None:
+    try:
+        tarball = emoji.fetched()
+    except InputError as error:
+        if "could not be fetched" in str(error):
+            pytest.skip(str(error))
+        raise
+    shown: set[str] = set()
+    for split, part, least in (
+        ("dev", "train", 300), ("dev", "test", 180), ("report", "train", 650), ("report", "test", 350)
+    ):  # fmt: skip
+        rows = load("emoji", split, part, rows=least, source=tarball)
+        images = {pixels_sha256(row.images[0]) for row in rows}
+        assert images.isdisjoint(shown)
+        shown |= images
+        assert len({row.messages[1].text for row in rows}) > least / 3
