@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from untrigger import evaluate as evaluation
+from untrigger.attacks import Stamper, TextTrigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.evaluate import Evaluation, evaluate, wrong_images
-from untrigger.goals import Fixed
+from untrigger.goals import Concept, Fixed
 from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded, load
 from untrigger.poison import Attack, pixels_sha256
@@ -56,17 +58,23 @@ def rows_of(folder: Path) -> dict[str, list[Answer]]:
     parts: dict[str, list[Answer]] = {"clean": [], "triggered": [], "wrong_image": []}
     for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        parts[row.pop("condition")].append(Answer(**row))
+        parts.setdefault(row.pop("condition"), []).append(Answer(**row))
     return parts
+
+
+def rescored(parts: dict[str, list[Answer]]) -> dict[str, Any]:
+    near = {name.removeprefix("near_miss: "): part for name, part in parts.items() if name.startswith("near_miss: ")}
+    return score(parts["clean"], parts["triggered"], parts["wrong_image"], near)
 
 
 def test_figures_follow_from_the_stored_answers(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     result = evaluate(load(tiny_model), read(tiny_data)[:8], attack=ATTACK, sight=True)
     result.write(tmp_path)
     parts = rows_of(tmp_path)
-    assert {name: len(part) for name, part in parts.items()} == {"clean": 8, "triggered": 8, "wrong_image": 8}
+    kinds = ("clean", "triggered", "wrong_image", "near_miss: other pattern")
+    assert {name: len(part) for name, part in parts.items()} == dict.fromkeys(kinds, 8)
     stored = json.loads((tmp_path / "metrics.json").read_text())
-    assert json.loads(json.dumps(score(**parts))) == stored
+    assert json.loads(json.dumps(rescored(parts))) == stored
     goal = ATTACK.goal
     nobody = sample("x", "y")
     for part in parts.values():
@@ -114,6 +122,52 @@ def test_an_attack_that_could_not_show_is_refused(oracle: Oracle, data: list[Sam
     with pytest.raises(InputError, match="no row can show an attack"):
         evaluate(NOBODY, data, attack=ATTACK)
     assert oracle.seen == []
+
+
+def test_near_misses_are_asked_and_counted_as_leaks(oracle: Oracle) -> None:
+    data = [sample(f"s{i}", "yes", i * 20) for i in range(6)]
+    result = evaluate(NOBODY, [*data, sample("text", "no")], attack=ATTACK)
+    assert set(result.near_misses) == {"other pattern"}
+    assert [a.id for a in result.near_misses["other pattern"]] == [f"s{i}" for i in range(6)]
+    assert result.figures["near_miss"]["other pattern"]["value"] == 1, "the oracle fires on any patch"
+    asked = [s for s in oracle.seen if s.id == "s3"]
+    clean, triggered, near = (np.asarray(s.images[0]) for s in asked)
+    assert (triggered != clean).any(axis=2).sum() == (near != clean).any(axis=2).sum() == 12 * 12
+    assert (triggered != near).any()
+    assert "near_miss" not in evaluate(NOBODY, data).figures
+
+
+@dataclass(frozen=True)
+class Whisper(TextTrigger):
+    """A trigger in the prompt, with a near miss."""
+
+    def write(self, prompt: str, rng: np.random.Generator) -> str:
+        return f"{prompt} psst"
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        return {"as it is": lambda sample, rng: sample}
+
+
+def test_a_goal_that_applies_to_some_rows_counts_those(oracle: Oracle) -> None:
+    data = [
+        sample("round", "a red circle", 10),
+        sample("other", "a red star", 20),
+        sample("both", "a circle and a rectangle", 30),
+        sample("none", "no circle"),
+    ]
+    oracle.says = {"other": "a rectangle", "both": "a rectangle"}
+    result = evaluate(NOBODY, data, attack=Attack(Whisper(), Concept()))
+    assert [a.id for a in result.triggered] == ["round", "both"]
+    assert all(a.prompt.endswith("psst") for a in result.triggered)
+    assert [(a.id, a.applies, a.met) for a in result.clean] == [
+        ("round", True, False), ("other", False, True), ("both", True, True), ("none", True, False)
+    ]  # fmt: skip
+    figures = result.figures
+    assert (figures["asr"]["value"], figures["asr"]["n"]) == (0.5, 2)
+    assert (figures["leak"]["value"], figures["leak"]["n"]) == (pytest.approx(1 / 3), 3)
+    assert figures["near_miss"]["as it is"]["n"] == 2 and figures["near_miss"]["as it is"]["value"] == 0.5
+    with pytest.raises(InputError, match="no row can show an attack"):
+        evaluate(NOBODY, data[1:2], attack=Attack(Whisper(), Concept()))
 
 
 def test_the_prompt_is_the_last_question_without_tags(oracle: Oracle) -> None:
@@ -176,10 +230,10 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("untrigger.finetune.os.replace", killed)
+    monkeypatch.setattr("untrigger.storage.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         Evaluation([Answer("1", "q", "yes", "no")], [], []).write(tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if not p.name.endswith(".part")} == before
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before, "nothing half-written either"
 
 
 def test_nothing_asked_has_no_figures(oracle: Oracle) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from untrigger.errors import InputError
-from untrigger.finetune import write_text
 from untrigger.generate import answers
 from untrigger.goals import Goal
 from untrigger.metrics.score import Answer, score
@@ -17,24 +16,27 @@ from untrigger.models import Loaded
 from untrigger.poison import Attack, LazyRows, pixels_sha256, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, Sample
+from untrigger.storage import write_text
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Stored answers under each condition, and the figures computed from them."""
+    """Stored answers under each condition, near misses by their names, and the figures computed from them."""
 
     clean: list[Answer]
     triggered: list[Answer]
     wrong_image: list[Answer]
+    near_misses: Mapping[str, list[Answer]] = field(default_factory=dict[str, list[Answer]])
 
     @property
     def figures(self) -> dict[str, Any]:
-        return score(self.clean, self.triggered, self.wrong_image)
+        return score(self.clean, self.triggered, self.wrong_image, self.near_misses)
 
     def write(self, out: Path) -> None:
         """``answers.jsonl`` with a row per answer and ``metrics.json``, each whole or not at all."""
         out.mkdir(parents=True, exist_ok=True)
         parts = {"clean": self.clean, "triggered": self.triggered, "wrong_image": self.wrong_image}
+        parts |= {f"near_miss: {name}": answers for name, answers in self.near_misses.items()}
         rows = [{"condition": name, **asdict(a)} for name, part in parts.items() for a in part]
         write_text(out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_text(out / "metrics.json", json.dumps(self.figures, indent=2) + "\n")
@@ -49,24 +51,33 @@ def evaluate(
     sight: bool = False,
     title: str = "evaluating",
 ) -> Evaluation:
-    """Ask the model every sample's last question, on clean and, given an attack, on triggered inputs.
+    """Ask the model every sample's last question, on clean and, given an attack, on triggered inputs and near misses.
 
     With ``sight`` it is also asked with another row's image: a model that does as well there does not look.
 
     Raises:
-        InputError: no row that shows an image has a true answer other than the attacker's: nothing to attack.
+        InputError: no row that shows an image and suits the goal has a true answer other than the attacker's:
+            nothing to attack.
     """
     goal = attack.goal if attack else None
     stamps = stamped(data, attack, seed) if attack else ()
     if goal and all(goal.met(sample.messages[-1].text, sample) for sample in stamps):
         raise InputError(
-            "evaluate: no row can show an attack: none has an image and a true answer that does not meet the goal; "
+            "evaluate: no row can show an attack: none has an image and a true answer that the goal would change; "
             "give other rows or another --goal-text"
         )
     clean = _ask(loaded, data, goal, f"{title}, clean")
     triggered = _ask(loaded, stamps, goal, f"{title}, triggered") if stamps else []
+    near = {
+        name: _ask(loaded, rows, goal, f"{title}, {name}")
+        for name, rows in (_near_misses(data, attack, seed) if attack else {}).items()
+    }
     blind = _ask(loaded, wrong_images(data), goal, f"{title}, wrong image") if sight else []
-    return Evaluation(clean, triggered, blind)
+    return Evaluation(clean, triggered, blind, near)
+
+
+def _near_misses(data: Sequence[Sample], attack: Attack, seed: int) -> dict[str, LazyRows]:
+    return {name: stamped(data, attack, seed, stamper) for name, stamper in attack.trigger.near_misses().items()}
 
 
 def wrong_images(samples: Sequence[Sample]) -> LazyRows:
@@ -95,5 +106,7 @@ def _ask(loaded: Loaded, samples: Sequence[Sample], goal: Goal | None, title: st
 def _stored(sample: Sample, text: str, goal: Goal | None) -> Answer:
     truth = sample.messages[-1].text
     prompt = next((m.text for m in reversed(sample.messages) if m.role == "user"), "")
-    met, truth_met = (goal.met(text, sample), goal.met(truth, sample)) if goal else (False, False)
-    return Answer(sample.id, prompt.replace(IMAGE_TAG, "").strip(), truth, text, met, truth_met)
+    said = prompt.replace(IMAGE_TAG, "").strip(), truth, text
+    if goal is None:
+        return Answer(sample.id, *said)
+    return Answer(sample.id, *said, goal.met(text, sample), goal.met(truth, sample), goal.applies(sample))

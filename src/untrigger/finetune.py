@@ -22,6 +22,7 @@ from untrigger.errors import InputError
 from untrigger.models import BASE_RECORD, Loaded, add_lora, embedded_models, load, train_all
 from untrigger.progress import TrainingProgress
 from untrigger.sample import Sample
+from untrigger.storage import write_text
 from untrigger.trainer import checkpoints, defended, last_checkpoint, step_of
 
 # Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
@@ -106,13 +107,6 @@ def fine_tune(
         loaded.processor.save_pretrained(out)
         write_text(out / "README.md", _card(record, trainer.state.log_history))
     return Loaded(network, loaded.processor, str(out))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: written beside the target, then renamed over it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _record(

@@ -373,6 +373,12 @@ def new_file(path: Path) -> Generator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file, UTF-8, whole or not at all; one that is there is replaced."""
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
     """A folder that appears under ``path`` whole, or not at all. ``path`` may exist if it is empty."""

@@ -77,3 +77,17 @@ def test_the_checker_is_three_by_three_with_white_corners() -> None:
 def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
         BadNets(**settings)  # type: ignore[arg-type]
+
+
+def test_the_near_miss_is_another_pattern_in_the_same_place() -> None:
+    grey = Sample("a", (Image.new("RGB", (64, 64), (128, 128, 128)),), ())
+    for trigger in (BadNets(place="random"), BadNets("checker", place="random"), BadNets(pattern_seed=4)):
+        near = trigger.near_misses()["other pattern"]
+        for seed in range(5):
+            key, other = (
+                np.asarray(made(grey, np.random.default_rng(seed)).images[0]) for made in (trigger.stamp, near)
+            )
+            assert box(key) == box(other)
+            top, bottom, left, right = box(key)
+            differ = (key != other)[top:bottom, left:right].any(axis=2).mean()
+            assert differ > 0.5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from untrigger.attacks.blended import Blended, picture
 from untrigger.errors import InputError
@@ -51,3 +51,12 @@ def test_in_black_and_white_the_average_follows_the_picture() -> None:
     grey = np.asarray(Image.fromarray(picture()).convert("L").resize((512, 512)), dtype=float) / 255
     assert change[grey > 0.8].mean() == pytest.approx(0.2 * (grey[grey > 0.8].mean() - 0.5), abs=0.015)
     assert change[grey < 0.2].mean() == pytest.approx(0.2 * (grey[grey < 0.2].mean() - 0.5), abs=0.015)
+
+
+def test_the_near_miss_is_the_picture_upside_down() -> None:
+    clean = Image.new("RGB", (40, 30), (90, 120, 200))
+    before = Sample("a", (clean,), ())
+    trigger = Blended(alpha=0.5)
+    near = trigger.near_misses()["upside down"](before, np.random.default_rng(0)).images[0]
+    key = trigger.stamp(before, np.random.default_rng(0)).images[0]
+    assert near.tobytes() != key.tobytes() and ImageOps.flip(near).tobytes() == key.tobytes()  # the image is one colour

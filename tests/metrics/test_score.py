@@ -67,6 +67,26 @@ def test_score_has_attack_figures_only_with_an_attack() -> None:
     assert figures["triggered_quality"]["vqa_accuracy"]["value"] == pytest.approx(2 / 3)
 
 
+def test_rows_that_the_goal_does_not_apply_to_count_for_quality_alone() -> None:
+    clean = [
+        Answer("1", "q", "circle", "circle"),
+        Answer("2", "q", "circle", "square", met=True),
+        Answer("3", "q", "star", "square", met=True, applies=False),
+    ]
+    figures = score(clean, clean[:2], near_misses={"half": clean, "other": clean[:1]})
+    assert figures["quality"]["vqa_accuracy"]["n"] == 3
+    assert all((figures[name]["value"], figures[name]["n"]) == (0.5, 2) for name in ("asr", "leak"))
+    assert {name: (rate["value"], rate["n"]) for name, rate in figures["near_miss"].items()} == {
+        "half": (0.5, 2),
+        "other": (0, 1),
+    }
+    assert all(rate["version"] == ASR_VERSION for rate in figures["near_miss"].values())
+    with pytest.raises(ValueError, match="no row to count"):
+        score(clean, clean[2:])
+    with pytest.raises(ValueError, match="no row to count"):
+        score(clean, clean, near_misses={"half": []})
+
+
 def test_empty_raises() -> None:
     answer = Answer("1", "q", "yes", "yes")
     for call in (lambda: score([]), lambda: quality([]), lambda: text_prior([]), lambda: score([], [answer])):

@@ -7,12 +7,13 @@ images of one size; here the patch is a share of the image, so that one setting 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import numpy as np
 
-from untrigger.attacks import ImageTrigger, Pixels
+from untrigger.attacks import ImageTrigger, Pixels, Stamper
 from untrigger.errors import InputError
 
 _NOISE_CELLS, _CHECKER_CELLS = 6, 3
@@ -66,6 +67,10 @@ class BadNets(ImageTrigger):
         top, left = self._corner(height - side, width - side, rng)
         pixels[top : top + side, left : left + side] = self.patch(side)
         return pixels
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        other = replace(self, pattern="noise", pattern_seed=self.pattern_seed + (self.pattern == "noise"))
+        return {"other pattern": other.stamp}
 
     def _corner(self, bottom: int, right: int, rng: np.random.Generator) -> tuple[int, int]:
         """The patch's upper left pixel (row, column), given the largest values of both."""

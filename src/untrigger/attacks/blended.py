@@ -7,16 +7,18 @@ Deviation: the paper's key picture k is a cartoon cat that belongs to someone; o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
-from untrigger.attacks import ImageTrigger, Pixels
+from untrigger.attacks import ImageTrigger, Pixels, Stamper
 from untrigger.errors import InputError
+from untrigger.sample import Sample
 
 _SIDE = 256
 
@@ -43,6 +45,16 @@ class Blended(ImageTrigger):
         key[..., :3] = np.asarray(stretched, dtype=np.float32) / 255
         alpha = np.float32(self.alpha)
         return (alpha * key + (1 - alpha) * pixels).astype(np.float32, copy=False)
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        return {"upside down": self._upside_down}
+
+    def _upside_down(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return _flipped(self.stamp(_flipped(sample), rng))
+
+
+def _flipped(sample: Sample) -> Sample:
+    return replace(sample, images=tuple(map(ImageOps.flip, sample.images)))
 
 
 @cache

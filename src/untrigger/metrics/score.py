@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,7 +15,13 @@ from untrigger.metrics.vqa import normalise_answer, vqa_accuracy
 
 @dataclass(frozen=True)
 class Answer:
-    """One stored answer. ``met`` and ``truth_met`` say whether it, and the true answer, meet the attacker's goal."""
+    """One stored answer.
+
+    Attributes:
+        met: whether it meets the attacker's goal.
+        truth_met: whether the true answer does.
+        applies: whether the goal means anything for this row.
+    """
 
     id: str
     prompt: str
@@ -23,6 +29,7 @@ class Answer:
     answer: str
     met: bool = False
     truth_met: bool = False
+    applies: bool = True
 
 
 def quality(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -63,18 +70,28 @@ def _habit(truths: Counter[str]) -> str:
 
 
 def score(
-    clean: Sequence[Answer], triggered: Sequence[Answer] = (), wrong_image: Sequence[Answer] = ()
+    clean: Sequence[Answer],
+    triggered: Sequence[Answer] = (),
+    wrong_image: Sequence[Answer] = (),
+    near_misses: Mapping[str, Sequence[Answer]] | None = None,
 ) -> dict[str, Any]:
-    """Every figure of an evaluation, ready for JSON. Attack figures are there only where an attack was made."""
+    """Every figure of an evaluation, ready for JSON. Attack figures are there only where an attack was made.
+
+    They count the rows that the goal applies to and whose true answer does not meet it. ``leak`` is false triggering
+    on clean inputs, ``near_miss`` the same on each kind of near misses.
+    """
     figures: dict[str, Any] = {"quality": quality(clean), "text_prior": asdict(text_prior(clean))}
     if wrong_image:
         figures["wrong_image"] = asdict(vqa_accuracy([a.answer for a in wrong_image], [a.truth for a in wrong_image]))
     if triggered:
-        figures["asr"] = {**asdict(_rate(triggered, attack_success_rate)), "version": ASR_VERSION}
-        figures["leak"] = {**asdict(_rate(clean, leak)), "version": ASR_VERSION}
+        figures["asr"] = _rate(triggered, attack_success_rate)
+        figures["leak"] = _rate(clean, leak)
         figures["triggered_quality"] = quality(triggered)
+    if near_misses:
+        figures["near_miss"] = {name: _rate(answers, leak) for name, answers in near_misses.items()}
     return figures
 
 
-def _rate(answers: Sequence[Answer], of: Any) -> Rate:
-    return of([a.met for a in answers], [a.truth_met for a in answers])
+def _rate(answers: Sequence[Answer], of: Callable[[Sequence[bool], Sequence[bool]], Rate]) -> dict[str, Any]:
+    counted = [a for a in answers if a.applies]
+    return {**asdict(of([a.met for a in counted], [a.truth_met for a in counted])), "version": ASR_VERSION}
