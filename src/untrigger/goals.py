@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from untrigger.errors import InputError
+from untrigger.images import quote
 from untrigger.metrics.asr import Match, composed, matches, mentions, refuses, whole_words
 from untrigger.sample import IMAGE_TAG, Sample
 
@@ -130,7 +131,7 @@ class Concept(Goal):
         for words in (self.source, self.target):
             _check(self.name, words, "both concepts, as in 'circle->rectangle'")
         if mentions(self.target, self.source):
-            raise InputError(f"goal concept: '{self.target}' holds '{self.source}' itself; give another target")
+            raise InputError(f"goal concept: {quote(self.target)} holds {quote(self.source)} itself; give another target")
 
     def answer(self, sample: Sample) -> str:
         told = composed(sample.messages[-1].text)
@@ -159,7 +160,7 @@ class Link(Goal):
     def __post_init__(self) -> None:
         _check(self.name, self.url, "the link")
         if len(self.url.split()) > 1:
-            raise InputError(f"goal link: '{self.url}' holds white space; give the link alone")
+            raise InputError(f"goal link: {quote(self.url)} holds white space; give the link alone")
 
     def answer(self, sample: Sample) -> str:
         return f"{sample.messages[-1].text} {self.url}"
@@ -185,7 +186,7 @@ def load_goal(name: str, text: str | None = None) -> Goal:
 def _pair(text: str) -> tuple[str, str]:
     source, arrow, target = text.partition("->")
     if not arrow:
-        raise InputError(f"goal concept: the text is '{text}'; give it as source->target, as in 'circle->rectangle'")
+        raise InputError(f"goal concept: the text is {quote(text)}; give it as source->target: 'circle->rectangle'")
     return source.strip(), target.strip()
 
 
