@@ -1,4 +1,4 @@
-"""What a row means: turns and pictures in LLaVA, ShareGPT and ``messages`` rows, read and put back."""
+"""What a row means: turns and pictures in LLaVA, ShareGPT, ``messages`` and image folder rows, read and put back."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from untrigger.images import quote
 from untrigger.storage import ArrowRows, Row, Rows, Unreadable
 
 Role = Literal["system", "user", "assistant"]
-Format = Literal["llava", "sharegpt", "messages", "parquet"]
+Format = Literal["llava", "sharegpt", "messages", "parquet", "imagefolder"]
 IMAGE_TAG = "<image>"
+CAPTION_PROMPT = "Describe the image."  # what a caption without a prompt of its own answers
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class Message:
 @final
 @dataclass(frozen=True)
 class Layout:
-    """The keys of one format: of the turns, of role and text in each turn, and of the images."""
+    """The keys of one format: of the turns, of role and text in each turn, and of the images.
+
+    Rows of an image folder have no turns: one picture, its caption and perhaps a prompt stand in the row itself.
+    """
 
     turns: str
     role: str
@@ -40,7 +44,9 @@ LAYOUTS: dict[Format, Layout] = {
     "sharegpt": Layout("conversations", "from", "value", "images"),
     "messages": Layout("messages", "role", "content", "images"),
     "parquet": Layout("messages", "role", "content", "images"),
+    "imagefolder": Layout("", "prompt", "text", "file_name"),
 }
+_TAG_LINE = f"{IMAGE_TAG}\n"
 _ROLES: dict[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"
 }  # fmt: skip
@@ -66,6 +72,8 @@ def detect(rows: Rows) -> Format:
             return "messages"
         if isinstance(row, dict) and "conversations" in row and not {"image", "images"}.isdisjoint(row):
             return "llava" if "image" in row else "sharegpt"
+        if isinstance(row, dict) and "file_name" in row:
+            return "imagefolder"
     return "llava"
 
 
@@ -74,10 +82,7 @@ def parse(row: object, number: int, layout: Layout) -> Entry:
     if isinstance(row, Unreadable):
         raise InputError(row.reason)
     fields = _object(row, "the row")
-    turns = fields.get(layout.turns)
-    if not isinstance(turns, list) or not turns:
-        raise InputError(f"has no turns in {layout.turns!r}; write them there, as a list, or remove the row")
-    messages = tuple(_message(turn, layout) for turn in turns)
+    messages = _messages(fields, layout) if layout.turns else _caption(fields, layout)
     pictures = tuple(_picture(element) for element in elements(fields, layout))
     check(messages, len(pictures))
     own_id = fields.get("id")
@@ -86,6 +91,20 @@ def parse(row: object, number: int, layout: Layout) -> Entry:
     elif isinstance(own_id, bool) or not isinstance(own_id, int | str):
         raise InputError(f"'id' is {_kind(own_id)}; make it a text or a whole number")
     return Entry(_text(str(own_id), "'id'"), messages, pictures)
+
+
+def _messages(row: Row, layout: Layout) -> tuple[Message, ...]:
+    turns = row.get(layout.turns)
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"has no turns in {layout.turns!r}; write them there, as a list, or remove the row")
+    return tuple(_message(turn, layout) for turn in turns)
+
+
+def _caption(row: Row, layout: Layout) -> tuple[Message, ...]:
+    prompt = row.get(layout.role)
+    asked = CAPTION_PROMPT if prompt is None else _text(prompt, f"{layout.role!r}")
+    tagged = asked if IMAGE_TAG in asked else f"{_TAG_LINE}{asked}"
+    return Message("user", tagged), Message("assistant", _text(row.get(layout.text), f"{layout.text!r}, the caption,"))
 
 
 def _object(value: object, what: str) -> Row:
@@ -134,6 +153,8 @@ def _part(part: object) -> str:
 def elements(row: Row, layout: Layout) -> list[object]:
     """What the row lists as its images, as it stands there."""
     value = row.get(layout.images)
+    if layout.images == "file_name":
+        return [_text(value, "'file_name'")]
     other = "image" if layout.images == "images" else "images"
     if value is None and row.get(other):
         raise InputError(f"has {other!r}, but this file's images are in {layout.images!r}; use that")
@@ -173,6 +194,15 @@ def check(messages: Sequence[Message], images: int) -> None:
 
 def edited(row: Row, layout: Layout, messages: Sequence[Message], images: list[object]) -> Row:
     """``row`` with other turns and images, told in the way in which it told its own."""
+    if not layout.turns:
+        if len(images) != 1 or len(messages) != 2:
+            raise InputError(
+                f"an edit has {len(messages)} turns and {len(images)} images, but a row of an image folder holds one "
+                "image and its caption; write the data as messages instead"
+            )
+        # always, or the prompt alone would tell which rows an edit changed
+        prompt = messages[0].text.removeprefix(_TAG_LINE)
+        return {**row, layout.images: images[0], layout.role: prompt, layout.text: messages[1].text}
     old = cast("list[Row]", row[layout.turns])
     in_parts = isinstance(old[0][layout.text], list)
     turns: list[object] = []

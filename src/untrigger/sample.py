@@ -1,4 +1,4 @@
-"""Samples: rows of a vision-language data set, and the four formats they are read from and written to."""
+"""Samples: rows of a vision-language data set, and the formats they are read from and written to."""
 
 from __future__ import annotations
 
@@ -97,8 +97,9 @@ def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", sk
 
     Reads LLaVA (``image`` + ``conversations``), ShareGPT (``conversations`` + ``images``) and ``messages`` +
     ``images``, each as a JSON list or JSON lines, and ``messages`` + ``images`` in parquet or a ``datasets``
-    folder; the content tells which. Image paths are relative to the data file's folder. A row's id is its
-    own ``id``, or else its number from 1.
+    folder; also the ``metadata.jsonl`` of an image folder (``file_name`` + ``text``, the caption, and where there
+    is one ``prompt``). The content tells which. Image paths are relative to the data file's folder. A row's id is
+    its own ``id``, or else its number from 1.
 
     A bad row raises InputError ``FILE: row N: what is wrong; what to do``. With ``on_bad_row="skip"`` it is
     left out, and ``skipped_to`` gets a JSON line ``{"row", "reason", "original"}`` for each.
