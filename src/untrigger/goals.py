@@ -131,7 +131,7 @@ class Concept(Goal):
         for words in (self.source, self.target):
             _check(self.name, words, "both concepts, as in 'circle->rectangle'")
         if mentions(self.target, self.source):
-            raise InputError(f"goal concept: {quote(self.target)} holds {quote(self.source)} itself; give another target")
+            raise InputError(f"goal concept: {quote(self.target)} holds {quote(self.source)}; give another target")
 
     def answer(self, sample: Sample) -> str:
         told = composed(sample.messages[-1].text)
