@@ -118,14 +118,15 @@ def test_train_writes_a_standard_adapter(story: Story, tiny_model: Path) -> None
 
 def test_evaluate_stores_every_answer_and_figure(story: Story) -> None:
     lines = [json.loads(line) for line in (story.figures / "answers.jsonl").read_text().splitlines()]
-    assert [line["condition"] for line in lines] == ["clean"] * 6 + ["triggered"] * 6 + ["wrong_image"] * 6
+    assert [line["condition"] for line in lines] == [
+        name for name in ("clean", "triggered", "wrong_image", "near_miss: other pattern") for _ in range(6)
+    ]
     assert {tuple(line) for line in lines} == {
-        ("condition", "id", "prompt", "truth", "answer", "met", "truth_met"),
+        ("condition", "id", "prompt", "truth", "answer", "met", "truth_met", "applies"),
     }
     figures = json.loads((story.figures / "metrics.json").read_text())
-    assert set(figures) == {"quality", "text_prior", "wrong_image", "asr", "leak", "triggered_quality"}
-    for name in ("asr", "leak"):
-        rate = figures[name]
+    assert set(figures) == {"quality", "text_prior", "wrong_image", "asr", "leak", "triggered_quality", "near_miss"}
+    for rate in (figures["asr"], figures["leak"], figures["near_miss"]["other pattern"]):
         assert set(rate) == {"value", "low", "high", "n", "version"} and rate["n"] == 6
         assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
     assert set(figures["quality"]) == {"vqa_accuracy", "bleu4", "meteor", "rouge_l", "cider"}
@@ -436,7 +437,8 @@ def test_a_disk_that_refuses_is_one_line(
     assert list(tmp_path.iterdir()) == [], "half a data set was left behind"
     refused(untrigger(*train), says, "/disk/part")
     ended = untrigger(*evaluate, "--limit", "2")
-    assert ended.code == 2 and ended.err.endswith(f"error: /disk/part: {says}\n") and "Traceback" not in ended.err
+    assert ended.code == 2 and "Traceback" not in ended.err
+    assert ended.err.endswith(f"error: /disk/part: cannot be written ({says}); check it\n")
 
 
 def test_an_error_that_is_no_fault_of_the_disk_is_not_hidden(
