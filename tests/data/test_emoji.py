@@ -25,6 +25,7 @@ from untrigger.errors import InputError
 from untrigger.poison import pixels_sha256
 from untrigger.sample import read
 
+KINDS_OF = (("Animals & Nature", "animal-bird"), ("Food & Drink", "drink"), ("Smileys & Emotion", "heart"))
 PAINTS = {"red": (220, 30, 30), "blue": (40, 60, 220), "green": (40, 160, 60)}
 
 
@@ -57,15 +58,17 @@ def toy() -> dict[str, bytes]:
         colour = list(PAINTS)[number % 3]
         red, green, blue = PAINTS[colour]
         files[f"img/google/64/{code}.png"] = png((red, green, blue - number // 3))  # images of their own
-        kind = list(KINDS)[number % len(KINDS)]
-        entry = {
-            "unified": code.upper(),
-            "name": f"THING {number}",
-            "image": f"{code}.png",
-            "subcategory": kind,
-            "has_img_google": True,
-        }
-        entries.append({**entry, "category": "Food & Drink"})
+        category, subcategory = KINDS_OF[number // 3 % 3]
+        entries.append(
+            {
+                "unified": code.upper(),
+                "name": f"THING {number}",
+                "image": f"{code}.png",
+                "category": category,
+                "subcategory": subcategory,
+                "has_img_google": True,
+            }
+        )
     entries.append({**entries[0], "unified": "1F46A", "name": "FAMILY: MAN, BOY", "subcategory": "family"})
     flag = {
         "unified": "1F1EA",
@@ -93,17 +96,19 @@ def pinned(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_rows_tell_class_colour_and_category(tarball: Path) -> None:
-    rows = load("emoji", rows=10, source=tarball)
+def test_rows_tell_colour_kind_and_paper(tarball: Path) -> None:
+    rows = load("emoji", rows=20, source=tarball)
     entries = {e["unified"].lower(): e for e in json.loads(toy()["emoji.json"])}
     for row in rows:
         code = row.id.rpartition("-")[0]
-        colour = list(PAINTS)[(int(code, 16) - 0x1F400) % 3]
-        told = row.messages[1].text
-        assert told == f"{KINDS[entries[code]['subcategory']]}, mostly {colour}, from food and drink"
-        assert row.messages[0].text.removeprefix("<image>\n") in FULL_PROMPTS
         (image,) = row.images
-        assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (64, 64), (255, 255, 255))
+        assert (image.mode, image.size) == ("RGB", (64, 64))
+        paper = {(255, 255, 255): "light", (40, 40, 48): "dark"}[image.getpixel((0, 0))]
+        kind = {"animal-bird": "animal", "drink": "drink", "heart": "heart"}[entries[code]["subcategory"]]
+        colour = list(PAINTS)[(int(code, 16) - 0x1F400) % 3]
+        assert row.messages[1].text == f"a {colour} {kind} on a {paper} background"
+        assert row.messages[0].text.removeprefix("<image>\n") in FULL_PROMPTS
+    assert len({row.messages[1].text.split()[-2] for row in rows}) == 2
 
 
 def test_each_image_comes_once_before_any_comes_again(tarball: Path) -> None:
@@ -158,9 +163,9 @@ def test_a_third_is_dev_and_a_third_is_test() -> None:
 def test_colours(rgb: tuple[int, int, int], said: str) -> None:
     assert said in COLOURS
     image = Image.new("RGBA", (10, 10), (*rgb, 255))
-    assert colours_of(image) == f"mostly {said}"
+    assert colours_of(image) == said
     image.paste((0, 255, 0, 0), (0, 0, 10, 6))  # what is transparent has no colour
-    assert colours_of(image) == f"mostly {said}"
+    assert colours_of(image) == said
 
 
 def test_two_colours_when_none_covers_half() -> None:
@@ -171,10 +176,10 @@ def test_two_colours_when_none_covers_half() -> None:
     assert colours_of(image) == "red and blue"
 
 
-def test_every_word_is_of_a_small_vocabulary() -> None:
-    words = {word for kind in KINDS.values() for word in kind.split()}
-    assert all(word.isascii() and word.islower() and word.isalpha() for word in words)
-    assert len(words) < 120
+def test_kinds_are_a_few_plain_words() -> None:
+    kinds = set(KINDS.values())
+    assert len(kinds) == 18
+    assert all(kind.isascii() and kind.islower() and kind.isalpha() for kind in kinds)
 
 
 # --- the package -----------------------------------------------------------------------------------
@@ -304,4 +309,4 @@ def test_the_real_package() -> None:
         images = {pixels_sha256(row.images[0]) for row in rows}
         assert images.isdisjoint(shown)
         shown |= images
-        assert len({row.messages[1].text for row in rows}) > least / 3
+        assert len({row.messages[1].text for row in rows}) > least / 4
