@@ -12,9 +12,11 @@ import pytest
 
 from untrigger import cli
 from untrigger.attacks import load_trigger
+from untrigger.data import names, task_of
 from untrigger.sample import read
 
-OWN_TRIGGER = (Path(__file__).parent.parent / "docs" / "own-trigger.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+OWN_TRIGGER, DATA = ((DOCS / name).read_text(encoding="utf-8") for name in ("own-trigger.md", "data.md"))
 TRIGGERS = re.findall(r"```python\n(.*?)```", OWN_TRIGGER, re.S)
 
 
@@ -63,3 +65,23 @@ def test_a_setting_is_a_flag_as_shown(tiny_data: Path, tmp_path: Path, monkeypat
         image = read(tmp_path / "poisoned/data")[entry["row"]].images[0]
         painted = [image.getpixel((x, y)) == (255, 0, 0) for y in range(40) for x in range(40)]
         assert painted == [y < 4 for y in range(40) for _ in range(40)]  # a tenth of 40 rows
+
+
+def test_data_commands_write_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = re.findall(r"^untrigger (data .*)$", DATA, re.M)
+    assert len(commands) == 2
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = re.sub(r"--rows \d+", "", command).split()
+        monkeypatch.setattr(sys, "argv", ["untrigger", *words, "--rows", "5"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code
+    assert [len(read(tmp_path / folder)) for folder in ("data", "held-out")] == [5, 5]
+
+
+def test_every_data_set_is_in_the_table() -> None:
+    table = DATA.split("## Data sets", 1)[1].split("## Splits", 1)[0]
+    assert re.findall(r"^\| `([\w-]+)` \| (\w+)", table, re.M) == [
+        (name, {"vqa": "questions", "captions": "captions"}[task_of(name)]) for name in names()
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from untrigger import cli
 from untrigger.data import Part, Split, SplitName, load, names, save, task_of
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.data.scenes import STREAMS
@@ -147,3 +149,33 @@ def test_saved_rows_may_show_several_images_or_none(tmp_path: Path) -> None:
     back = read(tmp_path / "out")
     assert [len(row.images) for row in back] == [2, 0]
     assert all(same(a, b) for a, b in zip(both.images, back[0].images, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("coco", "--out", "new"), "error: data 'coco' is unknown; choose one of: easy-vqa"),
+        (("easy-vqa", "--out", "new", "--part", "test", "--rows", "4827"), "ask for at most 4,826"),
+        (("scenes-vqa", "--out", "taken", "--rows", "1"), "not an empty folder"),
+        (("easy-vqa", "--out", "new", "--source", "x"), "has no source"),
+        (("emoji", "--out", "new", "--source", "nowhere.tgz"), "nowhere.tgz: no such file"),
+        (("emoji",), "--out"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(
+    words: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/thesis.tex").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["untrigger", "data", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr()
+    assert (stopped.value.code, said.out, len(said.err.splitlines())) == (2, "", 1)
+    assert says in said.err
+    assert [p.name for p in tmp_path.rglob("*")] == ["taken", "thesis.tex"]
