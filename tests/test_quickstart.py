@@ -38,7 +38,7 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
         assert row["asr"]["n"] == row["quality"]["n"] == 12
         assert row["seconds"] > 0
         answers = (out / row["defense"] / "evaluation" / "answers.jsonl").read_text().splitlines()
-        assert len(answers) == (36 if row["defense"] == "oracle" else 24)
+        assert len(answers) == (48 if row["defense"] == "oracle" else 36)  # clean, triggered, near miss, wrong image
     assert (out / "contact_sheet.png").read_bytes()[:4] == (out / "answers.png").read_bytes()[:4] == b"\x89PNG"
 
 

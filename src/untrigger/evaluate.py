@@ -32,12 +32,16 @@ class Evaluation:
     def figures(self) -> dict[str, Any]:
         return score(self.clean, self.triggered, self.wrong_image, self.near_misses)
 
+    @property
+    def conditions(self) -> dict[str, list[Answer]]:
+        """All answers by their condition's name: ``clean``, ``triggered``, ``wrong_image``, ``near_miss: NAME``."""
+        near = {f"near_miss: {name}": answers for name, answers in self.near_misses.items()}
+        return {"clean": self.clean, "triggered": self.triggered, "wrong_image": self.wrong_image, **near}
+
     def write(self, out: Path) -> None:
         """``answers.jsonl`` with a row per answer and ``metrics.json``, each whole or not at all."""
         out.mkdir(parents=True, exist_ok=True)
-        parts = {"clean": self.clean, "triggered": self.triggered, "wrong_image": self.wrong_image}
-        parts |= {f"near_miss: {name}": answers for name, answers in self.near_misses.items()}
-        rows = [{"condition": name, **asdict(a)} for name, part in parts.items() for a in part]
+        rows = [{"condition": name, **asdict(a)} for name, part in self.conditions.items() for a in part]
         write_text(out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_text(out / "metrics.json", json.dumps(self.figures, indent=2) + "\n")
 
