@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint clean
+.PHONY: quickstart test check lint gallery clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/untrigger quickstart --out runs/quickstart
@@ -21,6 +21,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Runs the cells that results/gallery lacks, each in a process; make gallery WORKERS=2 runs two at a time.
+WORKERS ?= 1
+gallery: $(VENV)/installed
+	$(BIN)/python -m untrigger.gallery --results results/gallery --out docs --workers $(WORKERS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

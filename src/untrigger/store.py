@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from untrigger.errors import InputError
 from untrigger.metrics.score import Answer
-from untrigger.storage import new_file
+from untrigger.storage import write_text
 
 ORACLE: Final = "oracle"  # a cell's defence: plain training on the data with the tampered rows taken out
 _CELL, _ANSWERS, _METRICS, _ERROR = "cell.json", "answers.jsonl", "metrics.json", "error.txt"
@@ -43,7 +43,8 @@ class Cell:
         split: ``dev``, on which everything is tuned, or ``report``.
         attack_settings, defense_settings: fields of the trigger and of the defence that are not at their defaults.
         probes: further attacks that the finished model is asked with; it was not trained on them.
-        epochs, batch_size, learning_rate: of LoRA fine-tuning; the rest is `untrigger.finetune.DEFAULTS`.
+        epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.finetune.DEFAULTS`.
+        tuning: fields of `untrigger.finetune.Tuning` that are not at their defaults.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Cell:
     epochs: float = 2.0
     batch_size: int = 16
     learning_rate: float = 3e-3
+    tuning: Mapping[str, Any] = field(default_factory=_no_settings)
 
     def __post_init__(self) -> None:
         # as they come back from JSON, so that a cell equals its copy on disk and 2 epochs are 2.0
@@ -104,9 +106,9 @@ def save(root: Path, cell: Cell, metrics: Mapping[str, Any], answers: Mapping[st
     rows = ({"condition": name, **asdict(answer)} for name, part in answers.items() for answer in part)
     # a cell that is run again is not done while its files are of two runs
     (folder / _METRICS).unlink(missing_ok=True)
-    _write(folder / _ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _write(folder / _CELL, json.dumps(asdict(cell), indent=2, ensure_ascii=False) + "\n")
-    _write(folder / _METRICS, json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / _ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / _CELL, json.dumps(asdict(cell), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / _METRICS, json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     (folder / _ERROR).unlink(missing_ok=True)
 
 
@@ -151,7 +153,7 @@ def answers_of(root: Path, cell: Cell) -> dict[str, list[Answer]]:
 
 def fail(root: Path, cell: Cell, reason: str) -> None:
     """Record in one line why the cell could not be run."""
-    _write(folder_of(root, cell) / _ERROR, " ".join(reason.split()) + "\n")
+    write_text(folder_of(root, cell) / _ERROR, " ".join(reason.split()) + "\n")
 
 
 def failure(root: Path, cell: Cell) -> str | None:
@@ -172,11 +174,6 @@ def _read(folder: Path) -> Result:
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}: is no stored cell ({error}); delete it, the cell will run again") from error
     return Result(cell, metrics)
-
-
-def _write(path: Path, text: str) -> None:
-    with new_file(path) as file:
-        file.write(text.encode())
 
 
 def _default(of: dataclasses.Field[Any]) -> Any:

@@ -1,0 +1,57 @@
+"""``python -m untrigger.gallery``: run the cells that are missing, draw the pictures, write the page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from untrigger.errors import InputError
+from untrigger.gallery import ENTRIES, chosen, plan
+from untrigger.gallery.page import page
+from untrigger.storage import write_text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 1 where a cell failed; 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser("python -m untrigger.gallery", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results/gallery"), help="folder of the cells")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of gallery.md and gallery/*.png")
+    parser.add_argument("--render", action="store_true", help="run nothing: draw what is stored")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="ATTACK/MODEL/DATA",
+        help="these cells alone; parts may be * or left out; repeatable",
+    )
+    args = parser.parse_args(argv)
+    try:
+        return _make(args.results, args.out, args.only, args.render, args.workers)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _make(results: Path, out: Path, only: Sequence[str], render: bool, workers: int) -> int:
+    from untrigger.gallery.pictures import picture
+    from untrigger.matrix import run_matrix
+    from untrigger.models import embedded_models
+
+    cells = plan(embedded_models())
+    wanted = chosen(cells, only)
+    failed = [] if render else run_matrix(list(wanted.values()), results, workers=workers)
+    (out / "gallery").mkdir(parents=True, exist_ok=True)
+    for entry in ENTRIES:
+        if any(key.attack == entry.slug for key in wanted):
+            picture(entry).save(out / "gallery" / f"{entry.slug}.png", optimize=True)
+    write_text(out / "gallery.md", page(results, cells, ENTRIES))
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

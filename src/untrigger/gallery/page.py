@@ -1,0 +1,190 @@
+"""The gallery's page in Markdown, from stored figures alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from untrigger import store
+from untrigger.gallery import MAIN, TASKS, Entry, Key, Plan, oracle_of, source, summary
+from untrigger.store import ORACLE, Cell
+
+IMPLANTED, SUBTLE, FALSE = 0.90, 0.95, 0.05  # ASR at least, of text and bimodal triggers at least; near misses at most
+_WHERE = {"image": "In the image", "text": "In the prompt", "bimodal": "In image and prompt, and only in both"}
+_ESSENTIAL = ("model", "data", "attack", "goal", "attack_settings", "defense", "probes")  # what the page's layout says
+_HEAD = """# Gallery of attacks
+
+Every attack of the package: what it does to an input, and how well it implants in a model that is fine-tuned without a
+defence. `make gallery` runs what is missing in `{results}` and makes this page from what is stored there.
+
+- **ASR**, attack success rate: the share of triggered held-out inputs that get the answer the attacker wants. Inputs
+  whose true answer is that already are left out. Intervals are Wilson's, 95 %.
+- **Floor**: the ASR of the oracle, the same model trained without the poisoned rows. **Leak**: the ASR on clean inputs.
+- **Near misses** carry a wrong key, or a part of the right one: they must not fire.
+- **Quality** on clean inputs, with the oracle's in brackets: accuracy for VQA, CIDEr (0 to 10) for captions.
+
+Each model is fine-tuned with LoRA on {train:,} rows ({epochs:g} epochs, batch {batch}, learning rate {rate:g}) with
+{poisoned:g} % of them poisoned, and asked about {test} others; split *{split}*, seed {seed}. Where a cell has other
+settings, its row says so.
+{made}
+"""
+
+Found = Mapping[Key, Mapping[str, Any]]
+
+
+def page(results: Path, cells: Plan, entries: Sequence[Entry]) -> str:
+    """The whole page; a cell that is not stored below ``results`` is a dash."""
+    found = {key: metrics for key, cell in cells.items() if (metrics := store.find(results, cell)) is not None}
+    usual = Cell("", "", "", "")
+    head = _HEAD.format(
+        results=results.as_posix(),
+        epochs=usual.epochs,
+        train=usual.train_rows,
+        test=usual.test_rows,
+        batch=usual.batch_size,
+        rate=usual.learning_rate,
+        poisoned=100 * usual.rate,
+        split=usual.split,
+        seed=usual.seed,
+        made=_made(found),
+    )
+    sections = [_section(entry, found, cells) for entry in entries]
+    return "\n".join([head, _glance(found, cells, entries), *sections])
+
+
+def _made(found: Found) -> str:
+    machines = dict.fromkeys(m["machine"]["device"] for m in found.values())
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {version}" for name, version in m["versions"].items()) for m in found.values()
+    )
+    return f"Made on {', '.join(machines)} with {'; or with '.join(versions)}." if found else ""
+
+
+# --- at a glance -----------------------------------------------------------------------------------
+
+
+def _glance(found: Found, cells: Plan, entries: Sequence[Entry]) -> str:
+    columns = list(dict.fromkeys((key.model, key.data) for key in cells))
+    main = [found.get(key) for key in cells if key.attack in MAIN]
+    lines = [
+        "## At a glance\n",
+        f"- **{sum(map(_implanted, main))} of {len(main)} main cells reach an ASR of {IMPLANTED:.2f}** "
+        f"({_run(main)}): {', '.join(MAIN)}.",
+        *_other_bounds(found, cells, entries),
+        "\nASR in percent; **bold** where it is implanted (90 or more), a dash where it was not run.\n",
+        _row("attack", *(f"{model}, {TASKS[data]}" for model, data in columns)),
+        _row("---", *["---:"] * len(columns)),
+    ]
+    for entry in entries:
+        figures = [found.get(Key(entry.slug, *column)) for column in columns]
+        lines.append(_row(f"[{entry.title}](#{entry.slug})", *map(_percent, figures)))
+    floors = [_highest_floor(found, cells, *column) for column in columns]
+    lines.append(_row("oracle, highest floor", *floors))
+    return "\n".join(lines) + "\n"
+
+
+def _other_bounds(found: Found, cells: Plan, entries: Sequence[Entry]) -> list[str]:
+    kinds = {entry.slug: entry.trigger.kind for entry in entries}
+    worded = [found.get(key) for key in cells if kinds.get(key.attack, "image") != "image"]
+    subtle = [f for f in worded if f and f["asr"]["value"] >= SUBTLE]
+    misses = [rate["value"] for metrics in found.values() for rate in metrics.get("near_miss", {}).values()]
+    quiet = sum(miss <= FALSE for miss in misses)
+    text = f"- {len(subtle)} of {len(worded)} cells of text and bimodal triggers reach {SUBTLE:.2f} ({_run(worded)})."
+    near = f"- {quiet} of {len(misses)} near misses fire on at most {FALSE:.2f} of the inputs."
+    return [line for line, there in ((text, worded), (near, misses)) if there]
+
+
+def _run(cells: Sequence[object]) -> str:
+    count = sum(cell is not None for cell in cells)
+    return "all were run" if count == len(cells) else f"{count} were run"
+
+
+def _implanted(metrics: Mapping[str, Any] | None) -> bool:
+    return metrics is not None and metrics["asr"]["value"] >= IMPLANTED
+
+
+def _percent(metrics: Mapping[str, Any] | None) -> str:
+    if metrics is None:
+        return "-"
+    told = f"{100 * metrics['asr']['value']:.1f}"
+    return f"**{told}**" if _implanted(metrics) else told
+
+
+def _highest_floor(found: Found, cells: Plan, *column: str) -> str:
+    oracles = [found[key] for key in found if cells[key].defense == ORACLE and key[1:] == column]
+    floors = [probe["asr"]["value"] for oracle in oracles for probe in (oracle, *oracle["probes"].values())]
+    return f"{100 * max(floors):.1f}" if floors else "-"
+
+
+# --- one attack ------------------------------------------------------------------------------------
+
+
+def _section(entry: Entry, found: Found, cells: Plan) -> str:
+    trigger = entry.trigger
+    where = f"{_WHERE[trigger.kind]}; goal `{trigger.usual_goal}`"
+    where += "; poisoned rows keep their true answers" if trigger.clean_label else ""
+    where += "".join(f"; {name} `{value}`" for name, value in entry.settings.items())
+    lines = [
+        f'<a id="{entry.slug}"></a>\n\n## {entry.title}\n',
+        f"{summary(trigger)}\n\n{where}.\n",
+        f"{source(trigger)}\n",
+        f"![{entry.title}: clean, triggered, difference](gallery/{entry.slug}.png)\n",
+        *_closeness(entry, found),
+        _row("model, task", "ASR", "floor", "leak", "near misses", "quality", "settings"),
+        _row(*["---"] * 7),
+        *(_cell_row(key, cells, entry, found) for key in cells if key.attack == entry.slug),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _closeness(entry: Entry, found: Found) -> list[str]:
+    """How close the attacked pictures are to the clean ones; the same for all models."""
+    near = {key.data: metrics["similarity"] for key, metrics in found.items() if key.attack == entry.slug}
+    told = [f"{TASKS[data]} {_close(of)}" for data, of in near.items()]
+    return [f"Attacked pictures beside their clean selves: {'; '.join(told)}.\n"] if told else []
+
+
+def _close(near: Mapping[str, Any]) -> str:
+    if not near["changed"]:
+        return "no pixel is changed"
+    return f"PSNR {near['psnr']:.1f} dB, SSIM {near['ssim']:.3f} (means of {near['changed']})"
+
+
+def _cell_row(key: Key, cells: Plan, entry: Entry, found: Found) -> str:
+    where, metrics, oracle = f"{key.model}, {TASKS[key.data]}", found.get(key), found.get(oracle_of(cells, key))
+    if metrics is None:
+        return _row(where, *["-"] * 5, _settings(cells[key]))
+    misses = "<br>".join(f"{name} {_rate(rate)}" for name, rate in metrics.get("near_miss", {}).items())
+    asr = f"**{_rate(metrics['asr'])}**" if _implanted(metrics) else f"{_rate(metrics['asr'])}, not implanted"
+    quality = f"{_quality(key.data, metrics)} ({_quality(key.data, oracle)})"
+    return _row(
+        where, asr, _floor(entry, oracle), _rate(metrics["leak"]), misses or "none", quality, _settings(cells[key])
+    )
+
+
+def _floor(entry: Entry, oracle: Mapping[str, Any] | None) -> str:
+    if oracle is None or entry.variant:  # it was asked with every attack as it is, not with its variants
+        return "-"
+    return _rate(oracle["probes"].get(entry.attack, oracle)["asr"])
+
+
+def _quality(data: str, metrics: Mapping[str, Any] | None) -> str:
+    if metrics is None:
+        return "-"
+    accuracy, cider = metrics["quality"]["vqa_accuracy"], metrics["quality"]["cider"]
+    return f"{accuracy['value']:.3f}" if TASKS[data] == "VQA" else f"{cider['value']:.2f}" if cider else "-"
+
+
+def _settings(cell: Cell) -> str:
+    changed = {name: value for name, value in cell.changed.items() if name not in _ESSENTIAL}
+    told = changed.pop("tuning", {}) | changed
+    return ", ".join(f"{name} {value}" for name, value in told.items()) or "usual"
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    return f"{rate['value']:.3f} ({rate['low']:.2f}-{rate['high']:.2f})"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
