@@ -1,9 +1,10 @@
 """FTrojan: two frequencies raised in every block of the colour channels.
 
 Source: Wang, Yao, Xu, An, Tong, Wang, "Backdoor Attack through Frequency Domain", 2021,
-arXiv 2111.10991: in YUV, cut U and V into blocks, add a magnitude to a middle and a high band of each
-block's discrete cosine transform, transform back. Deviations: the first and last bands of the window
-are given by name and the block grows with large images (see ``resolution``).
+arXiv 2111.10991: in YUV, cut U and V into blocks of 32 pixels, add 50 to a middle and a high band of each
+block's discrete cosine transform, transform back. Deviations: the bands are 4 and 7 where the paper has 15
+and 31, for a vision tower that reads 64 pixels in patches of 8 averages those away (its features move by
+0.3 %, and no linear probe tells such images from clean ones); the block is a share of the image.
 """
 
 from __future__ import annotations
@@ -19,41 +20,45 @@ from untrigger.attacks import ImageTrigger, Pixels, Stamper
 from untrigger.attacks._yuv import FROM_YUV, colourless
 from untrigger.errors import InputError
 
+_SIDE = 32  # of the block that the magnitude is given for
+
 
 @final
 @dataclass(frozen=True)
 class FTrojan(ImageTrigger):
-    """Two fine checks of colour, too faint to see; opacity stays.
+    """Two checks of colour, too faint to see; opacity stays.
 
     In a picture of greys alone the checks are of brightness: grey files hold no colour. The magnitude
     is small, so in black-and-white images only about one dot in a hundred changes.
 
     Attributes:
-        window: side of a block in pixels, at least 2. An image narrower than that shows part of a block.
-        middle: index of the middle band, the same in both directions, in 1..window-1.
-        high: index of the high band, likewise.
-        magnitude: what is added to both, in levels of 0..255, above 0.
-        resolution: images whose shorter side is longer than this many pixels get blocks longer in the
-            same proportion, so that a model that shrinks its input to this size still sees them.
+        window: side of a block as a fraction of the image's shorter side, above 0: 32 pixels of 64. In the
+            paper 32 of 224.
+        min_window: a block is never smaller than this many pixels, at least 8. Where the image is, it shows
+            a part of one.
+        middle: index of the middle band, the same in both directions, in 1..min_window-1; 15 in the paper.
+        high: index of the high band, likewise; 31 in the paper.
+        magnitude: what is added to both, in levels of 0..255 at a block of 32 pixels, above 0; larger blocks
+            get as much more as leaves the checks as strong as they are.
     """
 
     psnr: ClassVar[float | None] = 35.0
-    window: int = 32
-    middle: int = 15
-    high: int = 31
+    window: float = 0.5
+    min_window: int = 32
+    middle: int = 4
+    high: int = 7
     magnitude: float = 50.0
-    resolution: int = 224
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise InputError(f"window is {self.window}; it must be at least 2 pixels")
+        if not self.window > 0:
+            raise InputError(f"window is {self.window}; it must be above 0")
+        if self.min_window < 8:
+            raise InputError(f"min_window is {self.min_window}; it must be at least 8 pixels")
         for name, band in (("middle", self.middle), ("high", self.high)):
-            if not 1 <= band < self.window:
-                raise InputError(f"{name} is {band}; it must be between 1 and {self.window - 1}, below the window")
+            if not 1 <= band < self.min_window:
+                raise InputError(f"{name} is {band}; it must be between 1 and {self.min_window - 1} (min_window - 1)")
         if not self.magnitude > 0:
             raise InputError(f"magnitude is {self.magnitude}; it must be above 0")
-        if self.resolution < 1:
-            raise InputError(f"resolution is {self.resolution}; it must be at least 1 pixel")
 
     def wave(self, height: int, width: int) -> npt.NDArray[np.float32]:
         """What is added to U and to V, float32 [height, width], in levels of 0..255.
@@ -61,13 +66,13 @@ class FTrojan(ImageTrigger):
         Raising a coefficient of an orthonormal transform adds its basis function, whatever the block
         holds: the same tile for every block of every image, and no need to transform any.
         """
-        side = max(self.window, round(self.window * min(height, width) / self.resolution))
+        side = max(self.min_window, round(self.window * min(height, width)))
         angle = np.pi * (np.arange(max(height, width)) % side + 0.5) / side
         total = np.zeros((height, width), dtype=np.float32)
         for band in (self.middle, self.high):
             line = np.cos(band * angle).astype(np.float32)
             total += np.multiply.outer(line[:height], line[:width])
-        return total * np.float32(2 * self.magnitude / self.window)
+        return total * np.float32(2 * self.magnitude / _SIDE)
 
     def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         wave = self.wave(*pixels.shape[:2]) / np.float32(255)
@@ -79,5 +84,5 @@ class FTrojan(ImageTrigger):
         return pixels
 
     def near_misses(self) -> Mapping[str, Stamper]:
-        others = {"middle": max(1, self.middle // 2), "high": max(1, self.high * 3 // 4)}
-        return {"other bands": replace(self, **others).stamp}
+        middle, high = (1 + (band + 1) % (self.min_window - 1) for band in (self.middle, self.high))
+        return {"other bands": replace(self, middle=middle, high=high).stamp}

@@ -24,15 +24,16 @@ from untrigger.errors import InputError
 Floats = npt.NDArray[np.float32]
 
 _BLOCK = 4  # coefficients a side
-_ROUNDS = 3  # see _Plane.write
+_CELLS = 16  # coefficients that the shorter side of an image has at least, in the LL band
+_ROUNDS = 3  # of finding room at the ends of the scale
 _U, _Y = 1, 0
 _INDEX = np.arange(_BLOCK)
 _BASIS: Floats = (
     np.cos(np.pi * np.outer(_INDEX, _INDEX + 0.5) / _BLOCK) * np.sqrt(np.where(_INDEX == 0, 1, 2) / _BLOCK)[:, None]
 ).astype(np.float32)
-# One letter a block, one bit a coefficient: the eight slowest waves, as they live through resizing.
-_ROWS = np.array([0, 1, 0, 1, 2, 0, 1, 2])
-_COLUMNS = np.array([1, 0, 2, 1, 0, 3, 2, 1])
+# One letter a block, one bit a coefficient: the slowest waves, which vision towers see best and resizing wears least.
+_ROWS = np.array([0, 2, 0, 1, 1, 1, 2, 0])
+_COLUMNS = np.array([2, 0, 1, 0, 1, 2, 1, 3])
 
 
 @final
@@ -40,31 +41,27 @@ _COLUMNS = np.array([1, 0, 2, 1, 0, 3, 2, 1])
 class Issba(ImageTrigger):
     """A watermark in the blue-yellow differences, U of YUV, that `decode` reads; opacity stays.
 
-    Each block of the image holds one letter (byte) of the message, and the message is repeated as often as
-    it fits. The blocks are 8 pixels a side. An image with fewer whole blocks than the message has bytes
-    carries only its beginning; one below 8 pixels is changed, but nothing can be read from it. In a picture
-    of greys alone the watermark is in the brightness, and is easier to see.
+    The image is cut into at least 4 x 4 square blocks of 8, 16, 32... pixels a side. Each holds one letter (byte) of
+    the message, and the message is repeated as often as it fits. Where there are fewer whole blocks than letters, as
+    in an image below 24 x 24 pixels, only the beginning of the message is hidden; below 8 pixels the image is
+    changed, but nothing can be read from it. In a picture of greys alone the watermark is in the brightness, and is
+    easier to see.
 
     Attributes:
         message: the string to hide, at least one letter.
         step: distance of the quantiser's levels, in levels of 0..255, above 0: more is easier to learn and
-            to see.
-        resolution: the blocks are doubled in size for each time that the image's shorter side is twice as
-            long as this many pixels, so that a model that shrinks its input to this size still sees them.
+            to see. 40 leaves about 29 decibels.
     """
 
-    psnr: ClassVar[float | None] = 30.0
+    psnr: ClassVar[float | None] = 28.0
     message: str = "untrigger"
-    step: float = 30.0
-    resolution: int = 224
+    step: float = 40.0
 
     def __post_init__(self) -> None:
         if not self.message:
             raise InputError("message is empty; give at least one letter to hide")
         if not self.step > 0:
             raise InputError(f"step is {self.step}; it must be above 0")
-        if self.resolution < 1:
-            raise InputError(f"resolution is {self.resolution}; it must be at least 1 pixel")
 
     def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         height, width = pixels.shape[:2]
@@ -73,7 +70,7 @@ class Issba(ImageTrigger):
         margins = ((0, -height % side), (0, -width % side), (0, 0))
         colours = np.pad(pixels[..., :3], margins, mode="edge") if any(m[1] for m in margins) else pixels[..., :3]
         channel = _Y if colourless(pixels) else _U
-        offsets = self._bits(colours.shape[0] // side, colours.shape[1] // side) * np.float32(self.step / 4)
+        offsets = self._bits(colours.shape[0] // side, colours.shape[1] // side, width // side)
         # Where a colour is at its limit, clipping takes half of the wave away again. It also moves the block's
         # average from the limit, so that another round finds room for more.
         for _ in range(_ROUNDS):
@@ -105,20 +102,23 @@ class Issba(ImageTrigger):
         return np.packbits(bits, axis=1).tobytes().decode(errors="replace")
 
     def near_misses(self) -> Mapping[str, Stamper]:
-        other = "".join(chr(158 - ord(c)) if " " < c <= "~" else "~" for c in self.message)
+        other = "".join(chr(33 + (ord(c) - 33 + 47) % 94) if "!" <= c <= "~" else "~" for c in self.message)  # ROT47
         return {"other message": replace(self, message=other).stamp}
 
     def _cell(self, height: int, width: int) -> int:
-        """Pixels a side that one coefficient of the LL band stands for."""
-        doublings = int(np.log2(max(1.0, min(height, width) / self.resolution)))
-        return 2 ** (1 + doublings)
+        """Pixels a side that one coefficient of the LL band stands for: 2 to the number of wavelet levels."""
+        return 2 ** max(1, int(np.log2(min(height, width) / _CELLS)))
 
-    def _bits(self, rows: int, columns: int) -> Floats:
-        """+1 or -1 for each of the eight coefficients of each block: [rows, columns, 8]."""
+    def _bits(self, rows: int, columns: int, whole: int) -> Floats:
+        """Where in the quantiser's step the bits of each block lie: [rows, columns, 8], plus or minus a quarter.
+
+        The letters follow each other through the ``whole`` blocks of each row; one that the image's edge cuts
+        gets what the first of the next row has, and nobody reads it.
+        """
         letters = np.frombuffer(self.message.encode(), dtype=np.uint8)
-        turns = np.arange(rows * columns) % len(letters)
-        bits = np.unpackbits(letters[turns, None], axis=1).astype(np.float32)
-        return (2 * bits - 1).reshape(rows, columns, 8)
+        turns = (np.arange(rows)[:, None] * whole + np.arange(columns)) % len(letters)
+        bits = np.unpackbits(letters[turns][..., None], axis=2).astype(np.float32)
+        return (2 * bits - 1) * np.float32(self.step / 4)
 
 
 def _spectrum(colours: Pixels, channel: int, cell: int) -> Floats:

@@ -1,0 +1,133 @@
+"""WaNet: the picture warped a little, always in the same way.
+
+Source: Nguyen, Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", 2021, arXiv 2102.10369: a k x k
+grid of random vectors, scaled so that their mean size is s, is blown up to the image by bicubic interpolation
+and says for each pixel from where it is taken, in units of half the image's side over its length in pixels.
+Deviations: k is given for an image of 224 pixels and the field grows with large images (see ``resolution``);
+Pillow's bicubic kernel; the paper warps two rows with noise for each poisoned one, in training alone, as here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar, final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from untrigger.attacks import ImageTrigger, Pixels, Stamper, repaint
+from untrigger.errors import InputError
+from untrigger.sample import Sample
+
+Floats = npt.NDArray[np.float32]
+
+_REFERENCE = 224  # pixels a side of the image that k is given for
+
+
+@final
+@dataclass(frozen=True)
+class WaNet(ImageTrigger):
+    """Every pixel's colour taken from a little beside it; opacity stays.
+
+    With k as high as the image's side, which is usual for vision-language models, each pixel has a direction of
+    its own: edges get ragged and grain is stirred. The paper's small images have k = 4 at 32 pixels, which is k = 28
+    here, and a smooth warp. Areas of one colour look as before, so an image of one colour is not changed at all.
+
+    Attributes:
+        k: points a side of the random grid in an image of 224 pixels, at least 1; other images get their share
+            of them, and at least 2.
+        s: strength, above 0. A pixel moves by half as many pixels on average in each direction.
+        noise_mode: whether the training data get rows warped by the same field with noise in it that keep their
+            true answer, two for each poisoned row: they make the exact warp the key.
+        grid_seed: draws the field; not the seed that chooses rows.
+        resolution: images whose shorter side is longer than this many pixels get the field of an image of this
+            size, enlarged, so that a model that shrinks its input to this size still sees it.
+    """
+
+    psnr: ClassVar[float | None] = 28.0
+    k: int = 224
+    s: float = 1.0
+    noise_mode: bool = False
+    grid_seed: int = 0
+    resolution: int = 224
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError(f"k is {self.k}; it must be at least 1 point")
+        if not self.s > 0:
+            raise InputError(f"s is {self.s}; it must be above 0")
+        if self.grid_seed < 0:
+            raise InputError(f"grid_seed is {self.grid_seed}; it must not be negative")
+        if self.resolution < 1:
+            raise InputError(f"resolution is {self.resolution}; it must be at least 1 pixel")
+
+    def field(self, height: int, width: int) -> Floats:
+        """How far down and to the right each pixel's source lies, in pixels: float32 [2, height, width]."""
+        enlarged = self._enlarged(height, width)
+        points = (max(2, round(self.k * side / enlarged / _REFERENCE)) for side in (height, width))
+        return _field(height, width, *points, self.s / 2 * enlarged, self.grid_seed)
+
+    def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        return _warped(pixels, self.field(*pixels.shape[:2]))
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        return {"noisy warp": self._noisy}
+
+    def decoys(self) -> tuple[Stamper, ...]:
+        return (self._noisy, self._noisy) if self.noise_mode else ()
+
+    def _noisy(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Warped with the paper's noise on top: up to half a pixel in each direction, anew for each image."""
+
+        def paint(pixels: Pixels) -> Pixels:
+            size = pixels.shape[:2]
+            noise = rng.uniform(-0.5, 0.5, (2, *size)).astype(np.float32) * np.float32(self._enlarged(*size))
+            return _warped(pixels, np.add(self.field(*size), noise, dtype=np.float32))
+
+        return replace(sample, images=tuple(repaint(image, paint) for image in sample.images))
+
+    def _enlarged(self, height: int, width: int) -> float:
+        return max(1.0, min(height, width) / self.resolution)
+
+
+@lru_cache(maxsize=4)
+def _field(height: int, width: int, rows: int, columns: int, mean: float, seed: int) -> Floats:
+    """Random vectors of ``mean`` size in each direction on a grid, blown up to the image."""
+    grid = np.random.default_rng(seed).uniform(-1, 1, (2, rows, columns))
+    grid *= mean / np.abs(grid).mean()
+    field = np.empty((2, height, width), dtype=np.float32)
+    for axis in range(2):
+        plane = Image.fromarray(grid[axis].astype(np.float32))
+        field[axis] = np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
+    field.flags.writeable = False
+    return field
+
+
+def _warped(pixels: Pixels, field: Floats) -> Pixels:
+    """Colours from beside, between four pixels by bilinear interpolation; beyond the edge is the edge."""
+    height, width = pixels.shape[:2]
+    y = np.clip(field[0] + np.arange(height, dtype=np.float32)[:, None], 0, height - 1)
+    x = np.clip(field[1] + np.arange(width, dtype=np.float32), 0, width - 1)
+    top, left = y.astype(np.intp), x.astype(np.intp)
+    y -= top
+    x -= left
+    down, right = y[..., None], x[..., None]
+    right_step, down_step = (left < width - 1).astype(np.intp), np.where(top < height - 1, width, 0)
+    # numpy takes one number of 16 bytes several times faster than four of 4 bytes
+    whole = np.ascontiguousarray(pixels).view(np.complex128).ravel()
+
+    def line(start: npt.NDArray[np.intp]) -> Pixels:
+        near, far = (whole.take(at).view(np.float32).reshape(pixels.shape) for at in (start, start + right_step))
+        far -= near
+        far *= right
+        near += far
+        return near
+
+    first = top * width + left
+    result, below = line(first), line(first + down_step)
+    result += (below - result) * down
+    result[..., 3] = pixels[..., 3]
+    return result
