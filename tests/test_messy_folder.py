@@ -246,7 +246,11 @@ def check_edit(clean: Sample, edited: Sample, entry: dict[str, Any], answer_kept
         assert [pixels_sha256(image) for image in edited.images] == entry["images"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LEARNS)) for n in NAMES])
+# a clean label's donors here are the very pictures to be changed, so that nothing is left to do
+PLAIN = [name for name in NAMES if not load_trigger(name).clean_label]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LEARNS)) for n in PLAIN])
 def test_the_trigger_is_there_in_every_picture(
     name: str, sets: Callable[[str], Data], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
