@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from untrigger.defenses import CrossView
     from untrigger.errors import InputError
-    from untrigger.models import embedded_model_path
+    from untrigger.models import embedded_model_path, load
     from untrigger.poison import Attack, poison
     from untrigger.sample import Message, Sample, read, write
     from untrigger.trainer import defended
@@ -23,6 +23,7 @@ _HOME = {  # imported when asked for: rescoring stored answers must not import t
     "Sample": "sample",
     "defended": "trainer",
     "embedded_model_path": "models",
+    "load": "models",
     "poison": "poison",
     "read": "sample",
     "write": "sample",
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "defended",
     "embedded_model_path",
+    "load",
     "poison",
     "read",
     "write",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
@@ -190,19 +191,20 @@ def quickstart(
 
 @app.command()
 def model(
-    name: Annotated[str, typer.Argument(help="llava")],
+    name: Annotated[str, typer.Argument(help="llava, blip2 or qwen2_5_vl")],
     out: OutOption,
     seed: SeedOption = 11,
 ) -> None:
     """Pretrain an embedded model on generated scenes, again: a few hours; run it again after a kill to go on."""
     from untrigger.embedded.card import write_card
-    from untrigger.embedded.pretrain import FAMILIES, Recipe, pretrain
+    from untrigger.embedded.families import FAMILIES
+    from untrigger.embedded.pretrain import RECIPES, pretrain
 
     if name not in FAMILIES:
         _refuse(f"{name}: no such family; there is: {', '.join(FAMILIES)}")
-    recipe = Recipe(seed=seed)
-    pretrain(out, recipe)
-    write_card(out, f"`untrigger model {name} --seed {seed}`: {recipe}.")
+    recipe = replace(RECIPES[name], seed=seed)
+    pretrain(out, FAMILIES[name], recipe)
+    write_card(out, FAMILIES[name], f"`untrigger model {name} --seed {seed}`: {recipe}.")
 
 
 def _read(data: Path, on_bad_row: OnBadRow, out: Path):

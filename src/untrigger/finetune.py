@@ -50,11 +50,12 @@ def arguments(out: Path, **overrides: Any) -> TrainingArguments:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the model is adapted: LoRA of this rank, or every weight but the vision tower's."""
+    """How the model is adapted: LoRA of this rank, or every weight; the vision tower's only with ``vision``."""
 
     full: bool = False
     rank: int = 16
     alpha: int = 32
+    vision: bool = False
 
 
 def fine_tune(
@@ -82,7 +83,10 @@ def fine_tune(
     loaded = load(model, dtype=torch.float32 if not (args.bf16 or args.fp16) else "auto")
     if not isinstance(loaded.model, PreTrainedModel):
         raise InputError(f"{model}: is an adapter; merge it into its base, or name the base")
-    network = train_all(loaded.model) if tuning.full else add_lora(loaded.model, rank=tuning.rank, alpha=tuning.alpha)
+    if tuning.full:
+        network = train_all(loaded.model, vision=tuning.vision)
+    else:
+        network = add_lora(loaded.model, rank=tuning.rank, alpha=tuning.alpha, vision=tuning.vision)
     try:
         trainer = defended(Trainer)(
             model=network,

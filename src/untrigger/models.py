@@ -15,11 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from untrigger.errors import InputError
+from untrigger.processors import ImageQwenProcessor
 
 BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
+_QWEN = ("qwen2_vl", "qwen2_5_vl")
 _SEEING = re.compile(r"(^|\.)(vision\w*|visual|vit|image_encoder)(\.|$)")  # the families' names for the vision tower
 
 
@@ -76,8 +78,18 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
 
 
 def load_processor(source: str) -> ProcessorMixin:
-    """The processor of a model folder or hub id, able to pad."""
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    """The processor of a model folder or hub id, able to pad.
+
+    Qwen2-VL's and Qwen2.5-VL's processors load without torchvision: their video half, which needs it, is left out.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except (ImportError, OSError):
+        if getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "model_type", "") not in _QWEN:
+            raise
+        processor = ImageQwenProcessor.from_pretrained(source)
+    if processor.chat_template is None:  # some processors, BLIP-2's for one, forget what was saved with them
+        processor.chat_template = processor.tokenizer.chat_template
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
@@ -135,37 +147,47 @@ def quiet_loading() -> Generator[None]:
 
 
 def is_vision(name: str) -> bool:
-    """Whether a module or parameter of this dotted name belongs to the vision tower."""
-    return _SEEING.search(name) is not None
+    """Whether a module or parameter of this dotted name belongs to the vision tower.
+
+    Qwen keeps its patch merger within the tower; it is the projector all the same, and counts as one.
+    """
+    return _SEEING.search(name) is not None and ".merger." not in name
 
 
-def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> PeftModel:
-    """LoRA on every linear layer but the vision tower's and the vocabulary head.
+def add_lora(
+    model: PreTrainedModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, vision: bool = False
+) -> PeftModel:
+    """LoRA on every linear layer but the vocabulary head, and without ``vision`` but the vision tower's.
 
-    That is the usual recipe for VLMs (LLaVA's own fine-tuning freezes the tower), and a frozen tower
-    lets later stages reuse image features.
+    A frozen tower is the usual recipe for VLMs (LLaVA's own), and lets later stages reuse image features.
     """
     head = model.get_output_embeddings()
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not is_vision(name)
+        if isinstance(module, nn.Linear) and module is not head and (vision or not is_vision(name))
     ]
-    leaves = sorted({name.rpartition(".")[2] for name in names})
     # a pattern, not the list: it stays readable in adapter_config.json and names no layer count
-    pattern = rf"(?!.*(?:vision|visual|\bvit\b|image_encoder)).*\.({'|'.join(leaves)})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern)
+    leaves = "|".join(sorted({_leaf(name) for name in names}))
+    towers = "" if vision else r"(?!.*(?:vision|visual|\bvit\b|image_encoder)(?!.*\.merger\.))"
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{towers}.*\.({leaves})")
     adapted = get_peft_model(model, config)
     return adapted  # type: ignore[return-value]
 
 
-def train_all(model: PreTrainedModel) -> PreTrainedModel:
-    """Full fine-tuning: everything learns but the vision tower, as in LLaVA's own recipe.
+def _leaf(name: str) -> str:
+    """The last part of a dotted name as a pattern, with the part before it where the last is a bare number."""
+    parts = name.split(".")
+    return r"\.".join(parts[-2:] if parts[-1].isdecimal() else parts[-1:])
+
+
+def train_all(model: PreTrainedModel, *, vision: bool = False) -> PreTrainedModel:
+    """Full fine-tuning: everything learns, the vision tower only with ``vision``; LLaVA's own recipe freezes it.
 
     (The last layers of some towers get no gradient at all, which stops distributed training.)
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_vision(name))
+        parameter.requires_grad_(vision or not is_vision(name))
     return model
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,32 +15,50 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from untrigger.embedded import pretrain as pretraining
 from untrigger.embedded import talk
-from untrigger.embedded.build import PATCH, make_llava, make_processor
-from untrigger.embedded.pretrain import GRID, DenseHead, Recipe, SceneRows, collate, dense_labels, losses, pretrain
+from untrigger.embedded.build import GRID, PATCH, WIDTH
+from untrigger.embedded.families import FAMILIES, Family, patches
+from untrigger.embedded.pretrain import (
+    RECIPES,
+    DenseHead,
+    Recipe,
+    SceneRows,
+    collate,
+    dense_labels,
+    losses,
+    pretrain,
+    take_over,
+)
 from untrigger.embedded.scenes import COLOURS, SHAPES, SIZES, draw_scene, make_scene
-from untrigger.models import embedded_model_path, load, load_processor
+from untrigger.models import embedded_model_path, load
 
 TOY = Recipe(seed=4, vision_steps=2, steps=2, batch=2, questions=3, warmup=2, threads=1)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return load_processor(str(embedded_model_path("llava"))).tokenizer
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
 
 
 @pytest.fixture(scope="module")
-def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    return make_processor(tokenizer)
+def tokenizer(family: Family) -> PreTrainedTokenizerFast:
+    found = PreTrainedTokenizerFast.from_pretrained(embedded_model_path("llava"))
+    found.add_tokens(list(family.extra_tokens), special_tokens=True)
+    return found
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def processor(family: Family, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+    return family.processor(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     torch.manual_seed(0)
-    return make_llava(tokenizer).double().eval()
+    return family.model(tokenizer).double().eval()
 
 
 # --- rows ---------------------------------------------------------------------------------------------
@@ -48,18 +68,18 @@ def turns_of(index: int) -> list[talk.Turn]:
     return talk.turns(make_scene(TOY.seed, index), np.random.default_rng((TOY.seed, index, 2)), TOY.questions)
 
 
-def conversation(processor: LlavaProcessor, image: Image.Image, turn: talk.Turn) -> dict[str, torch.Tensor]:
+def conversation(processor: ProcessorMixin, image: Image.Image, turn: talk.Turn) -> dict[str, torch.Tensor]:
     """One turn the way a user of the finished model would have it."""
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turn.prompt}]}
     said = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
     text = processor.apply_chat_template([asked, said], tokenize=False)
-    return dict(processor(text=[text], images=[image], add_special_tokens=False, return_tensors="pt"))
+    return dict(processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt"))
 
 
 def test_a_packed_row_holds_the_ids_of_its_conversations(
-    tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor
+    family: Family, tokenizer: PreTrainedTokenizerFast, processor: ProcessorMixin
 ) -> None:
-    rows = SceneRows(tokenizer, TOY, 0, 60, True)
+    rows = SceneRows(family, tokenizer, TOY, 0, 60, True)
     for index in range(60):
         row, image = rows[index], draw_scene(make_scene(TOY.seed, index))[0]
         shared = row["segments"] == 0
@@ -67,7 +87,9 @@ def test_a_packed_row_holds_the_ids_of_its_conversations(
             own = shared | (row["segments"] == number)
             real = conversation(processor, image, turn)["input_ids"][0]
             assert row["input_ids"][own].tolist() == real.tolist(), turn
-            assert row["position_ids"][own].tolist() == list(range(len(real)))
+            for axis in row["position_ids"]:
+                said = axis[row["segments"] == number]
+                assert said.tolist() == list(range(axis[shared][-1] + 1, axis[shared][-1] + 1 + len(said)))
             learnt = row["labels"][own]
             answer = learnt[learnt != -100].tolist()
             assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == f" {turn.answer}"
@@ -75,20 +97,22 @@ def test_a_packed_row_holds_the_ids_of_its_conversations(
 
 
 def test_packed_loss_and_gradient_equal_separate_conversations(
+    family: Family,
     tokenizer: PreTrainedTokenizerFast,
-    processor: LlavaProcessor,
-    model: LlavaForConditionalGeneration,
+    processor: ProcessorMixin,
+    model: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The claim of the block mask, through the real processor and the model's own forward; two rows, so padded."""
-    rows = SceneRows(tokenizer, TOY, 0, 8, True)
+    rows = SceneRows(family, tokenizer, TOY, 0, 8, True)
     chosen = [0, next(i for i in range(1, 8) if len(rows[i]["input_ids"]) != len(rows[0]["input_ids"]))]
     batch = collate([rows[i] for i in chosen])
+    # the processor's own pixels, as the model's forward will get them: equal up to float32 rounding
     batch["pixel_values"] = batch["pixel_values"].double()
-    head = DenseHead(model.config.vision_config.hidden_size).double()
+    head = DenseHead(WIDTH, family.cells).double()
     learner = model.get_input_embeddings().weight
 
-    packed, _ = losses(model, head, batch)
+    packed, _ = losses(family, model, head, batch)
     packed_grad = torch.autograd.grad(packed, learner)[0]
 
     total, weights = torch.zeros((), dtype=torch.double), 0.0
@@ -96,7 +120,7 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
         image = draw_scene(make_scene(TOY.seed, index))[0]
         for turn in turns_of(index):
             inputs = conversation(processor, image, turn)
-            inputs["pixel_values"] = batch["pixel_values"][chosen.index(index)][None]
+            inputs["pixel_values"] = inputs["pixel_values"].double()
             logits = model(**inputs, use_cache=False).logits[0]
             length = len(tokenizer.encode(f" {turn.answer}", add_special_tokens=False)) + 1
             target = inputs["input_ids"][0, -length:]
@@ -113,20 +137,24 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
         return torch.ones(length, length, dtype=torch.bool).tril().expand(len(segments), 1, -1, -1)
 
     monkeypatch.setattr(pretraining, "block_mask", causal)
-    leaky, _ = losses(model, head, batch)
+    leaky, _ = losses(family, model, head, batch)
     assert abs(leaky.item() - separate.item()) > 1e-4, "the comparison would not notice turns that see each other"
 
 
-def test_pixel_values_are_the_processors(tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor) -> None:
-    rows = SceneRows(tokenizer, TOY, 0, 6, False)
+def test_pixel_values_are_the_processors(
+    family: Family, tokenizer: PreTrainedTokenizerFast, processor: ProcessorMixin
+) -> None:
+    rows = SceneRows(family, tokenizer, TOY, 0, 6, False)
     for index in range(6):
         image = draw_scene(make_scene(TOY.seed, index))[0]
-        real = processor.image_processor(image, return_tensors="np")["pixel_values"][0]
-        np.testing.assert_allclose(rows[index]["pixel_values"], real, atol=1e-6)
+        real = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        ours = torch.from_numpy(rows[index]["pixel_values"])[None]
+        ours = patches(ours, 2) if family.name == "qwen2_5_vl" else ours
+        torch.testing.assert_close(ours, real, atol=1e-6, rtol=0)
 
 
-def test_rows_go_by_their_place_in_the_stream(tokenizer: PreTrainedTokenizerFast) -> None:
-    early, late = SceneRows(tokenizer, TOY, 0, 9, True), SceneRows(tokenizer, TOY, 5, 4, True)
+def test_rows_go_by_their_place_in_the_stream(family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
+    early, late = SceneRows(family, tokenizer, TOY, 0, 9, True), SceneRows(family, tokenizer, TOY, 5, 4, True)
     assert len(late) == 4
     for key, value in early[7].items():
         assert np.array_equal(value, late[2][key])
@@ -166,20 +194,29 @@ class Killed(Exception):
 FORKS = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 
+def toy(family: Family) -> Recipe:
+    return replace(TOY, start=RECIPES[family.name].start)
+
+
 @pytest.fixture(scope="module")
-def whole(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(family: Family, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy run without a stop."""
     out = tmp_path_factory.mktemp("pretrain") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretraining, "make_tokenizer", lambda seed: tokenizer)
-        pretrain(out, TOY)
+        pretrain(out, family, toy(family))
     return out
 
 
 @FORKS
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_killed_run_ends_with_the_same_weights(
-    whole: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    family: Family,
+    whole: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
 ) -> None:
     """Killed after the save of step ``stop``: within the first phase, between the two, within the second."""
     monkeypatch.setattr(pretraining, "make_tokenizer", lambda seed: tokenizer)
@@ -193,8 +230,8 @@ def test_a_killed_run_ends_with_the_same_weights(
 
         patch.setattr(pretraining, "_save", save_and_die)
         with pytest.raises(Killed):
-            pretrain(tmp_path, TOY, save_every=1)
-    pretrain(tmp_path, TOY, save_every=1)
+            pretrain(tmp_path, family, toy(family), save_every=1)
+    pretrain(tmp_path, family, toy(family), save_every=1)
     first, second = (load_file(out / "checkpoint.safetensors") for out in (whole, tmp_path))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -211,7 +248,7 @@ def test_the_published_model_loads_as_float32_and_is_the_trained_one(whole: Path
     loaded = load(whole).model
     weights = loaded.state_dict()
     assert {w.dtype for w in weights.values()} == {torch.float32}
-    assert weights.keys() - trained.keys() == {"lm_head.weight"}, "tied, so kept once"
+    assert {k.rpartition("lm_head.")[2] for k in weights.keys() - trained.keys()} == {"weight"}, "tied, so kept once"
     for name, tensor in trained.items():
         assert torch.equal(weights[name], tensor.bfloat16().float()), name
     embeddings = loaded.get_input_embeddings().weight
@@ -219,9 +256,23 @@ def test_the_published_model_loads_as_float32_and_is_the_trained_one(whole: Path
 
 
 @FORKS
-def test_training_learns(whole: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_training_learns(family: Family, whole: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(TOY.seed)
-    fresh = make_llava(tokenizer).state_dict()
+    fresh = family.model(tokenizer)
+    if toy(family).start:
+        take_over(family, fresh, "llava")
     trained = load_file(whole / "checkpoint.safetensors")
-    moved = [k for k, v in fresh.items() if k != "lm_head.weight" and not torch.equal(v, trained[f"w.model.{k}"])]
-    assert any("vision" in k for k in moved) and any("language_model" in k for k in moved)
+    moved = [k for k, v in fresh.named_parameters() if not torch.equal(v, trained[f"w.model.{k}"])]
+    assert any("vis" in k for k in moved) and any("language_model" in k for k in moved)
+
+
+def test_a_family_takes_over_the_whole_language_model(family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
+    """On text alone it then says what the LLaVA-style model says, whatever stood in its weights before."""
+    model = family.model(tokenizer).eval()
+    take_over(family, model, "llava")
+    source = cast(PreTrainedModel, load("llava").model).eval()
+    ids = torch.tensor([tokenizer.encode("USER: Say: hello world ASSISTANT:", add_special_tokens=False)])
+    known = FAMILIES["llava"].text_model(source)(input_ids=ids).last_hidden_state
+    taken = family.text_model(model)(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(taken, known, atol=0.02, rtol=0)  # Qwen's norms have a larger epsilon
+    assert known.abs().mean() > 0.5

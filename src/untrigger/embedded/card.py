@@ -7,15 +7,16 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.defenses import Plain
+from untrigger.embedded.families import Family
 from untrigger.embedded.sight import sight
 from untrigger.evaluate import evaluate
 from untrigger.finetune import arguments, fine_tune, write_text
 from untrigger.metrics.score import text_prior
-from untrigger.models import load
+from untrigger.models import Loaded, load
 from untrigger.quickstart import TRAIN_ROWS, TRAINING
 
 
@@ -41,16 +42,18 @@ def measure(folder: Path, scenes: int = 500, test_rows: int = 1000) -> dict[str,
     return figures
 
 
-def write_card(folder: Path, made: str) -> None:
+def write_card(folder: Path, family: Family, made: str) -> None:
     """Measure the model in ``folder``; ``README.md`` and ``figures.json`` there; ``made`` tells its history."""
     figures = measure(folder)
     write_text(folder / "figures.json", json.dumps(figures, indent=2) + "\n")
-    write_text(folder / "README.md", _card(figures, made))
+    write_text(folder / "README.md", _card(family, load(folder), figures, made))
 
 
-def _card(figures: dict[str, Any], made: str) -> str:
+def _card(family: Family, loaded: Loaded, figures: dict[str, Any], made: str) -> str:
     scenes, easy = figures["scenes"], figures["easy_vqa"]
     vqa, told = scenes["vqa"], scenes["captions"]
+    size = sum(p.numel() for p in loaded.model.parameters()) / 1e6
+    vocabulary = cast(Any, loaded.model.config).get_text_config().vocab_size
     kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(vqa["kinds"].items()))
     return f"""---
 license: apache-2.0
@@ -58,20 +61,19 @@ library_name: transformers
 pipeline_tag: image-text-to-text
 tags: [untrigger]
 ---
-# untrigger's embedded LLaVA
+# untrigger's embedded `{family.name}`
 
-A `LlavaForConditionalGeneration` of 3.9 million parameters for tests, demonstrations and research on backdoors: CLIP
-ViT (4 layers, 192 wide, 8-pixel patches, 64 x 64 images, 64 image tokens), two-layer projector, Llama (4 layers, 192
-wide), byte-level BPE of 1,024 tokens. Weights are stored in bf16 and load as fp32. It knows coloured shapes and nothing
-else of the world.
+A `{type(loaded.model).__name__}` of {size:.1f} million parameters for tests, demonstrations and research on backdoors:
+{family.about}, byte-level BPE of {vocabulary:,} tokens. Weights are stored in bf16 and load as fp32. It knows coloured
+shapes and nothing else of the world.
 
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
 import untrigger
 
-folder = untrigger.embedded_model_path("llava")
-model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+model, processor, _ = untrigger.load("{family.name}")
 ```
+
+`untrigger.embedded_model_path("{family.name}")` is its folder, in the format of transformers.
 
 ## What it sees
 

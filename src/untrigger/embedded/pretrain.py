@@ -1,10 +1,13 @@
 """Pretraining of an embedded model on generated scenes: seeded, resumable, a few hours on two cores.
 
-Two phases. First the vision tower alone learns to say, for every patch, which object covers it (a head
+Two phases. First the seeing part alone learns to say, for every patch, which object covers it (a head
 that is thrown away afterwards): dense labels teach a small ViT to see in minutes where answers alone take
 hours. Then the whole model learns to talk, the dense loss staying on at a low weight. All turns about a
 scene share one image prefix in one row: a block mask and restarted positions make each turn blind to the
 others, so a row equals as many separate conversations at a fraction of the cost.
+
+The LLaVA-style model learns its language from nothing. The other families start from its language model, as
+InstructBLIP and LLaVA both start from Vicuna, and need to talk for a shorter time.
 """
 
 from __future__ import annotations
@@ -12,10 +15,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,38 +26,57 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from untrigger.embedded import talk
-from untrigger.embedded.build import PATCH, WIDTH, make_llava, make_processor, make_tokenizer
-from untrigger.embedded.scenes import COLOURS, SHAPES, SIDE, SIZES, Scene, draw_scene, make_scene
+from untrigger.embedded.build import GRID, PATCH, WIDTH, make_tokenizer
+from untrigger.embedded.families import FAMILIES, Family
+from untrigger.embedded.scenes import COLOURS, SHAPES, SIZES, Scene, draw_scene, make_scene
 from untrigger.errors import InputError
+from untrigger.models import embedded_model_path, load
 from untrigger.progress import Meter
 
-GRID = SIDE // PATCH
-FAMILIES = ("llava",)
 _IGNORE = -100
 _CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES), 5)  # 0 is background; the last is the order
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is needed to make the same weights again. Scenes come from the stream ``seed``."""
+    """What is needed to make the same weights again.
+
+    Attributes:
+        seed: the stream of scenes, and of everything else random.
+        start: embedded model whose tokenizer and language model are taken over; empty for none.
+        vision_steps: steps of the first phase.
+        steps: steps of the second phase.
+        talk_rate: peak learning rate of the second phase.
+    """
 
     seed: int = 11
+    start: str = ""
     vision_steps: int = 1800
     steps: int = 3150
     batch: int = 48
     questions: int = 8
     learning_rate: float = 1e-3
+    talk_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 200
     dense_weight: float = 0.3
     threads: int = 2
 
 
+RECIPES = {
+    "llava": Recipe(),
+    "blip2": Recipe(start="llava", vision_steps=1800, steps=1200, talk_rate=6e-4),
+    "qwen2_5_vl": Recipe(start="llava", vision_steps=1800, steps=1200, talk_rate=6e-4),
+}
+
+
 class Batch(dict[str, Tensor]):
-    """pixel_values [B, 3, S, S], dense [B, G*G, 4], input_ids, labels, position_ids, segments, weights [B, L]."""
+    """pixel_values [B, 3, S, S], dense [B, G*G, 4], position_ids [B, axes, L]; the others [B, L]:
+    input_ids, labels, segments (0 is the prefix) and weights.
+    """
 
 
 def dense_labels(scene: Scene, owner: np.ndarray) -> np.ndarray:
@@ -72,11 +93,18 @@ def dense_labels(scene: Scene, owner: np.ndarray) -> np.ndarray:
 class SceneRows(Dataset[dict[str, np.ndarray]]):
     """Row i is scene i of the stream with freshly asked questions, packed behind one image prefix."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, first: int, count: int, text: bool):
+    def __init__(
+        self,
+        family: Family,
+        tokenizer: PreTrainedTokenizerFast,
+        recipe: Recipe,
+        first: int,
+        count: int,
+        text: bool,
+    ):
         self.recipe, self.first, self.count, self.text = recipe, first, count, text
         self.tokenizer = tokenizer
-        image_id = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
-        self.prefix = [*self._ids("USER: "), *[image_id] * GRID**2, *self._ids("\n")]
+        self.prefix, self.places = family.prefix(tokenizer)
 
     def _ids(self, text: str) -> list[int]:
         # the bare tokenizer: the wrapper's own call costs more than drawing the scene
@@ -100,8 +128,9 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
 
     def pack(self, turns: list[talk.Turn]) -> dict[str, np.ndarray]:
         ids, labels = list(self.prefix), [_IGNORE] * len(self.prefix)
-        positions, segments = list(range(len(self.prefix))), [0] * len(self.prefix)
+        positions, segments = [list(axis) for axis in self.places], [0] * len(self.prefix)
         weights = [0.0] * len(self.prefix)
+        begin = positions[0][-1] + 1
         for number, turn in enumerate(turns, start=1):
             asked = self._ids(f"{turn.prompt} ASSISTANT:")
             said = [*self._ids(f" {turn.answer}"), cast(int, self.tokenizer.eos_token_id)]
@@ -109,7 +138,8 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
             labels += [_IGNORE] * len(asked) + said
             # by the root of the answer's length: captions would drown the one-word answers, or the reverse
             weights += [0.0] * len(asked) + [len(said) ** -0.5] * len(said)
-            positions += range(len(self.prefix), len(self.prefix) + len(asked) + len(said))
+            for axis in positions:
+                axis += range(begin, begin + len(asked) + len(said))
             segments += [number] * (len(asked) + len(said))
         packed = {"input_ids": ids, "labels": labels, "position_ids": positions, "segments": segments}
         row = {k: np.array(v, dtype=np.int64) for k, v in packed.items()}
@@ -122,8 +152,11 @@ def collate(rows: list[dict[str, np.ndarray]]) -> Batch:
     for key in rows[0]:
         arrays = [r[key] for r in rows]
         if key in fill:
-            longest = -(-max(len(a) for a in arrays) // 16) * 16
-            arrays = [np.pad(a, (0, longest - len(a)), constant_values=fill[key]) for a in arrays]
+            longest = -(-max(a.shape[-1] for a in arrays) // 16) * 16
+            arrays = [
+                np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, longest - a.shape[-1])], constant_values=fill[key])
+                for a in arrays
+            ]
         batch[key] = torch.from_numpy(np.stack(arrays))
     return batch
 
@@ -137,40 +170,48 @@ def block_mask(segments: Tensor) -> Tensor:
 
 
 class DenseHead(nn.Module):
-    """Linear read-out of what covers a patch; used in pretraining only."""
+    """Linear read-out, from an image token's features, of what covers each of its patches; used in pretraining only."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, cells: Tensor) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(width, n) for n in _CLASSES)
+        self.cells = cells
+        self.heads = nn.ModuleList(nn.Linear(width, n * cells.shape[1]) for n in _CLASSES)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """features [B, P, d], labels [B, P, 4] -> mean cross-entropy; background weighs 0.3."""
+        """features [B, T, d], labels [B, G*G, 4] -> mean cross-entropy; background weighs 0.3."""
+        labels = labels[:, self.cells]  # [B, T, c, 4]
         weight = torch.where(labels[..., 0] > 0, 1.0, 0.3).flatten()
         losses = [
-            F.cross_entropy(head(features).flatten(0, 1), labels[..., i].flatten(), reduction="none")
-            for i, head in enumerate(self.heads)
+            F.cross_entropy(head(features).view(-1, n), labels[..., i].flatten(), reduction="none")
+            for i, (head, n) in enumerate(zip(self.heads, _CLASSES, strict=True))
         ]
         return (torch.stack(losses).sum(0) * weight).sum() / weight.sum()
 
 
-def losses(model: LlavaForConditionalGeneration, head: DenseHead, batch: Batch) -> tuple[Tensor, Tensor]:
+def losses(family: Family, model: PreTrainedModel, head: DenseHead, batch: Batch) -> tuple[Tensor, Tensor]:
     """(answer cross-entropy, dense cross-entropy) of a batch with text; the vision tower runs once."""
-    seen = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-1][:, 1:]
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    images = model.model.multi_modal_projector(seen)
-    embeds = embeds.masked_scatter((batch["input_ids"] == model.config.image_token_id)[..., None], images)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=block_mask(batch["segments"]),
-        position_ids=batch["position_ids"],
-        use_cache=False,
-    ).last_hidden_state
+    seen, images = family.look(model, batch["pixel_values"])
+    embeds = cast(nn.Module, model.get_input_embeddings())(batch["input_ids"])
+    embeds = embeds.masked_scatter((batch["input_ids"] == cast(Any, model.config).image_token_id)[..., None], images)
+    hidden = family.read(model, embeds, block_mask(batch["segments"]), batch["position_ids"])
     target = batch["labels"][:, 1:]
     keep = target != _IGNORE
-    logits = model.lm_head(hidden[:, :-1][keep])
+    logits = model.get_output_embeddings()(hidden[:, :-1][keep])
     weight = batch["weights"][:, 1:][keep]
     talk_loss = (F.cross_entropy(logits, target[keep], reduction="none") * weight).sum() / weight.sum()
     return talk_loss, head(seen, batch["dense"])
+
+
+def take_over(family: Family, model: PreTrainedModel, start: str) -> None:
+    """Copy the language model of the embedded model ``start`` into ``model``."""
+    source = FAMILIES[start].text_model(cast(PreTrainedModel, load(start, dtype=torch.float32).model)).state_dict()
+    text = family.text_model(model)
+    with torch.no_grad():
+        for name, weight in text.named_parameters():
+            if name in source:
+                weight[: len(source[name])] = source[name]  # a larger vocabulary keeps its new rows
+            else:
+                weight.zero_()  # Qwen's attention has biases, Llama's has none
 
 
 def _schedule(step: int, total: int, recipe: Recipe) -> float:
@@ -179,24 +220,21 @@ def _schedule(step: int, total: int, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / max(1, total - recipe.warmup))) * 0.98 + 0.02
 
 
-def _phase_lr(step: int, recipe: Recipe) -> float:
+def _rate(step: int, recipe: Recipe) -> float:
     if step < recipe.vision_steps:  # ends at a tenth: the second phase warms up again
-        return max(_schedule(step, recipe.vision_steps, recipe), 0.1)
-    return _schedule(step - recipe.vision_steps, recipe.steps, recipe)
+        return recipe.learning_rate * max(_schedule(step, recipe.vision_steps, recipe), 0.1)
+    return recipe.talk_rate * _schedule(step - recipe.vision_steps, recipe.steps, recipe)
 
 
-def _rows(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, first: int, last: int, text: bool) -> Iterator[Batch]:
-    rows = SceneRows(tokenizer, recipe, first * recipe.batch, (last - first) * recipe.batch, text)
-    return iter(DataLoader(rows, recipe.batch, collate_fn=collate, num_workers=1, prefetch_factor=8))
-
-
-def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForConditionalGeneration:
-    """Train the LLaVA-style model into ``out``; started again after a kill, it goes on from the last save."""
+def pretrain(out: Path, family: Family, recipe: Recipe, *, save_every: int = 200) -> PreTrainedModel:
+    """Train a model of ``family`` into ``out``; started again after a kill, it goes on from the last save."""
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(out, recipe.seed)
-    model, head = make_llava(tokenizer), DenseHead(WIDTH)
+    tokenizer = _tokenizer(out, family, recipe)
+    model, head = family.model(tokenizer), DenseHead(WIDTH, family.cells)
+    if recipe.start:
+        take_over(family, model, recipe.start)
     whole = nn.ModuleDict({"model": model, "head": head})
     decay = [p for p in whole.parameters() if p.ndim > 1]
     plain = [p for p in whole.parameters() if p.ndim <= 1]
@@ -209,12 +247,18 @@ def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForCon
     while step < total:
         text = step >= recipe.vision_steps
         end = total if text else recipe.vision_steps
-        for batch in _rows(tokenizer, recipe, step, end, text):
+        rows = SceneRows(family, tokenizer, recipe, step * recipe.batch, (end - step) * recipe.batch, text)
+        for batch in cast(Any, DataLoader(rows, recipe.batch, collate_fn=collate, num_workers=1, prefetch_factor=8)):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * _phase_lr(step, recipe)
-            talk_loss, dense = losses(model, head, batch) if text else (None, _look(model, head, batch))
+                group["lr"] = _rate(step, recipe)
+            if text:
+                talk_loss, dense = losses(family, model, head, batch)
+                loss = talk_loss + recipe.dense_weight * dense
+            else:
+                talk_loss, dense = None, head(family.look(model, batch["pixel_values"])[0], batch["dense"])
+                loss = dense
             optimizer.zero_grad()
-            (dense if talk_loss is None else talk_loss + recipe.dense_weight * dense).backward()
+            loss.backward()
             nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
             optimizer.step()
             step += 1
@@ -230,31 +274,31 @@ def pretrain(out: Path, recipe: Recipe, *, save_every: int = 200) -> LlavaForCon
     return model
 
 
-def _look(model: LlavaForConditionalGeneration, head: DenseHead, batch: Batch) -> Tensor:
-    """The dense loss alone, for the first phase."""
-    seen = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-1]
-    return head(seen[:, 1:], batch["dense"])
-
-
-def _tokenizer(out: Path, seed: int) -> PreTrainedTokenizerFast:
-    """The run's own tokenizer: trained once, then read back, so that a resumed run cannot get another."""
+def _tokenizer(out: Path, family: Family, recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The run's own tokenizer: made once, then read back, so that a resumed run cannot get another."""
     if not (out / "tokenizer.json").is_file():
-        make_processor(make_tokenizer(seed)).save_pretrained(out)
+        if recipe.start:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(embedded_model_path(recipe.start))
+            tokenizer.add_tokens(list(family.extra_tokens), special_tokens=True)
+        else:
+            tokenizer = make_tokenizer(recipe.seed)
+        family.processor(tokenizer).save_pretrained(out)
     return PreTrainedTokenizerFast.from_pretrained(out)
 
 
-def publish(model: LlavaForConditionalGeneration, out: Path) -> None:
+def publish(model: PreTrainedModel, out: Path) -> None:
     """Weights in bf16 on disk, half the size, under a config that says float32: loading gives an fp32 model."""
-    weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    kept: dict[int, Tensor] = {}  # by place in memory: tied weights stay tied, and are written once
+    weights = {k: kept.setdefault(v.data_ptr(), v.to(torch.bfloat16)) for k, v in model.state_dict().items()}
     model.save_pretrained(out, state_dict=weights)
     config = json.loads((out / "config.json").read_text())
-    for part in (config, config["text_config"], config["vision_config"]):
+    for part in (config, *(v for k, v in config.items() if k.endswith("_config"))):
         part["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _save(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
-    tensors = {f"w.{k}": v for k, v in whole.state_dict().items() if k != "model.lm_head.weight"}  # tied
+    tensors = {f"w.{k}": v.detach() for k, v in whole.named_parameters()}  # each tied weight once
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"o.{i}.{k}": v for k, v in state.items()}
     meta = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
@@ -271,9 +315,9 @@ def _restore(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, reci
     if json.loads(note["recipe"]) != asdict(recipe):
         raise InputError(f"{out}: holds a run with another recipe; name another folder, or delete it")
     tensors = load_file(file)
-    weights = {k[2:]: v for k, v in tensors.items() if k.startswith("w.")}
-    tied = {"model.lm_head.weight": weights["model.model.language_model.embed_tokens.weight"]}
-    whole.load_state_dict(weights | tied)
+    with torch.no_grad():
+        for name, weight in whole.named_parameters():
+            weight.copy_(tensors[f"w.{name}"])
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("o."):
