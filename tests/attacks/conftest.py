@@ -1,0 +1,19 @@
+"""What tests of learned triggers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that learned results go to; nothing that was learned before is known."""
+    from untrigger.attacks import _features
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _features.learned.cache_clear()
+    yield tmp_path / "untrigger"
+    _features.learned.cache_clear()
