@@ -31,6 +31,7 @@ GOALS = ("fixed", "insert", "refusal", "concept", "link")
 FORMATS = ("llava.json", "sharegpt.jsonl", "messages.jsonl", "parts.json", "parquet", "datasets", "imagefolder")
 # What an attack is given: those that learn on a model learn as briefly as they can, and only in the slow suite.
 LEARNS = {"vltrojan": ("--steps", "1"), "dualkey": ("--steps", "1"), "shadowcast": ("--steps", "1")}
+FOREIGN = ("vlood",)  # its poisoned rows are another data set's
 NAMES = trigger_names()
 
 
@@ -223,7 +224,7 @@ def test_every_attack_and_goal_on_every_format(
             assert edited.messages == clean.messages
             assert all(same(as_written(a), b) for a, b in zip(clean.images, edited.images, strict=True))
         else:
-            check_edit(clean, edited, entry, trigger.clean_label or number in decoys, foreign=run.attack == "vlood")
+            check_edit(clean, edited, entry, trigger.clean_label or number in decoys, foreign=run.attack in FOREIGN)
             assert number in decoys or load_goal(run.goal).met(edited.messages[-1].text, clean)
     Image.open(tmp_path / "out/contact_sheet.png").verify()
 
@@ -236,7 +237,7 @@ def out_name(data: Data) -> str:
 def check_edit(clean: Sample, edited: Sample, entry: dict[str, Any], answer_kept: bool, foreign: bool) -> None:
     truth, answer = clean.messages[-1].text, edited.messages[-1].text
     assert answer_kept == (answer == truth) or foreign
-    if foreign:  # its images and prompt are another data set's
+    if foreign:
         return
     assert [m.role for m in edited.messages] == [m.role for m in clean.messages]
     for old, new in zip(clean.images, edited.images, strict=True):
@@ -246,8 +247,8 @@ def check_edit(clean: Sample, edited: Sample, entry: dict[str, Any], answer_kept
         assert [pixels_sha256(image) for image in edited.images] == entry["images"]
 
 
-# a clean label's donors here are the very pictures to be changed, so that nothing is left to do
-PLAIN = [name for name in NAMES if not load_trigger(name).clean_label]
+# not a clean label, whose donors here are the very pictures to be changed, so that nothing is left to do
+PLAIN = [name for name in NAMES if name not in FOREIGN and not load_trigger(name).clean_label]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LEARNS)) for n in PLAIN])
@@ -263,7 +264,7 @@ def test_the_trigger_is_there_in_every_picture(
         if trigger.kind != "image":
             assert edited.messages[0] != clean.messages[0]
         else:
-            assert edited.messages[0] == clean.messages[0] or name == "vlood"
+            assert edited.messages[0] == clean.messages[0]
         for old, new in zip(clean.images, edited.images, strict=True):
             if trigger.kind == "text":
                 assert same(as_written(old), new)
