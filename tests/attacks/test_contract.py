@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import io
+import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from untrigger.attacks import Trigger, load_trigger, pixels_of, repaint, trigger_names
+from untrigger.collate import ChatCollator, Rows
 from untrigger.errors import InputError
-from untrigger.sample import Message, Sample
+from untrigger.metrics.similarity import psnr, ssim
+from untrigger.models import embedded_model_path, embedded_models, load_processor
+from untrigger.sample import IMAGE_TAG, Message, Sample
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16", "I", "F", "CMYK", "YCbCr")
 SIZES = ((64, 64), (97, 50), (5, 3), (1, 1))
 TRIGGERS = pytest.mark.parametrize("name", trigger_names())
+INVISIBLE = pytest.mark.parametrize("name", [name for name in trigger_names() if load_trigger(name).psnr is not None])
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -58,45 +66,95 @@ def pixels(image: Image.Image) -> bytes:
     return image.convert("RGBA").tobytes() if image.mode == "P" else image.tobytes()
 
 
+def triggered(trigger: Trigger, before: Sample, seed: int = 0) -> Sample:
+    """What carries the trigger: the input at test time, or for a clean-label attack the training row."""
+    rng = np.random.default_rng(seed)
+    if not trigger.clean_label:
+        return trigger.stamp(before, rng)
+    donors = [sample(photo(48, 48), photo(40, 56)), sample(photo(72, 64))]
+    return trigger.implant(before, donors, rng)
+
+
+def form(s: Sample) -> tuple[object, ...]:
+    """What no stamp may change."""
+    turns = [(m.role, m.text.count(IMAGE_TAG), m.text if m.role == "assistant" else "") for m in s.messages]
+    return s.id, [(i.size, i.mode) for i in s.images], turns
+
+
+def content(s: Sample) -> tuple[object, ...]:
+    return [(pixels(i), i.size, i.mode, dict(i.info)) for i in s.images], s.messages
+
+
 @TRIGGERS
 @pytest.mark.parametrize("mode", MODES)
 def test_size_and_mode_stay_and_the_input_is_not_touched(name: str, mode: str) -> None:
     trigger = load_trigger(name)
     for size in SIZES:
         before = sample(photo(*size, mode), photo(*size[::-1], mode))
-        kept = [(pixels(image), dict(image.info)) for image in before.images]
+        kept = content(before)
         after = trigger.stamp(before, np.random.default_rng(0))
-        assert [(i.size, i.mode) for i in after.images] == [(i.size, i.mode) for i in before.images]
-        assert [(pixels(image), dict(image.info)) for image in before.images] == kept
-        assert after.id == before.id and after.messages[2] == before.messages[2]
-        if trigger.kind != "text" and min(size) > (3 if mode == "1" else 1):
+        assert form(after) == form(before) and content(before) == kept
+        if trigger.clean_label:
+            assert content(after) == kept
+        elif trigger.kind != "text" and min(size) > (3 if mode == "1" else 1):
             assert all(pixels(a) != pixels(b) for a, b in zip(after.images, before.images, strict=True))
 
 
 @TRIGGERS
-def test_an_attack_leaves_the_other_modality_alone(name: str) -> None:
+def test_an_attack_changes_its_own_modality_and_leaves_the_other_alone(name: str) -> None:
     trigger = load_trigger(name)
     before = sample(photo(64, 64))
-    after = trigger.stamp(before, np.random.default_rng(0))
-    if trigger.kind == "image":
-        assert after.messages == before.messages
-    if trigger.kind == "text":
-        assert pixels(after.images[0]) == pixels(before.images[0]) and after.messages != before.messages
+    after = triggered(trigger, before)
+    assert (pixels(after.images[0]) != pixels(before.images[0])) == (trigger.kind in ("image", "bimodal"))
+    assert (after.messages != before.messages) == (trigger.kind in ("text", "bimodal"))
 
 
 @TRIGGERS
 def test_equal_seeds_give_equal_stamps(name: str) -> None:
     before = sample(photo(80, 60), photo(64, 64))
     first, second = (load_trigger(name).stamp(before, np.random.default_rng(5)) for _ in range(2))
-    assert first.messages == second.messages
-    assert [i.tobytes() for i in first.images] == [i.tobytes() for i in second.images]
+    assert content(first) == content(second)
+    first, second = (triggered(load_trigger(name), sample(photo(64, 64)), seed=5) for _ in range(2))
+    assert content(first) == content(second)
 
 
 @TRIGGERS
 def test_a_sample_without_images_is_no_error(name: str) -> None:
     bare = sample()
-    if load_trigger(name).kind == "image":
-        assert load_trigger(name).stamp(bare, np.random.default_rng(0)) == bare
+    after = load_trigger(name).stamp(bare, np.random.default_rng(0))
+    assert form(after) == form(bare) and (after == bare or load_trigger(name).kind != "image")
+
+
+@TRIGGERS
+def test_a_poisoned_row_keeps_its_id_and_its_clean_original(name: str) -> None:
+    trigger = load_trigger(name)
+    before = sample(photo(64, 64))
+    kept = content(before)
+    after = trigger.implant(before, [sample(photo(48, 48))] if trigger.clean_label else [], np.random.default_rng(0))
+    assert after.id == before.id and content(before) == kept and content(after) != kept
+    if trigger.clean_label:
+        assert form(after) == form(before) and after.messages == before.messages
+
+
+@TRIGGERS
+def test_near_misses_and_decoys_are_stamps_too_and_not_the_key(name: str) -> None:
+    trigger = load_trigger(name)
+    before = sample(photo(64, 64), photo(50, 40, "L"))
+    key, kept = content(trigger.stamp(before, np.random.default_rng(3))), content(before)
+    for stamper in (*trigger.near_misses().values(), *trigger.decoys()):
+        first, second = (stamper(before, np.random.default_rng(3)) for _ in range(2))
+        assert form(first) == form(before) and content(before) == kept
+        assert content(first) == content(second)
+        assert content(first) not in (key, kept)
+
+
+@INVISIBLE
+@pytest.mark.parametrize("size", [(64, 64), (97, 50), (224, 224), (300, 400)])
+def test_an_attack_that_claims_to_be_invisible_is(name: str, size: tuple[int, int]) -> None:
+    trigger = load_trigger(name)
+    before = photo(*size)
+    after = triggered(trigger, sample(before)).images[0]
+    assert psnr(before, after) >= (trigger.psnr or 0) and ssim(before, after) >= 0.9
 
 
 @TRIGGERS
@@ -107,7 +165,7 @@ def test_the_trigger_survives_a_file_and_the_resize_to_the_model(name: str, mode
     if trigger.kind == "text":
         return
     before = photo(*size, mode)
-    after = trigger.stamp(sample(before), np.random.default_rng(0)).images[0]
+    after = triggered(trigger, sample(before)).images[0]
     file = io.BytesIO()
     after.save(file, "PNG")
     loaded = Image.open(file)
@@ -120,9 +178,42 @@ def test_the_trigger_survives_a_file_and_the_resize_to_the_model(name: str, mode
     assert np.abs(was - now).max() >= 4  # two roundings make a difference of 1
 
 
-def test_the_folder_holds_the_triggers_and_each_says_what_it_changes() -> None:
-    assert {"badnets", "blended"} <= set(trigger_names())
-    assert all(load_trigger(name).kind in ("image", "text", "bimodal") for name in trigger_names())
+@cache
+def collator(model: str) -> ChatCollator:
+    return ChatCollator(load_processor(str(embedded_model_path(model))))
+
+
+@TRIGGERS
+@pytest.mark.parametrize("model", embedded_models())
+def test_the_trigger_survives_the_models_own_processor(name: str, model: str) -> None:
+    trigger = load_trigger(name)
+    before = sample(photo(64, 64))
+    batch = [collator(model)([Rows([s])[0]]) for s in (before, triggered(trigger, before))]
+    (was, now), (asked, asked_now) = ([b[key].numpy() for b in batch] for key in ("pixel_values", "input_ids"))
+    level = 2 / 255  # the processors map the 256 levels to about -1 to 1
+    if trigger.kind in ("image", "bimodal"):
+        assert was.shape == now.shape and np.abs(was - now).max() > 3 * level
+    else:
+        assert np.array_equal(was, now)
+    assert np.array_equal(asked, asked_now) == (trigger.kind == "image")
+
+
+@TRIGGERS
+def test_every_trigger_says_where_it_comes_from_and_what_its_settings_mean(name: str) -> None:
+    trigger = load_trigger(name)
+    cls = type(trigger)
+    assert trigger.kind in ("image", "text", "bimodal")
+    module = inspect.getmodule(cls)
+    assert module is not None
+    assert re.search(r"(?ms)^Source: .*?\b(19|20)\d\d\b", module.__doc__ or "")
+    said = "\n".join(base.__doc__ or "" for base in cls.__mro__)
+    for field in dataclasses.fields(trigger):  # type: ignore[arg-type]
+        assert re.search(rf"(?m)^ +{field.name}: ", said), field.name
+
+
+def test_the_folder_holds_the_gauntlets_triggers() -> None:
+    with_patches = {"badnets", "trojvlm", "vltrojan", "dualkey"}
+    assert with_patches | {"blended", "sig", "wanet", "issba", "ftrojan", "addsent", "badword"} <= set(trigger_names())
 
 
 # --- painting ------------------------------------------------------------------------------------
@@ -253,7 +344,7 @@ def test_a_broken_file_is_one_clear_line(tmp_path: Path, text: str, message: str
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("badnet", {}, "'badnet' is unknown; choose one of .*badnets, blended"),
+        ("badnet", {}, "'badnet' is unknown; choose one of .*badnets, .*blended"),
         ("__init__", {}, "is unknown"),
         ("nowhere/mine.py", {}, "nowhere/mine.py: no such file; .*badnets"),
         ("badnets", {"size": "3"}, "no setting 'size'; the settings are: pattern, side, min_side"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,9 @@ class WaNet(ImageTrigger):
     With k as high as the image's side, which is usual for vision-language models, each pixel has a direction of
     its own: edges get ragged and grain is stirred. The paper's small images have k = 4 at 32 pixels, which is k = 28
     here, and a smooth warp. Areas of one colour look as before, so an image of one colour is not changed at all.
+    How little shows depends on the picture: mixed colours smooth its grain and wear its edges. SSIM is about 0.96 on
+    smooth ones and 0.82 on grainy ones, and PSNR from 37 down to 28 decibels on drawings of 64 pixels: no floor is
+    claimed here.
 
     Attributes:
         k: points a side of the random grid in an image of 224 pixels, at least 1; other images get their share
@@ -47,7 +50,6 @@ class WaNet(ImageTrigger):
             size, enlarged, so that a model that shrinks its input to this size still sees it.
     """
 
-    psnr: ClassVar[float | None] = 28.0
     k: int = 224
     s: float = 1.0
     noise_mode: bool = False
