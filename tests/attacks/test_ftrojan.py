@@ -39,7 +39,11 @@ def spectra(change: np.ndarray, side: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("settings", "size", "side"),
-    [({}, (96, 64), 32), ({"middle": 15, "high": 31}, (96, 64), 32), ({"window": 1.0}, (64, 128), 64)],
+    [
+        ({}, (96, 64), 32),
+        ({"first_row": 15, "first_column": 15, "second_row": 31, "second_column": 31}, (96, 64), 32),
+        ({"window": 1.0, "magnitude": 50.0}, (64, 128), 64),
+    ],
 )
 def test_two_coefficients_of_each_block_of_u_and_v_gain_the_magnitude_and_nothing_else(
     settings: dict[str, Any], size: tuple[int, int], side: int
@@ -48,8 +52,8 @@ def test_two_coefficients_of_each_block_of_u_and_v_gain_the_magnitude_and_nothin
     before = middling(*size)
     change = trigger.paint(before.copy(), np.random.default_rng(0)) - before
     wanted = np.zeros((side, side))
-    for band in (trigger.middle, trigger.high):
-        wanted[band, band] = 50 * side / 32
+    wanted[trigger.first_row, trigger.first_column] = trigger.magnitude * side / 32
+    wanted[trigger.second_row, trigger.second_column] = trigger.magnitude * side / 32
     gained = spectra(change, side)
     assert np.abs(gained[:, :, 1:] - wanted).max() < 0.01 and np.abs(gained[:, :, 0]).max() < 0.01
     assert (change[..., 3] == 0).all()
@@ -65,7 +69,7 @@ def test_yuv_and_back_is_the_same_and_brightness_is_the_eyes() -> None:
 def test_it_is_invisible_at_any_size_and_survives_a_model_that_reads_64_pixels(side: int) -> None:
     before = Image.fromarray((middling(side, side)[..., :3] * 255).astype(np.uint8)).resize((side, side), 3)
     after = stamp(FTrojan(), before)
-    assert psnr(before, after) >= 37 and ssim(before, after) > 0.98
+    assert psnr(before, after) >= 28 and ssim(before, after) > 0.97
     was, now = (np.asarray(i.resize((64, 64), Image.Resampling.BICUBIC), float) for i in (before, after))
     wave = FTrojan().wave(64, 64)
     assert np.corrcoef((now - was)[..., 2].ravel(), wave.ravel())[0, 1] > 0.9
@@ -76,7 +80,7 @@ def test_a_picture_of_greys_gets_it_in_its_brightness_whatever_its_mode() -> Non
     as_grey, as_colour = stamp(FTrojan(), grey), stamp(FTrojan(), grey.convert("RGB"))
     assert np.array_equal(np.asarray(as_grey.convert("RGB")), np.asarray(as_colour))
     change = np.asarray(as_grey, float) - np.asarray(grey)
-    assert np.abs(change - FTrojan().wave(64, 64)).max() <= 0.51 and np.abs(change).max() >= 5
+    assert np.abs(change - FTrojan().wave(64, 64)).max() <= 0.51 and np.abs(change).max() >= 15
 
 
 def test_colours_stop_at_the_ends_and_the_smallest_image_is_changed() -> None:
@@ -88,12 +92,24 @@ def test_colours_stop_at_the_ends_and_the_smallest_image_is_changed() -> None:
 def test_the_near_miss_has_two_other_bands() -> None:
     grey = Image.new("RGB", (64, 64), (128, 128, 120))
     near = FTrojan().near_misses()["other bands"](Sample("a", (grey,), ()), np.random.default_rng(0)).images[0]
-    assert near.tobytes() == stamp(FTrojan(middle=6, high=9), grey).tobytes() != stamp(FTrojan(), grey).tobytes()
+    assert (
+        near.tobytes()
+        == stamp(FTrojan(first_column=12, second_column=12), grey).tobytes()
+        != stamp(FTrojan(), grey).tobytes()
+    )
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"window": 0}, {"min_window": 7}, {"middle": 0}, {"middle": 32}, {"high": 32}, {"high": 0}, {"magnitude": 0}],
+    [
+        {"window": 0},
+        {"min_window": 7},
+        {"first_row": 0},
+        {"first_column": 32},
+        {"second_row": 32},
+        {"second_column": 0},
+        {"magnitude": 0},
+    ],
 )
 def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):

@@ -1,10 +1,11 @@
 """FTrojan: two frequencies raised in every block of the colour channels.
 
 Source: Wang, Yao, Xu, An, Tong, Wang, "Backdoor Attack through Frequency Domain", 2021,
-arXiv 2111.10991: in YUV, cut U and V into blocks of 32 pixels, add 50 to a middle and a high band of each
-block's discrete cosine transform, transform back. Deviations: the bands are 4 and 7 where the paper has 15
-and 31, for a vision tower that reads 64 pixels in patches of 8 averages those away (its features move by
-0.3 %, and no linear probe tells such images from clean ones); the block is a share of the image.
+arXiv 2111.10991: in YUV, cut U and V into blocks of 32 pixels, add 50 to bands (15, 15) and (31, 31) of each
+block's discrete cosine transform, transform back. Deviations: the block is a share of the image; the bands are
+(1, 8) and (2, 8) and the magnitude is 150. A frozen vision tower that reads 64 pixels in patches of 8 averages the
+paper's away: its features move by 0.3 %, no linear probe tells such images from clean ones, and not even a
+magnitude of 175 is learned. Of the bands below 13, waves of 8 pixels that swell slowly move the features most.
 """
 
 from __future__ import annotations
@@ -21,40 +22,45 @@ from untrigger.attacks._yuv import FROM_YUV, colourless
 from untrigger.errors import InputError
 
 _SIDE = 32  # of the block that the magnitude is given for
+_COLUMNS = ("first_column", "second_column")
 
 
 @final
 @dataclass(frozen=True)
 class FTrojan(ImageTrigger):
-    """Two checks of colour, too faint to see; opacity stays.
+    """Two fine waves of colour, hard to see; opacity stays.
 
-    In a picture of greys alone the checks are of brightness: grey files hold no colour. The magnitude
-    is small, so in black-and-white images only about one dot in a hundred changes.
+    In a picture of greys alone the waves are of brightness, for grey files hold no colour, and easier to see.
 
     Attributes:
         window: side of a block as a fraction of the image's shorter side, above 0: 32 pixels of 64. In the
             paper 32 of 224.
         min_window: a block is never smaller than this many pixels, at least 8. Where the image is, it shows
             a part of one.
-        middle: index of the middle band, the same in both directions, in 1..min_window-1; 15 in the paper.
-        high: index of the high band, likewise; 31 in the paper.
+        first_row: index of the first band from the top of the block to its bottom, in 1..min_window-1.
+        first_column: the same from left to right.
+        second_row: index of the second band from top to bottom.
+        second_column: the same from left to right.
         magnitude: what is added to both, in levels of 0..255 at a block of 32 pixels, above 0; larger blocks
-            get as much more as leaves the checks as strong as they are.
+            get as much more as leaves the waves as strong as they are.
     """
 
-    psnr: ClassVar[float | None] = 35.0
+    psnr: ClassVar[float | None] = 27.0
     window: float = 0.5
     min_window: int = 32
-    middle: int = 4
-    high: int = 7
-    magnitude: float = 50.0
+    first_row: int = 1
+    first_column: int = 8
+    second_row: int = 2
+    second_column: int = 8
+    magnitude: float = 150.0
 
     def __post_init__(self) -> None:
         if not self.window > 0:
             raise InputError(f"window is {self.window}; it must be above 0")
         if self.min_window < 8:
             raise InputError(f"min_window is {self.min_window}; it must be at least 8 pixels")
-        for name, band in (("middle", self.middle), ("high", self.high)):
+        for name in ("first_row", "first_column", "second_row", "second_column"):
+            band = getattr(self, name)
             if not 1 <= band < self.min_window:
                 raise InputError(f"{name} is {band}; it must be between 1 and {self.min_window - 1} (min_window - 1)")
         if not self.magnitude > 0:
@@ -67,12 +73,10 @@ class FTrojan(ImageTrigger):
         holds: the same tile for every block of every image, and no need to transform any.
         """
         side = max(self.min_window, round(self.window * min(height, width)))
-        angle = np.pi * (np.arange(max(height, width)) % side + 0.5) / side
-        total = np.zeros((height, width), dtype=np.float32)
-        for band in (self.middle, self.high):
-            line = np.cos(band * angle).astype(np.float32)
-            total += np.multiply.outer(line[:height], line[:width])
-        return total * np.float32(2 * self.magnitude / _SIDE)
+        down, right = (np.pi * (np.arange(length) % side + 0.5) / side for length in (height, width))
+        total = np.outer(np.cos(self.first_row * down), np.cos(self.first_column * right))
+        total += np.outer(np.cos(self.second_row * down), np.cos(self.second_column * right))
+        return (total * (2 * self.magnitude / _SIDE)).astype(np.float32)
 
     def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         wave = self.wave(*pixels.shape[:2]) / np.float32(255)
@@ -84,5 +88,5 @@ class FTrojan(ImageTrigger):
         return pixels
 
     def near_misses(self) -> Mapping[str, Stamper]:
-        middle, high = (1 + (band + 1) % (self.min_window - 1) for band in (self.middle, self.high))
-        return {"other bands": replace(self, middle=middle, high=high).stamp}
+        columns = {name: 1 + (getattr(self, name) + 3) % (self.min_window - 1) for name in _COLUMNS}
+        return {"other bands": replace(self, **columns).stamp}

@@ -26,20 +26,22 @@ Floats = npt.NDArray[np.float32]
 _BLOCK = 4  # coefficients a side
 _CELLS = 16  # coefficients that the shorter side of an image has at least, in the LL band
 _ROUNDS = 3  # of finding room at the ends of the scale
-_U, _Y = 1, 0
+_Y, _V = 0, 2
 _INDEX = np.arange(_BLOCK)
 _BASIS: Floats = (
     np.cos(np.pi * np.outer(_INDEX, _INDEX + 0.5) / _BLOCK) * np.sqrt(np.where(_INDEX == 0, 1, 2) / _BLOCK)[:, None]
 ).astype(np.float32)
-# One letter a block, one bit a coefficient: the slowest waves, which vision towers see best and resizing wears least.
-_ROWS = np.array([0, 2, 0, 1, 1, 1, 2, 0])
-_COLUMNS = np.array([2, 0, 1, 0, 1, 2, 1, 3])
+# One letter a block, one bit a coefficient: slow waves, as vision towers see them best and resizing wears them least.
+# Which bit is on which matters, for ASCII letters have their first three in common: this order moves the embedded
+# models' features twice as far as the next best, and V further than U.
+_ROWS = np.array([1, 0, 0, 1, 1, 2, 2, 0])
+_COLUMNS = np.array([0, 1, 2, 1, 2, 1, 0, 3])
 
 
 @final
 @dataclass(frozen=True)
 class Issba(ImageTrigger):
-    """A watermark in the blue-yellow differences, U of YUV, that `decode` reads; opacity stays.
+    """A watermark in the red-green differences, V of YUV, that `decode` reads; opacity stays.
 
     The image is cut into at least 4 x 4 square blocks of 8, 16, 32... pixels a side. Each holds one letter (byte) of
     the message, and the message is repeated as often as it fits. Where there are fewer whole blocks than letters, as
@@ -50,12 +52,12 @@ class Issba(ImageTrigger):
     Attributes:
         message: the string to hide, at least one letter.
         step: distance of the quantiser's levels, in levels of 0..255, above 0: more is easier to learn and
-            to see. 40 leaves about 29 decibels.
+            to see. 70 leaves about 28 decibels.
     """
 
     psnr: ClassVar[float | None] = 27.0
     message: str = "untrigger"
-    step: float = 40.0
+    step: float = 70.0
 
     def __post_init__(self) -> None:
         if not self.message:
@@ -69,7 +71,7 @@ class Issba(ImageTrigger):
         side = cell * _BLOCK
         margins = ((0, -height % side), (0, -width % side), (0, 0))
         colours = np.pad(pixels[..., :3], margins, mode="edge") if any(m[1] for m in margins) else pixels[..., :3]
-        channel = _Y if colourless(pixels) else _U
+        channel = _Y if colourless(pixels) else _V
         offsets = self._bits(colours.shape[0] // side, colours.shape[1] // side, width // side)
         # Where a colour is at its limit, clipping takes half of the wave away again. It also moves the block's
         # average from the limit, so that another round finds room for more.
@@ -95,7 +97,7 @@ class Issba(ImageTrigger):
         if not height or not width:
             return ""
         whole = pixels[:height, :width, :3]
-        now = _spectrum(whole, _Y if colourless(pixels) else _U, cell)[..., _ROWS, _COLUMNS].reshape(-1, 8)
+        now = _spectrum(whole, _Y if colourless(pixels) else _V, cell)[..., _ROWS, _COLUMNS].reshape(-1, 8)
         votes = np.sin(2 * np.pi / self.step * now)
         length = min(len(self.message.encode()), len(votes))
         bits = np.array([votes[letter::length].sum(axis=0) > 0 for letter in range(length)])
