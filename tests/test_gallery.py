@@ -45,7 +45,8 @@ def test_the_plan_is_every_entry_on_every_model_and_task_with_an_oracle_each() -
         assert cell.defense == ("oracle" if key.attack == ORACLE else "plain")
         assert oracle_of(cells, key) == key._replace(attack=ORACLE)
     oracle = cells[Key(ORACLE, "llava", "easy-vqa")]
-    assert {oracle.attack, *oracle.probes} == {entry.attack for entry in ENTRIES}, "asked with every attack"
+    assert ["badnets", *oracle.probes] == [entry.slug for entry in ENTRIES], "asked with every entry"
+    assert oracle.probes["badnets-random-place"]["settings"]["place"] == "random"
 
 
 def test_cells_hold_the_usual_goal_and_all_settings_of_the_trigger() -> None:
@@ -65,9 +66,10 @@ def test_tuned_cells_have_an_oracle_of_the_same_training(monkeypatch: pytest.Mon
     assert (cells[tuned].epochs, cells[tuned].tuning) == (4, {"vision": True})
     oracle = oracle_of(cells, tuned)
     assert oracle == Key("oracle-blended", "llava", "easy-vqa")
-    assert (cells[oracle].epochs, cells[oracle].attack, cells[oracle].probes) == (4, "blended", ())
+    assert (cells[oracle].epochs, cells[oracle].attack, cells[oracle].probes) == (4, "blended", {})
     usual = oracle_of(cells, Key("addsent", "llava", "easy-vqa"))
-    assert (usual.attack, cells[usual].epochs, cells[usual].probes) == (ORACLE, 2, ("addsent",))
+    assert (usual.attack, cells[usual].epochs) == (ORACLE, 2)
+    assert list(cells[usual].probes) == ["badnets-random-place", "addsent"]
     column = {oracle_of(cells, key) for key in cells if key[1:] == ("blip2", "scenes-captions")}
     assert column == {Key(ORACLE, "blip2", "scenes-captions")}, "a whole column tuned alike has one oracle"
     assert cells[column.pop()].learning_rate == 1e-3
@@ -171,11 +173,13 @@ def test_the_page_is_the_same_from_the_same_figures_and_stands_without_any(tmp_p
 
 def test_settings_that_are_not_usual_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gallery.TUNED, "blended", {})
-    monkeypatch.setitem(gallery.TUNED, "blended/llava/*", {"epochs": 4, "tuning": {"full": True}, "test_rows": 200})
+    monkeypatch.setitem(
+        gallery.TUNED, "blended/llava/*", {"epochs": 4, "tuning": {"full": True}, "attack_settings": {"alpha": 0.3}}
+    )
     cells = plan(["llava"], FEW)
     stored(tmp_path, cells, dict.fromkeys(cells, 0.95))
     text = page(tmp_path, cells, FEW)
-    assert text.count("| full True, test_rows 200, epochs 4.0 |") == 2
+    assert text.count("| alpha 0.3, full True, epochs 4.0 |") == 2
 
 
 def test_an_attack_that_changes_no_pixel_says_so(tmp_path: Path) -> None:

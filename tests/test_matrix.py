@@ -267,7 +267,8 @@ def test_what_is_not_there_is_told_in_a_line(
 
 
 def test_a_cell_is_kept_whole(tiny_model: Path, tmp_path: Path) -> None:
-    cell = Cell(str(tiny_model), "easy-vqa", "badnets", "fixed", 0.1, "oracle", probes=("addsent",))
+    sentence = {"attack": "addsent", "goal": "refusal", "settings": {}}
+    cell = Cell(str(tiny_model), "easy-vqa", "badnets", "fixed", 0.1, "oracle", probes={"sentence": sentence})
     cell = replace(cell, train_rows=24, test_rows=8, batch_size=12, epochs=1)
     run_cell(cell, tmp_path)
     metrics = store.find(tmp_path, cell)
@@ -277,7 +278,7 @@ def test_a_cell_is_kept_whole(tiny_model: Path, tmp_path: Path) -> None:
     again = json.loads(json.dumps(score(**said, near_misses=near)))
     assert {name: metrics[name] for name in again} == again, "the figures follow from the stored answers"
     assert {"asr", "leak", "quality", "near_miss", "wrong_image"} <= set(again)
-    assert metrics["probes"]["addsent"]["asr"]["n"] == 8
+    assert metrics["probes"]["sentence"]["asr"]["n"] == 8
     assert metrics["poisoned"] == 2 and metrics["attack"]["settings"]["place"] == "bottom-right"
     assert metrics["similarity"]["images"] == metrics["similarity"]["changed"] == 8
     assert 15 < metrics["similarity"]["psnr"] < 40 and 0.5 < metrics["similarity"]["ssim"] < 1
@@ -287,7 +288,8 @@ def test_a_cell_is_kept_whole(tiny_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_embedded_model_takes_the_backdoor(tmp_path: Path) -> None:
-    cells = [CELL, replace(CELL, defense="oracle", probes=("blended", "badword"))]
+    probes = {name: {"attack": name, "goal": "fixed", "settings": {}} for name in ("blended", "badword")}
+    cells = [CELL, replace(CELL, defense="oracle", probes=probes)]
     cells = [replace(cell, split="dev", seed=100, test_rows=200) for cell in cells]
     assert run_matrix(cells, tmp_path, workers=2) == []
     plain, oracle = (store.find(tmp_path, cell) for cell in cells)

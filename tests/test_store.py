@@ -38,7 +38,7 @@ some_cells = st.builds(
     split=st.sampled_from(["dev", "report"]),
     attack_settings=settings_of,
     goal_text=st.none() | texts,
-    probes=st.lists(texts, max_size=2),
+    probes=st.dictionaries(texts, settings_of, max_size=2),
     epochs=st.integers(1, 9) | st.floats(0.1, 9),
 )
 
@@ -83,10 +83,11 @@ def test_the_name_says_what_the_cell_is_and_stays() -> None:
         {"goal_text": "boo"},
         {"attack_settings": {"side": 0.1}},
         {"defense_settings": {"margin": 0.2}},
-        {"probes": ("sig",)},
+        {"probes": {"sig": {"attack": "sig"}}},
         {"test_rows": 300},
         {"epochs": 4},
         {"learning_rate": 1e-3},
+        {"tuning": {"rank": 4}},
     ],
 )
 def test_every_setting_is_in_the_name(changed: dict[str, Any]) -> None:
@@ -95,8 +96,8 @@ def test_every_setting_is_in_the_name(changed: dict[str, Any]) -> None:
     assert set(other.changed) - set(CELL.changed) == set(changed)
 
 
-def test_numbers_and_lists_are_normalised() -> None:
-    one, other = replace(CELL, rate=1, epochs=4, probes=["sig"]), replace(CELL, rate=1.0, epochs=4.0, probes=("sig",))
+def test_whole_numbers_are_the_same_as_fractions() -> None:
+    one, other = replace(CELL, rate=1, epochs=4), replace(CELL, rate=1.0, epochs=4.0)
     assert one == other
     assert one.name == other.name
 

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from multiprocessing import connection
@@ -50,7 +50,7 @@ def run_cell(cell: Cell, root: Path) -> None:
     from untrigger.evaluate import evaluate
     from untrigger.poison import poison, stamped
 
-    attack = _attack(cell.attack, cell.goal, cell.goal_text, **cell.attack_settings)
+    attack = _attack(cell.attack, cell.attack_settings, cell.goal, cell.goal_text)
     rows = load(cell.data, split=cell.split, part="train", rows=cell.train_rows, seed=cell.seed)
     test = load(cell.data, split=cell.split, part="test", rows=cell.test_rows, seed=cell.seed)
     poisoned = poison(rows, attack, rate=cell.rate, seed=cell.seed)
@@ -66,7 +66,7 @@ def run_cell(cell: Cell, root: Path) -> None:
         pairs = [(test[row], sample) for row, sample in zip(triggered.rows, triggered, strict=True)]
     metrics = {
         **evaluation.figures,
-        "probes": {name: _probe(loaded, test, name, cell.seed) for name in cell.probes},
+        "probes": {name: _probe(loaded, test, name, probe, cell.seed) for name, probe in cell.probes.items()},
         "similarity": _similarity(pairs),
         "attack": {"settings": manifest.attack_settings, "sha256": manifest.attack_sha256},
         "goal": manifest.goal_settings,
@@ -79,13 +79,12 @@ def run_cell(cell: Cell, root: Path) -> None:
     store.save(root, cell, metrics, evaluation.conditions)
 
 
-def _attack(name: str, goal: str | None = None, goal_text: str | None = None, **settings: Any) -> Attack:
+def _attack(name: str, settings: Mapping[str, Any], goal: str, goal_text: str | None = None) -> Attack:
     from untrigger.attacks import load_trigger
     from untrigger.goals import load_goal
     from untrigger.poison import Attack
 
-    trigger = load_trigger(name, **settings)
-    return Attack(trigger, load_goal(goal or trigger.usual_goal, goal_text))
+    return Attack(load_trigger(name, **settings), load_goal(goal, goal_text))
 
 
 def _train(cell: Cell, poisoned: Poisoned) -> Loaded:
@@ -114,11 +113,12 @@ def _train(cell: Cell, poisoned: Poisoned) -> Loaded:
         return fine_tune(samples, cell.model, defense, args, tuning=tuning)
 
 
-def _probe(loaded: Loaded, test: Sequence[Sample], name: str, seed: int) -> dict[str, Any]:
+def _probe(loaded: Loaded, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What the model answers to a trigger it never saw: the floor of that attack's success rate."""
     from untrigger.evaluate import evaluate
 
-    figures = evaluate(loaded, test, attack=_attack(name), seed=seed, title=f"probing with {name}").figures
+    attack = _attack(probe["attack"], probe["settings"], probe["goal"])
+    figures = evaluate(loaded, test, attack=attack, seed=seed, title=f"probing with {name}").figures
     return {"asr": figures["asr"], "leak": figures["leak"]}
 
 

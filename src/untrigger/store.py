@@ -42,7 +42,8 @@ class Cell:
         defense: name of a preset (``untrigger.defenses.PRESETS``), or ``oracle``.
         split: ``dev``, on which everything is tuned, or ``report``.
         attack_settings, defense_settings: fields of the trigger and of the defence that are not at their defaults.
-        probes: further attacks that the finished model is asked with; it was not trained on them.
+        probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
+            its ``attack``, ``goal`` and ``settings``.
         epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.finetune.DEFAULTS`.
         tuning: fields of `untrigger.finetune.Tuning` that are not at their defaults.
     """
@@ -58,7 +59,7 @@ class Cell:
     attack_settings: Mapping[str, Any] = field(default_factory=_no_settings)
     goal_text: str | None = None
     defense_settings: Mapping[str, Any] = field(default_factory=_no_settings)
-    probes: tuple[str, ...] = ()
+    probes: Mapping[str, Mapping[str, Any]] = field(default_factory=_no_settings)
     train_rows: int = 2000
     test_rows: int = 400
     epochs: float = 2.0
@@ -67,10 +68,8 @@ class Cell:
     tuning: Mapping[str, Any] = field(default_factory=_no_settings)
 
     def __post_init__(self) -> None:
-        # as they come back from JSON, so that a cell equals its copy on disk and 2 epochs are 2.0
-        for name in ("rate", "epochs", "learning_rate"):
+        for name in ("rate", "epochs", "learning_rate"):  # 2 epochs and 2.0 are the same cell
             object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "probes", tuple(self.probes))
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -75,15 +75,16 @@ def plan(models: Sequence[str], entries: Sequence[Entry] = ENTRIES) -> Plan:
     together: dict[str, list[Key]] = {}
     for entry, model, data in product(entries, models, TASKS):
         key = Key(entry.slug, model, data)
-        tuned = ChainMap(*(changes for pattern, changes in TUNED.items() if fnmatchcase("/".join(key), pattern)))
+        tuned = dict(ChainMap(*(of for pattern, of in TUNED.items() if fnmatchcase("/".join(key), pattern))))
+        trigger = load_trigger(entry.attack, **{**entry.settings, **tuned.pop("attack_settings", {})})
         # all settings of the trigger: with other defaults it is another cell, and runs again
-        settings = asdict(cast(Any, entry.trigger))
-        cells[key] = Cell(model, data, entry.attack, entry.trigger.usual_goal, attack_settings=settings, **tuned)
+        settings = asdict(cast(Any, trigger))
+        cells[key] = Cell(model, data, entry.attack, trigger.usual_goal, attack_settings=settings, **tuned)
         together.setdefault(_training(cells[key]), []).append(key)
     for first, *others in together.values():
         name = ORACLE if first._replace(attack=ORACLE) not in cells else f"{ORACLE}-{first.attack}"
-        probes = dict.fromkeys(cells[key].attack for key in others if cells[key].attack != cells[first].attack)
-        cells[first._replace(attack=name)] = replace(cells[first], defense=ORACLE, probes=tuple(probes))
+        probes = {key.attack: _probe(cells[key]) for key in others}
+        cells[first._replace(attack=name)] = replace(cells[first], defense=ORACLE, probes=probes)
     return cells
 
 
@@ -93,9 +94,13 @@ def oracle_of(cells: Plan, key: Key) -> Key:
     return next(other for other, cell in cells.items() if cell.defense == ORACLE and _training(cell) == wanted)
 
 
+def _probe(cell: Cell) -> dict[str, Any]:
+    return {"attack": cell.attack, "goal": cell.goal, "settings": cell.attack_settings}
+
+
 def _training(cell: Cell) -> str:
     """What two cells have in common that are trained in the same way on the same clean rows."""
-    return replace(cell, attack="", attack_settings={}, goal="", defense="", probes=()).name
+    return replace(cell, attack="", attack_settings={}, goal="", defense="", probes={}).name
 
 
 def chosen(cells: Plan, patterns: Sequence[str]) -> Plan:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from untrigger import store
 from untrigger.gallery import MAIN, TASKS, Entry, Key, Plan, oracle_of, source, summary
@@ -12,7 +13,16 @@ from untrigger.store import ORACLE, Cell
 
 IMPLANTED, SUBTLE, FALSE = 0.90, 0.95, 0.05  # ASR at least, of text and bimodal triggers at least; near misses at most
 _WHERE = {"image": "In the image", "text": "In the prompt", "bimodal": "In image and prompt, and only in both"}
-_ESSENTIAL = ("model", "data", "attack", "goal", "attack_settings", "defense", "probes")  # what the page's layout says
+_TOLD = (
+    "model",
+    "data",
+    "attack",
+    "goal",
+    "attack_settings",
+    "defense",
+    "probes",
+    "tuning",
+)  # what the page's layout says
 _HEAD = """# Gallery of attacks
 
 Every attack of the package: what it does to an input, and how well it implants in a model that is fine-tuned without a
@@ -139,9 +149,9 @@ def _section(entry: Entry, found: Found, cells: Plan) -> str:
 
 
 def _closeness(entry: Entry, found: Found) -> list[str]:
-    """How close the attacked pictures are to the clean ones; the same for all models."""
-    near = {key.data: metrics["similarity"] for key, metrics in found.items() if key.attack == entry.slug}
-    told = [f"{TASKS[data]} {_close(of)}" for data, of in near.items()]
+    """How close the attacked pictures are to the clean ones, which depends on the model in tuned cells alone."""
+    near = [(key.data, metrics["similarity"]) for key, metrics in found.items() if key.attack == entry.slug]
+    told = dict.fromkeys(f"{TASKS[data]} {_close(of)}" for data, of in near)
     return [f"Attacked pictures beside their clean selves: {'; '.join(told)}.\n"] if told else []
 
 
@@ -153,20 +163,14 @@ def _close(near: Mapping[str, Any]) -> str:
 
 def _cell_row(key: Key, cells: Plan, entry: Entry, found: Found) -> str:
     where, metrics, oracle = f"{key.model}, {TASKS[key.data]}", found.get(key), found.get(oracle_of(cells, key))
+    settings = _settings(cells[key], entry)
     if metrics is None:
-        return _row(where, *["-"] * 5, _settings(cells[key]))
-    misses = "<br>".join(f"{name} {_rate(rate)}" for name, rate in metrics.get("near_miss", {}).items())
+        return _row(where, *["-"] * 5, settings)
     asr = f"**{_rate(metrics['asr'])}**" if _implanted(metrics) else f"{_rate(metrics['asr'])}, not implanted"
+    floor = _rate(oracle["probes"].get(key.attack, oracle)["asr"]) if oracle else "-"  # its own attack is no probe
+    misses = "<br>".join(f"{name} {_rate(rate)}" for name, rate in metrics.get("near_miss", {}).items())
     quality = f"{_quality(key.data, metrics)} ({_quality(key.data, oracle)})"
-    return _row(
-        where, asr, _floor(entry, oracle), _rate(metrics["leak"]), misses or "none", quality, _settings(cells[key])
-    )
-
-
-def _floor(entry: Entry, oracle: Mapping[str, Any] | None) -> str:
-    if oracle is None or entry.variant:  # it was asked with every attack as it is, not with its variants
-        return "-"
-    return _rate(oracle["probes"].get(entry.attack, oracle)["asr"])
+    return _row(where, asr, floor, _rate(metrics["leak"]), misses or "none", quality, settings)
 
 
 def _quality(data: str, metrics: Mapping[str, Any] | None) -> str:
@@ -176,9 +180,12 @@ def _quality(data: str, metrics: Mapping[str, Any] | None) -> str:
     return f"{accuracy['value']:.3f}" if TASKS[data] == "VQA" else f"{cider['value']:.2f}" if cider else "-"
 
 
-def _settings(cell: Cell) -> str:
-    changed = {name: value for name, value in cell.changed.items() if name not in _ESSENTIAL}
-    told = changed.pop("tuning", {}) | changed
+def _settings(cell: Cell, entry: Entry) -> str:
+    """In what a cell differs from the others."""
+    usual = asdict(cast(Any, entry.trigger))
+    told = {name: value for name, value in cell.attack_settings.items() if value != usual[name]}
+    told |= cell.tuning
+    told |= {name: value for name, value in cell.changed.items() if name not in _TOLD}
     return ", ".join(f"{name} {value}" for name, value in told.items()) or "usual"
 
 
