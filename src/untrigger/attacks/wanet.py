@@ -42,7 +42,9 @@ class WaNet(ImageTrigger):
     Attributes:
         k: points a side of the random grid in an image of 224 pixels, at least 1; other images get their share
             of them, and at least 2.
-        s: strength, above 0. A pixel moves by half as many pixels on average in each direction.
+        s: strength, above 0. A pixel moves by half as many pixels on average in each direction. On images of 64
+            pixels a model with a frozen vision tower did not learn 1 in 750 steps; it learned 4, and with LoRA in
+            the tower 2.
         noise_mode: whether the training data get rows warped by the same field with noise in it that keep their
             true answer, two for each poisoned row: they make the exact warp the key.
         grid_seed: draws the field; not the seed that chooses rows.
