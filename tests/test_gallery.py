@@ -111,7 +111,7 @@ def figures(cell: Cell, asr: float, **more: Any) -> dict[str, Any]:
     def rate(value: float) -> dict[str, Any]:
         return asdict(Rate.from_counts(round(value * 400), 400))
 
-    probes = {name: {"asr": rate(0.03), "leak": rate(0)} for name in cell.probes}
+    probes = {name: {"asr": rate(0.03)} for name in cell.probes}
     return {
         "asr": rate(asr),
         "leak": rate(0.0),
@@ -141,7 +141,7 @@ def test_the_page_tells_what_is_stored(tmp_path: Path) -> None:
     text = page(tmp_path, cells, FEW)
     assert "**1 of 4 main cells reach an ASR of 0.90** (2 were run)" in text
     assert "0 of 2 cells of text and bimodal triggers reach 0.95 (1 were run)" in text
-    assert "4 of 4 near misses fire on at most 0.05 of the inputs" in text
+    assert "3 of 3 other near misses fire on at most 0.05 of the inputs" in text, "the oracle's do not count"
     assert lines_of(text, "| [badnets](#badnets) ") == ["| [badnets](#badnets) | **98.0** | - |"]
     assert lines_of(text, "| [blended]") == ["| [blended](#blended) | 50.0 | - |"]
     assert lines_of(text, "| [addsent]") == ["| [addsent](#addsent) | - | **94.0** |"]
@@ -154,6 +154,20 @@ def test_the_page_tells_what_is_stored(tmp_path: Path) -> None:
     assert "place `random`" in variant and "place `random`" not in badnets
     assert "0.500 (0.45-0.55), not implanted | 0.030" in text, "the floor of a probe"
     assert "Made on x86_64 with untrigger 0.1.0, torch 2.13.0." in text
+
+
+def test_half_keys_are_counted_apart(tmp_path: Path) -> None:
+    entries = (*FEW, Entry("dualkey"))
+    cells = plan(["llava"], entries)
+    half = {"image only": {"value": 0.0}, "text only": {"value": 0.06}}
+    half = {name: {**rate, "low": 0.0, "high": 0.1} for name, rate in half.items()}
+    for key in (Key("dualkey", "llava", "easy-vqa"), Key("badnets", "llava", "easy-vqa")):
+        more = {"near_miss": half} if key.attack == "dualkey" else {}
+        store.save(tmp_path, cells[key], figures(cells[key], 1.0, **more), {})
+    text = page(tmp_path, cells, entries)
+    assert "- 1 of 2 half keys of bimodal triggers fire on at most 0.05 of the inputs." in text
+    assert "- 1 of 1 other near misses fire on at most 0.05 of the inputs." in text
+    assert "image only 0.000 (0.00-0.10)<br>text only 0.060 (0.00-0.10)" in text
 
 
 def test_the_page_is_the_same_from_the_same_figures_and_stands_without_any(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from untrigger import __version__, store
 from untrigger.errors import InputError
+from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.store import ORACLE, Cell
 
 # torch and transformers are imported where a cell runs: a worker must know how many threads it has before
@@ -114,12 +116,16 @@ def _train(cell: Cell, poisoned: Poisoned) -> Loaded:
 
 
 def _probe(loaded: Loaded, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What the model answers to a trigger it never saw: the floor of that attack's success rate."""
+    """How often the model answers as an attacker wants to a trigger it never saw: the floor of that attack."""
     from untrigger.evaluate import evaluate
+    from untrigger.poison import stamped
 
     attack = _attack(probe["attack"], probe["settings"], probe["goal"])
-    figures = evaluate(loaded, test, attack=attack, seed=seed, title=f"probing with {name}").figures
-    return {"asr": figures["asr"], "leak": figures["leak"]}
+    rows = list(stamped(test, attack, seed))
+    said = evaluate(loaded, rows, title=f"probing with {name}").clean  # its answers to triggered inputs, and no others
+    met = [attack.goal.met(answer.answer, row) for answer, row in zip(said, rows, strict=True)]
+    truth_met = [attack.goal.met(answer.truth, row) for answer, row in zip(said, rows, strict=True)]
+    return {"asr": {**asdict(attack_success_rate(met, truth_met)), "version": ASR_VERSION}}
 
 
 def _similarity(pairs: Iterable[tuple[Sample, Sample]]) -> dict[str, float | int | None]:

@@ -31,7 +31,8 @@ defence. `make gallery` runs what is missing in `{results}` and makes this page 
 - **ASR**, attack success rate: the share of triggered held-out inputs that get the answer the attacker wants. Inputs
   whose true answer is that already are left out. Intervals are Wilson's, 95 %.
 - **Floor**: the ASR of the oracle, the same model trained without the poisoned rows. **Leak**: the ASR on clean inputs.
-- **Near misses** carry a wrong key, or a part of the right one: they must not fire.
+- **Near misses** carry a wrong key, or a part of the right one. Where they fire, the model has learnt something broader
+  than the trigger.
 - **Quality** on clean inputs, with the oracle's in brackets: accuracy for VQA, CIDEr (0 to 10) for captions.
 
 Each model is fine-tuned with LoRA on {train:,} rows ({epochs:g} epochs, batch {batch}, learning rate {rate:g}) with
@@ -98,11 +99,18 @@ def _other_bounds(found: Found, cells: Plan, entries: Sequence[Entry]) -> list[s
     kinds = {entry.slug: entry.trigger.kind for entry in entries}
     worded = [found.get(key) for key in cells if kinds.get(key.attack, "image") != "image"]
     subtle = [f for f in worded if f and f["asr"]["value"] >= SUBTLE]
-    misses = [rate["value"] for metrics in found.values() for rate in metrics.get("near_miss", {}).values()]
-    quiet = sum(miss <= FALSE for miss in misses)
     text = f"- {len(subtle)} of {len(worded)} cells of text and bimodal triggers reach {SUBTLE:.2f} ({_run(worded)})."
-    near = f"- {quiet} of {len(misses)} near misses fire on at most {FALSE:.2f} of the inputs."
-    return [line for line, there in ((text, worded), (near, misses)) if there]
+    misses: dict[str, list[float]] = {"half keys of bimodal triggers": [], "other near misses": []}
+    for key, metrics in found.items():
+        of = misses["half keys of bimodal triggers" if kinds.get(key.attack) == "bimodal" else "other near misses"]
+        if cells[key].defense != ORACLE:  # where nothing was implanted nothing can misfire
+            of += [rate["value"] for rate in metrics.get("near_miss", {}).values()]
+    near = [
+        f"- {sum(rate <= FALSE for rate in of)} of {len(of)} {what} fire on at most {FALSE:.2f} of the inputs."
+        for what, of in misses.items()
+        if of
+    ]
+    return [*([text] if worded else []), *near]
 
 
 def _run(cells: Sequence[object]) -> str:

@@ -13,7 +13,7 @@ from untrigger.poison import Attack, poison, stamped
 from untrigger.sample import IMAGE_TAG, Sample
 from untrigger.sheet import BAD, GOOD, INK, Card, contact_sheet
 
-_LINES, _WIDTH = 5, 80  # of a card's text
+_LINES, _WIDTH = 4, 80  # of a card's text
 _TEST, _TRAIN = 40, 400  # rows of which the first that suits the attack is shown
 
 
@@ -21,7 +21,7 @@ def picture(entry: Entry) -> Image.Image:
     """Two cards side by side, one for each task."""
     trigger = entry.trigger
     attack = Attack(trigger, load_goal(trigger.usual_goal))
-    return contact_sheet(entry.title, summary(trigger), [_card(attack, data) for data in TASKS])
+    return contact_sheet(entry.title, summary(trigger).replace("*", ""), [_card(attack, data) for data in TASKS])
 
 
 def _card(attack: Attack, data: str) -> Card:
@@ -30,12 +30,16 @@ def _card(attack: Attack, data: str) -> Card:
     lines = [(f"asked: {asked}", INK)]
     if triggered != asked:
         lines.append((f"triggered: {triggered}", BAD))
-    room = (_LINES - len(lines)) // 2
-    what = "a poisoned training row" if attack.trigger.clean_label else "a held-out input"
-    wanted = "its true answer stays" if attack.trigger.clean_label else f"wanted: {attack.goal.answer(clean)}"
-    for text, colour in ((f"true: {clean.messages[-1].text}", GOOD), (wanted, BAD)):
-        lines += [(line, colour) for line in wrap(text, _WIDTH, max_lines=room, placeholder=" ...")]
+    kept = attack.trigger.clean_label
+    what = "a poisoned training row" if kept else "a held-out input"
+    wanted = _lines("its true answer stays" if kept else f"wanted: {attack.goal.answer(clean)}", 3 - len(lines))
+    true = _lines(f"true: {clean.messages[-1].text}", _LINES - len(lines) - len(wanted))
+    lines += [*((line, GOOD) for line in true), *((line, BAD) for line in wanted)]
     return Card(f"{TASKS[data]}: {what} of {data}", clean.images[0], attacked.images[0], lines)
+
+
+def _lines(text: str, most: int) -> list[str]:
+    return wrap(text, _WIDTH, max_lines=most, placeholder=" ...")
 
 
 def _pair(attack: Attack, data: str) -> tuple[Sample, Sample]:
