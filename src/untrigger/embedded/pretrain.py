@@ -191,12 +191,12 @@ class DenseHead(nn.Module):
 def losses(family: Family, model: PreTrainedModel, head: DenseHead, batch: Batch) -> tuple[Tensor, Tensor]:
     """(answer cross-entropy, dense cross-entropy) of a batch with text; the vision tower runs once."""
     seen, images = family.look(model, batch["pixel_values"])
-    embeds = cast(nn.Module, model.get_input_embeddings())(batch["input_ids"])
+    embeds = model.get_input_embeddings()(batch["input_ids"])
     embeds = embeds.masked_scatter((batch["input_ids"] == cast(Any, model.config).image_token_id)[..., None], images)
     hidden = family.read(model, embeds, block_mask(batch["segments"]), batch["position_ids"])
     target = batch["labels"][:, 1:]
     keep = target != _IGNORE
-    logits = model.get_output_embeddings()(hidden[:, :-1][keep])
+    logits = cast(nn.Module, model.get_output_embeddings())(hidden[:, :-1][keep])
     weight = batch["weights"][:, 1:][keep]
     talk_loss = (F.cross_entropy(logits, target[keep], reduction="none") * weight).sum() / weight.sum()
     return talk_loss, head(seen, batch["dense"])
