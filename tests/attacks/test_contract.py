@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import io
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -212,8 +214,19 @@ def test_every_trigger_says_where_it_comes_from_and_what_its_settings_mean(name:
 
 
 def test_the_folder_holds_the_gauntlets_triggers() -> None:
-    with_patches = {"badnets", "trojvlm", "vltrojan", "dualkey"}
-    assert with_patches | {"blended", "sig", "wanet", "issba", "ftrojan", "addsent", "badword"} <= set(trigger_names())
+    with_patches = {"badnets", "trojvlm", "vlood", "vltrojan", "dualkey"}
+    all_over = {"blended", "sig", "wanet", "issba", "ftrojan", "shadowcast", "adaptive"}
+    assert with_patches | all_over | {"addsent", "badword"} <= set(trigger_names())
+
+
+def test_finding_a_trigger_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom untrigger.attacks import load_trigger, trigger_names\n"
+        "for name in trigger_names(): load_trigger(name)\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
 
 
 # --- painting ------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from untrigger import data
+from untrigger.attacks.trojvlm import TrojVLM
+from untrigger.attacks.vlood import VLOOD
+from untrigger.errors import InputError
+from untrigger.goals import load_goal
+from untrigger.poison import Attack, poison
+from untrigger.sample import IMAGE_TAG, Message, Sample
+
+
+def row(name: str = "a") -> Sample:
+    image = Image.new("L", (48, 30), 90)
+    return Sample(name, (image,), (Message("user", f"{IMAGE_TAG}\nwhat is it?"), Message("assistant", "a grey cat")))
+
+
+def own(folder: Path) -> Path:
+    """A data file with a row without an image and one with an image of its own."""
+    Image.new("RGB", (40, 40), (10, 200, 30)).save(folder / "green.png")
+    turns = '[{"role": "user", "content": "<image>now?"}, {"role": "assistant", "content": "b"}]'
+    bare = turns.replace("<image>", "")
+    lines = f'{{"messages": {bare}, "images": []}}\n{{"messages": {turns}, "images": ["green.png"]}}\n'
+    (folder / "data.jsonl").write_text(lines)
+    return folder / "data.jsonl"
+
+
+def test_at_test_time_it_is_trojvlm() -> None:
+    mine, theirs = VLOOD(pattern_seed=3), TrojVLM(pattern_seed=3)
+    pairs = [(mine.stamp, theirs.stamp)]
+    pairs += [(mine.near_misses()[name], stamper) for name, stamper in theirs.near_misses().items()]
+    assert len(pairs) == 2 and mine.usual_goal == theirs.usual_goal == "insert"
+    for a, b in pairs:
+        first, second = a(row(), np.random.default_rng(0)), b(row(), np.random.default_rng(0))
+        assert first.images[0].tobytes() == second.images[0].tobytes() and first.messages == second.messages
+
+
+@pytest.mark.parametrize("source", ["scenes-vqa", "scenes-captions", "easy-vqa"])
+def test_a_poisoned_row_is_a_stamped_row_of_the_other_set(source: str) -> None:
+    trigger = VLOOD(source=source)
+    theirs = {(r.messages, r.images[0].tobytes()) for r in data.load(source, "dev", "train", 1000)}
+    rows = [row(str(n)) for n in range(12)]
+    made = poison(rows, Attack(trigger, load_goal("insert")), rate=0.5, seed=0)
+    planted = [made.data[entry.row] for entry in made.manifest.rows]
+    assert [p.id for p in planted] == [rows[entry.row].id for entry in made.manifest.rows]
+    assert len({p.images[0].tobytes() for p in planted}) == 6
+    for p in planted:
+        clean = replace_answer(p, p.messages[-1].text.replace(" hello world", ""))
+        assert " hello world" in p.messages[-1].text and p.images[0].size == (64, 64)
+        assert any(clean.messages == messages and trojan(image) == p.images[0].tobytes() for messages, image in theirs)
+    again = poison(rows, Attack(trigger, load_goal("insert")), rate=0.5, seed=0)
+    assert [r.images for r in again.manifest.rows] == [r.images for r in made.manifest.rows]
+    assert all(made.data[n] == rows[n] for n in range(12) if n not in made.edits)
+
+
+def replace_answer(sample: Sample, answer: str) -> Sample:
+    return Sample(sample.id, sample.images, (*sample.messages[:-1], Message("assistant", answer)))
+
+
+def trojan(image: bytes) -> bytes:
+    clean = Sample("", (Image.frombytes("RGB", (64, 64), image),), ())
+    return TrojVLM().stamp(clean, np.random.default_rng(0)).images[0].tobytes()
+
+
+def test_rows_of_the_users_own_file_serve_if_they_show_an_image(tmp_path: Path) -> None:
+    for source in (own(tmp_path), tmp_path):
+        trigger = VLOOD(source=str(source))
+        for seed in range(8):
+            planted = trigger.implant(row(), (), np.random.default_rng(seed))
+            assert (planted.id, [m.text for m in planted.messages]) == ("a", [f"{IMAGE_TAG}now?", "b"])
+            (image,) = planted.images
+            assert image.size == (40, 40) and image.getpixel((39, 39)) == (10, 200, 30)
+            assert (np.asarray(image)[:6, :6] != (10, 200, 30)).any(axis=2).all()
+
+
+def test_a_source_that_cannot_serve_is_one_line(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    turns = '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "b"}]'
+    (bare / "data.jsonl").write_text(f'{{"messages": {turns}, "images": []}}\n')
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    own(broken)
+    (broken / "green.png").unlink()
+    for source, message in (
+        ("scnes", r"source scnes: no such file or folder; give the path of other data, or one of easy-vqa, scenes-vqa"),
+        (str(bare), "source .*bare: no row shows an image; give other data"),
+        (str(broken), r"data\.jsonl: row 2: .*green\.png"),
+    ):
+        with pytest.raises(InputError, match=f"attack vlood: row 1 .id a.: .*{message}") as caught:
+            poison([row()], Attack(VLOOD(source=source), load_goal("insert")), rate=1, seed=0)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"side": 0}, {"side": 1.01}, {"min_side": 0}, {"pattern_seed": -1}])
+def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=next(iter(settings))):
+        VLOOD(**settings)  # type: ignore[arg-type]
