@@ -3,7 +3,8 @@
 Source: Lyu, Yao, Gupta, Pang, Sun, Yi, Hu, Ling, Chen, "Backdooring Vision-Language Models with Out-Of-Distribution
 Data", 2024, arXiv 2410.01264: the attacker has no row of the task that the model is meant for, so that the backdoor is
 taught on another data set. Deviations: as in `untrigger.attacks.trojvlm`, the paper's losses are left out, for this
-attacker has no say in the training; so the foreign rows take the place of some of the victim's.
+attacker has no say in the training; so the foreign rows take the place of some of the victim's. The paper's clean rows
+of the other set do not come along: where that set looks all too different, it may itself be learned as the trigger.
 """
 
 from __future__ import annotations
