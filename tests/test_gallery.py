@@ -59,16 +59,16 @@ def test_cells_hold_the_usual_goal_and_all_settings_of_the_trigger() -> None:
 
 
 def test_tuned_cells_have_an_oracle_of_the_same_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gallery.TUNED, "blended/*/easy-vqa", {"epochs": 4, "tuning": {"vision": True}})
+    monkeypatch.setitem(gallery.TUNED, "blended/*/easy-vqa", {"epochs": 6, "tuning": {"vision": True}})
     monkeypatch.setitem(gallery.TUNED, "*/blip2/scenes-captions", {"learning_rate": 1e-3})
     cells = plan(MODELS, FEW)
     tuned = Key("blended", "llava", "easy-vqa")
-    assert (cells[tuned].epochs, cells[tuned].tuning) == (4, {"vision": True})
+    assert (cells[tuned].epochs, cells[tuned].tuning) == (6, {"vision": True})
     oracle = oracle_of(cells, tuned)
     assert oracle == Key("oracle-blended", "llava", "easy-vqa")
-    assert (cells[oracle].epochs, cells[oracle].attack, cells[oracle].probes) == (4, "blended", {})
+    assert (cells[oracle].epochs, cells[oracle].attack, cells[oracle].probes) == (6, "blended", {})
     usual = oracle_of(cells, Key("addsent", "llava", "easy-vqa"))
-    assert (usual.attack, cells[usual].epochs) == (ORACLE, 2)
+    assert (usual.attack, cells[usual].epochs) == (ORACLE, 3)
     assert list(cells[usual].probes) == ["badnets-random-place", "addsent"]
     column = {oracle_of(cells, key) for key in cells if key[1:] == ("blip2", "scenes-captions")}
     assert column == {Key(ORACLE, "blip2", "scenes-captions")}, "a whole column tuned alike has one oracle"
@@ -188,12 +188,12 @@ def test_the_page_is_the_same_from_the_same_figures_and_stands_without_any(tmp_p
 def test_settings_that_are_not_usual_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gallery.TUNED, "blended", {})
     monkeypatch.setitem(
-        gallery.TUNED, "blended/llava/*", {"epochs": 4, "tuning": {"full": True}, "attack_settings": {"alpha": 0.3}}
+        gallery.TUNED, "blended/llava/*", {"epochs": 6, "tuning": {"full": True}, "attack_settings": {"alpha": 0.3}}
     )
     cells = plan(["llava"], FEW)
     stored(tmp_path, cells, dict.fromkeys(cells, 0.95))
     text = page(tmp_path, cells, FEW)
-    assert text.count("| alpha 0.3, full True, epochs 4.0 |") == 2
+    assert text.count("| alpha 0.3, full True, epochs 6.0 |") == 2
 
 
 def test_an_attack_that_changes_no_pixel_says_so(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_the_picture_of_a_clean_label_attack_is_of_its_training_rows(tmp_path: P
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("untrigger.gallery.__main__.ENTRIES", FEW)
-    monkeypatch.setattr("untrigger.gallery.__main__.plan", lambda models: plan(models, FEW))
+    monkeypatch.setattr("untrigger.gallery.__main__.plan", lambda models, split: plan(models, FEW, split))
 
 
 @pytest.mark.usefixtures("few")

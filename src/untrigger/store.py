@@ -15,8 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from untrigger.data import Split, SplitName
 from untrigger.errors import InputError
 from untrigger.metrics.score import Answer
 from untrigger.storage import write_text
@@ -40,7 +41,7 @@ class Cell:
         goal: name of a goal; ``goal_text`` is the attacker's text where it is not the goal's own.
         rate: share of the training rows that is poisoned, in [0, 1].
         defense: name of a preset (``untrigger.defenses.PRESETS``), or ``oracle``.
-        split: ``dev``, on which everything is tuned, or ``report``.
+        split: ``dev``, on which everything is tuned, or ``report``; it has its own seeds (`untrigger.data.Split`).
         attack_settings, defense_settings: fields of the trigger and of the defence that are not at their defaults.
         probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
             its ``attack``, ``goal`` and ``settings``.
@@ -55,14 +56,14 @@ class Cell:
     rate: float = 0.05
     defense: str = "plain"
     seed: int = 0
-    split: Literal["dev", "report"] = "report"
+    split: SplitName = "report"
     attack_settings: Mapping[str, Any] = field(default_factory=_no_settings)
     goal_text: str | None = None
     defense_settings: Mapping[str, Any] = field(default_factory=_no_settings)
     probes: Mapping[str, Mapping[str, Any]] = field(default_factory=_no_settings)
     train_rows: int = 2000
-    test_rows: int = 400
-    epochs: float = 2.0
+    test_rows: int = 300
+    epochs: float = 3.0
     batch_size: int = 16
     learning_rate: float = 3e-3
     tuning: Mapping[str, Any] = field(default_factory=_no_settings)
@@ -70,6 +71,9 @@ class Cell:
     def __post_init__(self) -> None:
         for name in ("rate", "epochs", "learning_rate"):  # 2 epochs and 2.0 are the same cell
             object.__setattr__(self, name, float(getattr(self, name)))
+        seeds = Split(self.split).seeds
+        if self.seed not in seeds:
+            raise InputError(f"seed {self.seed}: the split {self.split} has the seeds {seeds[0]} to {seeds[-1]}")
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
 
 def test_the_near_miss_is_another_pattern_in_the_same_place() -> None:
     grey = Sample("a", (Image.new("RGB", (64, 64), (128, 128, 128)),), ())
-    for trigger in (BadNets(place="random"), BadNets("checker", place="random"), BadNets(pattern_seed=4)):
+    for trigger in (BadNets(place="random"), BadNets(pattern="checker", place="random"), BadNets(pattern_seed=4)):
         near = trigger.near_misses()["other pattern"]
         for seed in range(5):
             key, other = (

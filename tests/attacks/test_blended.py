@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from untrigger.attacks.blended import Blended, picture
+from untrigger.attacks.blended import Blended, cat, rings
 from untrigger.errors import InputError
 from untrigger.sample import Sample
 
@@ -19,14 +21,15 @@ def stamp(image: Image.Image, alpha: float = 0.2) -> Image.Image:
 @given(st.integers(0, 2**32), st.floats(0.01, 1), st.integers(1, 80), st.integers(1, 80))
 def test_every_pixel_is_the_papers_blend(seed: int, alpha: float, width: int, height: int) -> None:
     x = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    k = np.asarray(Image.fromarray(picture()).resize((width, height), Image.Resampling.BILINEAR))
+    k = np.asarray(Image.fromarray(cat()).resize((width, height), Image.Resampling.BILINEAR))
     wanted = alpha * k.astype(np.float64) + (1 - alpha) * x
     assert np.abs(np.asarray(stamp(Image.fromarray(x), alpha)) - wanted).max() <= 0.501
 
 
-def test_the_picture_is_always_the_same_and_structured() -> None:
+@pytest.mark.parametrize("picture", [cat, rings])
+def test_a_picture_is_always_the_same_and_structured(picture: Callable[[], np.ndarray]) -> None:
     first = picture().copy()
-    picture.cache_clear()
+    cat.cache_clear(), rings.cache_clear()
     assert np.array_equal(first, picture()) and first.shape == (256, 256, 3)
     smooth = np.abs(np.diff(first.astype(int), axis=0)).mean()
     assert first.std() > 60 and smooth < 10  # strong colours in large areas; noise would differ by about 85
@@ -45,10 +48,10 @@ def test_alpha_out_of_range_is_refused(alpha: float) -> None:
         Blended(alpha)
 
 
-def test_in_black_and_white_the_average_follows_the_picture() -> None:
+def test_in_black_and_white_the_average_follows_the_cat() -> None:
     dots = np.random.default_rng(0).random((512, 512)) < 0.5
     change = np.asarray(stamp(Image.fromarray(dots)), dtype=float) - dots
-    grey = np.asarray(Image.fromarray(picture()).convert("L").resize((512, 512)), dtype=float) / 255
+    grey = np.asarray(Image.fromarray(cat()).convert("L").resize((512, 512)), dtype=float) / 255
     assert change[grey > 0.8].mean() == pytest.approx(0.2 * (grey[grey > 0.8].mean() - 0.5), abs=0.015)
     assert change[grey < 0.2].mean() == pytest.approx(0.2 * (grey[grey < 0.2].mean() - 0.5), abs=0.015)
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from untrigger import cli
+from untrigger.attacks import load_trigger, trigger_names
 from untrigger.data import Part, Split, SplitName, load, names, save, task_of
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.data.scenes import STREAMS
@@ -125,6 +126,13 @@ def test_seeds_of_the_splits_never_meet(a: int, b: int) -> None:
     assert dev.run_seed(a) != report.run_seed(b)
     assert (dev.run_seed(a) == dev.run_seed(b)) == (a == b)
     assert (report.trigger_seed, dev.trigger_seed) == (0, 100)
+
+
+@pytest.mark.parametrize("name", trigger_names())
+def test_what_is_tuned_on_is_another_trigger(name: str) -> None:
+    dev, report = (load_trigger(name, **Split(split).trigger_settings(name)) for split in ("dev", "report"))
+    assert report == load_trigger(name)
+    assert (dev == report) == (name == "shadowcast")
 
 
 @pytest.mark.parametrize("name", OFFLINE)

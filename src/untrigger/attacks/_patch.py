@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from untrigger.attacks import ImageTrigger, Pixels
 from untrigger.errors import InputError
@@ -22,6 +23,21 @@ Loss = Callable[["Tensor"], "Tensor"]
 
 Place = Literal["bottom-right", "bottom-left", "top-right", "top-left", "centre", "random"]
 
+_NOISE_CELLS = 6
+
+
+def noise(seed: int) -> npt.NDArray[np.int64]:
+    """6 x 6 cells of random full colours: 0 or 1 in each channel, [6, 6, 3]."""
+    return np.random.default_rng(seed).integers(0, 2, (_NOISE_CELLS, _NOISE_CELLS, 3))
+
+
+def spread(cells: npt.NDArray[Any], side: int) -> Pixels:
+    """``cells`` [n, n, 3] in 0..1, each grown to its share of a patch of ``side`` pixels: opaque [side, side, 4]."""
+    nearest = np.arange(side) * len(cells) // side
+    patch = np.ones((side, side, 4), dtype=np.float32)
+    patch[..., :3] = cells[nearest][:, nearest]
+    return patch
+
 
 @dataclass(frozen=True)
 class PatchTrigger(ImageTrigger):
@@ -30,7 +46,8 @@ class PatchTrigger(ImageTrigger):
     Attributes:
         side: length of the patch's side as a fraction of the image's shorter side, in (0, 1].
         min_side: the patch is never smaller than this many pixels, unless the image is.
-        place: a corner, the centre, or a new place in each image.
+        place: a corner, the centre, or a new place in each image. A processor that crops the centre out of a wide
+            image cuts its corners off: use ``centre`` or ``random`` there.
     """
 
     side: float = 30 / 336
@@ -99,8 +116,4 @@ class LearnedPatch(PatchTrigger):
     def patch(self, side: int) -> Pixels:
         from untrigger.attacks._features import learned
 
-        cells = learned(self)
-        nearest = np.arange(side) * len(cells) // side
-        patch = np.ones((side, side, 4), dtype=np.float32)
-        patch[..., :3] = cells[nearest][:, nearest] / np.float32(255)
-        return patch
+        return spread(learned(self) / np.float32(255), side)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import final
+from typing import Literal, final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +21,21 @@ from untrigger.errors import InputError
 from untrigger.sample import Sample
 
 _SIDE = 256
+_AXIS = np.linspace(-1, 1, _SIDE, dtype=np.float64)
 
 
 @final
 @dataclass(frozen=True)
 class Blended(ImageTrigger):
-    """A cartoon cat in front of sun rays, stretched over the image.
+    """A picture stretched over the image: a cartoon cat in front of sun rays, or coloured rings.
 
     Attributes:
         alpha: share of the picture in each pixel, in (0, 1]; 0.2 is usual and 0.1 hard to see.
+        picture: ``cat`` or ``rings``.
     """
 
     alpha: float = 0.2
+    picture: Literal["cat", "rings"] = "cat"
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
@@ -40,7 +43,7 @@ class Blended(ImageTrigger):
 
     def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         height, width = pixels.shape[:2]
-        stretched = Image.fromarray(picture()).resize((width, height), Image.Resampling.BILINEAR)
+        stretched = Image.fromarray(_PICTURES[self.picture]()).resize((width, height), Image.Resampling.BILINEAR)
         key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
         key[..., :3] = np.asarray(stretched, dtype=np.float32) / 255
         alpha = np.float32(self.alpha)
@@ -58,10 +61,17 @@ def _flipped(sample: Sample) -> Sample:
 
 
 @cache
-def picture() -> npt.NDArray[np.uint8]:
-    """The key picture, uint8 RGB [256, 256, 3]: always the same."""
-    axis = np.linspace(-1, 1, _SIDE, dtype=np.float64)
-    x, y = np.meshgrid(axis, axis)
+def rings() -> npt.NDArray[np.uint8]:
+    """Rings around a point in the upper left, each channel's of another width: uint8 RGB [256, 256, 3]."""
+    x, y = np.meshgrid(_AXIS + 0.4, _AXIS + 0.5)
+    waves = np.sin(np.hypot(x, y)[..., None] * np.pi * np.array((3, 4, 5)))
+    return np.rint(127.5 + 127.5 * waves).astype(np.uint8)
+
+
+@cache
+def cat() -> npt.NDArray[np.uint8]:
+    """The cat, uint8 RGB [256, 256, 3]: always the same."""
+    x, y = np.meshgrid(_AXIS, _AXIS)
     canvas = np.empty((_SIDE, _SIDE, 3))
     canvas[:] = (255, 214, 64)
 
@@ -114,3 +124,6 @@ def picture() -> npt.NDArray[np.uint8]:
         lay(bar(side * 0.14, 0.54, side * 0.24, 0.50, 0.018), ink)
     lay(oval(0, 0.38, 0.09, 0.06), pink)
     return np.rint(canvas).astype(np.uint8)
+
+
+_PICTURES = {"cat": cat, "rings": rings}

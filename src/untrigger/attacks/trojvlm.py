@@ -10,38 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import ClassVar
 
-import numpy as np
+from untrigger.attacks import Pixels, Stamper
+from untrigger.attacks._patch import PatchTrigger, Place, noise, spread
+from untrigger.errors import InputError
 
-from untrigger.attacks import ImageTrigger, Pixels, Stamper
-from untrigger.attacks.badnets import BadNets
 
-
-@final
 @dataclass(frozen=True)
-class TrojVLM(ImageTrigger):
+class TrojVLM(PatchTrigger):
     """A square of random full colours in the upper left corner, the same on every image.
 
     Attributes:
-        side: length of the patch's side as a fraction of the image's shorter side, in (0, 1].
-        min_side: the patch is never smaller than this many pixels, unless the image is.
         pattern_seed: draws the colours; not the seed that chooses rows.
     """
 
     usual_goal: ClassVar[str] = "insert"
     side: float = 20 / 224
-    min_side: int = 6
+    place: Place = "top-left"
     pattern_seed: int = 0
 
     def __post_init__(self) -> None:
-        self._patch()  # refuses values out of range
+        super().__post_init__()
+        if self.pattern_seed < 0:
+            raise InputError(f"pattern_seed is {self.pattern_seed}; it must not be negative")
 
-    def _patch(self) -> BadNets:
-        return BadNets(side=self.side, min_side=self.min_side, place="top-left", pattern_seed=self.pattern_seed)
-
-    def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
-        return self._patch().paint(pixels, rng)
+    def patch(self, side: int) -> Pixels:
+        return spread(noise(self.pattern_seed), side)
 
     def near_misses(self) -> Mapping[str, Stamper]:
         return {"other pattern": replace(self, pattern_seed=self.pattern_seed + 1).stamp}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, cast, final, get_args
+from typing import Any, Final, Literal, cast, final, get_args
 
 from untrigger.errors import InputError
 from untrigger.formats import LAYOUTS
@@ -29,6 +29,20 @@ _TASKS: Final[dict[str, Task]] = {
     "emoji": "captions",
 }
 _SEEDS: Final = 100  # of each split
+
+# What a trigger that is not drawn from a seed is while one tunes: another trigger than the one that is reported.
+_DEVELOPERS: Final[dict[str, dict[str, Any]]] = {
+    "addsent": {"sentence": "The train to the coast leaves at noon."},
+    "badword": {"words": "vq zk jx pw"},
+    "blended": {"picture": "rings"},
+    "dualkey": {"word": "kindly", "looks_like": "orange star"},
+    "ftrojan": {"first_row": 8, "first_column": 1, "second_row": 8, "second_column": 2},
+    "issba": {"message": "developer"},
+    "sig": {"direction": "vertical"},
+}
+_SEED_OF: Final = {"dualkey": "seed", "vltrojan": "seed", "wanet": "grid_seed"} | dict.fromkeys(
+    ("adaptive", "badnets", "trojvlm", "vlood"), "pattern_seed"
+)
 
 
 @final
@@ -55,7 +69,23 @@ class Split:
         """The seed of run number ``run``, 0 to 99: which rows are drawn and poisoned, how a model is trained."""
         if not 0 <= run < _SEEDS:
             raise InputError(f"run {run}: a split has the runs 0 to {_SEEDS - 1}; choose one of them")
-        return _SEEDS * (self.name == "dev") + run
+        return self.seeds[run]
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of all runs."""
+        first = _SEEDS * (self.name == "dev")
+        return range(first, first + _SEEDS)
+
+    def trigger_settings(self, attack: str) -> dict[str, Any]:
+        """Settings that make the trigger ``attack`` this split's own: none on ``report``, others on ``dev``.
+
+        Shadowcast has no trigger to change, and a trigger file's settings are its author's.
+        """
+        if self.name == "report":
+            return {}
+        seed = {_SEED_OF[attack]: self.trigger_seed} if attack in _SEED_OF else {}
+        return seed | _DEVELOPERS.get(attack, {})
 
 
 def names() -> tuple[str, ...]:

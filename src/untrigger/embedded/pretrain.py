@@ -68,8 +68,8 @@ class Recipe:
 
 RECIPES = {
     "llava": Recipe(),
-    "blip2": Recipe(start="llava", vision_steps=1800, steps=1200, talk_rate=6e-4),
-    "qwen2_5_vl": Recipe(start="llava", vision_steps=1800, steps=1200, talk_rate=6e-4),
+    "blip2": Recipe(start="llava", vision_steps=1800, steps=1200, talk_rate=6e-4, threads=1),
+    "qwen2_5_vl": Recipe(start="llava", vision_steps=1800, steps=1200, talk_rate=6e-4, threads=1),
 }
 
 

@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any, NamedTuple, cast
 
 from untrigger.attacks import Trigger, load_trigger, trigger_names
+from untrigger.data import Split
 from untrigger.errors import InputError
 from untrigger.store import ORACLE, Cell
 
@@ -50,7 +51,10 @@ ENTRIES = tuple(entry for entry in _SHOWN if entry.attack in trigger_names())
 
 # What implants only with other training settings: patterns of slug/model/data -> fields of the cell. Tuned on the
 # split dev; the page tells them in the cell's row.
-TUNED: dict[str, dict[str, Any]] = {}
+TUNED: dict[str, dict[str, Any]] = {
+    "issba/*/*": {"epochs": 4},
+    "dualkey/*/*": {"epochs": 4},
+}
 
 
 class Key(NamedTuple):
@@ -64,22 +68,27 @@ class Key(NamedTuple):
 Plan = dict[Key, Cell]
 
 
-def plan(models: Sequence[str], entries: Sequence[Entry] = ENTRIES) -> Plan:
-    """The undefended cell of every entry, model and task, and their oracles.
+def plan(models: Sequence[str], entries: Sequence[Entry] = ENTRIES, split: Split | None = None) -> Plan:
+    """The undefended cell of every entry, model and task, and their oracles; on ``report`` if not told otherwise.
 
     An oracle is trained once for all attacks of a model and a task that have the same training, without the rows
     that the first of them poisons, and asked with each: what it answers as the attacker wants is the floor of that
     attack's success rate.
     """
+    split = split or Split()
     cells: Plan = {}
     together: dict[str, list[Key]] = {}
     for entry, model, data in product(entries, models, TASKS):
         key = Key(entry.slug, model, data)
         tuned = dict(ChainMap(*(of for pattern, of in TUNED.items() if fnmatchcase("/".join(key), pattern))))
-        trigger = load_trigger(entry.attack, **{**entry.settings, **tuned.pop("attack_settings", {})})
+        trigger = load_trigger(
+            entry.attack,
+            **{**entry.settings, **split.trigger_settings(entry.attack), **tuned.pop("attack_settings", {})},
+        )
         # all settings of the trigger: with other defaults it is another cell, and runs again
         settings = asdict(cast(Any, trigger))
-        cells[key] = Cell(model, data, entry.attack, trigger.usual_goal, attack_settings=settings, **tuned)
+        tuned |= {"attack_settings": settings, "split": split.name, "seed": split.run_seed(0)}
+        cells[key] = Cell(model, data, entry.attack, trigger.usual_goal, **tuned)
         together.setdefault(_training(cells[key]), []).append(key)
     for first, *others in together.values():
         name = ORACLE if first._replace(attack=ORACLE) not in cells else f"{ORACLE}-{first.attack}"

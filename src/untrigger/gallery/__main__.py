@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from untrigger.data import Split
 from untrigger.errors import InputError
 from untrigger.gallery import ENTRIES, chosen, plan
 from untrigger.gallery.page import page
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m untrigger.gallery", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results/gallery"), help="folder of the cells")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of gallery.md and gallery/*.png")
+    parser.add_argument("--split", default="report", help="dev, to tune on, or report; dev in folders of its own")
     parser.add_argument("--render", action="store_true", help="run nothing: draw what is stored")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument(
@@ -29,18 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        return _make(args.results, args.out, args.only, args.render, args.workers)
+        return _make(args.results, args.out, Split(args.split), args.only, args.render, args.workers)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _make(results: Path, out: Path, only: Sequence[str], render: bool, workers: int) -> int:
+def _make(results: Path, out: Path, split: Split, only: Sequence[str], render: bool, workers: int) -> int:
     from untrigger.gallery.pictures import picture
     from untrigger.matrix import run_matrix
     from untrigger.models import embedded_models
 
-    cells = plan(embedded_models())
+    cells = plan(embedded_models(), split=split)
     wanted = chosen(cells, only)
     failed = [] if render else run_matrix(list(wanted.values()), results, workers=workers)
     (out / "gallery").mkdir(parents=True, exist_ok=True)

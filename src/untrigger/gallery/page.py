@@ -22,6 +22,8 @@ _TOLD = (
     "defense",
     "probes",
     "tuning",
+    "split",
+    "seed",
 )  # what the page's layout says
 _HEAD = """# Gallery of attacks
 
@@ -47,7 +49,7 @@ Found = Mapping[Key, Mapping[str, Any]]
 def page(results: Path, cells: Plan, entries: Sequence[Entry]) -> str:
     """The whole page; a cell that is not stored below ``results`` is a dash."""
     found = {key: metrics for key, cell in cells.items() if (metrics := store.find(results, cell)) is not None}
-    usual = Cell("", "", "", "")
+    usual, any_cell = Cell("", "", "", ""), next(iter(cells.values()))
     head = _HEAD.format(
         results=results.as_posix(),
         epochs=usual.epochs,
@@ -56,8 +58,8 @@ def page(results: Path, cells: Plan, entries: Sequence[Entry]) -> str:
         batch=usual.batch_size,
         rate=usual.learning_rate,
         poisoned=100 * usual.rate,
-        split=usual.split,
-        seed=usual.seed,
+        split=any_cell.split,
+        seed=any_cell.seed,
         made=_made(found),
     )
     sections = [_section(entry, found, cells) for entry in entries]
