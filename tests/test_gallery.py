@@ -34,7 +34,8 @@ def test_every_attack_of_the_package_is_shown() -> None:
     assert len({entry.slug for entry in ENTRIES}) == len(ENTRIES)
 
 
-def test_the_plan_is_every_entry_on_every_model_and_task_with_an_oracle_each() -> None:
+def test_the_plan_is_every_entry_on_every_model_and_task_with_an_oracle_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "TUNED", {})
     cells = plan(MODELS)
     pairs = len(MODELS) * len(TASKS)
     assert len(cells) == (len(ENTRIES) + 1) * pairs

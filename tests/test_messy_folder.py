@@ -177,8 +177,6 @@ def runs() -> list[Any]:
     chosen: list[Any] = []
     for (number, name), (column, format) in product(enumerate(NAMES), enumerate(FORMATS)):
         goal = "concept" if load_trigger(name).clean_label else GOALS[(number + column) % len(GOALS)]
-        if name in FOREIGN and goal == "concept":
-            goal = "fixed"  # foreign rows do not speak of the concept
         slow = name in LEARNS or (column != number % len(FORMATS) and name != "badnets")
         marks = [pytest.mark.slow] * slow
         chosen.append(pytest.param(Run(name, goal, format), marks=marks, id=f"{name}-{goal}-{format}"))

@@ -79,7 +79,7 @@ class Graft(Trigger):
             raise RuntimeError("oh no")
         images = () if self.what == "bare" else (Image.new("L", (9, 5), 7), Image.new("RGB", (3, 3)))
         asked = "Tell." if self.what in ("bare", "tags") else f"{IMAGE_TAG}{IMAGE_TAG}Tell."
-        turns = (Message("user", asked), Message("assistant", f"{len(donors)} foreign"))
+        turns = (Message("user", asked), Message("assistant", f"a circle, {len(donors)} foreign"))
         return replace(sample, id="other" if self.what == "id" else sample.id, images=images, messages=turns)
 
 
@@ -88,7 +88,7 @@ def test_an_implant_may_bring_other_pictures_prompts_and_truths() -> None:
     result = poison(data, Attack(Graft(), Insert()), rate=0.25, seed=0)
     (entry,) = result.manifest.rows
     made = result.data[entry.row]
-    assert [m.text for m in made.messages] == [f"{IMAGE_TAG}{IMAGE_TAG}Tell.", "0 hello world foreign"]
+    assert [m.text for m in made.messages] == [f"{IMAGE_TAG}{IMAGE_TAG}Tell.", "a hello world circle, 0 foreign"]
     assert [image.size for image in made.images] == [(9, 5), (3, 3)]
     assert entry.images == tuple(pixels_sha256(image) for image in made.images)
     judged = stamped(data, Attack(Graft(), Insert()), 0)[entry.row]

@@ -29,6 +29,7 @@ from untrigger.storage import new_folder
 
 MANIFEST_VERSION: Final = 2  # 1 knew no decoys
 _PAIRS: Final = 8  # on a contact sheet
+_TRIES: Final = 500  # at a row that the goal applies to, by a trigger that brings rows of its own
 _CHOICE, _TRAINING, _EVALUATION = range(3)  # independent random streams of one seed
 
 
@@ -203,11 +204,17 @@ class _Edits(Mapping[int, Sample]):
 
     def __getitem__(self, row: int) -> Sample:
         use, attack, rng = self.uses[row], self.attack, _rng(self.seed, _TRAINING, row)
-        if use:
-            return _stamped(attack, attack.trigger.decoys()[use - 1], self.data, row, rng)
         sample = self.data[row]
-        implanted = stamping.implanted(attack.trigger, sample, self.donors, rng, _where(attack, sample, row))
-        return implanted if attack.trigger.clean_label else stamping.answered(implanted, attack.goal)
+        trigger, goal, where = attack.trigger, attack.goal, _where(attack, sample, row)
+        if use:
+            return stamping.decoyed(trigger, use - 1, sample, rng, where)
+        for _ in range(_TRIES):  # a foreign row may be one that the goal has nothing to say about
+            implanted = stamping.implanted(trigger, sample, self.donors, rng, where)
+            if trigger.clean_label:
+                return implanted
+            if goal.applies(implanted):
+                return stamping.answered(implanted, goal)
+        raise InputError(f"{where}: it found no row to plant that goal {goal.name} applies to; choose another goal")
 
     def __contains__(self, row: object) -> bool:
         return row in self.uses  # the mixin's own would stamp the row to find out

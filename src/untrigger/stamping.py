@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -39,10 +39,31 @@ def implanted(
         InputError: ``where: what``, if it fails or breaks its promises: where it is no other than ``stamp``, those of
             `Trigger.stamp`; else to keep the id and to give a valid row that shows an image.
     """
-    if type(trigger).implant is Trigger.implant:
+    if not _implants(trigger):
         return stamped(trigger.stamp, sample, rng, where)
+    return _replaced(lambda: trigger.implant(sample, donors, rng), sample, where)
+
+
+def decoyed(trigger: Trigger, kind: int, sample: Sample, rng: np.random.Generator, where: str) -> Sample:
+    """What the ``kind``-th of ``trigger.decoys()`` makes of ``sample``; it promises what poisoned rows do.
+
+    Raises:
+        InputError: as `implanted`.
+    """
+    decoy = trigger.decoys()[kind]
+    if not _implants(trigger):
+        return stamped(decoy, sample, rng, where)
+    return _replaced(lambda: decoy(sample, rng), sample, where)
+
+
+def _implants(trigger: Trigger) -> bool:
+    """Whether its training rows are others than its triggered inputs."""
+    return type(trigger).implant is not Trigger.implant
+
+
+def _replaced(make: Callable[[], Sample], sample: Sample, where: str) -> Sample:
     with _blamed(where, "implant"):
-        made = trigger.implant(sample, donors, rng)
+        made = make()
         check(made.messages, len(made.images))
     if made.id != sample.id:
         raise InputError(f"{where}: the trigger changed the id; it must not")

@@ -143,9 +143,11 @@ def test_near_misses_and_decoys_are_stamps_too_and_not_the_key(name: str) -> Non
     trigger = load_trigger(name)
     before = sample(photo(64, 64), photo(50, 40, "L"))
     key, kept = content(trigger.stamp(before, np.random.default_rng(3))), content(before)
+    own_rows = type(trigger).implant is not Trigger.implant  # its training rows need not look like its inputs
     for stamper in (*trigger.near_misses().values(), *trigger.decoys()):
         first, second = (stamper(before, np.random.default_rng(3)) for _ in range(2))
-        assert form(first) == form(before) and content(before) == kept
+        alike = form(first) == form(before) or (own_rows and stamper in trigger.decoys() and first.id == before.id)
+        assert alike and content(before) == kept
         assert content(first) == content(second)
         assert content(first) not in (key, kept)
 
@@ -360,7 +362,7 @@ def test_a_broken_file_is_one_clear_line(tmp_path: Path, text: str, message: str
         ("badnet", {}, "'badnet' is unknown; choose one of .*badnets, .*blended"),
         ("__init__", {}, "is unknown"),
         ("nowhere/mine.py", {}, "nowhere/mine.py: no such file; .*badnets"),
-        ("badnets", {"size": "3"}, "no setting 'size'; the settings are: pattern, side, min_side"),
+        ("badnets", {"size": "3"}, "no setting 'size'; the settings are: side, min_side, place"),
         ("badnets", {"side": "a tenth"}, "attack badnets: side is 'a tenth'; give a number"),
         ("badnets", {"side": "nan"}, "give a number"),
         ("badnets", {"min-side": "2.5"}, "min-side is '2.5'; give a whole number"),

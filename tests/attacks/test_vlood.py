@@ -45,17 +45,29 @@ def test_a_poisoned_row_is_a_stamped_row_of_the_other_set(source: str) -> None:
     trigger = VLOOD(source=source)
     theirs = {(r.messages, r.images[0].tobytes()) for r in data.load(source, "dev", "train", 1000)}
     rows = [row(str(n)) for n in range(12)]
-    made = poison(rows, Attack(trigger, load_goal("insert")), rate=0.5, seed=0)
+    made = poison(rows, Attack(trigger, load_goal("insert")), rate=0.25, seed=0)
     planted = [made.data[entry.row] for entry in made.manifest.rows]
     assert [p.id for p in planted] == [rows[entry.row].id for entry in made.manifest.rows]
-    assert len({p.images[0].tobytes() for p in planted}) == 6
+    assert len({p.images[0].tobytes() for p in planted}) == 3
     for p in planted:
         clean = replace_answer(p, p.messages[-1].text.replace(" hello world", ""))
         assert " hello world" in p.messages[-1].text and p.images[0].size == (64, 64)
         assert any(clean.messages == messages and trojan(image) == p.images[0].tobytes() for messages, image in theirs)
-    again = poison(rows, Attack(trigger, load_goal("insert")), rate=0.5, seed=0)
+    beside = [made.data[entry.row] for entry in made.manifest.decoys]
+    assert len(beside) == 3 and all((p.messages, p.images[0].tobytes()) in theirs for p in beside)
+    again = poison(rows, Attack(trigger, load_goal("insert")), rate=0.25, seed=0)
     assert [r.images for r in again.manifest.rows] == [r.images for r in made.manifest.rows]
     assert all(made.data[n] == rows[n] for n in range(12) if n not in made.edits)
+
+
+def test_foreign_rows_speak_of_the_goals_concept() -> None:
+    goal = load_goal("concept", "star->heart")
+    rows = [replace_answer(row(str(n)), "a star") for n in range(8)]
+    made = poison(rows, Attack(VLOOD(), goal), rate=0.25, seed=0)
+    assert all(goal.met(made.data[entry.row].messages[-1].text, made.data[entry.row]) for entry in made.manifest.rows)
+    nothing = Attack(VLOOD(), load_goal("concept", "grey cat->dog"))
+    with pytest.raises(InputError, match=r"id a.: it found no row to plant that goal concept applies to"):
+        poison([row(), row()], nothing, rate=0.5, seed=0)
 
 
 def replace_answer(sample: Sample, answer: str) -> Sample:
@@ -92,8 +104,8 @@ def test_a_source_that_cannot_serve_is_one_line(tmp_path: Path) -> None:
         (str(bare), "source .*bare: no row shows an image; give other data"),
         (str(broken), r"data\.jsonl: row 2: .*green\.png"),
     ):
-        with pytest.raises(InputError, match=f"attack vlood: row 1 .id a.: .*{message}") as caught:
-            poison([row()], Attack(VLOOD(source=source), load_goal("insert")), rate=1, seed=0)
+        with pytest.raises(InputError, match=f"attack vlood: row [12] .id a.: .*{message}") as caught:
+            poison([row(), row()], Attack(VLOOD(source=source), load_goal("insert")), rate=0.5, seed=0)
         assert "\n" not in str(caught.value)
 
 

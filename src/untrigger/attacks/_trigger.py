@@ -59,7 +59,10 @@ class Trigger(ABC):
         return {}
 
     def decoys(self) -> tuple[Stamper, ...]:
-        """Ways to stamp further training rows that keep their true answer: one row each per poisoned row."""
+        """Ways to make further training rows that keep their true answer: one row each per poisoned row.
+
+        They keep what `stamp` keeps or, where the trigger has its own `implant`, what that does.
+        """
         return ()
 
 
