@@ -36,7 +36,7 @@ _DEVELOPERS: Final[dict[str, dict[str, Any]]] = {
     "badword": {"words": "vq zk jx pw"},
     "blended": {"picture": "rings"},
     "dualkey": {"word": "kindly", "looks_like": "orange star"},
-    "ftrojan": {"first_row": 8, "first_column": 1, "second_row": 8, "second_column": 2},
+    "ftrojan": {"first_row": 2, "second_row": 3},
     "issba": {"message": "developer"},
     "sig": {"direction": "vertical"},
 }
