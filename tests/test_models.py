@@ -182,6 +182,15 @@ def test_lora_touches_neither_the_vision_tower_nor_the_head(tiny_model: Path) ->
     assert (adapted.peft_config["default"].r, adapted.peft_config["default"].lora_alpha) == (3, 6)
 
 
+def test_lora_reaches_the_vision_tower_if_told(tiny_model: Path) -> None:
+    model = load(tiny_model, dtype=torch.float32).model
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    learning = {n for n, p in add_lora(model, vision=True).named_parameters() if p.requires_grad}
+    assert {n.split(".lora_")[0].removeprefix("base_model.model.") for n in learning} == linears
+    whole = train_all(load(tiny_model, dtype=torch.float32).model, vision=True)
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+
+
 def test_full_tuning_freezes_the_vision_tower_alone(tiny_model: Path) -> None:
     model = train_all(load(tiny_model, dtype=torch.float32).model)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}

@@ -120,7 +120,8 @@ def train(
     out: OutOption,
     model: ModelOption = "llava",
     defense: Annotated[str, typer.Option(help="plain, patch-aug, two-view or paper.")] = "paper",
-    full: Annotated[bool, typer.Option("--full", help="Train all weights but the vision tower's, not LoRA.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights, not LoRA.")] = False,
+    vision: Annotated[bool, typer.Option("--vision", help="Train the vision tower too.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1)] = 16,
     lora_alpha: Annotated[int, typer.Option(min=1)] = 32,
     config: Annotated[Path | None, typer.Option(help="YAML of defence and TrainingArguments fields.")] = None,
@@ -137,7 +138,7 @@ def train(
 
     chosen, args = training_settings(defense, out, config, context.args)
     rows = _read(data, on_bad_row, out)
-    tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha)
+    tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
     fine_tune(rows, model, chosen, args, tuning=tuning, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(f"{out}: {'model' if full else 'PEFT adapter'}, processor, settings and model card")

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any, NamedTuple, cast
 
-from untrigger.attacks import Trigger, load_trigger, trigger_names
+from untrigger.attacks import Trigger, load_trigger
 from untrigger.data import Split
 from untrigger.errors import InputError
 from untrigger.store import ORACLE, Cell
@@ -42,12 +42,11 @@ class Entry:
         return load_trigger(self.attack, **self.settings)
 
 
-_SHOWN = (
+ENTRIES = (
     *map(Entry, MAIN),
     Entry("badnets", "random place", {"place": "random"}),
     *map(Entry, ("wanet", "vlood", "vltrojan", "dualkey", "shadowcast", "addsent", "badword", "adaptive")),
 )
-ENTRIES = tuple(entry for entry in _SHOWN if entry.attack in trigger_names())
 
 # What implants only with other training settings: patterns of slug/model/data -> fields of the cell. Tuned on the
 # split dev; the page tells them in the cell's row.

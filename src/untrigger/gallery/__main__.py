@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m untrigger.gallery", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results/gallery"), help="folder of the cells")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of gallery.md and gallery/*.png")
-    parser.add_argument("--split", default="report", help="dev, to tune on, or report; dev in folders of its own")
+    parser.add_argument("--split", default="report", help="report, or dev to tune on: give it folders of its own")
     parser.add_argument("--render", action="store_true", help="run nothing: draw what is stored")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument(
