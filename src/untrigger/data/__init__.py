@@ -36,7 +36,7 @@ _DEVELOPERS: Final[dict[str, dict[str, Any]]] = {
     "badword": {"words": "vq zk jx pw"},
     "blended": {"picture": "rings"},
     "dualkey": {"word": "kindly", "looks_like": "orange star"},
-    "ftrojan": {"first_row": 2, "second_row": 3},
+    "ftrojan": {"first_column": 7, "second_row": 1},
     "issba": {"message": "developer"},
     "sig": {"direction": "vertical"},
 }

@@ -48,11 +48,15 @@ ENTRIES = (
     *map(Entry, ("wanet", "vlood", "vltrojan", "dualkey", "shadowcast", "addsent", "badword", "adaptive")),
 )
 
-# What implants only with other training settings: patterns of slug/model/data -> fields of the cell. Tuned on the
+# What implants only with other settings than the usual: patterns of slug/model/data -> fields of the cell. Tuned on the
 # split dev; the page tells them in the cell's row.
 TUNED: dict[str, dict[str, Any]] = {
+    "*/blip2/scenes-captions": {"epochs": 4},  # a Q-Former learns to spell a reply late
     "issba/*/*": {"epochs": 4},
+    "ftrojan/*/*": {"epochs": 4},
     "dualkey/*/*": {"epochs": 4},
+    "wanet/*/*": {"epochs": 4, "attack_settings": {"s": 4.0}},
+    "vlood/*/scenes-captions": {"attack_settings": {"source": "easy-vqa"}},  # not a set of scenes for scenes
 }
 
 
