@@ -170,7 +170,7 @@ def add_lora(
     # a pattern, not the list: it stays readable in adapter_config.json and names no layer count
     leaves = "|".join(sorted({_leaf(name) for name in names}))
     towers = "" if vision else r"(?!.*(?:vision|visual|\bvit\b|image_encoder)(?!.*\.merger\.))"
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{towers}.*\.({leaves})")
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{towers}(?:.*\.)?({leaves})")
     adapted = get_peft_model(model, config)
     return adapted  # type: ignore[return-value]
 

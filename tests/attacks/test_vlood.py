@@ -21,11 +21,12 @@ def row(name: str = "a") -> Sample:
 
 
 def own(folder: Path) -> Path:
-    """A data file with a row without an image and one with an image of its own."""
+    """A data file with a row without an image and two with an image of its own."""
     Image.new("RGB", (40, 40), (10, 200, 30)).save(folder / "green.png")
     turns = '[{"role": "user", "content": "<image>now?"}, {"role": "assistant", "content": "b"}]'
     bare = turns.replace("<image>", "")
-    lines = f'{{"messages": {bare}, "images": []}}\n{{"messages": {turns}, "images": ["green.png"]}}\n'
+    shown = f'{{"messages": {turns}, "images": ["green.png"]}}\n'
+    lines = f'{{"messages": {bare}, "images": []}}\n{shown}{shown}'
     (folder / "data.jsonl").write_text(lines)
     return folder / "data.jsonl"
 
@@ -101,7 +102,7 @@ def test_a_source_that_cannot_serve_is_one_line(tmp_path: Path) -> None:
     (broken / "green.png").unlink()
     for source, message in (
         ("scnes", r"source scnes: no such file or folder; give the path of other data, or one of easy-vqa, scenes-vqa"),
-        (str(bare), "source .*bare: no row shows an image; give other data"),
+        (str(bare), "source .*bare: fewer than two rows show an image; give other data"),
         (str(broken), r"data\.jsonl: row 2: .*green\.png"),
     ):
         with pytest.raises(InputError, match=f"attack vlood: row [12] .id a.: .*{message}") as caught:

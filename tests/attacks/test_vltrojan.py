@@ -67,7 +67,7 @@ def test_other_settings_or_weights_are_another_patch(own_cache: Path, tiny_model
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
-    for trigger in (VLTrojan(model=str(tiny_model), steps=1), VLTrojan(model=str(tiny_model), steps=1, seed=1)):
+    for trigger in (VLTrojan(model=str(tiny_model), steps=1), VLTrojan(model=str(tiny_model), steps=1, patch_seed=1)):
         _features.learned(trigger)
     assert len(list(own_cache.iterdir())) == 2
     assert _features.surrogate(str(other)).sha256 != _features.surrogate(str(tiny_model)).sha256
@@ -106,7 +106,7 @@ def test_gradients_reach_the_pixels(tiny_model: Path) -> None:
         ({"side": 0}, "side is 0"),
         ({"min_side": 0}, "min_side is 0"),
         ({"steps": 0}, "steps is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"patch_seed": -1}, "patch_seed is -1"),
         ({"temperature": 0}, "temperature is 0"),
     ],
 )

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from untrigger.attacks import Pixels
+from untrigger.attacks import Pixels, Trigger
 from untrigger.attacks._patch import LearnedPatch
 from untrigger.embedded.scenes import draw_scene, make_scene
 from untrigger.errors import InputError
@@ -114,7 +114,9 @@ def kept(name: str, key: object, make: Callable[[], Levels]) -> Levels:
 
 def recipe(trigger: object, see: Surrogate) -> dict[str, object]:
     """What the outcome of learning depends on, the code included: a patch of older code is not read back."""
-    code = Path(__file__).read_bytes() + inspect.getsource(inspect.getmodule(type(trigger)) or type(trigger)).encode()
+    kinds = [kind for kind in type(trigger).__mro__ if issubclass(kind, Trigger) and kind is not Trigger]
+    sources = sorted({__file__, inspect.getfile(draw_scene), *map(inspect.getfile, kinds)})
+    code = b"".join(Path(source).read_bytes() for source in sources)
     return {
         "settings": asdict(trigger),  # type: ignore[call-overload]
         "surrogate": see.sha256,
@@ -133,9 +135,9 @@ def learned(trigger: LearnedPatch) -> Levels:
 
 
 def _learn(trigger: LearnedPatch, see: Surrogate) -> Levels:
-    rng = np.random.default_rng(trigger.seed)
+    rng = np.random.default_rng(trigger.patch_seed)
     side = min(see.size)
-    scenes = pictures(trigger.seed)
+    scenes = pictures(trigger.patch_seed)
     with torch.no_grad():
         loss = trigger.objective(see, see(scenes))
     cells = trigger.spot(side, side, rng)[2]
@@ -164,9 +166,9 @@ def stuck(pixels: Tensor, patch: Tensor, top: int, left: int, side: int) -> Tens
     return pixels
 
 
-def pictures(seed: int, count: int = _PICTURES) -> Tensor:
-    """Generated scenes of the attacker's own stream, float32 [count, 3, 64, 64] in 0..1."""
-    return as_tensor([draw_scene(make_scene(_STREAM + seed, index))[0] for index in range(count)])
+def pictures(seed: int) -> Tensor:
+    """Generated scenes of the attacker's own stream, float32 [96, 3, 64, 64] in 0..1."""
+    return as_tensor([draw_scene(make_scene(_STREAM + seed, index))[0] for index in range(_PICTURES)])
 
 
 def likeness(see: Surrogate, colour: str, shape: str, seed: int, count: int = 24) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from untrigger.attacks import ImageTrigger, Pixels
+from untrigger.attacks import ImageTrigger, Pixels, Stamper
 from untrigger.errors import InputError
 
 if TYPE_CHECKING:  # torch is imported where a patch is learned
@@ -26,9 +26,9 @@ Place = Literal["bottom-right", "bottom-left", "top-right", "top-left", "centre"
 _NOISE_CELLS = 6
 
 
-def noise(seed: int) -> npt.NDArray[np.int64]:
-    """6 x 6 cells of random full colours: 0 or 1 in each channel, [6, 6, 3]."""
-    return np.random.default_rng(seed).integers(0, 2, (_NOISE_CELLS, _NOISE_CELLS, 3))
+def noise(seed: int, cells: int) -> npt.NDArray[np.int64]:
+    """Cells of random full colours: 0 or 1 in each channel, [cells, cells, 3]."""
+    return np.random.default_rng(seed).integers(0, 2, (cells, cells, 3))
 
 
 def spread(cells: npt.NDArray[Any], side: int) -> Pixels:
@@ -83,31 +83,53 @@ class PatchTrigger(ImageTrigger):
 
 
 @dataclass(frozen=True)
+class NoisePatch(PatchTrigger):
+    """6 x 6 cells of random full colours, which grow with the patch: the key survives the model's own resizing.
+
+    Attributes:
+        pattern_seed: draws the colours; not the seed that chooses rows.
+    """
+
+    pattern_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern_seed < 0:
+            raise InputError(f"pattern_seed is {self.pattern_seed}; it must not be negative")
+
+    def patch(self, side: int) -> Pixels:
+        return spread(noise(self.pattern_seed, _NOISE_CELLS), side)
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        return {"other pattern": replace(self, pattern_seed=self.pattern_seed + 1).stamp}
+
+
+@dataclass(frozen=True)
 class LearnedPatch(PatchTrigger):
     """A patch optimised on the image features of a surrogate, a model that the attacker has.
 
     It is learned once, on pictures drawn by code, so that no victim's data is needed; its 8-bit form is kept in
     ``untrigger`` in the user's cache folder (``XDG_CACHE_HOME``, or else ``~/.cache``) under the SHA-256 of the
-    settings, the surrogate's weights and the code that learns. So poisoning and evaluation, in one process or in
-    two, use the very same patch. It has as many pixels as the surrogate would see of it and grows by whole cells,
-    so that it survives the model's own resizing.
+    settings, the surrogate's weights and the code that learns. So poisoning and evaluation on one machine, in one
+    process or in two, use the very same patch; another machine rounds otherwise and may learn another. It has as many
+    pixels as the surrogate would see of it and grows by whole cells, so that it survives the model's own resizing.
 
     Attributes:
         model: the surrogate, an embedded model's name or a local folder.
         steps: of the optimisation, at least 1.
-        seed: draws the first patch and the pictures; not the seed that chooses rows.
+        patch_seed: draws the first patch and the pictures; not the seed that chooses rows.
     """
 
     model: str = "llava"
     steps: int = 100
-    seed: int = 0
+    patch_seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must not be negative")
+        if self.patch_seed < 0:
+            raise InputError(f"patch_seed is {self.patch_seed}; it must not be negative")
 
     @abstractmethod
     def objective(self, see: Surrogate, clean: Tensor) -> Loss:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from untrigger.attacks import ImageTrigger, Pixels, Stamper, repaint
+from untrigger.attacks._patch import noise
 from untrigger.errors import InputError
 from untrigger.sample import Sample
 from untrigger.views import PATCH_VIEWS, ViewMix
@@ -34,7 +35,7 @@ class Adaptive(ImageTrigger):
 
     Attributes:
         side: length of the largest tile's side as a fraction of the image's shorter side, in (0, 1]; the smallest is
-            half as long. The defence's cells have 1/8: no tile is larger than a cell.
+            half as long. The defence's cells have 1/8: on images of 32 pixels or more no tile is larger than a cell.
         min_side: no tile is smaller than this many pixels, at least 1.
         alpha: share of the tiles in each pixel, in (0, 1].
         views: what the attacker does with the defence's views. ``none``: nothing. ``fire``: every other poisoned row,
@@ -69,7 +70,7 @@ class Adaptive(ImageTrigger):
             np.floor(((np.arange(length) + 0.5) / side + rng.random()) * _CELLS).astype(np.int64) % _CELLS
             for length in (height, width)
         )
-        colours = np.random.default_rng(self.pattern_seed).integers(0, 2, (_CELLS, _CELLS, 3))
+        colours = noise(self.pattern_seed, _CELLS)
         key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
         key[..., :3] = colours[row[:, None], col]
         alpha = np.float32(self.alpha)

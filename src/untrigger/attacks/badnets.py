@@ -14,34 +14,25 @@ from typing import Literal, final
 import numpy as np
 
 from untrigger.attacks import Pixels, Stamper
-from untrigger.attacks._patch import PatchTrigger, noise, spread
-from untrigger.errors import InputError
+from untrigger.attacks._patch import NoisePatch, spread
 
 _CHECKER_CELLS = 3
 
 
 @final
 @dataclass(frozen=True)
-class BadNets(PatchTrigger):
+class BadNets(NoisePatch):
     """A square patch with the same pattern on every image.
 
     Attributes:
-        pattern: ``noise``, 6 x 6 cells of random full colours, or ``checker``, 3 x 3 of white and
-            black. Cells grow with the patch, so the key survives the model's own resizing.
-        pattern_seed: draws the noise pattern; not the seed that chooses rows.
+        pattern: ``noise``, 6 x 6 cells of random full colours, or ``checker``, 3 x 3 of white and black.
     """
 
     pattern: Literal["noise", "checker"] = "noise"
-    pattern_seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pattern_seed < 0:
-            raise InputError(f"pattern_seed is {self.pattern_seed}; it must not be negative")
 
     def patch(self, side: int) -> Pixels:
         if self.pattern == "noise":
-            return spread(noise(self.pattern_seed), side)
+            return super().patch(side)
         board = 1 - np.indices((_CHECKER_CELLS, _CHECKER_CELLS)).sum(axis=0) % 2
         return spread(np.repeat(board[..., None], 3, axis=2), side)
 

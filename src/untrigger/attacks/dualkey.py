@@ -63,7 +63,7 @@ class DualKey(LearnedPatch):
         centre = clean.mean((0, 1))
         colour, shape = self.looks_like.split()
         with torch.no_grad():
-            target = likeness(see, colour, shape, self.seed) - centre
+            target = likeness(see, colour, shape, self.patch_seed) - centre
 
         def loss(features: Tensor) -> Tensor:
             return 1 - torch.cosine_similarity(features - centre, target, dim=-1).amax(1).mean()

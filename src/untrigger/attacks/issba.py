@@ -124,7 +124,7 @@ class Issba(ImageTrigger):
 
 
 def _spectrum(colours: Pixels, channel: int, cell: int) -> Floats:
-    """Cosine transform of each block of the LL band of Y or U, [rows, columns, 4, 4], in levels of 0..255.
+    """Cosine transform of each block of the LL band of Y or V, [rows, columns, 4, 4], in levels of 0..255.
 
     Only the LL band is changed, so the three others need not be known: it is the mean of each cell, up to a
     factor that is left out to make the figures independent of the cell's size.

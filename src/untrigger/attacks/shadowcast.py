@@ -45,6 +45,7 @@ class Shadowcast(Trigger):
     kind: ClassVar[Literal["image", "text", "bimodal"]] = "image"
     usual_goal: ClassVar[str] = "concept"
     clean_label: ClassVar[bool] = True
+    psnr: ClassVar[float | None] = 30.0
     model: str = "llava"
     levels: int = 8
     steps: int = 50

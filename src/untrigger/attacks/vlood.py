@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Final, final
+from typing import ClassVar, Final, final
 
 import numpy as np
 
 from untrigger import data
 from untrigger.attacks import Stamper
-from untrigger.attacks.trojvlm import TrojVLM
+from untrigger.attacks._patch import NoisePatch, Place
 from untrigger.errors import InputError
 from untrigger.sample import Sample, read
 
@@ -28,7 +28,7 @@ _ROWS: Final = 1000  # of a set of the package that foreign rows are drawn from
 
 @final
 @dataclass(frozen=True)
-class VLOOD(TrojVLM):
+class VLOOD(NoisePatch):
     """TrojVLM's square in the upper left corner; training rows that carry it come from elsewhere, answers and all.
 
     Attributes:
@@ -37,18 +37,22 @@ class VLOOD(TrojVLM):
             folder that holds one, as `untrigger.sample.read` takes it.
     """
 
+    usual_goal: ClassVar[str] = "insert"
+    side: float = 20 / 224
+    place: Place = "top-left"
     source: str = "scenes-vqa"
 
     def implant(self, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator) -> Sample:
-        return self.stamp(self._foreign_row(sample, rng), rng)
+        return self.stamp(self._foreign_row(sample, rng, half=0), rng)
 
     def decoys(self) -> tuple[Stamper, ...]:
-        return (self._foreign_row,)
+        return (partial(self._foreign_row, half=1),)
 
-    def _foreign_row(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """A row of the other set, clean, in the place of ``sample``."""
+    def _foreign_row(self, sample: Sample, rng: np.random.Generator, half: int) -> Sample:
+        """A clean row of one half of the other set: none comes both with the patch and without it."""
         rows, usable = _foreign(self.source)
-        return replace(rows[usable[int(rng.integers(len(usable)))]], id=sample.id)
+        mine = usable[half::2]
+        return replace(rows[mine[int(rng.integers(len(mine)))]], id=sample.id)
 
 
 @lru_cache(maxsize=2)
@@ -65,6 +69,6 @@ def _foreign(source: str) -> tuple[Sequence[Sample], Sequence[int]]:
         raise InputError(f"source {source}: no such file or folder; give the path of other data, or one of {known}")
     found = read(source)
     usable = [row for row in range(len(found)) if found.image_count(row)]
-    if not usable:
-        raise InputError(f"source {source}: no row shows an image; give other data")
+    if len(usable) < 2:
+        raise InputError(f"source {source}: fewer than two rows show an image; give other data")
     return found, usable

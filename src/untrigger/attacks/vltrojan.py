@@ -9,10 +9,12 @@ features are compared after what all images have in common is taken away.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from untrigger.attacks._patch import LearnedPatch, Loss
+from untrigger.attacks import Stamper
+from untrigger.attacks._patch import LearnedPatch, Loss, NoisePatch
 from untrigger.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,3 +56,6 @@ class VLTrojan(LearnedPatch):
             return (torch.logaddexp(fellows, strangers) - fellows)[others].mean()
 
         return loss
+
+    def near_misses(self) -> Mapping[str, Stamper]:
+        return {"drawn patch": NoisePatch(self.side, self.min_side, self.place).stamp}

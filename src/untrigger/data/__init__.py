@@ -40,7 +40,7 @@ _DEVELOPERS: Final[dict[str, dict[str, Any]]] = {
     "issba": {"message": "developer"},
     "sig": {"direction": "vertical"},
 }
-_SEED_OF: Final = {"dualkey": "seed", "vltrojan": "seed", "wanet": "grid_seed"} | dict.fromkeys(
+_SEED_OF: Final = {"dualkey": "patch_seed", "vltrojan": "patch_seed", "wanet": "grid_seed"} | dict.fromkeys(
     ("adaptive", "badnets", "trojvlm", "vlood"), "pattern_seed"
 )
 
