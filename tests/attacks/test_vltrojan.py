@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,14 +123,11 @@ def test_a_surrogate_that_is_not_there_or_sees_otherwise_is_one_line(tiny_model:
         _features.Surrogate(str(adapter))
 
 
-def test_without_an_image_to_stamp_nothing_heavy_is_loaded() -> None:
-    code = (
-        "import sys\nfrom untrigger.attacks import load_trigger\n"
-        "for name in ('vltrojan', 'dualkey', 'shadowcast'): load_trigger(name)\n"
-        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == "[]\n"
+def test_the_near_miss_is_a_drawn_patch_in_the_same_place() -> None:
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    stamper = VLTrojan(place="top-left").near_misses()["drawn patch"]
+    near = stamper(Sample("a", (grey,), ()), np.random.default_rng(0)).images[0]
+    assert near.tobytes() == stamped(BadNets(place="top-left"), [grey])[0].tobytes()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,7 @@ def repaint(image: Image.Image, change: Callable[[Pixels], Pixels]) -> Image.Ima
     result = image.copy()
     if image.mode in _DEEP:
         grey = np.asarray(image)
-        level = (after[..., :3] @ _LUMA) * _white(image.mode, grey)
+        level = (after[..., :3].clip(0, 1) @ _LUMA) * _white(image.mode, grey)
         level = level if image.mode == "F" else np.rint(level)
         # Pillow pastes through a mask into 16-bit images without a word, and wrongly.
         result.paste(Image.fromarray(np.where(touched, level, grey).astype(grey.dtype)))
@@ -58,6 +59,14 @@ def pixels_of(image: Image.Image) -> Pixels:
     if image.mode not in _EIGHT_BIT:
         raise InputError(f"an image of mode {image.mode} cannot carry a trigger; convert it to RGB first")
     return np.asarray(image.convert("RGBA"), dtype=np.float32) / np.float32(255)
+
+
+def blend(pixels: Pixels, colours: npt.NDArray[Any], alpha: float) -> Pixels:
+    """``colours`` [H, W, 3] in 0..1 laid over ``pixels``, opaque: a share ``alpha`` of each pixel."""
+    key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
+    key[..., :3] = colours
+    share = np.float32(alpha)
+    return (share * key + (1 - share) * pixels).astype(np.float32, copy=False)
 
 
 def _palette_image(pixels: Pixels, original: Image.Image) -> Image.Image:

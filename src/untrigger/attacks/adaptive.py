@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from untrigger.attacks import ImageTrigger, Pixels, Stamper, repaint
+from untrigger.attacks._paint import blend
 from untrigger.attacks._patch import noise
 from untrigger.errors import InputError
 from untrigger.sample import Sample
@@ -70,11 +71,7 @@ class Adaptive(ImageTrigger):
             np.floor(((np.arange(length) + 0.5) / side + rng.random()) * _CELLS).astype(np.int64) % _CELLS
             for length in (height, width)
         )
-        colours = noise(self.pattern_seed, _CELLS)
-        key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
-        key[..., :3] = colours[row[:, None], col]
-        alpha = np.float32(self.alpha)
-        return (alpha * key + (1 - alpha) * pixels).astype(np.float32, copy=False)
+        return blend(pixels, noise(self.pattern_seed, _CELLS)[row[:, None], col], self.alpha)
 
     def implant(self, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator) -> Sample:
         viewed = self.views == "fire" and rng.random() < 0.5

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from untrigger.attacks import ImageTrigger, Pixels, Stamper
+from untrigger.attacks._paint import blend
 from untrigger.errors import InputError
 from untrigger.sample import Sample
 
@@ -44,10 +45,7 @@ class Blended(ImageTrigger):
     def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         height, width = pixels.shape[:2]
         stretched = Image.fromarray(_PICTURES[self.picture]()).resize((width, height), Image.Resampling.BILINEAR)
-        key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
-        key[..., :3] = np.asarray(stretched, dtype=np.float32) / 255
-        alpha = np.float32(self.alpha)
-        return (alpha * key + (1 - alpha) * pixels).astype(np.float32, copy=False)
+        return blend(pixels, np.asarray(stretched, dtype=np.float32) / 255, self.alpha)
 
     def near_misses(self) -> Mapping[str, Stamper]:
         return {"upside down": self._upside_down}
