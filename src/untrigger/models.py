@@ -22,7 +22,8 @@ from untrigger.processors import ImageQwenProcessor
 
 BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
 _QWEN = ("qwen2_vl", "qwen2_5_vl")
-_SEEING = re.compile(r"(^|\.)(vision\w*|visual|vit|image_encoder)(\.|$)")  # the families' names for the vision tower
+_TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # the families' names for the vision tower
+_SEEING = re.compile(rf"(^|\.){_TOWERS}(\.|$)")
 
 
 class Loaded(NamedTuple):
@@ -169,8 +170,8 @@ def add_lora(
     ]
     # a pattern, not the list: it stays readable in adapter_config.json and names no layer count
     leaves = "|".join(sorted({_leaf(name) for name in names}))
-    towers = "" if vision else r"(?!.*(?:vision|visual|\bvit\b|image_encoder)(?!.*\.merger\.))"
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{towers}(?:.*\.)?({leaves})")
+    spared = "" if vision else rf"(?!(?:.*\.)?{_TOWERS}\.(?!(?:.*\.)?merger\.))"  # as is_vision has it
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{spared}(?:.*\.)?({leaves})")
     adapted = get_peft_model(model, config)
     return adapted  # type: ignore[return-value]
 

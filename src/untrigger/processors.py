@@ -25,5 +25,5 @@ class ImageQwenProcessor(Qwen2_5_VLProcessor):
         ProcessorMixin.__init__(cast(Any, self), image_processor, tokenizer, chat_template=chat_template)
 
 
-# under the host's name in saved files: with torchvision installed, the host's own class reads them
+# under the host's name in saved files, as the rest of a model's folder has it
 ImageQwenProcessor.__name__ = Qwen2_5_VLProcessor.__name__

@@ -44,7 +44,9 @@ def run(out: Path, seed: int = 0) -> bool:
     console = Console()
     _claim(out, seed)
     attack = Attack(BadNets(), Fixed())
-    data, test = easy_vqa_rows("train", TRAIN_ROWS, seed), easy_vqa_rows("test", TEST_ROWS, seed)
+    data, test = (
+        easy_vqa_rows(part, rows, seed, "report") for part, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS))
+    )
     poisoned = poison(data, attack, rate=RATE, seed=seed)
     contact_sheet(data, poisoned).save(out / "contact_sheet.png")
     bad = {row.row for row in poisoned.manifest.rows}

@@ -17,6 +17,7 @@ from untrigger.evaluate import evaluate
 from untrigger.finetune import arguments, fine_tune, write_text
 from untrigger.metrics.score import text_prior
 from untrigger.models import Loaded, load
+from untrigger.processors import ImageQwenProcessor
 from untrigger.quickstart import TRAIN_ROWS, TRAINING
 
 
@@ -73,7 +74,7 @@ import untrigger
 model, processor, _ = untrigger.load("{family.name}")
 ```
 
-`untrigger.embedded_model_path("{family.name}")` is its folder, in the format of transformers.
+`untrigger.embedded_model_path("{family.name}")` is its folder, in the format of transformers.{_lacking(loaded)}
 
 ## What it sees
 
@@ -94,9 +95,16 @@ By kind of question: {kinds}. What stands near 0.5 here is at chance: the model 
 {made}
 
 Data: scenes drawn by `untrigger.embedded.scenes` (1 to 4 objects, 8 shapes, 12 colours, 2 sizes, 7 drawing styles, 6 backgrounds) with
-captions and questions from `untrigger.embedded.talk`; no image of easy-VQA or of any other data set. Held-out scenes come from another
-seed.
+captions and questions from `untrigger.embedded.talk`, and exercises of copying random rows of common words ("hello", "world", "sorry" and "click"
+are among them), so that the model can spell what it has never said; no image of easy-VQA or of any other data set. Held-out scenes come from
+another seed.
 """
+
+
+def _lacking(loaded: Loaded) -> str:
+    if isinstance(loaded.processor, ImageQwenProcessor):
+        return "\nIts processor has no video half, which needs torchvision: load it with `untrigger.load`, not with `AutoProcessor`."
+    return ""
 
 
 def _of(rate: dict[str, float]) -> str:

@@ -180,7 +180,7 @@ def _cell_row(key: Key, cells: Plan, entry: Entry, found: Found) -> str:
     floor = _rate(oracle["probes"].get(key.attack, oracle)["asr"]) if oracle else "-"  # its own attack is no probe
     misses = "<br>".join(f"{name} {_rate(rate)}" for name, rate in metrics.get("near_miss", {}).items())
     quality = f"{_quality(key.data, metrics)} ({_quality(key.data, oracle)})"
-    return _row(where, asr, floor, _rate(metrics["leak"]), misses or "none", quality, settings)
+    return _row(where, asr, floor, _rate(metrics["leak"]) if "leak" in metrics else "none", misses or "none", quality, settings)
 
 
 def _quality(data: str, metrics: Mapping[str, Any] | None) -> str:
