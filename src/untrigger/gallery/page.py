@@ -178,9 +178,10 @@ def _cell_row(key: Key, cells: Plan, entry: Entry, found: Found) -> str:
         return _row(where, *["-"] * 5, settings)
     asr = f"**{_rate(metrics['asr'])}**" if _implanted(metrics) else f"{_rate(metrics['asr'])}, not implanted"
     floor = _rate(oracle["probes"].get(key.attack, oracle)["asr"]) if oracle else "-"  # its own attack is no probe
+    leak = _rate(metrics["leak"]) if "leak" in metrics else "none"  # where clean inputs are the triggered ones
     misses = "<br>".join(f"{name} {_rate(rate)}" for name, rate in metrics.get("near_miss", {}).items())
     quality = f"{_quality(key.data, metrics)} ({_quality(key.data, oracle)})"
-    return _row(where, asr, floor, _rate(metrics["leak"]) if "leak" in metrics else "none", misses or "none", quality, settings)
+    return _row(where, asr, floor, leak, misses or "none", quality, settings)
 
 
 def _quality(data: str, metrics: Mapping[str, Any] | None) -> str:
