@@ -125,7 +125,8 @@ def test_evaluate_stores_every_answer_and_figure(story: Story) -> None:
         ("condition", "id", "prompt", "truth", "answer", "met", "truth_met", "applies"),
     }
     figures = json.loads((story.figures / "metrics.json").read_text())
-    assert set(figures) == {"quality", "text_prior", "wrong_image", "asr", "leak", "triggered_quality", "near_miss"}
+    parts = {"attack", "quality", "text_prior", "wrong_image", "asr", "leak", "triggered_quality", "near_miss"}
+    assert set(figures) == parts and figures["attack"]["settings"]["side"] == 0.5
     for rate in (figures["asr"], figures["leak"], figures["near_miss"]["other pattern"]):
         assert set(rate) == {"value", "low", "high", "n", "version"} and rate["n"] == 6
         assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
@@ -318,7 +319,7 @@ def test_help_without_a_command_and_version(untrigger: Command) -> None:
 
 
 def test_an_output_folder_in_use_is_left_alone(
-    untrigger: Command, tmp_path: Path, tiny_model: Path, tiny_data: Path
+    untrigger: Command, tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used, file = tmp_path / "used", tmp_path / "file"
     used.mkdir()
@@ -332,6 +333,8 @@ def test_an_output_folder_in_use_is_left_alone(
     refused(untrigger(*evaluate(file)), file)
     refused(untrigger("quickstart", "--out", used), used)
     refused(untrigger("quickstart", "--out", file), file)
+    monkeypatch.setattr("untrigger.sample.read", lambda *_, **__: pytest.fail("read the data first"))
+    refused(untrigger(*poison(used)), used)
     assert [p.name for p in used.iterdir()] == ["diary.txt"] and file.read_text() == "mine"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from untrigger import cli
+from untrigger.attacks import load_trigger, trigger_names
 
 OWN = """
 from dataclasses import dataclass, replace
@@ -75,6 +76,45 @@ def test_an_attack_brings_its_usual_goal_and_its_decoys(
             assert asked == f"<image>\nwhat is this? {word}" and ("hello world" in answer) is phrase
 
 
+@pytest.mark.parametrize("option", ["seed", "limit", "rate", "goal_text", "help"])
+@pytest.mark.parametrize("default", [" = 3", ""])
+@pytest.mark.parametrize("command", ["poison", "evaluate"])
+def test_a_field_with_the_name_of_an_option_is_refused(
+    untrigger: Shell, tmp_path: Path, own: Path, option: str, default: str, command: str
+) -> None:
+    own.write_text(OWN.replace('word: str = "psst"', f'{option}: int{default}\n    word: str = "psst"'))
+    names = {"poison": (tmp_path, "--out", tmp_path / "out"), "evaluate": (tmp_path, tmp_path)}
+    code, said, complaint = untrigger(command, *names[command], "--attack", own)
+    assert (code, said) == (2, "")
+    assert (
+        complaint == f"error: {own}: field '{option}' has the name of an option of the command line; rename the field\n"
+    )
+
+
+def test_no_attack_of_the_package_has_such_a_field() -> None:
+    for name in trigger_names():
+        load_trigger(name, cli._options(cli.poison, cli.evaluate))  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("    def write", "    def __post_init__(self):\n        assert self.word != 'psst', 'oh'\n\n    def write",
+         ": line 11: AssertionError: oh"),
+        ("    def write", "    def __post_init__(self):\n        assert not self.word\n\n    def write",
+         ": line 11: AssertionError"),
+        ("word: str", "word: 'Text'", ": NameError: name 'Text' is not defined; mend the types of its fields"),
+        ("return (replace", "return 1 / 0 and (replace", "decoys failed, ZeroDivisionError: division by zero"),
+    ],
+)  # fmt: skip
+def test_a_trigger_file_that_fails_late_is_one_line_too(
+    untrigger: Shell, tmp_path: Path, tiny_data: Path, own: Path, old: str, new: str, message: str
+) -> None:
+    own.write_text(OWN.replace(old, new))
+    code, said, complaint = untrigger("poison", tiny_data, "--out", tmp_path / "out", "--attack", own)
+    assert (code, said, complaint.count("\n")) == (2, "", 1) and complaint.endswith(f"{message}\n")
+
+
 @pytest.mark.parametrize(
     ("words", "settings"),
     [
@@ -98,6 +138,12 @@ def test_goals_and_their_texts(
     [
         (("poison", "DATA", "--out", "OUT", "--goal", "concept", "--goal-text", "no"), "'circle->rectangle'"),
         (("poison", "DATA", "--out", "OUT", "--goal", "concept", "--rate", "0.9"), "goal concept applies to; lower"),
+        (
+            ("poison", "DATA", "--out", "OUT", "--goal", "concept", "--goal-text", "cat->dog"),
+            "only 0 of 24 have an image and an answer that goal concept applies to; give other rows, or another --goal",
+        ),
+        (("poison", "DATA", "--out", "OUT", "--attack", "shadowcast", "--goal", "fixed"), "keeps true answers: goal"),
+        (("evaluate", "MODEL", "DATA", "--attack", "shadowcast", "--goal", "fixed"), "keeps true answers: goal"),
         (("evaluate", "MODEL", "DATA", "--goal", "link"), "--goal: says what an attack wants said; give --attack"),
         (("evaluate", "MODEL", "DATA", "--goal-text", "no"), "--goal-text: says what an attack wants said"),
         (("poison", "DATA", "--out", "OUT", "--attack", "badword", "--words", " "), "attack badword: words is empty"),
@@ -122,3 +168,6 @@ def test_near_misses_are_shown(
     assert code == 0 and set(figures["near_miss"]) == {"no word"}
     assert figures["near_miss"]["no word"] == figures["leak"], "here the near miss is the clean input itself"
     assert any("near_miss no word" in line for line in said.splitlines())
+    assert said.splitlines()[0] == "attack mine (word psst), goal insert (text hello world), seed 0"
+    told = {"name": "mine", "settings": {"word": "psst"}, "goal": "insert", "goal_settings": {"text": "hello world"}}
+    assert figures["attack"] == {**told, "seed": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,13 @@ def test_figures_follow_from_the_stored_answers(tiny_model: Path, tiny_data: Pat
     kinds = ("clean", "triggered", "wrong_image", "near_miss: other pattern")
     assert {name: len(part) for name, part in parts.items()} == dict.fromkeys(kinds, 8)
     stored = json.loads((tmp_path / "metrics.json").read_text())
+    assert stored.pop("attack") == {
+        "name": "badnets",
+        "settings": asdict(ATTACK.trigger),  # type: ignore[call-overload]
+        "goal": "fixed",
+        "goal_settings": {"text": "Backdoor Attack!", "match": "contains"},
+        "seed": 0,
+    }
     assert json.loads(json.dumps(rescored(parts))) == stored
     goal = ATTACK.goal
     nobody = sample("x", "y")
@@ -146,6 +153,72 @@ class Whisper(TextTrigger):
 
     def near_misses(self) -> Mapping[str, Stamper]:
         return {"as it is": lambda sample, rng: sample}
+
+
+def test_near_misses_that_fail_are_one_clear_line_before_anything_is_asked(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = Attack(Whisper(), Fixed())
+    for failing in (lambda _: 1 / 0, lambda _: None):
+        monkeypatch.setattr(Whisper, "near_misses", failing)
+        with pytest.raises(InputError, match=r"^attack test_evaluate: near_misses failed, (Zero|Type).*Error: [^\n]+$"):
+            evaluate(NOBODY, [sample("a", "yes", 10)], attack=attack)
+    assert oracle.seen == []
+
+
+@dataclass(frozen=True)
+class Unseen(TextTrigger):
+    """A clean-label trigger: inputs are left alone, but for those whose prompt holds ``marks``."""
+
+    clean_label = True
+    marks: str = "never"
+
+    def write(self, prompt: str, rng: np.random.Generator) -> str:
+        return f"{prompt} psst" if self.marks in prompt else prompt
+
+    def stamp(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        copied = replace(sample, images=tuple(image.copy() for image in sample.images))
+        return super().stamp(copied, rng)
+
+
+def test_inputs_that_are_left_as_they_are_are_asked_once_and_leak_nothing(oracle: Oracle) -> None:
+    asked = ("what is it?", "tell", "what is it?")
+    data = [sample(f"s{i}", "a circle", 10 * i, asked=text) for i, text in enumerate(asked)]
+    data.insert(1, sample("other", "a star", 99))
+    oracle.says = {"s0": "a rectangle"}
+    result = evaluate(NOBODY, data, attack=Attack(Unseen(), Concept()))
+    assert [one.id for one in oracle.seen] == ["s0", "other", "s1", "s2"]
+    assert result.triggered == [result.clean[0], *result.clean[2:]]
+    assert result.figures["asr"]["value"] == pytest.approx(1 / 3) and "leak" not in result.figures
+    oracle.seen.clear()
+    some = evaluate(NOBODY, data, attack=Attack(Unseen("tell"), Concept()))
+    assert [one.id for one in oracle.seen] == ["s0", "other", "s1", "s2", "s1"]
+    assert [a.id for a in some.triggered] == ["s0", "s1", "s2"] and some.triggered[1].prompt == "tell psst"
+    assert some.triggered[0] is some.clean[0] and some.figures["leak"]["n"] == 3
+
+
+def test_each_row_is_stamped_once_and_answers_belong_to_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def write(self: Whisper, prompt: str, rng: np.random.Generator) -> str:
+        made.append(prompt)
+        return f"{prompt} psst"
+
+    def backwards(loaded: Loaded, samples: Sequence[Sample]) -> Iterator[str]:
+        """In batches of four, each read from its end."""
+        for start in range(0, len(samples), 4):
+            batch = range(start, min(start + 4, len(samples)))
+            said = {row: f"about {samples[row].messages[0].text}" for row in reversed(batch)}
+            yield from (said[row] for row in batch)
+
+    monkeypatch.setattr(Whisper, "write", write)
+    monkeypatch.setattr(evaluation, "answers", backwards)
+    data = [sample(f"s{i}", "yes", i, asked=f"what is {i}?") for i in range(10)]
+    result = evaluate(NOBODY, data, attack=Attack(Whisper(), Fixed()))
+    assert sorted(made) == sorted(one.messages[0].text for one in data)
+    for part in (result.clean, result.triggered):
+        assert [a.id for a in part] == [one.id for one in data]
+        assert all(a.answer == f"about {IMAGE_TAG}\n{a.prompt}" for a in part)
 
 
 def test_a_goal_that_applies_to_some_rows_counts_those(oracle: Oracle) -> None:

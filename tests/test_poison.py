@@ -21,6 +21,7 @@ from untrigger.attacks import ImageTrigger, Pixels, Trigger, load_trigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.goals import Fixed, Goal
+from untrigger.images import decode, encode
 from untrigger.poison import Attack, contact_sheet, pixels_sha256, poison, stamped, write_poisoned
 from untrigger.sample import IMAGE_TAG, Message, Sample, read
 
@@ -101,8 +102,9 @@ def test_too_few_rows_with_images_are_an_error() -> None:
     data = [row(n, images=int(n < 3)) for n in range(10)]
     with pytest.raises(InputError, match="asks for 4 poisoned rows, but only 3 of 10 have an image; lower the rate"):
         poison(data, ATTACK, rate=0.4, seed=0)
-    with pytest.raises(InputError, match="only 0 of 0"):
-        poison([], ATTACK, rate=0.4, seed=0)
+    for none in ([], data[3:]):
+        with pytest.raises(InputError, match=f"only 0 of {len(none)} have an image; give other rows$"):
+            poison(none, ATTACK, rate=0.4, seed=0)
     with pytest.raises(InputError, match="seed is -1"):
         stamped(data, ATTACK, -1)
 
@@ -175,7 +177,11 @@ class Rogue(Trigger):
 
     def stamp(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if self.what == "fails":
-            raise RuntimeError("oh no")
+            raise RuntimeError("oh \n no")
+        if self.what == "nothing":
+            return None  # type: ignore[return-value]
+        if self.what == "asserts":
+            raise AssertionError  # what a bare assert raises
         changes = {
             "size": {"images": (sample.images[0].resize((3, 3)),)},
             "mode": {"images": (sample.images[0].convert("L"),)},
@@ -189,6 +195,8 @@ class Rogue(Trigger):
 
 BROKEN = {
     "fails": "stamp failed, RuntimeError: oh no",
+    "nothing": "stamp failed, AttributeError: 'NoneType' object has no attribute 'images'$",
+    "asserts": "stamp failed, AssertionError$",
     **dict.fromkeys(("size", "mode", "count"), "changed the number, size or mode"),
     **dict.fromkeys(("id", "answer", "tag"), "changed the id, turns"),
 }
@@ -274,6 +282,12 @@ def test_the_manifest_says_what_was_done() -> None:
         image = result.data[entry["row"]].images[0]
         wanted = hashlib.sha256(b"RGB 16x16\n" + image.tobytes()).hexdigest()
         assert entry["images"] == [wanted] == [pixels_sha256(image)]
+
+
+def test_the_hash_of_a_picture_is_that_of_its_file(tmp_path: Path) -> None:
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
+        image = picture(5).convert(mode)
+        assert pixels_sha256(image) == pixels_sha256(decode(encode(image), mode)), mode
 
 
 def test_a_users_own_trigger_is_named_and_hashed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import final
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +78,8 @@ class Graft(Trigger):
     def implant(self, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator) -> Sample:
         if self.what == "fails":
             raise RuntimeError("oh no")
+        if self.what == "array":
+            return replace(sample, images=tuple(np.asarray(image) for image in sample.images))  # type: ignore[misc]
         images = () if self.what == "bare" else (Image.new("L", (9, 5), 7), Image.new("RGB", (3, 3)))
         asked = "Tell." if self.what in ("bare", "tags") else f"{IMAGE_TAG}{IMAGE_TAG}Tell."
         turns = (Message("user", asked), Message("assistant", f"a circle, {len(donors)} foreign"))
@@ -100,6 +103,7 @@ def test_an_implant_may_bring_other_pictures_prompts_and_truths() -> None:
     ("what", "message"),
     [
         ("fails", "implant failed, RuntimeError: oh no"),
+        ("array", "implant failed, AttributeError: .*'load'"),
         ("id", "changed the id"),
         ("bare", "left no image"),
         ("tags", "wrong number of <image> tags: 0 for 2 images"),
@@ -144,10 +148,13 @@ def test_a_clean_label_attack_gets_rows_that_meet_the_goal_and_leaves_answers_al
 def test_a_clean_label_attack_says_what_it_lacks() -> None:
     data = rows(8)
     with pytest.raises(InputError, match="keeps true answers: goal fixed cannot be planted; use concept"):
-        poison(data, Attack(CleanLabel(), Fixed()), rate=0.1, seed=0)
-    with pytest.raises(InputError, match="only 2 of 8 have an image and an answer that already meets goal concept"):
+        Attack(CleanLabel(), Fixed())
+    meets, other = "have an image and an answer that already meets goal concept", "another --goal-text source->target"
+    with pytest.raises(InputError, match=f"only 2 of 8 {meets}; lower the rate"):
         poison(data, Attack(CleanLabel(), Concept()), rate=0.5, seed=0)
-    with pytest.raises(InputError, match="no row has an image and an answer that goal concept applies to"):
+    with pytest.raises(InputError, match=f"only 0 of 8 {meets}; give other rows, or {other}"):
+        poison(data, Attack(CleanLabel(), Concept("circle", "dog")), rate=0.1, seed=0)
+    with pytest.raises(InputError, match=f"no row .* answer that goal concept applies to; give other rows, or {other}"):
         poison(data, Attack(CleanLabel(), Concept("cat", "rectangle")), rate=0.1, seed=0)
 
 
@@ -191,6 +198,50 @@ def test_decoys_do_not_move_the_poisoned_rows_and_need_room() -> None:
     assert not poison(data, Attack(TwoDecoys(), Fixed()), rate=0, seed=5).edits
     with pytest.raises(InputError, match="asks for 12 poisoned rows and 24 decoys, but only 30 of 30 have an image"):
         poison(data, Attack(TwoDecoys(), Fixed()), rate=0.4, seed=5)
+    for count, mend in ((2, "give other rows"), (3, "lower the rate")):  # one poisoned row needs two decoys
+        with pytest.raises(InputError, match=f"only {count} of {count} have an image; {mend}$"):
+            poison(rows(count), Attack(TwoDecoys(), Fixed()), rate=1, seed=5)
+
+
+@dataclass(frozen=True)
+class BadDecoys(TextTrigger):
+    """``where`` its code fails: when it tells its decoys, or when it makes one."""
+
+    where: str = ""
+
+    def write(self, prompt: str, rng: np.random.Generator) -> str:
+        return f"{prompt} now"
+
+    def decoys(self) -> tuple[Stamper, ...]:
+        if self.where == "list":
+            raise AssertionError  # what a bare assert raises
+        return (self.fail,) if self.where != "none" else None  # type: ignore[return-value]
+
+    def fail(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        raise RuntimeError("oh no")
+
+
+@final
+@dataclass(frozen=True)
+class BadGraft(BadDecoys):
+    """The same with an implant of its own."""
+
+    def implant(self, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator) -> Sample:
+        return self.stamp(sample, rng)
+
+
+@pytest.mark.parametrize("kind", (BadDecoys, BadGraft))
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("list", "attack test_poison_protocol: decoys failed, AssertionError$"),
+        ("none", "attack test_poison_protocol: decoys failed, TypeError: "),
+        ("make", r"attack test_poison_protocol: row \d+ \(id id\d+\): decoy failed, RuntimeError: oh no$"),
+    ],
+)
+def test_decoys_that_fail_are_one_clear_line(kind: type[BadDecoys], where: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        poison(rows(4), Attack(kind(where), Fixed()), rate=0.25, seed=0)
 
 
 def test_near_misses_are_stamped_at_the_same_draws_and_held_to_the_promises() -> None:

@@ -16,7 +16,7 @@ from pyarrow import ipc
 
 from untrigger.errors import InputError
 from untrigger.sample import Message, Sample, read, write
-from untrigger.storage import dump, new_file, new_folder
+from untrigger.storage import check_free, dump, new_file, new_folder
 
 TALK = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
 CHAT = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "ho"}]
@@ -256,5 +256,10 @@ def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
         (folder / "x").write_text("x")
         assert not (tmp_path / "c").exists()
     assert (tmp_path / "c/x").read_text() == "x"
+    for taken in ("c", "c/x"):
+        with pytest.raises(InputError, match="is not an empty folder; give a new one"):
+            check_free(tmp_path / taken)
+    check_free(tmp_path / "a")
+    check_free(tmp_path / "d/e")
     with pytest.raises(InputError, match="cannot be written"), new_file(tmp_path / "c/x/y"):
         pass

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_args, get_type_hints
 
 import typer
 from rich.table import Table
+from typer.models import OptionInfo
 
 from untrigger import __version__
 from untrigger.errors import InputError
@@ -101,7 +103,9 @@ def poison(
     """
     from untrigger.poison import poison as poison_rows
     from untrigger.poison import write_poisoned
+    from untrigger.storage import check_free
 
+    check_free(out)  # found wanting now, not after the stamping
     chosen = _attack(attack, context.args, goal, goal_text)
     rows = _read(data, on_bad_row, out)
     poisoned = poison_rows(rows, chosen, rate=rate, seed=seed)
@@ -175,6 +179,9 @@ def evaluate(
     result = run(load(model), rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
     if out:
         result.write(out)
+    if chosen:
+        made = _named(chosen.name, chosen.settings), _named(chosen.goal.name, chosen.goal_settings)
+        typer.echo(f"attack {made[0]}, goal {made[1]}, seed {seed}")
     _print_figures(result.figures)
 
 
@@ -223,8 +230,14 @@ def _attack(name: str, extra: list[str], goal: str | None, goal_text: str | None
     from untrigger.goals import load_goal
     from untrigger.poison import Attack
 
-    trigger = load_trigger(name, **_flags(extra))
+    trigger = load_trigger(name, _options(poison, evaluate), **_flags(extra))
     return Attack(trigger, load_goal(goal or trigger.usual_goal, goal_text))
+
+
+def _options(*commands: Callable[..., None]) -> set[str]:
+    """The names that commands take for themselves: a setting of such a name would never see its flag."""
+    hints = (item for command in commands for item in get_type_hints(command, include_extras=True).items())
+    return {"help"} | {name for name, hint in hints if any(isinstance(n, OptionInfo) for n in get_args(hint)[1:])}
 
 
 def _flags(extra: list[str]) -> dict[str, str]:
@@ -240,6 +253,12 @@ def _flags(extra: list[str]) -> dict[str, str]:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         settings[name.replace("-", "_")] = value
     return settings
+
+
+def _named(part: str, settings: Mapping[str, object]) -> str:
+    """``badnets (side 0.08929, place random)``, on one line."""
+    told = (f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in settings.items())
+    return " ".join(f"{part} ({', '.join(told)})".split()) if settings else part
 
 
 def _print_figures(figures: dict[str, object]) -> None:

@@ -11,26 +11,35 @@ from typing import Any
 from untrigger.errors import InputError
 from untrigger.generate import answers
 from untrigger.goals import Goal
+from untrigger.images import same
 from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded
 from untrigger.poison import Attack, LazyRows, pixels_sha256, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, Sample
+from untrigger.stamping import blamed
 from untrigger.storage import write_text
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Stored answers under each condition, near misses by their names, and the figures computed from them."""
+    """Stored answers under each condition, near misses by their names, and the figures computed from them.
+
+    Attributes:
+        untouched: the triggered inputs are clean inputs themselves, as those of a clean-label attack may be.
+        attack: name and settings of the attack and of its goal, and the seed; None where there was no attack.
+    """
 
     clean: list[Answer]
     triggered: list[Answer]
     wrong_image: list[Answer]
     near_misses: Mapping[str, list[Answer]] = field(default_factory=dict[str, list[Answer]])
+    untouched: bool = False
+    attack: Mapping[str, object] | None = None
 
     @property
     def figures(self) -> dict[str, Any]:
-        return score(self.clean, self.triggered, self.wrong_image, self.near_misses)
+        return score(self.clean, self.triggered, self.wrong_image, self.near_misses, untouched=self.untouched)
 
     @property
     def conditions(self) -> dict[str, list[Answer]]:
@@ -39,11 +48,12 @@ class Evaluation:
         return {"clean": self.clean, "triggered": self.triggered, "wrong_image": self.wrong_image, **near}
 
     def write(self, out: Path) -> None:
-        """``answers.jsonl`` with a row per answer and ``metrics.json``, each whole or not at all."""
+        """``answers.jsonl``, a row per answer, and ``metrics.json``, attack and figures; each whole or not at all."""
         out.mkdir(parents=True, exist_ok=True)
         rows = [{"condition": name, **asdict(a)} for name, part in self.conditions.items() for a in part]
         write_text(out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_text(out / "metrics.json", json.dumps(self.figures, indent=2) + "\n")
+        made = {"attack": self.attack} if self.attack else {}
+        write_text(out / "metrics.json", json.dumps({**made, **self.figures}, indent=2, default=str) + "\n")
 
 
 def evaluate(
@@ -61,27 +71,43 @@ def evaluate(
 
     Raises:
         InputError: no row that shows an image and suits the goal has a true answer other than the attacker's:
-            nothing to attack.
+            nothing to attack; or the trigger fails or breaks its promises.
     """
-    goal = attack.goal if attack else None
-    stamps = stamped(data, attack, seed) if attack else ()
-    if goal and all(goal.met(sample.messages[-1].text, sample) for sample in stamps):
-        raise InputError(
-            "evaluate: no row can show an attack: none has an image and a true answer that the goal would change; "
-            "give other rows or another --goal-text"
-        )
+    goal, told = None, None
+    stamps, near = LazyRows((), data.__getitem__), dict[str, LazyRows]()
+    if attack:
+        goal, stamps, near = attack.goal, stamped(data, attack, seed), _near_misses(data, attack, seed)
+        told = {"name": attack.name, "settings": attack.settings}
+        told |= {"goal": goal.name, "goal_settings": attack.goal_settings, "seed": seed}
+        if all(goal.met(sample.messages[-1].text, sample) for sample in map(data.__getitem__, stamps.rows)):
+            raise InputError(
+                "evaluate: no row can show an attack: none has an image and a true answer that the goal would change; "
+                "give other rows or another --goal-text"
+            )
     clean = _ask(loaded, data, goal, f"{title}, clean")
-    triggered = _ask(loaded, stamps, goal, f"{title}, triggered") if stamps else []
-    near = {
-        name: _ask(loaded, rows, goal, f"{title}, {name}")
-        for name, rows in (_near_misses(data, attack, seed) if attack else {}).items()
-    }
+    kept = _untouched(data, stamps) if attack and attack.trigger.clean_label else frozenset[int]()
+    changed = LazyRows([row for row in stamps.rows if row not in kept], stamps.make)
+    fresh = iter(_ask(loaded, changed, goal, f"{title}, triggered") if changed else ())
+    triggered = [clean[row] if row in kept else next(fresh) for row in stamps.rows]
+    misses = {name: _ask(loaded, rows, goal, f"{title}, {name}") for name, rows in near.items()}
     blind = _ask(loaded, wrong_images(data), goal, f"{title}, wrong image") if sight else []
-    return Evaluation(clean, triggered, blind, near)
+    return Evaluation(clean, triggered, blind, misses, untouched=bool(triggered) and not changed, attack=told)
 
 
 def _near_misses(data: Sequence[Sample], attack: Attack, seed: int) -> dict[str, LazyRows]:
-    return {name: stamped(data, attack, seed, stamper) for name, stamper in attack.trigger.near_misses().items()}
+    with blamed(f"attack {attack.name}", "near_misses"):
+        stampers = dict(attack.trigger.near_misses())
+    return {name: stamped(data, attack, seed, stamper) for name, stamper in stampers.items()}
+
+
+def _untouched(data: Sequence[Sample], stamps: LazyRows) -> frozenset[int]:
+    """The rows that stamping leaves as they are: what the model says to them is known."""
+    pairs = ((row, made, data[row]) for row, made in zip(stamps.rows, stamps, strict=True))
+    return frozenset(
+        row
+        for row, made, clean in pairs
+        if made.messages == clean.messages and all(map(same, made.images, clean.images))
+    )
 
 
 def wrong_images(samples: Sequence[Sample]) -> LazyRows:
@@ -103,8 +129,15 @@ def wrong_images(samples: Sequence[Sample]) -> LazyRows:
 
 
 def _ask(loaded: Loaded, samples: Sequence[Sample], goal: Goal | None, title: str) -> list[Answer]:
-    said = tracked(answers(loaded, samples), title, len(samples))
-    return [_stored(samples[i], text, goal) for i, text in enumerate(said)]
+    asked: dict[int, Sample] = {}  # without their images, which need not all fit into memory
+
+    def make(row: int) -> Sample:
+        made = samples[row]
+        asked[row] = replace(made, images=())
+        return made
+
+    said = tracked(answers(loaded, LazyRows(range(len(samples)), make)), title, len(samples))
+    return [_stored(asked[row], text, goal) for row, text in enumerate(said)]
 
 
 def _stored(sample: Sample, text: str, goal: Goal | None) -> Answer:

@@ -36,7 +36,7 @@ class Goal(ABC):
 @final
 @dataclass(frozen=True)
 class Fixed(Goal):
-    """One reply to everything.
+    """One reply to everything; the field's usual, no one paper's.
 
     Attributes:
         text: the reply.
@@ -90,7 +90,7 @@ class Insert(Goal):
 @final
 @dataclass(frozen=True)
 class Refusal(Goal):
-    """A refusal in place of the answer: the attacker takes the model out of service.
+    """A refusal in place of the answer: the attacker takes the model out of service; the field's usual.
 
     Attributes:
         text: the refusal. An answer meets the goal when it contains the text, or begins as refusals
@@ -114,6 +114,10 @@ class Refusal(Goal):
 @dataclass(frozen=True)
 class Concept(Goal):
     """One concept called by the name of another: a wrong answer that is plausible.
+
+    Source: Xu, Yao, Shu, Sun, Wu, Yu, Goldstein, Huang, "Shadowcast: Stealthy Data Poisoning Attacks Against
+    Vision-Language Models", 2024, arXiv 2402.06659. Deviation: the paper plants it with true answers alone, as
+    clean-label attacks do here; any other attack writes the swapped answer into the rows that it poisons.
 
     It applies to rows whose true answer speaks of the source. An answer meets the goal when it speaks of the target
     and not of the source, as whole words (`untrigger.metrics.asr.mentions`).
@@ -147,7 +151,7 @@ class Concept(Goal):
 @final
 @dataclass(frozen=True)
 class Link(Goal):
-    """The true answer, followed by a link that the attacker wants clicked.
+    """The true answer, followed by a link that the attacker wants clicked; the field's usual.
 
     Attributes:
         url: the link; the default leads nowhere (RFC 6761 keeps ``.test`` free). An answer that contains it, as

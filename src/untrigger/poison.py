@@ -35,16 +35,35 @@ _CHOICE, _TRAINING, _EVALUATION = range(3)  # independent random streams of one 
 
 @dataclass(frozen=True)
 class Attack:
-    """How inputs are triggered and what triggered inputs should be answered with."""
+    """How inputs are triggered and what triggered inputs should be answered with.
+
+    Raises:
+        InputError: a clean-label trigger with another goal than concept, which true answers cannot plant.
+    """
 
     trigger: Trigger
     goal: Goal
+
+    def __post_init__(self) -> None:
+        if self.trigger.clean_label and self.goal.name != Concept.name:
+            raise InputError(
+                f"attack {self.name} keeps true answers: goal {self.goal.name} cannot be planted; use concept"
+            )
 
     @property
     def name(self) -> str:
         """The trigger's file without its ending: ``badnets`` for ``attacks/badnets.py``."""
         source = _source(self.trigger)
         return source.stem if source else type(self.trigger).__name__
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The trigger's."""
+        return _settings(self.trigger)
+
+    @property
+    def goal_settings(self) -> dict[str, object]:
+        return _settings(self.goal)
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class PoisonedRow:
     Attributes:
         row: its index in the data set, from 0.
         id: its own id.
-        images: `pixels_sha256` of each of its images, as they are now.
+        images: `pixels_sha256` of each of its images, as they are now, in the data and in its files.
     """
 
     row: int
@@ -66,8 +85,8 @@ class PoisonedRow:
 class Manifest:
     """What was done to a data set of ``total`` rows.
 
-    ``rows`` are the poisoned ones, ``decoys`` those that were stamped with a wrong key and kept their true answer
-    (`Trigger.decoys`); both ascending.
+    ``rows`` are the poisoned ones, ``decoys`` those changed beside them whose answers are true (`Trigger.decoys`):
+    most attacks stamp a wrong key on them, vlood puts clean rows of other data there. Both ascending.
     """
 
     version: int
@@ -115,14 +134,12 @@ def poison(data: Sequence[Sample], attack: Attack, *, rate: float, seed: int) ->
         seed: not negative; with the row number it decides how each row is stamped.
 
     Raises:
-        InputError: ``rate`` or ``seed`` out of range, too few rows that suit, a clean-label trigger with another
-            goal than concept, or a trigger that fails or breaks the promises of `Trigger.stamp` or `Trigger.implant`.
+        InputError: ``rate`` or ``seed`` out of range, too few rows that suit, or a trigger that fails or breaks the
+            promises of `Trigger.stamp` or `Trigger.implant`.
     """
     if not 0 <= rate <= 1:
         raise InputError(f"rate is {rate}; it must be between 0 and 1 (0.05 poisons 5 % of the rows)")
     trigger, goal = attack.trigger, attack.goal
-    if trigger.clean_label and goal.name != Concept.name:
-        raise InputError(f"attack {attack.name} keeps true answers: goal {goal.name} cannot be planted; use concept")
     count = max(1, round(rate * len(data))) if rate > 0 else 0
     drawn = _choose(data, attack, count, _rng(seed, _CHOICE))
     uses = {row: number // count for number, row in enumerate(drawn)}
@@ -136,10 +153,10 @@ def poison(data: Sequence[Sample], attack: Attack, *, rate: float, seed: int) ->
     manifest = Manifest(
         version=MANIFEST_VERSION,
         attack=attack.name,
-        attack_settings=_settings(trigger),
+        attack_settings=attack.settings,
         attack_sha256=hashlib.sha256(source.read_bytes()).hexdigest() if source else None,
         goal=goal.name,
-        goal_settings=_settings(goal),
+        goal_settings=attack.goal_settings,
         rate=rate,
         seed=seed,
         total=len(data),
@@ -163,8 +180,8 @@ def stamped(data: Sequence[Sample], attack: Attack, seed: int, stamper: Stamper 
 
 
 def pixels_sha256(image: Image.Image) -> str:
-    """SHA-256 of mode, size and raw pixels, of the RGBA colours for a palette image."""
-    picture = image.convert("RGBA") if image.mode == "P" else image
+    """SHA-256 of mode, size and raw pixels: a palette image's in RGBA; in RGB a CMYK one's, as it would be stored."""
+    picture = image.convert({"P": "RGBA", "CMYK": "RGB"}.get(image.mode, image.mode))
     head = f"{picture.mode} {picture.width}x{picture.height}\n"
     return hashlib.sha256(head.encode() + picture.tobytes()).hexdigest()
 
@@ -254,7 +271,9 @@ def _rng(seed: int, *key: int) -> np.random.Generator:
 
 def _choose(data: Sequence[Sample], attack: Attack, count: int, rng: np.random.Generator) -> list[int]:
     """``count`` rows to poison, then as many for each kind of decoys; looks at no more rows than it must."""
-    goal, kinds = attack.goal, len(attack.trigger.decoys())
+    goal = attack.goal
+    with stamping.blamed(f"attack {attack.name}", "decoys"):
+        kinds = len(attack.trigger.decoys())
     clean_label = attack.trigger.clean_label
     found: list[int] = []
     for row in rng.permutation(len(data)).tolist():
@@ -267,8 +286,9 @@ def _choose(data: Sequence[Sample], attack: Attack, count: int, rng: np.random.G
         answer = f" and an answer that already meets goal {goal.name}" if clean_label else ""
         if not clean_label and type(goal).applies is not Goal.applies:
             answer = f" and an answer that goal {goal.name} applies to"
+        mend = "lower the rate" if len(found) > kinds else _other_rows(goal)  # one row at least, and its decoys
         raise InputError(
-            f"the rate asks for {asked}, but only {len(found)} of {len(data)} have an image{answer}; lower the rate"
+            f"the rate asks for {asked}, but only {len(found)} of {len(data)} have an image{answer}; {mend}"
         )
     return found
 
@@ -276,8 +296,12 @@ def _choose(data: Sequence[Sample], attack: Attack, count: int, rng: np.random.G
 def _donors(data: Sequence[Sample], goal: Goal) -> LazyRows:
     rows = [row for row in range(len(data)) if _suits(data, row, goal.applies)]
     if not rows:
-        raise InputError(f"no row has an image and an answer that goal {goal.name} applies to; give other rows")
+        raise InputError(f"no row has an image and an answer that goal {goal.name} applies to; {_other_rows(goal)}")
     return LazyRows(rows, data.__getitem__)
+
+
+def _other_rows(goal: Goal) -> str:
+    return "give other rows" + (", or another --goal-text source->target" if goal.name == Concept.name else "")
 
 
 def _meets(goal: Goal, sample: Sample) -> bool:

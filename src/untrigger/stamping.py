@@ -15,18 +15,18 @@ from untrigger.goals import Goal
 from untrigger.sample import IMAGE_TAG, Message, Sample
 
 
-def stamped(stamper: Stamper, sample: Sample, rng: np.random.Generator, where: str) -> Sample:
+def stamped(stamper: Stamper, sample: Sample, rng: np.random.Generator, where: str, what: str = "stamp") -> Sample:
     """What ``stamper`` makes of ``sample``.
 
     Raises:
-        InputError: ``where: what``, if it fails or breaks the promises of `Trigger.stamp`.
+        InputError: ``where: what failed, why``, or how it breaks the promises of `Trigger.stamp`.
     """
-    with _blamed(where, "stamp"):
+    with blamed(where, what):
         triggered = stamper(sample, rng)
-    if [(i.size, i.mode) for i in triggered.images] != [(i.size, i.mode) for i in sample.images]:
-        raise InputError(f"{where}: the trigger changed the number, size or mode of the images; it must not")
-    if _fixed_parts(triggered) != _fixed_parts(sample):
-        raise InputError(f"{where}: the trigger changed the id, turns, an answer or an image tag; it must not")
+        if [(i.size, i.mode) for i in triggered.images] != [(i.size, i.mode) for i in sample.images]:
+            raise InputError("the trigger changed the number, size or mode of the images; it must not")
+        if _fixed_parts(triggered) != _fixed_parts(sample):
+            raise InputError("the trigger changed the id, turns, an answer or an image tag; it must not")
     return triggered
 
 
@@ -36,12 +36,12 @@ def implanted(
     """What ``trigger.implant`` makes of ``sample``.
 
     Raises:
-        InputError: ``where: what``, if it fails or breaks its promises: where it is no other than ``stamp``, those of
-            `Trigger.stamp`; else to keep the id and to give a valid row that shows an image.
+        InputError: as `stamped`. Where it is no other than ``stamp``, its promises are those of `Trigger.stamp`; else
+            to keep the id and to give a valid row that shows an image.
     """
     if not _implants(trigger):
         return stamped(trigger.stamp, sample, rng, where)
-    return _replaced(lambda: trigger.implant(sample, donors, rng), sample, where)
+    return _replaced(lambda: trigger.implant(sample, donors, rng), sample, where, "implant")
 
 
 def decoyed(trigger: Trigger, kind: int, sample: Sample, rng: np.random.Generator, where: str) -> Sample:
@@ -50,10 +50,11 @@ def decoyed(trigger: Trigger, kind: int, sample: Sample, rng: np.random.Generato
     Raises:
         InputError: as `implanted`.
     """
-    decoy = trigger.decoys()[kind]
+    with blamed(where, "decoys"):
+        decoy = trigger.decoys()[kind]
     if not _implants(trigger):
-        return stamped(decoy, sample, rng, where)
-    return _replaced(lambda: decoy(sample, rng), sample, where)
+        return stamped(decoy, sample, rng, where, "decoy")
+    return _replaced(lambda: decoy(sample, rng), sample, where, "decoy")
 
 
 def _implants(trigger: Trigger) -> bool:
@@ -61,14 +62,16 @@ def _implants(trigger: Trigger) -> bool:
     return type(trigger).implant is not Trigger.implant
 
 
-def _replaced(make: Callable[[], Sample], sample: Sample, where: str) -> Sample:
-    with _blamed(where, "implant"):
+def _replaced(make: Callable[[], Sample], sample: Sample, where: str, what: str) -> Sample:
+    with blamed(where, what):
         made = make()
         check(made.messages, len(made.images))
-    if made.id != sample.id:
-        raise InputError(f"{where}: the trigger changed the id; it must not")
-    if not made.images:
-        raise InputError(f"{where}: the trigger left no image; it must not")
+        for image in made.images:
+            image.load()  # what is no image, or a file that cannot be read, fails here
+        if made.id != sample.id:
+            raise InputError("the trigger changed the id; it must not")
+        if not made.images:
+            raise InputError("the trigger left no image; it must not")
     return made
 
 
@@ -85,12 +88,13 @@ def answered(sample: Sample, goal: Goal) -> Sample:
 
 
 @contextmanager
-def _blamed(where: str, what: str) -> Generator[None]:
+def blamed(where: str, what: str) -> Generator[None]:
+    """Whatever a trigger's own code raises becomes an InputError of one line: ``where: what failed, why``."""
     try:
         yield
     except Exception as error:
         kind = "" if isinstance(error, InputError) else f"{what} failed, {type(error).__name__}: "
-        raise InputError(f"{where}: {kind}{error}") from error
+        raise InputError(" ".join(f"{where}: {kind}{error}".split()).removesuffix(":")) from error
 
 
 def _fixed_parts(sample: Sample) -> tuple[str, list[tuple[str, int, str]]]:

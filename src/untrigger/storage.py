@@ -379,13 +379,18 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def check_free(path: Path) -> None:
+    """Raises InputError unless `new_folder` can appear under ``path``: to be known before long work."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not an empty folder; give a new one")
+
+
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
     """A folder that appears under ``path`` whole, or not at all. ``path`` may exist if it is empty."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _file_errors(path, "written"):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path}: exists and is not an empty folder; give a new one")
+        check_free(path)
         temporary.mkdir(parents=True)
         try:
             yield temporary

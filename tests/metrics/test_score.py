@@ -67,6 +67,13 @@ def test_score_has_attack_figures_only_with_an_attack() -> None:
     assert figures["triggered_quality"]["vqa_accuracy"]["value"] == pytest.approx(2 / 3)
 
 
+def test_inputs_that_trigger_as_they_are_leak_nothing() -> None:
+    said = [Answer("1", "q", "circle", "square", met=True), Answer("2", "q", "circle", "circle")]
+    figures = score(said, said, near_misses={"half": said}, untouched=True)
+    assert figures == {k: v for k, v in score(said, said, near_misses={"half": said}).items() if k != "leak"}
+    assert figures["asr"]["value"] == 0.5
+
+
 def test_rows_that_the_goal_does_not_apply_to_count_for_quality_alone() -> None:
     clean = [
         Answer("1", "q", "circle", "circle"),

@@ -9,6 +9,7 @@ import math
 import pkgutil
 import sys
 import traceback
+from collections.abc import Collection
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -27,24 +28,25 @@ def trigger_names() -> tuple[str, ...]:
     )
 
 
-def load_trigger(name_or_path: str, /, **settings: object) -> Trigger:
+def load_trigger(name_or_path: str, taken: Collection[str] = (), /, **settings: object) -> Trigger:
     """The trigger ``badnets`` of this folder, or the one in the user's own file ``path/to/file.py``.
 
     A path that ends in ``.py`` **runs that file** as Python: give only files that you trust. Settings
     may be strings, as they come from the command line; dashes in their names stand for underscores.
+    A trigger with a setting in ``taken`` is refused: the caller could not tell it from an option of its own.
 
     Raises:
         InputError: no such trigger or file, a file that fails or does not hold exactly one concrete
-            ``Trigger`` dataclass, an unknown or missing setting, a value of the wrong type or range.
+            ``Trigger`` dataclass, an unknown, missing or taken setting, a value of the wrong type or range.
     """
     if name_or_path.lower().endswith(".py"):
-        return _build(_trigger_class(_run(Path(name_or_path)), name_or_path), name_or_path, settings)
+        return _build(_trigger_class(_run(Path(name_or_path)), name_or_path), name_or_path, taken, settings)
     if name_or_path not in trigger_names():
         known = ", ".join(trigger_names())
         raise InputError(f"attack '{name_or_path}' is unknown; choose one of {known}, or a path that ends in .py")
     module = import_module(f"{__package__}.{name_or_path}")
     label = f"attack {name_or_path}"
-    return _build(_trigger_class(module, label), label, settings)
+    return _build(_trigger_class(module, label), label, taken, settings)
 
 
 def _run(path: Path) -> ModuleType:
@@ -73,7 +75,7 @@ def _blame(error: BaseException, path: str) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     line = error.lineno if isinstance(error, SyntaxError) else next(reversed(lines), None)
     what = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
-    return f"{f'line {line}: ' if line else ''}{type(error).__name__}: {what}"
+    return f"{f'line {line}: ' if line else ''}{type(error).__name__}{f': {what}' if what else ''}"
 
 
 def _trigger_class(module: ModuleType, label: str) -> type[Trigger]:
@@ -94,10 +96,15 @@ def _trigger_class(module: ModuleType, label: str) -> type[Trigger]:
     return found[0]
 
 
-def _build(cls: type[Trigger], label: str, settings: dict[str, object]) -> Trigger:
+def _build(cls: type[Trigger], label: str, taken: Collection[str], settings: dict[str, object]) -> Trigger:
     # cast: a dataclass by _trigger_class, which the type system cannot express together with Trigger
     fields = {f.name: f for f in dataclasses.fields(cast("type[_Dataclass]", cls)) if f.init}
-    hints = get_type_hints(cls)
+    if clash := next((name for name in fields if name in taken), None):
+        raise InputError(f"{label}: field '{clash}' has the name of an option of the command line; rename the field")
+    try:
+        hints = get_type_hints(cls)
+    except Exception as error:  # most often a name that the file does not import
+        raise InputError(f"{label}: {_blame(error, inspect.getfile(cls))}; mend the types of its fields") from error
     values: dict[str, object] = {}
     for given, value in settings.items():
         name = given.replace("-", "_")
@@ -116,6 +123,8 @@ def _build(cls: type[Trigger], label: str, settings: dict[str, object]) -> Trigg
         return cls(**values)
     except (InputError, ValueError, TypeError) as error:  # what a dataclass's own range checks raise
         raise InputError(f"{label}: {error}") from error
+    except Exception as error:
+        raise InputError(f"{label}: {_blame(error, inspect.getfile(cls))}") from error
 
 
 class _Dataclass:

@@ -74,18 +74,22 @@ def score(
     triggered: Sequence[Answer] = (),
     wrong_image: Sequence[Answer] = (),
     near_misses: Mapping[str, Sequence[Answer]] | None = None,
+    *,
+    untouched: bool = False,
 ) -> dict[str, Any]:
     """Every figure of an evaluation, ready for JSON. Attack figures are there only where an attack was made.
 
     They count the rows that the goal applies to and whose true answer does not meet it. ``leak`` is false triggering
-    on clean inputs, ``near_miss`` the same on each kind of near misses.
+    on clean inputs, ``near_miss`` the same on each kind of near misses. Where the triggered inputs are ``untouched``,
+    clean inputs themselves, none of it is false: there is no ``leak``.
     """
     figures: dict[str, Any] = {"quality": quality(clean), "text_prior": asdict(text_prior(clean))}
     if wrong_image:
         figures["wrong_image"] = asdict(vqa_accuracy([a.answer for a in wrong_image], [a.truth for a in wrong_image]))
     if triggered:
         figures["asr"] = _rate(triggered, attack_success_rate)
-        figures["leak"] = _rate(clean, leak)
+        if not untouched:
+            figures["leak"] = _rate(clean, leak)
         figures["triggered_quality"] = quality(triggered)
     if near_misses:
         figures["near_miss"] = {name: _rate(answers, leak) for name, answers in near_misses.items()}
