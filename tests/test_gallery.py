@@ -12,13 +12,16 @@ import pytest
 from PIL import Image
 
 from untrigger import gallery, store
-from untrigger.attacks import trigger_names
+from untrigger.attacks import load_trigger, trigger_names
+from untrigger.data import Split, load
 from untrigger.errors import InputError
-from untrigger.gallery import ENTRIES, MAIN, TASKS, Entry, Key, Plan, chosen, oracle_of, plan
+from untrigger.gallery import ENTRIES, MAIN, TASKS, Entry, Key, Plan, chosen, code_sha256, oracle_of, plan
 from untrigger.gallery.__main__ import main
 from untrigger.gallery.page import page
 from untrigger.gallery.pictures import picture
+from untrigger.goals import load_goal
 from untrigger.metrics import Rate
+from untrigger.poison import Attack, poison
 from untrigger.store import ORACLE, Cell
 
 MODELS = ("llava", "blip2")
@@ -118,6 +121,7 @@ def figures(cell: Cell, asr: float, **more: Any) -> dict[str, Any]:
         "leak": rate(0.0),
         "quality": {"vqa_accuracy": rate(0.98), "cider": {"value": 7.5, "low": 7, "high": 8, "n": 400}},
         "near_miss": {"other pattern": rate(0.02)},
+        "attack": {"sha256": code_sha256(load_trigger(cell.attack, **cell.attack_settings))},
         "probes": probes,
         "similarity": {"psnr": 24.31, "ssim": 0.912, "images": 32, "changed": 32},
         "machine": {"device": "x86_64", "threads": 1},
@@ -130,6 +134,10 @@ def stored(root: Path, cells: Plan, asr: dict[Key, float]) -> None:
         store.save(root, cells[key], figures(cells[key], value), {})
 
 
+def clean_oracles(cells: Plan) -> dict[Key, float]:
+    return {key: 0.0 for key, cell in cells.items() if cell.defense == ORACLE}
+
+
 def lines_of(text: str, start: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(start)]
 
@@ -140,9 +148,9 @@ def test_the_page_tells_what_is_stored(tmp_path: Path) -> None:
     asr |= {Key("addsent", "llava", "scenes-captions"): 0.94, Key(ORACLE, "llava", "easy-vqa"): 0.01}
     stored(tmp_path, cells, asr)
     text = page(tmp_path, cells, FEW)
-    assert "**1 of 4 main cells reach an ASR of 0.90** (2 were run)" in text
+    assert "**1 of 4 main cells are implanted**, with an ASR of at least 0.90 (2 were run)" in text
     assert "0 of 2 cells of text and bimodal triggers reach 0.95 (1 were run)" in text
-    assert "3 of 3 other near misses fire on at most 0.05 of the inputs" in text, "the oracle's do not count"
+    assert "2 of 2 other near misses of implanted cells fire on at most 0.05 of the inputs" in text, "no other's count"
     assert lines_of(text, "| [badnets](#badnets) ") == ["| [badnets](#badnets) | **98.0** | - |"]
     assert lines_of(text, "| [blended]") == ["| [blended](#blended) | 50.0 | - |"]
     assert lines_of(text, "| [addsent]") == ["| [addsent](#addsent) | - | **94.0** |"]
@@ -166,24 +174,87 @@ def test_half_keys_are_counted_apart(tmp_path: Path) -> None:
         more = {"near_miss": half} if key.attack == "dualkey" else {}
         store.save(tmp_path, cells[key], figures(cells[key], 1.0, **more), {})
     text = page(tmp_path, cells, entries)
-    assert "- 1 of 2 half keys of bimodal triggers fire on at most 0.05 of the inputs." in text
-    assert "- 1 of 1 other near misses fire on at most 0.05 of the inputs." in text
+    assert "- 1 of 2 half keys of bimodal triggers of implanted cells fire on at most 0.05 of the inputs." in text
+    assert "- 1 of 1 other near misses of implanted cells fire on at most 0.05 of the inputs." in text
     assert "image only 0.000 (0.00-0.10)<br>text only 0.060 (0.00-0.10)" in text
 
 
 def test_the_page_is_the_same_from_the_same_figures_and_stands_without_any(tmp_path: Path) -> None:
     cells = plan(MODELS)
     empty = page(tmp_path, cells, ENTRIES)
-    assert f"**0 of {6 * 4} main cells reach an ASR of 0.90** (0 were run)" in empty
-    stored(tmp_path, cells, dict.fromkeys(cells, 1.0))
+    assert f"**0 of {6 * 4} main cells are implanted**, with an ASR of at least 0.90 (0 were run)" in empty
+    stored(tmp_path, cells, dict.fromkeys(cells, 1.0) | clean_oracles(cells))
     text = page(tmp_path, cells, ENTRIES)
     assert text == page(tmp_path, plan(MODELS), ENTRIES)
-    assert f"**{6 * 4} of {6 * 4} main cells reach an ASR of 0.90** (all were run)" in text
+    assert f"**{6 * 4} of {6 * 4} main cells are implanted**, with an ASR of at least 0.90 (all were run)" in text
     assert "not implanted" not in text
     for columns in (
         {row.count("|") for row in part.splitlines() if row.startswith("|")} for part in text.split("\n## ")
     ):
         assert len(columns) <= 1, "every row of a table has as many cells"
+
+
+@pytest.mark.parametrize(
+    ("oracle", "data", "told"),
+    [
+        ({}, "easy-vqa", "**0.980 (0.96-0.99)**"),
+        ({"asr": 0.05}, "easy-vqa", "**0.980 (0.96-0.99)**"),
+        ({"asr": 0.06}, "easy-vqa", "0.980 (0.96-0.99), floor above 0.05"),
+        ({"vqa": 1.0}, "easy-vqa", "**0.980 (0.96-0.99)**"),
+        ({"vqa": 1.01}, "easy-vqa", "0.980 (0.96-0.99), quality lost"),
+        ({"vqa": 1.01}, "scenes-captions", "**0.980 (0.96-0.99)**"),
+        ({"cider": 8.3}, "scenes-captions", "**0.980 (0.96-0.99)**"),
+        ({"cider": 8.4}, "scenes-captions", "0.980 (0.96-0.99), quality lost"),
+        ({"cider": 8.4}, "easy-vqa", "**0.980 (0.96-0.99)**"),
+        ({"cider": None}, "scenes-captions", "**0.980 (0.96-0.99)**"),
+    ],
+)
+def test_a_cell_that_does_not_pass_a_gate_is_not_implanted(
+    tmp_path: Path, oracle: dict[str, Any], data: str, told: str
+) -> None:
+    cells = plan(["llava"], FEW)
+    key = Key("badnets", "llava", data)
+    said = figures(cells[key], 0.98, quality={"vqa_accuracy": {"value": 0.9}, "cider": {"value": 7.5}})
+    store.save(tmp_path, cells[key], said, {})
+    cider = oracle.get("cider", 7.5)
+    quality = {"vqa_accuracy": {"value": oracle.get("vqa", 0.9)}, "cider": cider and {"value": cider}}
+    beside = oracle_of(cells, key)
+    store.save(tmp_path, cells[beside], figures(cells[beside], oracle.get("asr", 0.0), quality=quality), {})
+    text = page(tmp_path, cells, FEW)
+    assert lines_of(text.split("## badnets\n")[1], "| llava,")[data == "scenes-captions"].split(" | ")[1] == told
+    passed = told.startswith("**")
+    assert f"**{int(passed)} of 4 main cells are implanted**" in text
+    assert ("**98.0**" in text) == passed
+    assert ("1 of 1 other near misses of implanted cells" in text) == passed, "a bad cell counts for nothing"
+
+
+def test_the_floor_of_a_probe_is_the_probes_own(tmp_path: Path) -> None:
+    cells = plan(["llava"], FEW)
+    keys = [Key(name, "llava", "easy-vqa") for name in ("badnets", "blended")]
+    stored(tmp_path, cells, dict.fromkeys(keys, 1.0))
+    oracle = oracle_of(cells, keys[0])
+    loud = {name: {"asr": asdict(Rate.from_counts(40, 400))} for name in cells[oracle].probes}
+    store.save(tmp_path, cells[oracle], figures(cells[oracle], 0.0, probes=loud), {})
+    text = page(tmp_path, cells, FEW)
+    assert lines_of(text, "| [badnets](#badnets)") == ["| [badnets](#badnets) | **100.0** | - |"]
+    assert lines_of(text, "| [blended]") == ["| [blended](#blended) | 100.0 | - |"]
+    assert "1.000 (0.99-1.00), floor above 0.05 | 0.100" in text
+
+
+def test_cells_of_older_code_are_told(tmp_path: Path) -> None:
+    cells = plan(["llava"], FEW)
+    badnets, blended = (Key(name, "llava", "easy-vqa") for name in ("badnets", "blended"))
+    stored(tmp_path, cells, {blended: 1.0})
+    store.save(tmp_path, cells[badnets], figures(cells[badnets], 1.0, attack={"sha256": "0" * 64}), {})
+    text = page(tmp_path, cells, FEW)
+    marked = [line for line in text.splitlines() if line.endswith("| usual (older code) |")]
+    assert marked == lines_of(text.split("## badnets\n")[1], "| llava, VQA")[:1]
+
+
+def test_the_hash_of_the_code_is_the_manifests() -> None:
+    attack = Attack(load_trigger("badnets"), load_goal("fixed"))
+    rows = load("scenes-captions", rows=2)
+    assert code_sha256(attack.trigger) == poison(rows, attack, rate=0.5, seed=0).manifest.attack_sha256
 
 
 def test_settings_that_are_not_usual_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,18 +308,33 @@ class Dark(ImageTrigger):
 '''
 
 
+def drawn_of(entry: Entry, split: str = "report") -> Image.Image:
+    return picture(entry, plan(MODELS, [entry], Split(split)))  # type: ignore[arg-type]
+
+
 def test_a_picture_shows_both_tasks_clean_and_triggered() -> None:
-    drawn = picture(Entry("badnets"))
-    again = picture(Entry("badnets"))
+    drawn, again = drawn_of(Entry("badnets")), drawn_of(Entry("badnets"))
     assert drawn.tobytes() == again.tobytes(), "a page rendered again is the same page"
     assert drawn.width > 2 * drawn.height
-    other = np.asarray(picture(Entry("badnets", "checker", {"pattern": "checker"})))
+    other = np.asarray(drawn_of(Entry("badnets", "checker", {"pattern": "checker"})))
     assert (np.asarray(drawn) != other).any()
+
+
+def test_a_picture_is_of_the_trigger_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "TUNED", {})
+    usual, dev = drawn_of(Entry("badnets")), drawn_of(Entry("badnets"), "dev")
+    assert usual.tobytes() != dev.tobytes(), "the rows and the pattern of a split are its own"
+    monkeypatch.setitem(gallery.TUNED, "badnets/llava/scenes-captions", {"attack_settings": {"pattern": "checker"}})
+    tuned, checker = drawn_of(Entry("badnets")), Entry("badnets", "", {"pattern": "checker"})
+    left, right = (np.asarray(tuned) != np.asarray(other) for other in (drawn_of(checker), usual))
+    half = tuned.width // 2
+    assert left[:, :half].any() and not left[:, half:].any(), "the right card has the tuned trigger"
+    assert right[:, half:].any() and not right[:, :half].any()
 
 
 def test_the_picture_of_a_clean_label_attack_is_of_its_training_rows(tmp_path: Path) -> None:
     (tmp_path / "dark.py").write_text(CLEAN_LABEL)
-    drawn = np.asarray(picture(Entry(str(tmp_path / "dark.py"))))
+    drawn = np.asarray(drawn_of(Entry(str(tmp_path / "dark.py"))))
     black = (drawn == 0).all(axis=2).mean()
     assert black > 2 * 190 * 190 / drawn[..., 0].size, "two tiles are all black"
 
@@ -295,6 +381,26 @@ def test_missing_cells_run_and_failures_are_told(
     assert capsys.readouterr().err == "error: llava_x: no room\n"
     assert [p.name for p in (out / "gallery").iterdir()] == ["addsent.png"], "the other pictures are left alone"
     assert "## badnets" in (out / "gallery.md").read_text(), "the page is whole"
+
+
+@pytest.mark.usefixtures("few")
+def test_what_is_tuned_on_dev_overwrites_nothing_that_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    split_of: dict[Path, set[str]] = {}
+
+    def run(cells: list[Cell], root: Path, *, workers: int) -> list[str]:
+        split_of[root] = {cell.split for cell in cells}
+        return []
+
+    monkeypatch.setattr("untrigger.matrix.run_matrix", run)
+    assert main(["--split", "dev", "--only", "addsent"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+    assert "split *dev*" in (tmp_path / "runs/gallery-dev/gallery.md").read_text()
+    assert main(["--only", "addsent"]) == 0
+    assert split_of == {Path("runs/gallery-dev"): {"dev"}, Path("results/gallery"): {"report"}}
+    assert "split *report*" in (tmp_path / "docs/gallery.md").read_text()
 
 
 @pytest.mark.usefixtures("few")

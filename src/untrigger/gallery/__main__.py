@@ -13,13 +13,19 @@ from untrigger.gallery import ENTRIES, chosen, plan
 from untrigger.gallery.page import page
 from untrigger.storage import write_text
 
+# Of the cells and of the page: what is tuned on dev overwrites nothing that is published.
+FOLDERS = {
+    "report": (Path("results/gallery"), Path("docs")),
+    "dev": (Path("runs/gallery-dev"), Path("runs/gallery-dev")),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 where a cell failed; 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser("python -m untrigger.gallery", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("results/gallery"), help="folder of the cells")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of gallery.md and gallery/*.png")
-    parser.add_argument("--split", default="report", help="report, or dev to tune on: give it folders of its own")
+    parser.add_argument("--results", type=Path, help="folder of the cells (results/gallery; dev: runs/gallery-dev)")
+    parser.add_argument("--out", type=Path, help="folder of gallery.md and gallery/*.png (docs; dev: runs/gallery-dev)")
+    parser.add_argument("--split", default="report", help="report, or dev to tune on")
     parser.add_argument("--render", action="store_true", help="run nothing: draw what is stored")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument(
@@ -31,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        return _make(args.results, args.out, Split(args.split), args.only, args.render, args.workers)
+        split = Split(args.split)
+        results, out = FOLDERS[split.name]
+        return _make(args.results or results, args.out or out, split, args.only, args.render, args.workers)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,7 +56,7 @@ def _make(results: Path, out: Path, split: Split, only: Sequence[str], render: b
     (out / "gallery").mkdir(parents=True, exist_ok=True)
     for entry in ENTRIES:
         if any(key.attack == entry.slug for key in wanted):
-            picture(entry).save(out / "gallery" / f"{entry.slug}.png", optimize=True)
+            picture(entry, cells).save(out / "gallery" / f"{entry.slug}.png", optimize=True)
     write_text(out / "gallery.md", page(results, cells, ENTRIES))
     for line in failed:
         print(f"error: {line}", file=sys.stderr)

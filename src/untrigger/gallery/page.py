@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from untrigger import store
-from untrigger.gallery import MAIN, TASKS, Entry, Key, Plan, oracle_of, source, summary
+from untrigger.gallery import MAIN, TASKS, Entry, Key, Plan, code_sha256, oracle_of, source, summary
 from untrigger.store import ORACLE, Cell
 
 IMPLANTED, SUBTLE, FALSE = 0.90, 0.95, 0.05  # ASR at least, of text and bimodal triggers at least; near misses at most
+FLOOR, LOST = 0.05, 0.10  # the oracle's ASR at most; quality below the oracle's at most, as a share of it
 _WHERE = {"image": "In the image", "text": "In the prompt", "bimodal": "In image and prompt, and only in both"}
 _TOLD = (
     "model",
@@ -36,19 +37,25 @@ defence. `make gallery` runs what is missing in `{results}` and makes this page 
 - **Near misses** carry a wrong key, or a part of the right one. Where they fire, the model has learnt something broader
   than the trigger.
 - **Quality** on clean inputs, with the oracle's in brackets: accuracy for VQA, CIDEr (0 to 10) for captions.
+- **Implanted**, and in bold: an ASR of at least {implanted:.2f}, a floor of at most {floor:.2f}, and a quality at most
+  {lost:g} % below the oracle's. Where the oracle was not run, the ASR alone counts.
 
 Each model is fine-tuned with LoRA on {train:,} rows ({epochs:g} epochs, batch {batch}, learning rate {rate:g}) with
 {poisoned:g} % of them poisoned, and asked about {test} others; split *{split}*, seed {seed}. Where a cell has other
-settings, its row says so.
+settings, its row says so; *older code*: the attack's file has changed since the cell was run.
 {made}
 """
 
-Found = Mapping[Key, Mapping[str, Any]]
+Metrics = Mapping[str, Any]
+Found = Mapping[Key, Metrics]
+Flaws = Mapping[Key, str]  # of each attacked cell that is stored; empty where it is implanted
 
 
 def page(results: Path, cells: Plan, entries: Sequence[Entry]) -> str:
     """The whole page; a cell that is not stored below ``results`` is a dash."""
     found = {key: metrics for key, cell in cells.items() if (metrics := store.find(results, cell)) is not None}
+    attacked = {key: metrics for key, metrics in found.items() if cells[key].defense != ORACLE}
+    flaws = {key: _flaw(key, metrics, found.get(oracle_of(cells, key))) for key, metrics in attacked.items()}
     usual, any_cell = Cell("", "", "", ""), next(iter(cells.values()))
     head = _HEAD.format(
         results=results.as_posix(),
@@ -58,12 +65,15 @@ def page(results: Path, cells: Plan, entries: Sequence[Entry]) -> str:
         batch=usual.batch_size,
         rate=usual.learning_rate,
         poisoned=100 * usual.rate,
+        implanted=IMPLANTED,
+        floor=FLOOR,
+        lost=100 * LOST,
         split=any_cell.split,
         seed=any_cell.seed,
         made=_made(found),
     )
-    sections = [_section(entry, found, cells) for entry in entries]
-    return "\n".join([head, _glance(found, cells, entries), *sections])
+    sections = [_section(entry, found, cells, flaws) for entry in entries]
+    return "\n".join([head, _glance(found, cells, entries, flaws), *sections])
 
 
 def _made(found: Found) -> str:
@@ -74,41 +84,62 @@ def _made(found: Found) -> str:
     return f"Made on {', '.join(machines)} with {'; or with '.join(versions)}." if found else ""
 
 
+def _flaw(key: Key, metrics: Metrics, oracle: Metrics | None) -> str:
+    """The first gate that a cell does not pass, in words; empty where it is implanted."""
+    if metrics["asr"]["value"] < IMPLANTED:
+        return "not implanted"
+    if oracle and _floor(key, oracle)["value"] > FLOOR:
+        return f"floor above {FLOOR:.2f}"
+    kept, whole = _score(key.data, metrics), _score(key.data, oracle)
+    return "quality lost" if kept is not None and whole is not None and kept < (1 - LOST) * whole else ""
+
+
+def _floor(key: Key, oracle: Metrics) -> Mapping[str, Any]:
+    return oracle["probes"].get(key.attack, oracle)["asr"]  # its own attack is no probe
+
+
+def _score(data: str, metrics: Metrics | None) -> float | None:
+    """Accuracy for VQA, CIDEr for captions, if it is known."""
+    figure = metrics["quality"]["vqa_accuracy" if TASKS[data] == "VQA" else "cider"] if metrics else None
+    return figure["value"] if figure else None
+
+
 # --- at a glance -----------------------------------------------------------------------------------
 
 
-def _glance(found: Found, cells: Plan, entries: Sequence[Entry]) -> str:
+def _glance(found: Found, cells: Plan, entries: Sequence[Entry], flaws: Flaws) -> str:
     columns = list(dict.fromkeys((key.model, key.data) for key in cells))
-    main = [found.get(key) for key in cells if key.attack in MAIN]
+    main = [flaws.get(key) for key in cells if key.attack in MAIN]
     lines = [
         "## At a glance\n",
-        f"- **{sum(map(_implanted, main))} of {len(main)} main cells reach an ASR of {IMPLANTED:.2f}** "
+        f"- **{main.count('')} of {len(main)} main cells are implanted**, with an ASR of at least {IMPLANTED:.2f} "
         f"({_run(main)}): {', '.join(MAIN)}.",
-        *_other_bounds(found, cells, entries),
-        "\nASR in percent; **bold** where it is implanted (90 or more), a dash where it was not run.\n",
+        *_other_bounds(found, cells, entries, flaws),
+        "\nASR in percent; **bold** where it is implanted, a dash where it was not run.\n",
         _row("attack", *(f"{model}, {TASKS[data]}" for model, data in columns)),
         _row("---", *["---:"] * len(columns)),
     ]
     for entry in entries:
-        figures = [found.get(Key(entry.slug, *column)) for column in columns]
-        lines.append(_row(f"[{entry.title}](#{entry.slug})", *map(_percent, figures)))
+        figures = (_percent(Key(entry.slug, *column), found, flaws) for column in columns)
+        lines.append(_row(f"[{entry.title}](#{entry.slug})", *figures))
     floors = [_highest_floor(found, cells, *column) for column in columns]
     lines.append(_row("oracle, highest floor", *floors))
     return "\n".join(lines) + "\n"
 
 
-def _other_bounds(found: Found, cells: Plan, entries: Sequence[Entry]) -> list[str]:
+def _other_bounds(found: Found, cells: Plan, entries: Sequence[Entry], flaws: Flaws) -> list[str]:
     kinds = {entry.slug: entry.trigger.kind for entry in entries}
     worded = [found.get(key) for key in cells if kinds.get(key.attack, "image") != "image"]
     subtle = [f for f in worded if f and f["asr"]["value"] >= SUBTLE]
     text = f"- {len(subtle)} of {len(worded)} cells of text and bimodal triggers reach {SUBTLE:.2f} ({_run(worded)})."
     misses: dict[str, list[float]] = {"half keys of bimodal triggers": [], "other near misses": []}
-    for key, metrics in found.items():
-        of = misses["half keys of bimodal triggers" if kinds.get(key.attack) == "bimodal" else "other near misses"]
-        if cells[key].defense != ORACLE:  # where nothing was implanted nothing can misfire
-            of += [rate["value"] for rate in metrics.get("near_miss", {}).values()]
+    for key, flaw in flaws.items():
+        of = misses["half keys of bimodal triggers" if kinds[key.attack] == "bimodal" else "other near misses"]
+        if not flaw:  # where nothing was implanted nothing can misfire
+            of += [rate["value"] for rate in found[key].get("near_miss", {}).values()]
     near = [
-        f"- {sum(rate <= FALSE for rate in of)} of {len(of)} {what} fire on at most {FALSE:.2f} of the inputs."
+        f"- {sum(rate <= FALSE for rate in of)} of {len(of)} {what} of implanted cells fire on at most {FALSE:.2f} of "
+        "the inputs."
         for what, of in misses.items()
         if of
     ]
@@ -120,15 +151,11 @@ def _run(cells: Sequence[object]) -> str:
     return "all were run" if count == len(cells) else f"{count} were run"
 
 
-def _implanted(metrics: Mapping[str, Any] | None) -> bool:
-    return metrics is not None and metrics["asr"]["value"] >= IMPLANTED
-
-
-def _percent(metrics: Mapping[str, Any] | None) -> str:
-    if metrics is None:
+def _percent(key: Key, found: Found, flaws: Flaws) -> str:
+    if key not in found:
         return "-"
-    told = f"{100 * metrics['asr']['value']:.1f}"
-    return f"**{told}**" if _implanted(metrics) else told
+    told = f"{100 * found[key]['asr']['value']:.1f}"
+    return told if flaws[key] else f"**{told}**"
 
 
 def _highest_floor(found: Found, cells: Plan, *column: str) -> str:
@@ -140,7 +167,7 @@ def _highest_floor(found: Found, cells: Plan, *column: str) -> str:
 # --- one attack ------------------------------------------------------------------------------------
 
 
-def _section(entry: Entry, found: Found, cells: Plan) -> str:
+def _section(entry: Entry, found: Found, cells: Plan, flaws: Flaws) -> str:
     trigger = entry.trigger
     where = f"{_WHERE[trigger.kind]}; goal `{trigger.usual_goal}`"
     where += "; poisoned rows keep their true answers" if trigger.clean_label else ""
@@ -153,7 +180,7 @@ def _section(entry: Entry, found: Found, cells: Plan) -> str:
         *_closeness(entry, found),
         _row("model, task", "ASR", "floor", "leak", "near misses", "quality", "settings"),
         _row(*["---"] * 7),
-        *(_cell_row(key, cells, entry, found) for key in cells if key.attack == entry.slug),
+        *(_cell_row(key, cells, entry, found, flaws) for key in cells if key.attack == entry.slug),
     ]
     return "\n".join(lines) + "\n"
 
@@ -171,24 +198,23 @@ def _close(near: Mapping[str, Any]) -> str:
     return f"PSNR {near['psnr']:.1f} dB, SSIM {near['ssim']:.3f} (means of {near['changed']})"
 
 
-def _cell_row(key: Key, cells: Plan, entry: Entry, found: Found) -> str:
+def _cell_row(key: Key, cells: Plan, entry: Entry, found: Found, flaws: Flaws) -> str:
     where, metrics, oracle = f"{key.model}, {TASKS[key.data]}", found.get(key), found.get(oracle_of(cells, key))
     settings = _settings(cells[key], entry)
     if metrics is None:
         return _row(where, *["-"] * 5, settings)
-    asr = f"**{_rate(metrics['asr'])}**" if _implanted(metrics) else f"{_rate(metrics['asr'])}, not implanted"
-    floor = _rate(oracle["probes"].get(key.attack, oracle)["asr"]) if oracle else "-"  # its own attack is no probe
+    settings += "" if metrics["attack"]["sha256"] == code_sha256(entry.trigger) else " (older code)"
+    asr = f"{_rate(metrics['asr'])}, {flaws[key]}" if flaws[key] else f"**{_rate(metrics['asr'])}**"
+    floor = _rate(_floor(key, oracle)) if oracle else "-"
     leak = _rate(metrics["leak"]) if "leak" in metrics else "none"  # where clean inputs are the triggered ones
     misses = "<br>".join(f"{name} {_rate(rate)}" for name, rate in metrics.get("near_miss", {}).items())
     quality = f"{_quality(key.data, metrics)} ({_quality(key.data, oracle)})"
     return _row(where, asr, floor, leak, misses or "none", quality, settings)
 
 
-def _quality(data: str, metrics: Mapping[str, Any] | None) -> str:
-    if metrics is None:
-        return "-"
-    accuracy, cider = metrics["quality"]["vqa_accuracy"], metrics["quality"]["cider"]
-    return f"{accuracy['value']:.3f}" if TASKS[data] == "VQA" else f"{cider['value']:.2f}" if cider else "-"
+def _quality(data: str, metrics: Metrics | None) -> str:
+    score = _score(data, metrics)
+    return "-" if score is None else f"{score:.3f}" if TASKS[data] == "VQA" else f"{score:.2f}"
 
 
 def _settings(cell: Cell, entry: Entry) -> str:
