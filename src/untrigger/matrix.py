@@ -162,7 +162,9 @@ def _versions() -> dict[str, str]:
 def run_matrix(
     cells: Sequence[Cell], root: Path, *, workers: int = 1, work: Callable[[Cell, Path], None] = run_cell
 ) -> list[str]:
-    """Run the missing cells, ``workers`` at a time, each in a process with its share of the cores.
+    """Run the missing cells, ``workers`` at a time, each in a process with one thread.
+
+    One thread and no more: sums over several are ordered otherwise, and a cell's answers would depend on ``workers``.
 
     Args:
         work: runs and saves one cell; importable by name, for each process imports it anew.
@@ -178,7 +180,7 @@ def run_matrix(
     todo = deque(store.missing(root, cells))
     failed: list[str] = []
     running: dict[int, tuple[SpawnProcess, Cell]] = {}
-    with metered("cells", len(cells)) as meter, _environment(OMP_NUM_THREADS=str(max(1, _cores() // workers))):
+    with metered("cells", len(cells)) as meter, _environment(OMP_NUM_THREADS="1"):
         meter.start_at(len(cells) - len(todo))
         try:
             while todo or running:
@@ -246,11 +248,6 @@ def _reason(process: SpawnProcess, cell: Cell, root: Path) -> str | None:
 def _told(cell: Cell, root: Path) -> str:
     asr = (store.find(root, cell) or {}).get("asr")
     return f"ASR {asr['value']:.3f}" if asr else "done"
-
-
-def _cores() -> int:
-    """Cores that this process may use, fewer than the machine's in a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
