@@ -63,7 +63,7 @@ def test_any_cell_equals_its_copy_on_disk(cell: Cell, tmp_path_factory: pytest.T
 
 @given(one=some_cells, other=some_cells)
 def test_names_are_folders_and_tell_cells_apart(one: Cell, other: Cell) -> None:
-    assert re.fullmatch(r"[\w.-]{1,255}", one.name)
+    assert re.fullmatch(rb"[\w.-]{1,255}", one.name.encode())
     assert not one.name.startswith("..")
     assert (one.name == other.name) == (json.dumps(asdict(one)) == json.dumps(asdict(other)))
 
@@ -72,6 +72,15 @@ def test_the_name_says_what_the_cell_is_and_stays() -> None:
     assert CELL.name == "llava_easy-vqa_badnets_fixed_0.05_plain_seed0_710cd346", "stored results lie under it"
     own = replace(CELL, attack="/home/me/my triggers/ring.py", model="runs/My Model", rate=0.005)
     assert own.name.startswith("My-Model_easy-vqa_ring_fixed_0.005_plain_seed0_")
+
+
+@pytest.mark.parametrize("letter", ["a", "ü", "日", "\U0001d538"])
+def test_a_name_fits_into_a_file_system(letter: str, tmp_path: Path) -> None:
+    long = letter * 60
+    cell = Cell(long, long, long, long, 1 / 3, long, seed=99)
+    assert len(cell.name.encode()) <= 255
+    store.save(tmp_path, cell, FIGURES, SAID)
+    assert store.find(tmp_path, cell) == FIGURES
 
 
 @pytest.mark.parametrize(

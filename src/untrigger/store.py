@@ -184,5 +184,8 @@ def _default(of: dataclasses.Field[Any]) -> Any:
 
 
 def _short(part: str) -> str:
-    """As a part of a folder's name: the last step of a path, without its ending where it is a trigger file."""
-    return re.sub(r"[^\w.-]+", "-", Path(part.removesuffix(".py")).name)[:40]
+    """As a part of a folder's name: the last step of a path, without its ending where it is a trigger file.
+
+    In ASCII: 40 letters of another script may be 160 bytes, and a file system gives a name 255.
+    """
+    return re.sub(r"[^\w.-]+", "-", Path(part.removesuffix(".py")).name, flags=re.ASCII)[:40]
