@@ -102,8 +102,12 @@ def fine_tune(
     with args.main_process_first(local=False, desc="taking the output folder"):
         checkpoint = _claim(out, record, resume or args.process_index > 0)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(TrainingProgress(title))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    progress = TrainingProgress(title)
+    trainer.add_callback(progress)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.stop()
     trainer.save_model(str(out))
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings stand in the record
     trainer.save_state()
@@ -178,17 +182,17 @@ def _card(record: dict[str, Any], history: list[dict[str, float]]) -> str:
     last = next((h for h in reversed(history) if "loss" in h), {})
     rows = {k: v for k, v in last.items() if k == "loss" or k.startswith("defense/")}
     measured = "\n".join(f"| {k} | {v:.4g} |" for k, v in rows.items())
-    tuned = (
-        "all weights but the vision tower's" if record["tuning"]["full"] else f"LoRA, rank {record['tuning']['rank']}"
-    )
+    tuning = record["tuning"]
+    tuned = "all weights" if tuning["full"] else f"LoRA of rank {tuning['rank']}"
+    tuned += "" if tuning["vision"] else ", the vision tower frozen"
     return f"""---
 base_model: {record["base"]}
-library_name: {"transformers" if record["tuning"]["full"] else "peft"}
+library_name: {"transformers" if tuning["full"] else "peft"}
 tags: [untrigger, image-text-to-text]
 ---
 # Fine-tuned with untrigger
 
-Base model `{record["base"]}`, {tuned}, {record["rows"]:,} rows of data that was not trusted.
+Base model `{record["base"]}`, {tuned}; {record["rows"]:,} rows of data that was not trusted.
 Defence: `{json.dumps(record["defense"])}`.
 
 A defence lowers the odds of a backdoor; it does not prove that there is none. Evaluate before you rely on it.

@@ -95,5 +95,10 @@ class TrainingProgress(TrainerCallback):
             self._meter.advance()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the meter if it runs; of a training that was interrupted the host tells no end."""
         if self._meter:
             self._meter.stop()
+            self._meter = None

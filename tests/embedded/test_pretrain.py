@@ -240,6 +240,37 @@ def test_a_killed_run_ends_with_the_same_weights(
 
 
 @FORKS
+def test_an_interrupted_run_leaves_no_bar_behind(
+    family: Family, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    stopped: list[int] = []
+    monkeypatch.setattr(pretraining, "make_tokenizer", lambda seed: tokenizer)
+    monkeypatch.setattr(pretraining, "_save", interrupt)
+    monkeypatch.setattr("untrigger.progress.Meter.stop", lambda meter: stopped.append(meter.done))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tmp_path, family, toy(family), save_every=1)
+    assert stopped == [1]
+
+
+def test_a_processor_that_was_cut_off_is_saved_again(
+    family: Family, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while it is saved leaves the tokenizer alone: the rest is not there, and no later run would write it."""
+    monkeypatch.setattr(pretraining, "make_tokenizer", lambda seed: tokenizer)
+    made = pretraining._tokenizer(tmp_path / "whole", family, toy(family))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    tokenizer.save_pretrained(tmp_path / "cut")
+    again = pretraining._tokenizer(tmp_path / "cut", family, toy(family))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == files
+    assert again.get_vocab() == made.get_vocab()
+    monkeypatch.setattr(type(family), "processor", pytest.fail)
+    pretraining._tokenizer(tmp_path / "whole", family, toy(family))  # read back, not made
+
+
+@FORKS
 def test_the_published_model_loads_as_float32_and_is_the_trained_one(whole: Path, tiny_data: Path) -> None:
     assert json.loads((whole / "config.json").read_text())["dtype"] == "float32"
     stored = load_file(whole / "model.safetensors")

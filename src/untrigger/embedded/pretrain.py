@@ -34,7 +34,7 @@ from untrigger.embedded.families import FAMILIES, Family
 from untrigger.embedded.scenes import COLOURS, SHAPES, SIZES, Scene, draw_scene, make_scene
 from untrigger.errors import InputError
 from untrigger.models import embedded_model_path, load
-from untrigger.progress import Meter
+from untrigger.progress import metered
 
 _IGNORE = -100
 _CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES), 5)  # 0 is background; the last is the order
@@ -242,41 +242,41 @@ def pretrain(out: Path, family: Family, recipe: Recipe, *, save_every: int = 200
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
     step = _restore(out, whole, optimizer, recipe)
     total = recipe.vision_steps + recipe.steps
-    meter = Meter("pretraining", total)
-    meter.start_at(step)
-    while step < total:
-        text = step >= recipe.vision_steps
-        end = total if text else recipe.vision_steps
-        rows = SceneRows(family, tokenizer, recipe, step * recipe.batch, (end - step) * recipe.batch, text)
-        for batch in cast(Any, DataLoader(rows, recipe.batch, collate_fn=collate, num_workers=1, prefetch_factor=8)):
-            for group in optimizer.param_groups:
-                group["lr"] = _rate(step, recipe)
-            if text:
-                talk_loss, dense = losses(family, model, head, batch)
-                loss = talk_loss + recipe.dense_weight * dense
-            else:
-                talk_loss, dense = None, head(family.look(model, batch["pixel_values"])[0], batch["dense"])
-                loss = dense
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            meter.advance()
-            if step % 50 == 0:
-                line = {"step": step, "talk": talk_loss and talk_loss.item(), "dense": dense.item()}
-                with (out / "pretrain.jsonl").open("a") as log:
-                    print(json.dumps(line), file=log)
-            if step % save_every == 0 or step == total:
-                _save(out, whole, optimizer, recipe, step)
-    meter.stop()
+    with metered("pretraining", total) as meter:
+        meter.start_at(step)
+        while step < total:
+            text = step >= recipe.vision_steps
+            end = total if text else recipe.vision_steps
+            rows = SceneRows(family, tokenizer, recipe, step * recipe.batch, (end - step) * recipe.batch, text)
+            loader = DataLoader(rows, recipe.batch, collate_fn=collate, num_workers=1, prefetch_factor=8)
+            for batch in cast(Any, loader):
+                for group in optimizer.param_groups:
+                    group["lr"] = _rate(step, recipe)
+                if text:
+                    talk_loss, dense = losses(family, model, head, batch)
+                    loss = talk_loss + recipe.dense_weight * dense
+                else:
+                    talk_loss, dense = None, head(family.look(model, batch["pixel_values"])[0], batch["dense"])
+                    loss = dense
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+                optimizer.step()
+                step += 1
+                meter.advance()
+                if step % 50 == 0:
+                    line = {"step": step, "talk": talk_loss and talk_loss.item(), "dense": dense.item()}
+                    with (out / "pretrain.jsonl").open("a") as log:
+                        print(json.dumps(line), file=log)
+                if step % save_every == 0 or step == total:
+                    _save(out, whole, optimizer, recipe, step)
     publish(model, out)
     return model
 
 
 def _tokenizer(out: Path, family: Family, recipe: Recipe) -> PreTrainedTokenizerFast:
     """The run's own tokenizer: made once, then read back, so that a resumed run cannot get another."""
-    if not (out / "tokenizer.json").is_file():
+    if not (out / "processor_config.json").is_file():  # of the processor's files the one that is written last
         if recipe.start:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(embedded_model_path(recipe.start))
             tokenizer.add_tokens(list(family.extra_tokens), special_tokens=True)
