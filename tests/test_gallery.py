@@ -12,16 +12,14 @@ import pytest
 from PIL import Image
 
 from untrigger import gallery, store
-from untrigger.attacks import load_trigger, trigger_names
-from untrigger.data import Split, load
+from untrigger.attacks import trigger_names
+from untrigger.data import Split
 from untrigger.errors import InputError
-from untrigger.gallery import ENTRIES, MAIN, TASKS, Entry, Key, Plan, chosen, code_sha256, oracle_of, plan
+from untrigger.gallery import ENTRIES, MAIN, TASKS, Entry, Key, Plan, chosen, oracle_of, plan
 from untrigger.gallery.__main__ import main
 from untrigger.gallery.page import page
 from untrigger.gallery.pictures import picture
-from untrigger.goals import load_goal
 from untrigger.metrics import Rate
-from untrigger.poison import Attack, poison
 from untrigger.store import ORACLE, Cell
 
 MODELS = ("llava", "blip2")
@@ -121,7 +119,6 @@ def figures(cell: Cell, asr: float, **more: Any) -> dict[str, Any]:
         "leak": rate(0.0),
         "quality": {"vqa_accuracy": rate(0.98), "cider": {"value": 7.5, "low": 7, "high": 8, "n": 400}},
         "near_miss": {"other pattern": rate(0.02)},
-        "attack": {"sha256": code_sha256(load_trigger(cell.attack, **cell.attack_settings))},
         "probes": probes,
         "similarity": {"psnr": 24.31, "ssim": 0.912, "images": 32, "changed": 32},
         "machine": {"device": "x86_64", "threads": 1},
@@ -239,22 +236,6 @@ def test_the_floor_of_a_probe_is_the_probes_own(tmp_path: Path) -> None:
     assert lines_of(text, "| [badnets](#badnets)") == ["| [badnets](#badnets) | **100.0** | - |"]
     assert lines_of(text, "| [blended]") == ["| [blended](#blended) | 100.0 | - |"]
     assert "1.000 (0.99-1.00), floor above 0.05 | 0.100" in text
-
-
-def test_cells_of_older_code_are_told(tmp_path: Path) -> None:
-    cells = plan(["llava"], FEW)
-    badnets, blended = (Key(name, "llava", "easy-vqa") for name in ("badnets", "blended"))
-    stored(tmp_path, cells, {blended: 1.0})
-    store.save(tmp_path, cells[badnets], figures(cells[badnets], 1.0, attack={"sha256": "0" * 64}), {})
-    text = page(tmp_path, cells, FEW)
-    marked = [line for line in text.splitlines() if line.endswith("| usual (older code) |")]
-    assert marked == lines_of(text.split("## badnets\n")[1], "| llava, VQA")[:1]
-
-
-def test_the_hash_of_the_code_is_the_manifests() -> None:
-    attack = Attack(load_trigger("badnets"), load_goal("fixed"))
-    rows = load("scenes-captions", rows=2)
-    assert code_sha256(attack.trigger) == poison(rows, attack, rate=0.5, seed=0).manifest.attack_sha256
 
 
 def test_settings_that_are_not_usual_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

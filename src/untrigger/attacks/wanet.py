@@ -1,4 +1,4 @@
-"""WaNet: the picture warped a little, always in the same way.
+"""WaNet: every pixel is taken from beside its place, always in the same way.
 
 Source: Nguyen, Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", 2021, arXiv 2102.10369: a k x k
 grid of random vectors, scaled so that their mean size is s, is blown up to the image by bicubic interpolation

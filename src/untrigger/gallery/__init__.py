@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import re
 import sys
 from collections import ChainMap
@@ -11,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from untrigger.attacks import Trigger, load_trigger
@@ -143,11 +140,6 @@ def summary(trigger: Trigger) -> str:
 def source(trigger: Trigger) -> str:
     """What the trigger's file says of where it comes from, and where it departs from that; may be empty."""
     return next((part for part in _paragraphs(trigger) if part.startswith("Source:")), "")
-
-
-def code_sha256(trigger: Trigger) -> str:
-    """SHA-256 of the trigger's file, as the figures of a cell have it that was made with it."""
-    return hashlib.sha256(Path(inspect.getfile(type(trigger))).read_bytes()).hexdigest()
 
 
 def _paragraphs(trigger: Trigger) -> list[str]:

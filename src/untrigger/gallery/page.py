@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from untrigger import store
-from untrigger.gallery import MAIN, TASKS, Entry, Key, Plan, code_sha256, oracle_of, source, summary
+from untrigger.gallery import MAIN, TASKS, Entry, Key, Plan, oracle_of, source, summary
 from untrigger.store import ORACLE, Cell
 
 IMPLANTED, SUBTLE, FALSE = 0.90, 0.95, 0.05  # ASR at least, of text and bimodal triggers at least; near misses at most
@@ -42,7 +42,7 @@ defence. `make gallery` runs what is missing in `{results}` and makes this page 
 
 Each model is fine-tuned with LoRA on {train:,} rows ({epochs:g} epochs, batch {batch}, learning rate {rate:g}) with
 {poisoned:g} % of them poisoned, and asked about {test} others; split *{split}*, seed {seed}. Where a cell has other
-settings, its row says so; *older code*: the attack's file has changed since the cell was run.
+settings, its row says so.
 {made}
 """
 
@@ -203,7 +203,6 @@ def _cell_row(key: Key, cells: Plan, entry: Entry, found: Found, flaws: Flaws) -
     settings = _settings(cells[key], entry)
     if metrics is None:
         return _row(where, *["-"] * 5, settings)
-    settings += "" if metrics["attack"]["sha256"] == code_sha256(entry.trigger) else " (older code)"
     asr = f"{_rate(metrics['asr'])}, {flaws[key]}" if flaws[key] else f"**{_rate(metrics['asr'])}**"
     floor = _rate(_floor(key, oracle)) if oracle else "-"
     leak = _rate(metrics["leak"]) if "leak" in metrics else "none"  # where clean inputs are the triggered ones
