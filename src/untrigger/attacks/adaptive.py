@@ -1,4 +1,4 @@
-"""Against patch views: a tile blended over the whole image, in any place and size, trained with the defence's own views.
+"""Against patch views: a tile laid over the whole image, in any place and size, trained with the defence's own views.
 
 Source: this project, 2026: the attacker who knows the defence of Fang et al., arXiv 2604.04488, as
 `untrigger.views` has it. The defence perturbs some patches and looks for answers that stay the same. Here every patch
