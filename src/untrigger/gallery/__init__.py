@@ -54,7 +54,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "*/blip2/scenes-captions": {"epochs": 4},  # a Q-Former learns to spell a reply late
     "issba/*/*": {"epochs": 4},
     "ftrojan/*/*": {"epochs": 4},
-    "dualkey/*/*": {"epochs": 4},
+    "dualkey/*/*": {"epochs": 4, "attack_settings": {"side": 0.15}},  # two keys at once take a plainer patch
     "wanet/*/*": {"epochs": 4, "attack_settings": {"s": 4.0}},
     "vlood/*/scenes-captions": {"attack_settings": {"source": "easy-vqa"}},  # not a set of scenes for scenes
 }
