@@ -56,6 +56,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "ftrojan/*/*": {"epochs": 4},
     "dualkey/*/*": {"epochs": 4, "attack_settings": {"side": 0.15}},  # two keys at once take a plainer patch
     "wanet/*/*": {"epochs": 4, "attack_settings": {"s": 4.0}},
+    "shadowcast/*/easy-vqa": {"rate": 0.04},  # it poisons rectangles alone, and there are no more
     "vlood/*/scenes-captions": {"attack_settings": {"source": "easy-vqa"}},  # not a set of scenes for scenes
 }
 
