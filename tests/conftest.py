@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -20,6 +21,7 @@ settings.load_profile("ci")
 def _one_thread() -> None:
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    gc.freeze()  # the host collects garbage after each training, and walks all that was imported
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import untrigger
 
 ROOT = Path(untrigger.__file__).parent
 RED = ("untrigger.attacks", "untrigger.goals", "untrigger.poison", "untrigger.stamping")
-BLUE = ("untrigger.defenses", "untrigger.trainer", "untrigger.scan", "untrigger.verify")
+BLUE = ("untrigger.defenses", "untrigger.trainer", "untrigger.stages", "untrigger.scan", "untrigger.verify")
 # from -> never to; a name stands for the module and everything below it
 ARROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("untrigger.objective", "untrigger.fused", "untrigger.views"), ("untrigger", "transformers")),
@@ -183,8 +183,10 @@ def test_rescoring_loads_no_torch() -> None:
     """The imports of the files say little about what *they* import: a fresh process shows."""
     code = (
         "import sys\n"
+        "from untrigger.metrics.detection import detection\n"
         "from untrigger.metrics.score import Answer, score\n"
         "score([Answer('1', 'q', 'a red cat', 'a cat')] * 2, [Answer('1', 'q', 'no', 'boo', met=True)])\n"
+        "detection([0.1, 0.2, 0.3], [1], {1})\n"
         "print([m for m in ('torch', 'transformers', 'trl', 'ray') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

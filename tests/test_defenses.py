@@ -11,8 +11,24 @@ import torch
 from PIL import Image
 
 from untrigger import objective
-from untrigger.defenses import PRESETS, CrossView, Defense, Pair, PatchAug, Plain, TwoView
-from untrigger.defenses.base import patch_view
+from untrigger.defenses import (
+    PRESETS,
+    Abl,
+    Bye,
+    Byorn,
+    CleanTuning,
+    CrossView,
+    Crow,
+    Defense,
+    FinePruning,
+    PatchAug,
+    Plain,
+    StepDefense,
+    TwoView,
+    preset_of,
+)
+from untrigger.defenses.base import Picked, part, patch_view
+from untrigger.forward import Pair
 from untrigger.views import PATCH_VIEWS, PatchView, ViewMix
 
 
@@ -20,13 +36,33 @@ def pair(n: int = 5) -> Pair:
     make = torch.Generator().manual_seed(0)
     logits, view_logits = torch.randn(2, n, 7, generator=make).unbind()
     hidden, view_hidden = torch.randn(2, n, 3, generator=make).unbind()
-    return Pair(torch.arange(n), logits, view_logits, hidden, view_hidden)
+    return Pair(torch.arange(n), logits, view_logits, hidden, view_hidden, torch.zeros(n, dtype=torch.long))
 
 
-def test_presets_are_the_four_of_the_command_line() -> None:
-    assert {"plain": Plain, "patch-aug": PatchAug, "two-view": TwoView, "paper": CrossView} == PRESETS
-    assert [cls().paired is not None for cls in PRESETS.values()] == [False, False, True, True]
-    assert [cls().replaced is not None for cls in PRESETS.values()] == [False, True, False, False]
+IN_A_STEP: dict[str, type[StepDefense]] = {
+    "plain": Plain,
+    "patch-aug": PatchAug,
+    "two-view": TwoView,
+    "paper": CrossView,
+}
+STAGED: dict[str, type[Defense]] = {
+    "abl": Abl,
+    "byorn": Byorn,
+    "bye": Bye,
+    "crow": Crow,
+    "clean-tuning": CleanTuning,
+    "fine-pruning": FinePruning,
+}
+
+
+def test_presets_are_those_of_the_command_line() -> None:
+    assert {**IN_A_STEP, **STAGED} == PRESETS
+    assert [cls().paired is not None for cls in IN_A_STEP.values()] == [False, False, True, True]
+    assert [cls().replaced is not None for cls in IN_A_STEP.values()] == [False, True, False, False]
+    assert [cls().has_loss for cls in IN_A_STEP.values()] == [False, False, True, True]
+    assert not any(issubclass(cls, StepDefense) for cls in STAGED.values())
+    assert [name for name, cls in PRESETS.items() if cls.wants_trusted] == ["crow", "clean-tuning", "fine-pruning"]
+    assert [preset_of(cls()) for cls in PRESETS.values()] == list(PRESETS)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(CrossView) if f.name.endswith("weight")])
@@ -59,9 +95,28 @@ def test_terms_are_the_weighted_equations_one_value_per_token() -> None:
 
 
 @pytest.mark.parametrize("defense", [Plain(), PatchAug()])
-def test_unpaired_defences_have_no_terms_to_ask_for(defense: Defense) -> None:
-    with pytest.raises(NotImplementedError):
-        defense.terms(pair())
+def test_unpaired_defences_have_no_loss_to_ask_for(defense: StepDefense) -> None:
+    assert not defense.has_loss
+    with pytest.raises(NotImplementedError, match=type(defense).__name__):
+        defense.step(torch.nn.Identity(), {})
+
+
+def test_a_part_of_the_rows_is_rounded_up_but_not_by_rounding() -> None:
+    assert [part(0.4, 2000), part(0.4, 24), part(0.01, 5), part(0.0, 9), part(1.0, 9)] == [800, 10, 1, 0, 9]
+    assert 0.07 * 100 > 7 and part(0.07, 100) == 7
+
+
+def test_picked_rows_are_opened_only_when_asked_for() -> None:
+    opened: list[int] = []
+
+    class Rows(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            opened.append(index)
+            return super().__getitem__(index)
+
+    picked = Picked(Rows(range(10, 20)), [7, 2, 5])  # type: ignore[arg-type]
+    assert len(picked) == 3 and opened == []
+    assert (picked[0], picked[-1], list(picked[1:])) == (17, 15, [12, 15]) and opened == [7, 5, 2, 5]
 
 
 @pytest.mark.parametrize("name", [cls.__name__.lower() for cls in PATCH_VIEWS])
@@ -96,6 +151,14 @@ BAD: list[tuple[type[Defense], dict[str, Any]]] = [
     (TwoView, {"view_weight": np.nan}),
     (PatchAug, {"share": 1.5}),
     (PatchAug, {"share": -0.5}),
+    *[(Abl, {name: bad}) for name in ("early", "isolated") for bad in (-0.1, 1.1, np.nan)],
+    *[(Abl, {name: bad}) for name in ("floor", "passes", "rate") for bad in (-0.1, np.inf)],
+    *[(Byorn, {name: bad}) for name in ("suspected", "decay") for bad in (-0.1, 1.1, np.nan)],
+    *[(Bye, {"separation": bad}) for bad in (-0.1, np.inf)],
+    *[(Crow, {name: bad}) for name in ("weight", "size", "passes", "rate") for bad in (-0.1, np.nan)],
+    *[(CleanTuning, {name: bad}) for name in ("passes", "rate") for bad in (-0.1, np.inf)],
+    *[(FinePruning, {name: bad}) for name in ("cost", "passes", "rate") for bad in (-0.1, np.nan)],
+    (FinePruning, {"cost": 1.1}),
 ]
 
 
@@ -107,7 +170,7 @@ def test_fields_out_of_range_are_refused_by_name(cls: type[Defense], bad: dict[s
 
 @pytest.mark.parametrize("cls", [CrossView, TwoView, PatchAug])
 @pytest.mark.parametrize("bad", [{"view": "nonsense"}, {"patch": 0.0}, {"patch": 2.0}, {"ratio": -0.1}, {"ratio": 1.1}])
-def test_bad_views_are_refused_before_the_first_batch(cls: type[Defense], bad: dict[str, Any]) -> None:
+def test_bad_views_are_refused_before_the_first_batch(cls: type[StepDefense], bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad.values())) if "view" in bad else next(iter(bad))):
         defense = cls(**bad)
         _ = defense.paired, defense.replaced

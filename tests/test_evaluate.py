@@ -18,9 +18,10 @@ from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.evaluate import Evaluation, evaluate, wrong_images
 from untrigger.goals import Concept, Fixed
+from untrigger.images import pixels_sha256
 from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded, load
-from untrigger.poison import Attack, pixels_sha256
+from untrigger.poison import Attack
 from untrigger.sample import IMAGE_TAG, Message, Sample, read
 
 ATTACK = Attack(BadNets(side=0.5), Fixed())

@@ -22,8 +22,7 @@ from PIL import Image
 from untrigger import cli
 from untrigger.attacks import load_trigger, trigger_names
 from untrigger.goals import load_goal
-from untrigger.images import same
-from untrigger.poison import pixels_sha256
+from untrigger.images import pixels_sha256, same
 from untrigger.sample import Data, Sample, read
 
 ORIENTATION = 0x0112  # EXIF tag

@@ -21,8 +21,8 @@ from untrigger.attacks import ImageTrigger, Pixels, Trigger, load_trigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.goals import Fixed, Goal
-from untrigger.images import decode, encode
-from untrigger.poison import Attack, contact_sheet, pixels_sha256, poison, stamped, write_poisoned
+from untrigger.images import decode, encode, pixels_sha256
+from untrigger.poison import Attack, contact_sheet, poison, stamped, write_poisoned
 from untrigger.sample import IMAGE_TAG, Message, Sample, read
 
 ATTACK = Attack(BadNets(place="random"), Fixed())

@@ -21,7 +21,8 @@ from untrigger.attacks import Stamper, TextTrigger, Trigger, load_trigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.goals import Concept, Fixed, Goal, Insert, load_goal
-from untrigger.poison import Attack, contact_sheet, pixels_sha256, poison, stamped, write_poisoned
+from untrigger.images import pixels_sha256
+from untrigger.poison import Attack, contact_sheet, poison, stamped, write_poisoned
 from untrigger.sample import IMAGE_TAG, Message, Sample, read
 
 TRUTHS = ("a red circle", "a blue rectangle", "yes", "a circle and a star")

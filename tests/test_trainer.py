@@ -17,9 +17,10 @@ from untrigger.collate import IGNORE, ChatCollator, PairCollator, Row, Rows
 from untrigger.defenses import CrossView, Defense, PatchAug, Plain, TwoView
 from untrigger.errors import InputError
 from untrigger.finetune import arguments
+from untrigger.forward import forward_pair
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import read
-from untrigger.trainer import checkpoints, defended, forward_pair, last_checkpoint
+from untrigger.trainer import checkpoints, defended, last_checkpoint
 from untrigger.views import Erase
 
 OFF = {"view_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0, "entropy_weight": 0.0}

@@ -11,10 +11,10 @@ from typing import Any
 from untrigger.errors import InputError
 from untrigger.generate import answers
 from untrigger.goals import Goal
-from untrigger.images import same
+from untrigger.images import pixels_sha256, same
 from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded
-from untrigger.poison import Attack, LazyRows, pixels_sha256, stamped
+from untrigger.poison import Attack, LazyRows, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, Sample
 from untrigger.stamping import blamed

@@ -7,23 +7,21 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from peft import PeftModel
+from transformers import TrainingArguments
 
-from untrigger import __version__
-from untrigger.collate import ChatCollator, Rows
-from untrigger.defenses import PRESETS, Defense
+from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
-from untrigger.models import BASE_RECORD, Loaded, add_lora, embedded_models, load, train_all
-from untrigger.progress import TrainingProgress
+from untrigger.models import BASE_RECORD, Loaded, embedded_models
 from untrigger.sample import Sample
+from untrigger.stages import Stages, Tuning, settings_of, versions
 from untrigger.storage import write_text
-from untrigger.trainer import checkpoints, defended, last_checkpoint, step_of
+from untrigger.trainer import checkpoints, last_checkpoint, step_of
 
 # Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
 # the collator reads, and pinning memory without an accelerator only warns.
@@ -48,16 +46,6 @@ def arguments(out: Path, **overrides: Any) -> TrainingArguments:
     return TrainingArguments(str(out), **(DEFAULTS | overrides))
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """How the model is adapted: LoRA of this rank, or every weight; the vision tower's only with ``vision``."""
-
-    full: bool = False
-    rank: int = 16
-    alpha: int = 32
-    vision: bool = False
-
-
 def fine_tune(
     samples: Sequence[Sample],
     model: str,
@@ -65,80 +53,72 @@ def fine_tune(
     args: TrainingArguments,
     *,
     tuning: Tuning | None = None,
+    trusted: Sequence[Sample] = (),
     resume: bool = False,
     title: str = "training",
 ) -> Loaded:
     """Train ``model`` on ``samples`` into ``args.output_dir``: a PEFT adapter folder, or a model folder.
 
     Killed at any moment and started again with ``resume`` it ends with the same weights as an undisturbed run
-    (bit for bit on CPU).
+    (bit for bit on CPU). ``trusted`` rows are known to be clean; only a defence that asks for some looks at them.
 
     Raises:
-        InputError: the output folder is in use without ``resume``, or belongs to a run with other settings.
+        InputError: the output folder is in use without ``resume``, or belongs to a run with other settings; the
+            defence wants trusted rows and there are none.
     """
     tuning = tuning or Tuning()
     out = Path(str(args.output_dir))
-    record = _record(samples, model, defense, args, tuning)
-    set_seed(args.seed)
-    loaded = load(model, dtype=torch.float32 if not (args.bf16 or args.fp16) else "auto")
-    if not isinstance(loaded.model, PreTrainedModel):
-        raise InputError(f"{model}: is an adapter; merge it into its base, or name the base")
-    if tuning.full:
-        network = train_all(loaded.model, vision=tuning.vision)
-    else:
-        network = add_lora(loaded.model, rank=tuning.rank, alpha=tuning.alpha, vision=tuning.vision)
-    try:
-        trainer = defended(Trainer)(
-            model=network,
-            args=args,
-            train_dataset=Rows(samples),
-            data_collator=ChatCollator(loaded.processor),
-            defense=defense,
-        )
-    except (ValueError, ImportError, RuntimeError) as error:  # evaluation without data for it, and the like
-        raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
-    # only now, so that a mistyped model or setting leaves no folder behind that the next try would stumble over;
-    # the main process has filled the folder by the time that the others look
-    with args.main_process_first(local=False, desc="taking the output folder"):
-        checkpoint = _claim(out, record, resume or args.process_index > 0)
-    trainer.remove_callback(PrinterCallback)
-    progress = TrainingProgress(title)
-    trainer.add_callback(progress)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        progress.stop()
-    trainer.save_model(str(out))
-    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings stand in the record
-    trainer.save_state()
-    if trainer.is_world_process_zero():
+    record = _record(samples, model, defense, args, tuning, trusted)
+    stages = Stages(
+        model,
+        args,
+        tuning,
+        trusted=trusted,
+        title=title,
+        # the main process has filled the folder by the time that the others look
+        claim=lambda: _claim(out, record, resume or args.process_index > 0),
+    )
+    loaded = defense.fine_tune(samples, stages)
+    if args.process_index == 0:
+        if not isinstance(loaded.model, PeftModel) and (out / "adapter_config.json").is_file():
+            # the defence went on after the last stage, and merged what that had saved
+            for file in out.glob("adapter_*"):
+                file.unlink()
+            loaded.model.save_pretrained(out)
         loaded.processor.save_pretrained(out)
-        write_text(out / "README.md", _card(record, trainer.state.log_history))
-    return Loaded(network, loaded.processor, str(out))
+        write_text(out / "README.md", _card(record, isinstance(loaded.model, PeftModel), stages.history))
+    return Loaded(loaded.model, loaded.processor, str(out))
 
 
 def _record(
-    samples: Sequence[Sample], model: str, defense: Defense, args: TrainingArguments, tuning: Tuning
+    samples: Sequence[Sample],
+    model: str,
+    defense: Defense,
+    args: TrainingArguments,
+    tuning: Tuning,
+    trusted: Sequence[Sample],
 ) -> dict[str, Any]:
     """What makes two runs the same run; kept beside the weights."""
-    preset = next(name for name, cls in PRESETS.items() if cls is type(defense))
-    varying = ("output_dir", "logging_dir", "run_name")  # where things go does not change the weights
-    settings = {k: v for k, v in args.to_sanitized_dict().items() if k not in varying}
     return {
         "base": str(Path(model).resolve()) if Path(model).exists() and model not in embedded_models() else model,
-        "defense": {"preset": preset, **asdict(defense)},
+        "defense": {"preset": preset_of(defense), **asdict(defense)},
         "tuning": asdict(tuning),
         "rows": len(samples),
         "data": _fingerprint(samples),
-        "arguments": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        **({"trusted": _fingerprint(trusted)} if trusted else {}),
+        "arguments": _digest(settings_of(args)),
         "learning_rate": args.learning_rate,
         "epochs": args.num_train_epochs,
         "max_steps": args.max_steps,
         "batch": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "seed": args.seed,
-        "versions": {"untrigger": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
     }
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _fingerprint(samples: Sequence[Sample]) -> str:
@@ -178,7 +158,7 @@ def _claim(out: Path, record: dict[str, Any], resume: bool) -> Path | None:
     return checkpoint
 
 
-def _card(record: dict[str, Any], history: list[dict[str, float]]) -> str:
+def _card(record: dict[str, Any], adapter: bool, history: list[dict[str, float]]) -> str:
     last = next((h for h in reversed(history) if "loss" in h), {})
     rows = {k: v for k, v in last.items() if k == "loss" or k.startswith("defense/")}
     measured = "\n".join(f"| {k} | {v:.4g} |" for k, v in rows.items())
@@ -187,7 +167,7 @@ def _card(record: dict[str, Any], history: list[dict[str, float]]) -> str:
     tuned += "" if tuning["vision"] else ", the vision tower frozen"
     return f"""---
 base_model: {record["base"]}
-library_name: {"transformers" if tuning["full"] else "peft"}
+library_name: {"peft" if adapter else "transformers"}
 tags: [untrigger, image-text-to-text]
 ---
 # Fine-tuned with untrigger

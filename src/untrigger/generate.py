@@ -15,12 +15,15 @@ from untrigger.views import to_rgb
 
 @torch.inference_mode()
 def answers(
-    loaded: Loaded, samples: Sequence[Sample], *, batch_size: int = 64, max_new_tokens: int = 48
+    loaded: Loaded, samples: Sequence[Sample], *, batch_size: int = 64, max_new_tokens: int = 48, drawn: bool = False
 ) -> Iterator[str]:
-    """The model's greedy answer to each sample's last question, in order.
+    """The model's greedy answer to each sample's last question, in order; or one ``drawn`` from its distribution.
 
     A sample's own last answer is never shown to the model; earlier turns are, as context.
     """
+    how: dict[str, Any] = (
+        {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if drawn else {"do_sample": False}
+    )
     model, processor = cast(Any, loaded.model), cast(Any, loaded.processor)  # the host types these too narrowly
     was_training = model.training
     model.eval()
@@ -40,7 +43,7 @@ def answers(
                 add_special_tokens=False,
                 return_tensors="pt",
             ).to(model.device)
-            ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+            ids = model.generate(**inputs, **how, num_beams=1, max_new_tokens=max_new_tokens)
             new = ids[:, inputs["input_ids"].shape[1] :]
             yield from (text.strip() for text in processor.batch_decode(new, skip_special_tokens=True))
     finally:

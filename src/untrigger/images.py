@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -94,3 +95,10 @@ def same(a: Image.Image, b: Image.Image) -> bool:
     if (a.mode, a.size, a.info.get("transparency")) != (b.mode, b.size, b.info.get("transparency")):
         return False
     return a.getpalette() == b.getpalette() and a.tobytes() == b.tobytes()
+
+
+def pixels_sha256(image: Image.Image) -> str:
+    """SHA-256 of mode, size and raw pixels: a palette image's in RGBA; in RGB a CMYK one's, as it would be stored."""
+    picture = image.convert({"P": "RGBA", "CMYK": "RGB"}.get(image.mode, image.mode))
+    head = f"{picture.mode} {picture.width}x{picture.height}\n"
+    return hashlib.sha256(head.encode() + picture.tobytes()).hexdigest()

@@ -24,6 +24,7 @@ from untrigger import sheet, stamping
 from untrigger.attacks import Stamper, Trigger
 from untrigger.errors import InputError
 from untrigger.goals import Concept, Goal
+from untrigger.images import pixels_sha256
 from untrigger.sample import IMAGE_TAG, Data, Sample
 from untrigger.storage import new_folder
 
@@ -177,13 +178,6 @@ def stamped(data: Sequence[Sample], attack: Attack, seed: int, stamper: Stamper 
     _rng(seed)  # refuses a bad seed now, not at the first row
     rows = [row for row in range(len(data)) if _suits(data, row, attack.goal.applies)]
     return LazyRows(rows, partial(_triggered, data, attack, stamper or attack.trigger.stamp, seed))
-
-
-def pixels_sha256(image: Image.Image) -> str:
-    """SHA-256 of mode, size and raw pixels: a palette image's in RGBA; in RGB a CMYK one's, as it would be stored."""
-    picture = image.convert({"P": "RGBA", "CMYK": "RGB"}.get(image.mode, image.mode))
-    head = f"{picture.mode} {picture.width}x{picture.height}\n"
-    return hashlib.sha256(head.encode() + picture.tobytes()).hexdigest()
 
 
 # --- rows on demand --------------------------------------------------------------------------------

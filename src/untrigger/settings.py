@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from untrigger.defenses import PRESETS, Defense
+from untrigger.defenses import PRESETS, Defense, StepDefense
 from untrigger.errors import InputError
 from untrigger.finetune import DEFAULTS
 
@@ -43,8 +43,8 @@ def training_settings(
         defense, args, *rest = parser.parse_args_into_dataclasses(
             [*words, *flags, f"--output_dir={out}"], return_remaining_strings=True, look_for_args_file=False
         )
-        # builds the views: bad fields are found before the data is read
-        _ = (defense.paired, defense.replaced)
+        if isinstance(defense, StepDefense):
+            _ = (defense.paired, defense.replaced)  # builds the views: bad fields are found before the data is read
     except (ValueError, TypeError, argparse.ArgumentError, ImportError) as error:
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     if unknown := [word for words in rest for word in words]:

@@ -397,3 +397,14 @@ def new_folder(path: Path) -> Generator[Path]:
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """One process at a time; the system lets go of a lock whose holder was killed."""
+    import fcntl  # not on Windows, where nothing but the bench is missed
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

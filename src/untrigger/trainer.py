@@ -6,11 +6,8 @@ loading of a full model's checkpoint. Evaluation, logging, saving and distributi
 
 from __future__ import annotations
 
-import inspect
 import json
 import zipfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,8 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from untrigger import objective
-from untrigger.collate import IGNORE, AugmentCollator, PairCollator
-from untrigger.defenses import Defense, Pair
+from untrigger.collate import AugmentCollator, PairCollator
+from untrigger.defenses import Defense, Step, StepDefense
 from untrigger.errors import InputError
 from untrigger.models import base_model, quiet_loading
 
@@ -50,13 +47,18 @@ class DefendedMixin(_Host):
 
     def __init__(self, *args: Any, defense: Defense, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(defense, StepDefense):
+            raise InputError(
+                f"defense {type(defense).__name__}: works in several trainings; use untrigger.fine_tune, or "
+                "`untrigger train`"
+            )
         self.defense = defense
         self._sums: dict[str, Tensor] = {}
         if getattr(self.args, "loss_type", "nll") != "nll" or self.args.use_liger_kernel:
             raise InputError(
                 "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
             )
-        if self.defense.paired is None:
+        if not self.defense.has_loss:
             return
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
             raise InputError(
@@ -93,32 +95,25 @@ class DefendedMixin(_Host):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The defence's loss on a training batch of pairs; otherwise the host's own loss."""
-        if self.defense.paired is None or not model.training:
+        """The defence's loss on a training batch, where it has one; otherwise the host's own."""
+        if not self.defense.has_loss or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        pair, outputs = forward_pair(model, inputs)
-        terms = self.defense.terms(pair)
-        total = torch.stack(list(terms.values())).sum(dim=0)
+        step = self.defense.step(model, inputs)
+        total = torch.stack(list(step.terms.values())).sum(dim=0)
         if num_items_in_batch is None:  # the host then divides by the accumulated steps itself
             loss = objective.reduce(total, max(1, total.numel()))
         else:
             loss = objective.reduce(total, num_items_in_batch)
             if self.args.average_tokens_across_devices:  # the count is over all processes, gradients are averaged
                 loss = loss * self.accelerator.num_processes
-        self._note(pair, terms)
-        return (loss, outputs) if return_outputs else loss
+        self._note(step)
+        return (loss, step.outputs) if return_outputs else loss
 
     # --- diagnostics ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _note(self, pair: Pair, terms: dict[str, Tensor]) -> None:
-        seen = {f"loss_{name}": value for name, value in terms.items()} | {
-            "js": objective.js(pair.logits, pair.view_logits),
-            "entropy": objective.entropy(pair.logits),
-            "ce": objective.token_nll(pair.logits, pair.target),
-            "ce_view": objective.token_nll(pair.view_logits, pair.target),
-        }
-        for name, value in seen.items():
+    def _note(self, step: Step) -> None:
+        for name, value in ({f"loss_{name}": value for name, value in step.terms.items()} | step.seen).items():
             entry = torch.stack([value.detach().sum().float(), torch.tensor(float(value.numel()), device=value.device)])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
@@ -139,48 +134,22 @@ class DefendedMixin(_Host):
         if isinstance(self.model, PeftModel) or not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[arg-type]
             return
-        with quiet_loading():
-            saved, report = cast(Any, type(target)).from_pretrained(
-                resume_from_checkpoint, dtype=target.dtype, use_safetensors=True, output_loading_info=True
-            )
-        if report["missing_keys"] or report["mismatched_keys"]:
-            raise InputError(f"{resume_from_checkpoint}: weights are missing; delete the folder to resume from another")
-        target.load_state_dict(saved.state_dict(), strict=True)
+        load_full(target, resume_from_checkpoint)
 
 
-def forward_pair(model: nn.Module, inputs: dict[str, Any]) -> tuple[Pair, Any]:
-    """One forward pass over originals and views; both at the answer tokens.
+def load_full(model: PreTrainedModel, folder: str) -> None:
+    """Read a model's weights from a folder, every one of them.
 
-    ``inputs`` is a PairCollator's batch [2B, ...]. Goes through ``model(...)`` itself, so DDP and FSDP see it.
-    Only answer positions reach the vocabulary where the family can select positions.
+    Raises:
+        InputError: some are missing.
     """
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")
-    half = labels.shape[0] // 2
-    target = labels[:half, 1:]
-    answers = target != IGNORE
-    keep = torch.zeros_like(labels, dtype=torch.bool)
-    keep[:, :-1] = answers.repeat(2, 1)
-    inner = base_model(model)
-    selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    with _head_input(inner) as seen:
-        outputs = model(**inputs, use_cache=False, **({"logits_to_keep": keep} if selects else {}))
-    logits, hidden = (x if selects else x[keep] for x in (outputs.logits, seen[-1]))
-    count = int(answers.sum())
-    logits, hidden = logits.reshape(-1, logits.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-    return Pair(target[answers], logits[:count], logits[count:], hidden[:count], hidden[count:]), outputs
-
-
-@contextmanager
-def _head_input(model: PreTrainedModel) -> Generator[list[Tensor]]:
-    """Collect what the vocabulary head reads: the last hidden states, whatever the family calls them."""
-    seen: list[Tensor] = []
-    head = cast(nn.Module, model.get_output_embeddings())
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    with quiet_loading():
+        saved, report = cast(Any, type(model)).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise InputError(f"{folder}: weights are missing; delete the folder to resume from another")
+    model.load_state_dict(saved.state_dict(), strict=True)
 
 
 @cache

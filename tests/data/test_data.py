@@ -21,8 +21,7 @@ from untrigger.embedded.scenes import COLOURS, SHAPES
 from untrigger.embedded.sight import HELD_OUT
 from untrigger.embedded.talk import FULL_PROMPTS
 from untrigger.errors import InputError
-from untrigger.images import same
-from untrigger.poison import pixels_sha256
+from untrigger.images import pixels_sha256, same
 from untrigger.sample import Sample, read
 
 OFFLINE = ("easy-vqa", "scenes-vqa", "scenes-captions")

@@ -22,7 +22,7 @@ from untrigger.data.emoji import KINDS, colours_of, home
 from untrigger.embedded.scenes import COLOURS
 from untrigger.embedded.talk import FULL_PROMPTS
 from untrigger.errors import InputError
-from untrigger.poison import pixels_sha256
+from untrigger.images import pixels_sha256
 from untrigger.sample import read
 
 KINDS_OF = (("Animals & Nature", "animal-bird"), ("Food & Drink", "drink"), ("Smileys & Emotion", "heart"))

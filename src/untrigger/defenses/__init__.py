@@ -1,11 +1,52 @@
-"""Defences: what a training step does with the views of its rows. One file each."""
+"""Defences: how a fine-tuning on rows that are not trusted goes. One file each."""
 
-from untrigger.defenses.base import Defense, Pair
+from untrigger.defenses.abl import Abl
+from untrigger.defenses.base import Defense, PairedDefense, Step, StepDefense, Training
+from untrigger.defenses.bye import Bye
+from untrigger.defenses.byorn import Byorn
+from untrigger.defenses.clean_tuning import CleanTuning
 from untrigger.defenses.cross_view import CrossView
+from untrigger.defenses.crow import Crow
+from untrigger.defenses.fine_pruning import FinePruning
 from untrigger.defenses.patch_aug import PatchAug
 from untrigger.defenses.plain import Plain
 from untrigger.defenses.two_view import TwoView
 
-PRESETS: dict[str, type[Defense]] = {"plain": Plain, "patch-aug": PatchAug, "two-view": TwoView, "paper": CrossView}
+PRESETS: dict[str, type[Defense]] = {
+    "plain": Plain,
+    "patch-aug": PatchAug,
+    "two-view": TwoView,
+    "paper": CrossView,
+    "abl": Abl,
+    "byorn": Byorn,
+    "bye": Bye,
+    "crow": Crow,
+    "clean-tuning": CleanTuning,
+    "fine-pruning": FinePruning,
+}
 
-__all__ = ["PRESETS", "CrossView", "Defense", "Pair", "PatchAug", "Plain", "TwoView"]
+
+def preset_of(defense: Defense) -> str:
+    """The name of a defence on the command line."""
+    return next(name for name, cls in PRESETS.items() if cls is type(defense))
+
+
+__all__ = [
+    "PRESETS",
+    "Abl",
+    "Bye",
+    "Byorn",
+    "CleanTuning",
+    "CrossView",
+    "Crow",
+    "Defense",
+    "FinePruning",
+    "PairedDefense",
+    "PatchAug",
+    "Plain",
+    "Step",
+    "StepDefense",
+    "Training",
+    "TwoView",
+    "preset_of",
+]

@@ -1,34 +1,87 @@
-"""What a defence is: how it views the rows of a batch, and which loss it takes at the answer tokens."""
+"""What a defence is: how a whole fine-tuning goes, how it views the rows of a batch, which loss it takes of them."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, final, overload
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
+from untrigger import objective
+from untrigger.forward import Pair, forward_pair
+from untrigger.models import Loaded
+from untrigger.sample import Sample
 from untrigger.views import PATCH_VIEWS, View, ViewMix
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Both views of a batch at its N answer tokens, teacher-forced.
+class Step(NamedTuple):
+    """A training step's loss before it is summed.
 
-    ``target`` [N] holds token ids; ``logits`` and ``view_logits`` [N, V] the next-token logits under the
-    original and the viewed image; ``hidden`` and ``view_hidden`` [N, d] what the vocabulary head read.
+    ``terms``: weighted terms [N] by name; their sum over terms and answer tokens, per counted token, is the loss.
+    ``seen``: what is worth logging beside them, [N] by name. ``outputs``: what the model gave.
     """
 
-    target: Tensor
-    logits: Tensor
-    view_logits: Tensor
-    hidden: Tensor
-    view_hidden: Tensor
+    terms: dict[str, Tensor]
+    seen: dict[str, Tensor]
+    outputs: Any
+
+
+class Training(Protocol):
+    """What a defence's procedure works with: the model that is fine-tuned, in stages."""
+
+    @property
+    def trusted(self) -> Sequence[Sample]:
+        """Rows known to be clean.
+
+        Raises:
+            InputError: the user gave none.
+        """
+        ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def reference(self) -> Loaded:
+        """The model as it is before fine-tuning."""
+        ...
+
+    def fit(
+        self,
+        rows: Sequence[Sample],
+        defense: StepDefense,
+        name: str = "",
+        *,
+        start: Loaded | None = None,
+        share: float = 1.0,
+        passes: float | None = None,
+        rate: float = 1.0,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> Loaded:
+        """One stage: fine-tune on ``rows`` with the step of ``defense``, a model of its own or on from ``start``.
+
+        The last stage has no name; what it gives is what the user gets. The others are kept under theirs, and not
+        run again after a kill. ``start`` is trained in place, whatever of it has gradients. It takes a ``share`` of the
+        steps that were asked for, or so many ``passes`` over the rows; ``rate`` scales the learning rate.
+
+        Raises:
+            InputError: there are no rows.
+        """
+        ...
+
+    def flag(self, scores: Sequence[float], rows: Collection[int]) -> None:
+        """Tell what was found: how suspicious each row is, the higher the more, and which rows were acted on."""
+        ...
 
 
 @dataclass(frozen=True)
 class Defense(ABC):
     """A frozen set of weights and views; its fields are the command line's flags."""
+
+    wants_trusted: ClassVar[bool] = False  # whether it can do nothing without rows known to be clean
 
     def _check(self, low: float, high: float, *names: str) -> None:
         """Raises ValueError unless these fields are finite numbers in [low, high]."""
@@ -37,22 +90,84 @@ class Defense(ABC):
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} is {value}; it must be a finite number from {low:g} to {high:g}")
 
-    @property
     @abstractmethod
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+        """The whole procedure, on rows that are not trusted."""
+
+
+@dataclass(frozen=True)
+class StepDefense(Defense):
+    """A defence that is all in the training step, of one training on all rows: any host trainer can take it."""
+
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+        return training.fit(rows, self)
+
+    @property
     def paired(self) -> View | None:
         """The view that makes the second half of each training batch; None where there is no second half."""
+        return None
 
     @property
     def replaced(self) -> tuple[View, float] | None:
         """A view that takes an image's place, and the share of rows it does so for."""
         return None
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether `step` takes the place of the host's own loss, which otherwise is left as it is to the bit."""
+        return False
+
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+        """The loss of one training batch; only called where it ``has_loss``."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
+
+
+@dataclass(frozen=True)
+class PairedDefense(StepDefense):
+    """A defence that compares each row with a view of it."""
+
+    @property
+    def has_loss(self) -> bool:
+        return self.paired is not None
+
     @abstractmethod
     def terms(self, pair: Pair) -> dict[str, Tensor]:
-        """Weighted terms [N] by name; their sum over terms and tokens, per counted token, is the loss.
+        """Weighted terms [N] by name."""
 
-        Only called where ``paired`` is set; otherwise the host's own loss is left as it is.
-        """
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+        pair, outputs = forward_pair(model, inputs)
+        seen = {
+            "js": objective.js(pair.logits.detach(), pair.view_logits.detach()),
+            "entropy": objective.entropy(pair.logits.detach()),
+            "ce": objective.token_nll(pair.logits.detach(), pair.target),
+            "ce_view": objective.token_nll(pair.view_logits.detach(), pair.target),
+        }
+        return Step(self.terms(pair), seen, outputs)
+
+
+def part(share: float, count: int) -> int:
+    """How many of ``count`` rows that is, rounded up."""
+    return math.ceil(round(share * count, 6))  # 0.07 * 100 is a little more than 7
+
+
+@final
+class Picked(Sequence[Sample]):
+    """The rows of these numbers; images are opened when a row is asked for."""
+
+    def __init__(self, rows: Sequence[Sample], numbers: Sequence[int]) -> None:
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Picked: ...
+    def __getitem__(self, index: int | slice) -> Sample | Picked:
+        if isinstance(index, slice):
+            return Picked(self.rows, self.numbers[index])
+        return self.rows[self.numbers[index]]
 
 
 def patch_view(name: str, patch: float, ratio: float) -> View:

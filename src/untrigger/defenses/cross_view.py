@@ -9,13 +9,14 @@ from typing import final
 from torch import Tensor
 
 from untrigger import objective
-from untrigger.defenses.base import Defense, Pair, patch_view
+from untrigger.defenses.base import PairedDefense, patch_view
+from untrigger.forward import Pair
 from untrigger.views import View
 
 
 @final
 @dataclass(frozen=True)
-class CrossView(Defense):
+class CrossView(PairedDefense):
     """The faithful objective; PAPER.md lists what the paper's public text leaves open and what is assumed.
 
     ``L = CE(v, y) + a CE(v', y) + l_o [m - JS(p, p')]_+ + l_f [cos(h, h') - c]_+ + l_H band(H(p))``

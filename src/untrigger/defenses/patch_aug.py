@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
-
-from untrigger.defenses.base import Defense, Pair, patch_view
+from untrigger.defenses.base import StepDefense, patch_view
 from untrigger.views import View
 
 
 @final
 @dataclass(frozen=True)
-class PatchAug(Defense):
+class PatchAug(StepDefense):
     """Cross-entropy on views instead of originals for a ``share`` of the rows; the loss is the host's own."""
 
     share: float = 0.5
@@ -25,12 +23,5 @@ class PatchAug(Defense):
         self._check(0, 1, "share")
 
     @property
-    def paired(self) -> None:
-        return None
-
-    @property
     def replaced(self) -> tuple[View, float]:
         return patch_view(self.view, self.patch, self.ratio), self.share
-
-    def terms(self, pair: Pair) -> dict[str, Tensor]:
-        raise NotImplementedError("patch augmentation has no second view")

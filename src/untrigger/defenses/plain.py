@@ -5,19 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
-
-from untrigger.defenses.base import Defense, Pair
+from untrigger.defenses.base import StepDefense
 
 
 @final
 @dataclass(frozen=True)
-class Plain(Defense):
+class Plain(StepDefense):
     """No views, no terms: the host's own loss, to the bit."""
-
-    @property
-    def paired(self) -> None:
-        return None
-
-    def terms(self, pair: Pair) -> dict[str, Tensor]:
-        raise NotImplementedError("plain fine-tuning has no second view")

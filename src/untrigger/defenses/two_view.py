@@ -9,13 +9,14 @@ from typing import final
 from torch import Tensor
 
 from untrigger import objective
-from untrigger.defenses.base import Defense, Pair, patch_view
+from untrigger.defenses.base import PairedDefense, patch_view
+from untrigger.forward import Pair
 from untrigger.views import View
 
 
 @final
 @dataclass(frozen=True)
-class TwoView(Defense):
+class TwoView(PairedDefense):
     """``L = CE(v, y) + view_weight * CE(v', y)``: the reference objective without its separations."""
 
     view_weight: float = 1.0

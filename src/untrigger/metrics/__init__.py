@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-_Z = NormalDist().inv_cdf(0.975)
+Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Rate:
         if not 0 <= hits <= n:
             raise ValueError(f"{hits} hits out of {n} rows")
         value = hits / n
-        centre = (value + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z * math.sqrt(value * (1 - value) / n + (_Z / (2 * n)) ** 2) / (1 + _Z**2 / n)
+        centre = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        half = Z * math.sqrt(value * (1 - value) / n + (Z / (2 * n)) ** 2) / (1 + Z**2 / n)
         # The exact ends are 0 and 1 at value 0 and 1; rounding must not push them past the value.
         return cls(value, max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half)), n)
 

@@ -1,0 +1,172 @@
+"""Implausible answers replaced by the model's own, after BYORn (Sabolić et al., ICML 2026, arXiv 2606.02947)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final, overload
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import ProcessorMixin, TrainerCallback
+
+from untrigger.defenses.base import Defense, Training, part
+from untrigger.defenses.plain import Plain
+from untrigger.errors import InputError
+from untrigger.forward import row_nll
+from untrigger.generate import answers
+from untrigger.models import Loaded
+from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.storage import write_text
+
+_AVERAGE, _ANSWERS = "average.safetensors", "answers.json"  # in a checkpoint
+
+
+@final
+@dataclass(frozen=True)
+class Byorn(Defense):
+    """Rows whose answers the model, before it is fine-tuned, finds least likely are answered anew while it learns.
+
+    The answers are drawn from a running average of the model, in each pass over the rows. PAPER.md says what differs
+    from the paper.
+
+    Fields:
+        suspected: share of the rows that is answered anew (paper: 0.4).
+        decay: lambda, how much of the average stays in a step (not published; ours).
+    """
+
+    suspected: float = 0.4
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        self._check(0, 1, "suspected", "decay")
+
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+        reference = training.reference()
+        processor, loss = reference.processor, row_nll(reference, rows)
+        del reference  # two models at a time are one too many
+        likeliest_first = sorted(range(len(rows)), key=loss.__getitem__)
+        suspected = likeliest_first[len(rows) - part(self.suspected, len(rows)) :]
+        training.flag(loss, suspected)
+        bootstrapped = Bootstrapped(rows, suspected)
+        callback = _Bootstrap(bootstrapped, processor, self.decay, training.seed)
+        return training.fit(bootstrapped, Plain(), callbacks=[callback])
+
+
+@final
+class Bootstrapped(Sequence[Sample]):
+    """The rows, some of them with other ``answers``: a text for each turn of the assistant, by row."""
+
+    def __init__(self, rows: Sequence[Sample], suspected: Collection[int]) -> None:
+        self.rows, self.suspected = rows, sorted(suspected)
+        self.answers: dict[int, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        return _answered(self.rows[index], self.answers.get(index, []))
+
+    def answer(self, loaded: Loaded) -> None:
+        """Have the model answer every suspected row anew, turn by turn, after its own earlier answers."""
+        texts: dict[int, list[str]] = {row: [] for row in self.suspected}
+        waiting = self.suspected
+        while waiting := [row for row in waiting if len(texts[row]) < len(_turns(self.rows[row]))]:
+            asked = [_asked(self.rows[row], texts[row]) for row in waiting]
+            for row, text in zip(waiting, answers(loaded, asked, drawn=True), strict=True):
+                texts[row].append(text.replace(IMAGE_TAG, ""))  # there is no image for it
+        self.answers = texts
+
+
+def _turns(sample: Sample) -> list[int]:
+    return [turn for turn, message in enumerate(sample.messages) if message.role == "assistant"]
+
+
+def _answered(sample: Sample, texts: Sequence[str]) -> Sample:
+    messages = list(sample.messages)
+    for turn, text in zip(_turns(sample), texts, strict=False):
+        messages[turn] = Message("assistant", text)
+    return replace(sample, messages=tuple(messages))
+
+
+def _asked(sample: Sample, texts: Sequence[str]) -> Sample:
+    """The conversation up to the first question that ``texts`` have no answer to."""
+    return replace(_answered(sample, texts), messages=_answered(sample, texts).messages[: _turns(sample)[len(texts)]])
+
+
+class _Bootstrap(TrainerCallback):
+    """Keeps the running average of what is trained, and has it answer at the start of each pass."""
+
+    def __init__(self, rows: Bootstrapped, processor: ProcessorMixin, decay: float, seed: int) -> None:
+        self._rows, self._processor, self._decay, self._seed = rows, processor, decay, seed
+        self._average: dict[str, Tensor] = {}
+        self._midway = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.dataloader_persistent_workers:  # they would go on with the answers of the first pass
+            raise InputError("defense byorn: set dataloader_persistent_workers to false; rows change with each pass")
+        self._average = {name: value.detach().clone() for name, value in _trained(kwargs["model"]).items()}
+        if state.global_step:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            for name, value in load_file(folder / _AVERAGE).items():
+                self._average[name].copy_(value)
+            told = json.loads((folder / _ANSWERS).read_text(encoding="utf-8"))
+            self._rows.answers = {int(row): texts for row, texts in told.items()}
+            self._midway = not float(state.epoch).is_integer()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._midway:  # the answers of this pass came with the checkpoint
+            self._midway = False
+            return
+        model = kwargs["model"]
+        device = next(model.parameters()).device
+        with self._swapped(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(1_000_003 * self._seed + state.global_step)
+            self._rows.answer(Loaded(model, self._processor, ""))
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, value in _trained(kwargs["model"]).items():
+            self._average[name].lerp_(value, 1 - self._decay)
+        self._save(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(args, state, control)
+
+    def _save(self, args: Any, state: Any, control: Any) -> None:
+        """Before the host saves: a checkpoint counts as complete when its last file is there."""
+        if control.should_save and state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self._average, folder / _AVERAGE)
+            write_text(folder / _ANSWERS, json.dumps(self._rows.answers, ensure_ascii=False))
+
+    @contextmanager
+    def _swapped(self, model: nn.Module) -> Generator[None]:
+        """The model with the average in the place of its weights."""
+        weights = {name: value.detach().clone() for name, value in _trained(model).items()}
+        _copy(model, self._average)
+        try:
+            yield
+        finally:
+            _copy(model, weights)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, parameter in _trained(model).items():
+        parameter.copy_(values[name])

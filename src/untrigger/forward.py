@@ -1,0 +1,149 @@
+"""Forward passes at the answer tokens: of a training batch, of one view or both, and of rows to be scored."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from untrigger import objective
+from untrigger.collate import IGNORE, ChatCollator, Rows
+from untrigger.errors import InputError
+from untrigger.models import Loaded, base_model
+from untrigger.progress import tracked
+from untrigger.sample import Sample
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A batch of B rows at its N answer tokens, teacher-forced.
+
+    ``target`` [N] holds token ids, ``logits`` [N, V] the next-token logits, ``hidden`` [N, d] what the vocabulary
+    head read, and ``row`` [N] which row of the batch, 0 to B - 1, a token belongs to.
+    """
+
+    target: Tensor
+    logits: Tensor
+    hidden: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both views of a batch at its N answer tokens, teacher-forced.
+
+    ``target`` [N] holds token ids; ``logits`` and ``view_logits`` [N, V] the next-token logits under the
+    original and the viewed image; ``hidden`` and ``view_hidden`` [N, d] what the vocabulary head read; ``row`` [N]
+    which row of the batch, 0 to B - 1, a token belongs to.
+    """
+
+    target: Tensor
+    logits: Tensor
+    view_logits: Tensor
+    hidden: Tensor
+    view_hidden: Tensor
+    row: Tensor
+
+
+def forward_answers(model: nn.Module, inputs: dict[str, Any]) -> tuple[Answers, Any]:
+    """One forward pass over a batch with ``labels`` [B, T]; also what the model gave.
+
+    Goes through ``model(...)`` itself, so DDP and FSDP see it. Only answer positions reach the vocabulary where the
+    family can select positions.
+    """
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    target = labels[:, 1:]
+    answers = target != IGNORE
+    keep = torch.zeros_like(labels, dtype=torch.bool)
+    keep[:, :-1] = answers
+    inner = base_model(model)
+    selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    with _head_input(inner) as seen:
+        outputs = model(**inputs, use_cache=False, **({"logits_to_keep": keep} if selects else {}))
+    logits, hidden = (x if selects else x[keep] for x in (outputs.logits, seen[-1]))
+    logits, hidden = logits.reshape(-1, logits.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    return Answers(target[answers], logits, hidden, answers.nonzero()[:, 0]), outputs
+
+
+def forward_pair(model: nn.Module, inputs: dict[str, Any]) -> tuple[Pair, Any]:
+    """One forward pass over a PairCollator's batch [2B, ...], originals then views; also what the model gave."""
+    labels = inputs["labels"]
+    half = labels.shape[0] // 2
+    both, outputs = forward_answers(model, {**inputs, "labels": labels[:half].repeat(2, 1)})
+    logits, view_logits = both.logits.chunk(2)
+    hidden, view_hidden = both.hidden.chunk(2)
+    count = len(logits)
+    return Pair(both.target[:count], logits, view_logits, hidden, view_hidden, both.row[:count]), outputs
+
+
+@torch.no_grad()
+def row_nll(loaded: Loaded, rows: Sequence[Sample], *, batch_size: int = 32) -> list[float]:
+    """Mean negative log-likelihood of each row's answer tokens, in nats: the loss that fine-tuning has on it."""
+    collate, data, nll = ChatCollator(loaded.processor), Rows(rows), list[float]()
+    with evaluating(loaded.model) as model:
+        for batch in batches(len(data), batch_size, "scoring"):
+            answers, _ = forward_answers(model, on_device(collate([data[i] for i in batch]), model))
+            lost = objective.token_nll(answers.logits, answers.target)
+            sums = lost.new_zeros(len(batch)).index_add_(0, answers.row, lost)
+            nll += (sums / torch.bincount(answers.row, minlength=len(batch)).clamp(min=1)).tolist()
+    return nll
+
+
+def batches(count: int, size: int, title: str) -> Iterator[range]:
+    """Row numbers 0 to ``count`` - 1 in order, ``size`` at a time, under a meter."""
+    starts = range(0, count, size)
+    return (range(start, min(start + size, count)) for start in tracked(starts, title, len(starts)))
+
+
+def on_device(batch: Mapping[str, Any], model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel | PeftModel) -> Generator[PreTrainedModel | PeftModel]:
+    """The model in evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+
+
+def decoder(model: nn.Module) -> PreTrainedModel:
+    """The stack of ``layers`` of the language model, whatever the family calls it.
+
+    Raises:
+        InputError: there is none that can be found.
+    """
+    found: Any = base_model(model).get_decoder()
+    while not hasattr(found, "layers") and (inner := found.get_decoder()) is not found:
+        found = inner
+    if not hasattr(found, "layers"):
+        raise InputError(f"{type(base_model(model)).__name__}: its language model has no layers that can be looked at")
+    return found
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The language model's layers."""
+    return cast(nn.ModuleList, decoder(model).layers)
+
+
+@contextmanager
+def _head_input(model: PreTrainedModel) -> Generator[list[Tensor]]:
+    """Collect what the vocabulary head reads: the last hidden states, whatever the family calls them."""
+    seen: list[Tensor] = []
+    head = cast(nn.Module, model.get_output_embeddings())
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,73 @@
+"""What tests of the baselines share: a model with enough layers, exact arithmetic, rows of every kind."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from dry import Dry
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from untrigger.models import Loaded, load
+from untrigger.sample import Message, Sample, read
+
+
+@pytest.fixture(scope="session")
+def deep_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny LLaVA with four layers of language model."""
+    from transformers import LlavaForConditionalGeneration
+
+    loaded = load(tiny_model)
+    config = loaded.model.config
+    config.text_config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "deep"
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def exact(deep_model: Path) -> Loaded:
+    """It in float64, where a wrong formula cannot hide behind rounding; larger weights make it look at its images."""
+    loaded = load(deep_model, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    for module in loaded.model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.forward = partial(_norm, module)
+    return loaded
+
+
+def _norm(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
+    """The host's own goes through fp32, whatever the model is in."""
+    mean = hidden.square().mean(-1, keepdim=True)
+    return norm.weight * hidden * torch.rsqrt(mean + norm.variance_epsilon)
+
+
+@pytest.fixture(scope="session")
+def samples(tiny_data: Path) -> list[Sample]:
+    return list(read(tiny_data))
+
+
+@pytest.fixture(scope="session")
+def mixed(samples: list[Sample]) -> list[Sample]:
+    """Rows with one image, none and two, and of one and two turns."""
+    ask, tell = (lambda text: Message("user", text)), (lambda text: Message("assistant", text))
+    first, second, third = (sample.images[0] for sample in samples[:3])
+    return [
+        *samples[:2],
+        Sample("text", (), (ask("hello"), tell("hello there, you"))),
+        Sample("turns", (first,), (ask("<image>\nwhat?"), tell("red"), ask("and now?"), tell("a blue star"))),
+        Sample("two", (second, third), (ask("<image> <image>\nare they the same?"), tell("no"))),
+    ]
+
+
+@pytest.fixture
+def dry(exact: Loaded, samples: list[Sample]) -> Dry:
+    return Dry(exact, samples[:4])

@@ -1,0 +1,46 @@
+"""A training that trains nothing and remembers what it was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from untrigger.defenses import StepDefense
+from untrigger.models import Loaded
+from untrigger.sample import Sample
+
+
+class Stage(NamedTuple):
+    """What one stage was asked for; ``start`` is the number of the stage that it goes on from."""
+
+    name: str
+    rows: list[str]
+    defense: StepDefense
+    start: int | None
+    told: dict[str, Any]
+
+
+@dataclass
+class Dry:
+    """Stands in for `untrigger.stages.Stages`; every stage gives the same model under a name of its own."""
+
+    loaded: Loaded
+    trusted: Sequence[Sample]
+    seed: int = 0
+    stages: list[Stage] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    flagged: list[int] = field(default_factory=list)
+
+    def reference(self) -> Loaded:
+        return self.loaded
+
+    def fit(
+        self, rows: Sequence[Sample], defense: StepDefense, name: str = "", *, start: Loaded | None = None, **told: Any
+    ) -> Loaded:
+        ids = [rows[i].id for i in range(len(rows))]
+        self.stages.append(Stage(name, ids, defense, None if start is None else int(start.name), told))
+        return self.loaded._replace(name=str(len(self.stages) - 1))
+
+    def flag(self, scores: Sequence[float], rows: Collection[int]) -> None:
+        self.scores, self.flagged = list(scores), sorted(rows)

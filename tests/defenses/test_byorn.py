@@ -1,0 +1,292 @@
+"""BYORn: who is suspected, what they are answered anew, the running average, and a run that was killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dry import Dry
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import set_seed
+
+from untrigger.collate import ChatCollator
+from untrigger.defenses import Byorn, Plain, byorn
+from untrigger.defenses.byorn import Bootstrapped, _Bootstrap, _trained
+from untrigger.errors import InputError
+from untrigger.finetune import arguments, fine_tune
+from untrigger.forward import row_nll
+from untrigger.models import Loaded, add_lora, load
+from untrigger.sample import Message, Sample
+from untrigger.trainer import last_checkpoint
+
+SUSPECTED = [1, 4, 7]
+
+
+@pytest.fixture
+def loaded(tiny_model: Path) -> Loaded:
+    """Under LoRA that has learnt something: B is not zero."""
+    set_seed(0)
+    plain = load(tiny_model, dtype=torch.float32)
+    model = add_lora(plain.model, rank=2)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return plain._replace(model=model)
+
+
+def state(step: int = 0, epoch: float = 0.0) -> Any:
+    return SimpleNamespace(global_step=step, epoch=epoch, is_world_process_zero=True)
+
+
+def answers_of(rows: Sequence[Sample]) -> list[tuple[str, ...]]:
+    return [tuple(m.text for m in rows[i].messages if m.role == "assistant") for i in range(len(rows))]
+
+
+# --- who is suspected -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.4, 10), (0.25, 6), (0.0, 0), (1.0, 24)])
+def test_exactly_the_share_of_the_least_likely_is_suspected(
+    dry: Dry, samples: list[Sample], share: float, count: int
+) -> None:
+    model = Byorn(suspected=share).fine_tune(samples, dry)
+    loss = row_nll(dry.loaded, samples)
+    assert dry.scores == loss and len(dry.flagged) == count
+    others = [loss[row] for row in range(24) if row not in dry.flagged]
+    assert not count or not others or min(loss[row] for row in dry.flagged) >= max(others)
+    (stage,) = dry.stages
+    assert stage[:4] == ("", [s.id for s in samples], Plain(), None) and model.name == "0"
+    assert [type(callback) for callback in stage.told["callbacks"]] == [_Bootstrap]
+
+
+# --- what they are answered -------------------------------------------------------------------------
+
+
+def test_trusted_answers_and_all_images_are_untouched(loaded: Loaded, samples: list[Sample]) -> None:
+    rows = Bootstrapped(samples[:9], SUSPECTED)
+    assert answers_of(rows) == answers_of(samples[:9]), "before the first pass nothing is replaced"
+    rows.answer(loaded)
+    assert sorted(rows.answers) == SUSPECTED
+    for i, (before, after) in enumerate(zip(samples, rows, strict=False)):
+        assert (after.id, after.images, after.messages[:-1]) == (before.id, before.images, before.messages[:-1])
+        assert (after.messages[-1] == before.messages[-1]) == (i not in SUSPECTED)
+    assert [s.id for s in rows[2:8:2]] == ["row-2", "row-4", "row-6"] and rows[4] == rows[2:8:2][1]
+
+
+def test_every_turn_is_answered_after_the_models_own_earlier_answers(
+    loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 3 has two turns: its second question comes after the new first answer."""
+    asked: list[list[Sample]] = []
+
+    def answer(_: Loaded, samples: list[Sample], *, drawn: bool) -> Iterator[str]:
+        assert drawn
+        asked.append(samples)
+        yield from (f"new {len(asked)} {sample.id}" for sample in samples)
+
+    monkeypatch.setattr(byorn, "answers", answer)
+    rows = Bootstrapped(mixed, [1, 3])
+    rows.answer(loaded)
+    assert [[s.id for s in part] for part in asked] == [[mixed[1].id, "turns"], ["turns"]]
+    assert [m.text for m in asked[0][1].messages] == ["<image>\nwhat?"]
+    assert [m.text for m in asked[1][0].messages] == ["<image>\nwhat?", "new 1 turns", "and now?"]
+    assert answers_of(rows)[3] == ("new 1 turns", "new 2 turns")
+    assert answers_of(rows)[2] == answers_of(mixed)[2]
+
+
+def test_a_drawn_image_tag_calls_for_no_image(
+    loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byorn, "answers", lambda *_, **__: iter(["a <image> red", ""]))
+    rows = Bootstrapped(mixed, [0, 1])
+    rows.answer(loaded)
+    assert answers_of(rows)[:2] == [("a  red",), ("",)]
+    told = [{"images": list(s.images), "messages": _chat(s)} for s in rows[:2]]
+    assert ChatCollator(loaded.processor)(told)["labels"].shape[0] == 2  # an empty answer is its end alone
+
+
+def _chat(sample: Sample) -> list[dict[str, object]]:
+    from untrigger.collate import chat_message
+
+    return [chat_message(message) for message in sample.messages]
+
+
+def begun(loaded: Loaded, rows: Bootstrapped, step: int, seed: int = 0) -> list[tuple[str, ...]]:
+    """The answers after a pass has begun at this step."""
+    callback = _Bootstrap(rows, loaded.processor, 0.9, seed)
+    callback.on_train_begin(SimpleNamespace(dataloader_persistent_workers=False), state(), None, model=loaded.model)
+    callback.on_epoch_begin(None, state(step), None, model=loaded.model)
+    return answers_of(rows)
+
+
+def test_answers_differ_in_each_pass_and_are_the_same_for_the_same_seed(loaded: Loaded, samples: list[Sample]) -> None:
+    rows = Bootstrapped(samples[:9], SUSPECTED)
+    first = begun(loaded, rows, 0)
+    torch.rand(5)  # whatever else was drawn in between
+    assert begun(loaded, rows, 0) == first
+    others = [begun(loaded, rows, 6), begun(loaded, rows, 0, seed=1)]
+    for other in others:
+        assert all(first[i] != other[i] for i in SUSPECTED)
+        assert all(first[i] == other[i] for i in range(9) if i not in SUSPECTED)
+    assert others[0] != others[1]
+
+
+def test_the_state_of_chance_is_left_as_it_was(loaded: Loaded, samples: list[Sample]) -> None:
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), [str(x) for x in np.random.get_state()]
+
+    before = states()
+    begun(loaded, Bootstrapped(samples[:9], SUSPECTED), 3)
+    assert states() == before
+
+
+# --- the running average ----------------------------------------------------------------------------
+
+
+def test_the_average_answers_and_then_the_weights_are_back(
+    loaded: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def answer(told: Loaded, asked: list[Sample], **_: Any) -> Iterator[str]:
+        seen.append({name: value.detach().clone() for name, value in _trained(told.model).items()})
+        yield from ("yes" for _ in asked)
+
+    monkeypatch.setattr(byorn, "answers", answer)
+    callback = _Bootstrap(Bootstrapped(samples[:9], SUSPECTED), loaded.processor, 0.75, 0)
+    callback.on_train_begin(SimpleNamespace(dataloader_persistent_workers=False), state(), None, model=loaded.model)
+    weights = _trained(loaded.model)
+    start = {name: value.detach().clone() for name, value in weights.items()}
+    with torch.no_grad():
+        for value in weights.values():
+            value.add_(1.0)
+    callback.on_step_end(None, state(1), SimpleNamespace(should_save=False), model=loaded.model)
+    callback.on_epoch_begin(None, state(1), None, model=loaded.model)
+    assert all(value.requires_grad for value in weights.values()) and len(weights) > 8
+    for name, value in weights.items():
+        torch.testing.assert_close(seen[0][name], start[name] + 0.25)
+        torch.testing.assert_close(value.detach(), start[name] + 1.0)
+
+
+# --- whole runs -------------------------------------------------------------------------------------
+
+STEPS, EPOCH, DECAY = 9, 6, 0.8
+
+
+def run(model: Path, samples: list[Sample], out: Path, *, resume: bool = False, **settings: Any) -> None:
+    chosen: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 0.01}
+    chosen |= {"save_steps": 1, "save_total_limit": STEPS, "use_cpu": True}
+    args = arguments(out, **(chosen | settings))
+    fine_tune(samples, str(model), Byorn(decay=DECAY), args, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody killed, with a checkpoint of each step; the second pass has begun."""
+    out = tmp_path_factory.mktemp("byorn") / "out"
+    run(tiny_model, samples, out)
+    return out
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    first, second = adapter(a), adapter(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_average_is_its_closed_form(undisturbed: Path, tiny_model: Path) -> None:
+    """lambda^T theta_0 + (1 - lambda) sum_t lambda^(T - t) theta_t."""
+    set_seed(42)  # the host's default
+    start = add_lora(load(tiny_model, dtype=torch.float32).model, rank=16, alpha=32)  # type: ignore[arg-type]
+    weights = [get_peft_model_state_dict(start)]
+    weights += [adapter(undisturbed / f"checkpoint-{step}") for step in range(1, STEPS + 1)]
+    average = load_file(undisturbed / f"checkpoint-{STEPS}" / "average.safetensors")
+    assert {name.replace(".default", "") for name in average} == set(weights[0])
+    for name, found in average.items():
+        terms = [w[name.replace(".default", "")].double() for w in weights]
+        powers = [DECAY**STEPS, *((1 - DECAY) * DECAY ** (STEPS - t) for t in range(1, STEPS + 1))]
+        expected = sum((p * w for p, w in zip(powers, terms, strict=True)), torch.zeros(()))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    assert any((average[n] - weights[-1][n.replace(".default", "")]).abs().max() > 1e-3 for n in average)
+
+
+def test_each_pass_has_answers_of_its_own(undisturbed: Path) -> None:
+    told = [
+        json.loads((undisturbed / f"checkpoint-{step}" / "answers.json").read_text()) for step in range(1, STEPS + 1)
+    ]
+    assert all(answers == told[0] for answers in told[:EPOCH]) and all(answers == told[-1] for answers in told[EPOCH:])
+    assert told[0].keys() == told[-1].keys() and len(told[0]) == 10
+    assert sum(told[0][row] != told[-1][row] for row in told[0]) >= 9
+
+
+@pytest.mark.parametrize("step", [2, EPOCH, EPOCH + 1])
+def test_killed_and_resumed_it_ends_in_the_same_bits(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, undisturbed: Path, step: int
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(undisturbed / "untrigger.json", out)
+    for i in range(1, step + 1):
+        shutil.copytree(undisturbed / f"checkpoint-{i}", out / f"checkpoint-{i}")
+    torch.rand(3)
+    run(tiny_model, samples, out, resume=True)
+    assert same_bits(out, undisturbed)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_what_is_needed_to_go_on_is_there_before_a_checkpoint_counts(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """A checkpoint is whole once the host has written its state: at that moment ours must lie beside it."""
+    from transformers import TrainerState
+
+    seen: list[Path] = []
+    save = TrainerState.save_to_json
+
+    def watched(told: TrainerState, path: str) -> None:
+        if Path(path).parent.name.startswith("checkpoint-"):
+            assert last_checkpoint(tmp_path / "out") is None
+            seen.extend(Path(path).parent / name for name in ("average.safetensors", "answers.json"))
+            assert all(file.is_file() for file in seen)
+        save(told, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", watched)
+    settings = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": strategy, "save_steps": EPOCH}
+    run(tiny_model, samples[:8], tmp_path / "out", per_device_train_batch_size=8, **settings)
+    assert len(seen) == 2
+
+
+def test_other_weights_come_of_other_answers(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byorn, "answers", lambda _, asked, **__: iter(["yes"] * len(asked)))
+    run(tiny_model, samples, tmp_path / "out", save_strategy="no")
+    assert not same_bits(tmp_path / "out", undisturbed)
+
+
+def test_loaders_that_would_not_see_new_answers_are_refused(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    with pytest.raises(InputError, match=r"^defense byorn: set dataloader_persistent_workers to false; [^\n]+$"):
+        run(tiny_model, samples, tmp_path / "out", **workers)
+
+
+def test_a_question_without_an_answer_is_never_asked(loaded: Loaded, samples: list[Sample]) -> None:
+    open_end = Sample("open", samples[0].images, (Message("user", "<image>\nwhat?"),))
+    rows = Bootstrapped([open_end], [0])
+    rows.answer(loaded)
+    assert rows.answers == {0: []} and rows[0] == open_end

@@ -1,0 +1,51 @@
+"""Clean fine-tuning: on the trusted rows alone, from the weights of the undefended model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dry import Dry
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Trainer
+
+from untrigger.defenses import CleanTuning, Plain
+from untrigger.finetune import arguments, fine_tune
+from untrigger.sample import Sample
+
+
+def test_two_trainings_the_second_on_trusted_rows_alone(dry: Dry, samples: list[Sample]) -> None:
+    model = CleanTuning(passes=7, rate=0.25).fine_tune(samples, dry)
+    undefended, clean = dry.stages
+    assert undefended == ("undefended", [s.id for s in samples], Plain(), None, {})
+    assert clean == ("", [s.id for s in samples[:4]], Plain(), 0, {"passes": 7, "rate": 0.25})
+    assert model.name == "1" and dry.scores == []
+
+
+def test_it_goes_on_from_the_undefended_weights(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    told: list[tuple[float, int]] = []
+    train = Trainer.train
+
+    def watched(trainer: Any, *args: Any, **more: Any) -> Any:
+        seen.append({k: v.clone() for k, v in get_peft_model_state_dict(trainer.model).items()})
+        result = train(trainer, *args, **more)
+        told.append((trainer.args.learning_rate, trainer.state.global_step))
+        return result
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    args = arguments(tmp_path / "out", use_cpu=True, learning_rate=0.01, max_steps=2, save_strategy="no")
+    fine_tune(samples, str(tiny_model), CleanTuning(passes=3, rate=0.5), args, trusted=samples[:4])
+    undefended = load_file(tmp_path / "out" / "stages" / "undefended" / "adapter_model.safetensors")
+    start, again = seen
+    assert again.keys() == undefended.keys() and all(torch.equal(again[k], undefended[k]) for k in undefended)
+    assert any(not torch.equal(start[k], again[k]) for k in start)
+    result = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(not torch.equal(result[k], again[k]) for k in again)
+    assert told == [(0.01, 2), (0.005, 3)]  # of four trusted rows one batch a pass

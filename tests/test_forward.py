@@ -1,0 +1,147 @@
+"""Forward passes at the answer tokens against loops over every token, and the decoder of every family."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
+from untrigger.errors import InputError
+from untrigger.forward import (
+    batches,
+    decoder,
+    decoder_layers,
+    evaluating,
+    forward_answers,
+    forward_pair,
+    on_device,
+    row_nll,
+)
+from untrigger.models import Loaded, add_lora, embedded_models, load
+from untrigger.sample import Message, Sample, read
+from untrigger.views import Erase
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_model: Path) -> Loaded:
+    return load(tiny_model, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_data: Path) -> list[Sample]:
+    """Answers of one to three words; one row with two turns, one without an image."""
+    rows = list(read(tiny_data))[:6]
+    turns = (
+        Message("user", "a?"),
+        Message("assistant", "red"),
+        Message("user", "b?"),
+        Message("assistant", "a circle"),
+    )
+    return [*rows, Sample("text", (), turns)]
+
+
+def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:
+    rows = Rows(samples)
+    return ChatCollator(loaded.processor)([rows[i] for i in range(len(rows))])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_answers_are_those_of_a_loop_over_all_positions(tiny_model: Path, samples: list[Sample], adapted: bool) -> None:
+    loaded = load(tiny_model, dtype=torch.float64)
+    model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
+    batch = batch_of(loaded, samples)
+    answers, _ = forward_answers(model, batch)
+    labels = batch["labels"]
+    full = loaded.model(**{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True)
+    places = [(b, t) for b in range(len(labels)) for t in range(1, labels.shape[1]) if labels[b, t] != IGNORE]
+    assert answers.target.tolist() == [int(labels[b, t]) for b, t in places]
+    assert answers.row.tolist() == [b for b, _ in places]
+    assert len(set(answers.row.tolist())) == len(samples)
+    torch.testing.assert_close(answers.logits, torch.stack([full.logits[b, t - 1] for b, t in places]))
+    torch.testing.assert_close(answers.hidden, torch.stack([full.hidden_states[-1][b, t - 1] for b, t in places]))
+    assert "labels" in batch, "the caller's batch is left as it was"
+
+
+def test_a_pair_is_the_answers_of_either_half(exact: Loaded, samples: list[Sample]) -> None:
+    rows = Rows(samples[:4])
+    both = PairCollator(ChatCollator(exact.processor), Erase(), 0)([rows[i] for i in range(4)])
+    pair, _ = forward_pair(exact.model, both)
+    images = len(both["pixel_values"]) // 2
+    for logits, hidden, half, pixels in (
+        (pair.logits, pair.hidden, slice(0, 4), slice(0, images)),
+        (pair.view_logits, pair.view_hidden, slice(4, 8), slice(images, None)),
+    ):
+        inputs = {k: both[k][half] for k in ("input_ids", "attention_mask")}
+        inputs |= {"pixel_values": both["pixel_values"][pixels], "labels": both["labels"][:4]}
+        alone, _ = forward_answers(exact.model, inputs)
+        torch.testing.assert_close(logits, alone.logits)
+        torch.testing.assert_close(hidden, alone.hidden)
+        assert torch.equal(pair.target, alone.target) and torch.equal(pair.row, alone.row)
+    assert not torch.equal(pair.logits, pair.view_logits)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_row_nll_is_a_loop_over_rows_and_tokens(exact: Loaded, samples: list[Sample], batch_size: int) -> None:
+    expected: list[float] = []
+    for sample in samples:
+        batch = batch_of(exact, [sample])
+        with torch.no_grad():
+            logits = exact.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+        lost = [
+            math.log(torch.exp(logits[t - 1]).sum()) - float(logits[t - 1, y])
+            for t, y in enumerate(batch["labels"][0].tolist())
+            if y != IGNORE
+        ]
+        expected.append(sum(lost) / len(lost))
+    assert row_nll(exact, samples, batch_size=batch_size) == pytest.approx(expected, rel=1e-9)
+    assert len({round(value, 6) for value in expected}) == len(samples), "they can be told apart, so order is seen"
+
+
+def test_row_nll_is_the_hosts_loss_and_leaves_no_trace(exact: Loaded, samples: list[Sample]) -> None:
+    exact.model.train()
+    (found,) = row_nll(exact, samples[2:3])
+    assert exact.model.training and all(p.grad is None for p in exact.model.parameters())
+    exact.model.eval()
+    with torch.no_grad():
+        assert found == pytest.approx(exact.model(**batch_of(exact, samples[2:3])).loss.item(), rel=1e-6)
+
+
+def test_evaluation_mode_ends_with_its_block(exact: Loaded) -> None:
+    for before in (True, False):
+        exact.model.train(before)
+        with pytest.raises(KeyError), evaluating(exact.model) as model:
+            assert model is exact.model and not model.training
+            raise KeyError
+        assert exact.model.training == before
+
+
+def test_batches_cover_every_row_once() -> None:
+    assert [list(part) for part in batches(7, 3, "")] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(batches(0, 3, "")) == []
+
+
+def test_what_is_no_tensor_stays_as_it_is(exact: Loaded) -> None:
+    moved = on_device({"a": torch.ones(1), "b": "text"}, exact.model)
+    assert torch.equal(moved["a"], torch.ones(1)) and moved["b"] == "text"
+
+
+@pytest.mark.parametrize("name", embedded_models())
+def test_the_decoder_of_every_family_is_found_under_lora_too(name: str) -> None:
+    loaded = load(name)
+    layers = decoder_layers(loaded.model)
+    assert len(layers) == 4 and all(hasattr(layer, "self_attn") for layer in layers)
+    assert decoder_layers(add_lora(loaded.model, rank=1)) is layers  # type: ignore[arg-type]
+    assert decoder(loaded.model).config.num_hidden_layers == 4
+
+
+def test_a_model_without_layers_is_refused_in_one_line() -> None:
+    class Flat(nn.Module):
+        def get_decoder(self) -> nn.Module:
+            return self
+
+    with pytest.raises(InputError, match="Flat: its language model has no layers"):
+        decoder_layers(Flat())
