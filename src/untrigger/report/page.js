@@ -1,0 +1,42 @@
+"use strict";
+// Draws the figures that the page holds, in the colours of its scheme.
+const figures = JSON.parse(document.getElementById("figures").textContent);
+
+function scheme() {
+  const style = getComputedStyle(document.documentElement);
+  const [ink, line] = ["--ink", "--line"].map((name) => style.getPropertyValue(name).trim());
+  const axis = { gridcolor: line, linecolor: line, tickcolor: line, showline: true };
+  return {
+    layout: {
+      font: { color: ink, family: style.getPropertyValue("--font"), size: 13 },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      hoverlabel: { font: { family: style.getPropertyValue("--font") } },
+      xaxis: axis,
+      yaxis: axis,
+    },
+  };
+}
+
+function draw() {
+  const template = scheme();
+  for (const box of document.querySelectorAll("[data-figure]")) {
+    const { data, layout } = figures[box.dataset.figure];
+    Plotly.react(box, data, { ...layout, template }, { displayModeBar: false, responsive: true });
+  }
+}
+
+// A link to a cell opens its section.
+function reveal() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const section = target?.closest("details");
+  if (section) {
+    section.open = true;
+    target.scrollIntoView();
+  }
+}
+
+draw();
+reveal();
+for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", draw);
+addEventListener("hashchange", reveal);
