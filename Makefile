@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint gallery clean
+.PHONY: quickstart test check lint gallery bench clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/untrigger quickstart --out runs/quickstart
@@ -27,6 +27,13 @@ WORKERS ?= 1
 gallery: $(VENV)/installed
 	$(BIN)/python -m untrigger.gallery --results results/gallery --out docs --workers $(WORKERS)
 
+# What the paper compares: hours on two cores; give the same command again after a kill.
+bench: $(VENV)/installed-dev
+	$(BIN)/untrigger bench plans/paper.yaml --out results/paper --jobs $(WORKERS)
+	$(BIN)/untrigger report results/paper --out results/paper.json
+	$(BIN)/untrigger report results/paper --out results/paper.md
+	$(BIN)/untrigger report results/paper --out runs/paper.html
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -36,7 +43,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,trl,report]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,ray,report,trl]"
 	touch $@ $(VENV)/installed
 
 clean:

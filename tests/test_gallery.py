@@ -348,17 +348,18 @@ def test_missing_cells_run_and_failures_are_told(
 ) -> None:
     asked: list[Any] = []
 
-    def run(cells: list[Cell], root: Path, *, workers: int) -> list[str]:
-        asked.append((cells, root, workers))
+    def run(cells: list[Cell], root: Path, runner: object) -> list[str]:
+        asked.append((cells, root, runner))
         return ["llava_x: no room"]
 
     monkeypatch.setattr("untrigger.matrix.run_matrix", run)
+    monkeypatch.setattr("untrigger.matrix.on_this_machine", lambda jobs: f"{jobs} jobs")
     out = tmp_path / "docs"
     words = ["--results", str(tmp_path / "r"), "--out", str(out), "--workers", "2", "--only", "addsent/llava"]
     assert main(words) == 1
-    ((cells, root, workers),) = asked
+    ((cells, root, runner),) = asked
     assert {cell.attack for cell in cells} == {"addsent"} and len(cells) == 2
-    assert (root, workers) == (tmp_path / "r", 2)
+    assert (root, runner) == (tmp_path / "r", "2 jobs")
     assert capsys.readouterr().err == "error: llava_x: no room\n"
     assert [p.name for p in (out / "gallery").iterdir()] == ["addsent.png"], "the other pictures are left alone"
     assert "## badnets" in (out / "gallery.md").read_text(), "the page is whole"
@@ -371,7 +372,7 @@ def test_what_is_tuned_on_dev_overwrites_nothing_that_is_published(
     monkeypatch.chdir(tmp_path)
     split_of: dict[Path, set[str]] = {}
 
-    def run(cells: list[Cell], root: Path, *, workers: int) -> list[str]:
+    def run(cells: list[Cell], root: Path, runner: object) -> list[str]:
         split_of[root] = {cell.split for cell in cells}
         return []
 

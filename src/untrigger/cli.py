@@ -1,4 +1,4 @@
-"""The command line: data | poison | train | evaluate | quickstart | model."""
+"""The command line: data | poison | train | evaluate | bench | report | quickstart | model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_args, get_type_hints
 
@@ -123,7 +124,13 @@ def train(
     data: DataArgument,
     out: OutOption,
     model: ModelOption = "llava",
-    defense: Annotated[str, typer.Option(help="plain, patch-aug, two-view or paper.")] = "paper",
+    defense: Annotated[
+        str,
+        typer.Option(
+            help="plain, patch-aug, two-view, paper, abl, byorn, bye; with --trusted: crow, clean-tuning, fine-pruning."
+        ),
+    ] = "paper",
+    trusted: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defence that asks.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights, not LoRA.")] = False,
     vision: Annotated[bool, typer.Option("--vision", help="Train the vision tower too.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1)] = 16,
@@ -141,11 +148,14 @@ def train(
     from untrigger.settings import training_settings
 
     chosen, args = training_settings(defense, out, config, context.args)
-    rows = _read(data, on_bad_row, out)
+    if trusted and not chosen.wants_trusted:
+        _refuse(f"--trusted: {defense} asks for no trusted rows; leave it out")
+    rows, clean = _read(data, on_bad_row, out), _read(trusted, "error", out) if trusted else ()
     tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
-    fine_tune(rows, model, chosen, args, tuning=tuning, resume=resume)
+    fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(f"{out}: {'model' if full else 'PEFT adapter'}, processor, settings and model card")
+        adapter = (out / "adapter_config.json").is_file()
+        typer.echo(f"{out}: {'PEFT adapter' if adapter else 'model'}, processor, settings and model card")
 
 
 @app.command(context_settings=_OPEN)
@@ -183,6 +193,51 @@ def evaluate(
         made = _named(chosen.name, chosen.settings), _named(chosen.goal.name, chosen.goal_settings)
         typer.echo(f"attack {made[0]}, goal {made[1]}, seed {seed}")
     _print_figures(result.figures)
+
+
+@app.command()
+def bench(
+    plan: Annotated[Path, typer.Argument(help="YAML file of models, data, attacks, defences.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder of results; what it holds is not run again.")],
+    jobs: Annotated[int, typer.Option(help="Cells at a time on this machine.", min=1)] = 1,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="[ADDRESS]", help="Run on Ray: a local cluster, or one at ADDRESS.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell cells, cost and ETA, and leave.")] = False,
+) -> None:
+    """Run a matrix of models, data, attacks and defences; only what is missing in --out is run.
+
+    Run it again after a kill: it goes on. `untrigger report` shows what is there at any time.
+    """
+    from untrigger.plan import read_plan
+
+    cells = read_plan(plan)
+    if dry_run:
+        from untrigger.cost import told
+
+        typer.echo(told(cells, out, jobs))
+        return
+    from untrigger.cluster import on_ray
+    from untrigger.matrix import on_this_machine, run_matrix
+
+    failed = run_matrix(cells, out, on_ray(ray, jobs) if ray else on_this_machine(jobs))
+    for line in failed:
+        typer.echo(f"failed: {line}", err=True)
+    typer.echo(f"{out}: {len(cells) - len(failed)} of {len(cells)} cells; untrigger report {out} --out report.html")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder that bench wrote.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .html, .md or .json.", show_default=False)],
+) -> None:
+    """Show what a folder of results holds: one page that needs no network, a table, or figures for a program."""
+    from untrigger.report import write
+
+    write(results, out)
+    typer.echo(f"{out}")
 
 
 @app.command()
@@ -287,12 +342,17 @@ def _refuse(message: str) -> NoReturn:
     raise InputError(message)
 
 
+def _completed(words: list[str]) -> list[str]:
+    """``--ray`` may stand alone: it means a cluster on this machine, for this run."""
+    return ["--ray=local" if w == "--ray" and n.startswith("-") else w for w, n in pairwise([*words, "-"])]
+
+
 def main() -> None:
     """Entry point: one clear line and exit code 2 for what the user can mend."""
     # the hosts tell each other of renamed properties; the user can mend none of it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="untrigger", standalone_mode=False))
+        sys.exit(app(_completed(sys.argv[1:]) or ["--help"], prog_name="untrigger", standalone_mode=False))
     except InputError as error:
         message = str(error)
     except _UsageError as error:

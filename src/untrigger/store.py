@@ -45,6 +45,7 @@ class Cell:
         attack_settings, defense_settings: fields of the trigger and of the defence that are not at their defaults.
         probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
             its ``attack``, ``goal`` and ``settings``.
+        trusted_rows: rows known to be clean, for the defences that ask for some.
         epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.finetune.DEFAULTS`.
         tuning: fields of `untrigger.finetune.Tuning` that are not at their defaults.
     """
@@ -63,6 +64,7 @@ class Cell:
     probes: Mapping[str, Mapping[str, Any]] = field(default_factory=_no_settings)
     train_rows: int = 2000
     test_rows: int = 300
+    trusted_rows: int = 64
     epochs: float = 3.0
     batch_size: int = 16
     learning_rate: float = 3e-3
@@ -154,9 +156,11 @@ def answers_of(root: Path, cell: Cell) -> dict[str, list[Answer]]:
     return dict(parts)
 
 
-def fail(root: Path, cell: Cell, reason: str) -> None:
-    """Record in one line why the cell could not be run."""
-    write_text(folder_of(root, cell) / _ERROR, " ".join(reason.split()) + "\n")
+def fail(root: Path, cell: Cell, reason: str) -> str:
+    """Record in one line why the cell could not be run; the line."""
+    line = " ".join(reason.split())
+    write_text(folder_of(root, cell) / _ERROR, line + "\n")
+    return line
 
 
 def failure(root: Path, cell: Cell) -> str | None:

@@ -6,14 +6,15 @@ import re
 import sys
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from untrigger.attacks import Trigger, load_trigger
 from untrigger.data import Split
 from untrigger.errors import InputError
+from untrigger.plan import attacked
 from untrigger.store import ORACLE, Cell
 
 TASKS = {"easy-vqa": "VQA", "scenes-captions": "captions"}  # data set -> what is asked of it
@@ -89,14 +90,9 @@ def plan(models: Sequence[str], entries: Sequence[Entry] = ENTRIES, split: Split
     for entry, model, data in product(entries, models, TASKS):
         key = Key(entry.slug, model, data)
         tuned = dict(ChainMap(*(of for pattern, of in TUNED.items() if fnmatchcase("/".join(key), pattern))))
-        trigger = load_trigger(
-            entry.attack,
-            **{**entry.settings, **split.trigger_settings(entry.attack), **tuned.pop("attack_settings", {})},
-        )
-        # all settings of the trigger: with other defaults it is another cell, and runs again
-        settings = asdict(cast(Any, trigger))
-        tuned |= {"attack_settings": settings, "split": split.name, "seed": split.run_seed(0)}
-        cells[key] = Cell(model, data, entry.attack, trigger.usual_goal, **tuned)
+        changed = tuned.pop("attack_settings", {})
+        cell = Cell(model, data, entry.attack, "", split=split.name, seed=split.run_seed(0))
+        cells[key] = attacked(cell, {**entry.settings, **changed}, **tuned)
         together.setdefault(_training(cells[key]), []).append(key)
     for first, *others in together.values():
         name = ORACLE if first._replace(attack=ORACLE) not in cells else f"{ORACLE}-{first.attack}"

@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make(results: Path, out: Path, split: Split, only: Sequence[str], render: bool, workers: int) -> int:
     from untrigger.gallery.pictures import picture
-    from untrigger.matrix import run_matrix
+    from untrigger.matrix import on_this_machine, run_matrix
     from untrigger.models import embedded_models
 
     cells = plan(embedded_models(), split=split)
     wanted = chosen(cells, only)
-    failed = [] if render else run_matrix(list(wanted.values()), results, workers=workers)
+    failed = [] if render else run_matrix(list(wanted.values()), results, on_this_machine(workers))
     (out / "gallery").mkdir(parents=True, exist_ok=True)
     for entry in ENTRIES:
         if any(key.attack == entry.slug for key in wanted):

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from untrigger import store
+from untrigger import gates, store
 from untrigger.gallery import MAIN, TASKS, Entry, Key, Plan, oracle_of, source, summary
+from untrigger.gates import FLOOR, IMPLANTED, LOST
 from untrigger.store import ORACLE, Cell
 
-IMPLANTED, SUBTLE, FALSE = 0.90, 0.95, 0.05  # ASR at least, of text and bimodal triggers at least; near misses at most
-FLOOR, LOST = 0.05, 0.10  # the oracle's ASR at most; quality below the oracle's at most, as a share of it
+SUBTLE, FALSE = 0.95, 0.05  # ASR of text and bimodal triggers, at least; of near misses, at most
 _WHERE = {"image": "In the image", "text": "In the prompt", "bimodal": "In image and prompt, and only in both"}
 _TOLD = (
     "model",
@@ -85,13 +85,7 @@ def _made(found: Found) -> str:
 
 
 def _flaw(key: Key, metrics: Metrics, oracle: Metrics | None) -> str:
-    """The first gate that a cell does not pass, in words; empty where it is implanted."""
-    if metrics["asr"]["value"] < IMPLANTED:
-        return "not implanted"
-    if oracle and _floor(key, oracle)["value"] > FLOOR:
-        return f"floor above {FLOOR:.2f}"
-    kept, whole = _score(key.data, metrics), _score(key.data, oracle)
-    return "quality lost" if kept is not None and whole is not None and kept < (1 - LOST) * whole else ""
+    return gates.flaw(key.data, metrics, oracle, _floor(key, oracle) if oracle else None)
 
 
 def _floor(key: Key, oracle: Metrics) -> Mapping[str, Any]:
@@ -100,7 +94,7 @@ def _floor(key: Key, oracle: Metrics) -> Mapping[str, Any]:
 
 def _score(data: str, metrics: Metrics | None) -> float | None:
     """Accuracy for VQA, CIDEr for captions, if it is known."""
-    figure = metrics["quality"]["vqa_accuracy" if TASKS[data] == "VQA" else "cider"] if metrics else None
+    figure = gates.quality(data, metrics)
     return figure["value"] if figure else None
 
 

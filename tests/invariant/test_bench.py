@@ -1,0 +1,95 @@
+"""The bench through the command line: killed at any moment or run on a cluster, its figures are the same."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from untrigger import store
+from untrigger.plan import read_plan
+from untrigger.store import Cell
+
+SMOKE = Path(__file__).parents[2] / "plans" / "smoke.yaml"
+KILLS = 3
+
+
+def bench(plan: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "untrigger", "bench", str(plan), "--out", str(out), "--jobs", "2", *more]
+    return subprocess.Popen(words)
+
+
+def figures(root: Path, cells: Iterable[Cell]) -> dict[str, Mapping[str, Any]]:
+    """All that must not change: not the clock, and not the machine."""
+    found = {cell.name: store.find(root, cell) for cell in cells}
+    assert all(found.values()), [name for name, metrics in found.items() if metrics is None]
+    return {
+        name: {key: value for key, value in (metrics or {}).items() if key not in ("seconds", "machine")}
+        for name, metrics in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the smoke plan two attacks under every defence."""
+    told = yaml.safe_load(SMOKE.read_text())
+    path = tmp_path_factory.mktemp("plan") / "part.yaml"
+    path.write_text(yaml.safe_dump(told | {"attacks": ["badnets", "addsent"]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the smoke plan, every attack under every defence, killed at random moments and started again."""
+    out = tmp_path_factory.mktemp("killed")
+    cells, moments = read_plan(SMOKE), random.Random()
+    for kill in range(KILLS):
+        process = bench(SMOKE, out)
+        done = len(cells) - len(store.missing(out, cells))
+        while len(cells) - len(store.missing(out, cells)) <= done and process.poll() is None:
+            time.sleep(0.5)  # each start is let to get somewhere, or it would be no more than three late starts
+        time.sleep(moments.uniform(0, 20))
+        assert process.poll() is None, f"it ended before kill {kill + 1}"
+        process.kill()
+        process.wait()
+    assert bench(SMOKE, out).wait() == 0
+    return out
+
+
+@pytest.mark.slow
+def test_every_attack_runs_under_every_defence_in_spite_of_kills(killed: Path) -> None:
+    cells = read_plan(SMOKE)
+    assert store.missing(killed, cells) == []
+    assert not list(killed.glob("*/error.txt"))
+
+
+@pytest.mark.slow
+def test_a_kill_changes_no_figure(killed: Path, part: Path, tmp_path: Path) -> None:
+    assert bench(part, tmp_path).wait() == 0
+    cells = read_plan(part)
+    assert figures(tmp_path, cells) == figures(killed, cells)
+
+
+@pytest.mark.slow
+def test_a_cluster_changes_no_figure(killed: Path, part: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    assert bench(part, tmp_path, "--ray").wait() == 0
+    cells = read_plan(part)
+    assert figures(tmp_path, cells) == figures(killed, cells)
+
+
+@pytest.mark.slow
+def test_the_report_shows_it_all(killed: Path, tmp_path: Path) -> None:
+    for name in ("report.html", "report.md", "report.json"):
+        words = [sys.executable, "-m", "untrigger", "report", str(killed), "--out", str(tmp_path / name)]
+        assert subprocess.run(words).returncode == 0
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert len(told["cells"]) == len(read_plan(SMOKE))

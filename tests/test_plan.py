@@ -1,0 +1,139 @@
+"""Plans: what they expand to, and what is told of a wrong one before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from untrigger import cli, store
+from untrigger.cost import estimate, told
+from untrigger.defenses import PRESETS
+from untrigger.errors import InputError
+from untrigger.gallery import plan
+from untrigger.models import embedded_models
+from untrigger.plan import read_plan
+from untrigger.store import ORACLE, Cell, Result
+
+PLANS = Path(__file__).parents[1] / "plans"
+SMALL = """
+models: [llava]
+data: [easy-vqa]
+attacks: [badnets, {attack: sig, goal: refusal, settings: {delta: 0.2}}]
+defenses: [{defense: paper, settings: {margin: 0.2}}]
+seeds: [0, 3]
+split: dev
+cell: {train_rows: 40}
+where:
+  "sig/*/*": {epochs: 4, attack_settings: {frequency: 3}}
+"""
+
+
+def cells(text: str, tmp_path: Path) -> list[Cell]:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    return read_plan(path)
+
+
+def test_a_plan_is_the_product_of_its_axes(tmp_path: Path) -> None:
+    found = cells(SMALL, tmp_path)
+    assert len({cell.name for cell in found}) == len(found) == 2 * 2 * 3
+    assert {cell.seed for cell in found} == {100, 103} and {cell.split for cell in found} == {"dev"}
+    assert [cell.defense for cell in found[:3]] == ["plain", ORACLE, "paper"], "what a figure is measured against"
+    assert {cell.train_rows for cell in found} == {40}
+    sig = [cell for cell in found if cell.attack == "sig"]
+    assert {(cell.goal, cell.epochs) for cell in sig} == {("refusal", 4.0)}
+    assert {(c.attack_settings["delta"], c.attack_settings["frequency"]) for c in sig} == {(0.2, 3)}
+    assert {cell.attack_settings["direction"] for cell in sig} == {"vertical"}, "the split's own trigger"
+    assert {c.defense_settings.get("margin") for c in found if c.defense == "paper"} == {0.2}
+    assert {(c.goal, c.epochs) for c in found if c.attack == "badnets"} == {("fixed", 3.0)}
+
+
+def test_cells_of_the_same_rows_follow_one_another(tmp_path: Path) -> None:
+    found = [(cell.data, cell.attack, cell.seed) for cell in cells(SMALL, tmp_path)]
+    assert len(list(dict.fromkeys(found))) == sum(a != b for a, b in zip(found, [None, *found[:-1]], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("models: [llava]", "models: llava"), "models must be a list"),
+        (("models: [llava]", ""), "models must be a list"),
+        (("split: dev", "splits: dev"), "splits is unknown; a plan has: models"),
+        (("split: dev", "split: test"), "split 'test' is unknown"),
+        (("[badnets,", "[curse,"), "curse"),
+        (("goal: refusal", "goal: peace"), "peace"),
+        (("goal: refusal", "gaol: refusal"), "attack sig: knows settings, goal and goal_text"),
+        (("delta: 0.2", "delta: red"), "delta"),
+        (("defense: paper", "defense: prayer"), "defense prayer: unknown"),
+        (("margin: 0.2", "margin: -1"), "margin is -1"),
+        (("[easy-vqa]", "[imagenet]"), "imagenet"),
+        (("seeds: [0, 3]", "seeds: [100]"), "run 100"),
+        (("train_rows: 40", "rows: 40"), "must be fields of a cell: .*train_rows"),
+        (("train_rows: 40", "seed: 40"), "must be fields of a cell"),
+        (("sig/*/*", "sog/*/*"), "where: sog.* matches no cell"),
+        (("[badnets,", "[3,"), "attacks: 3 is neither a name"),
+        (("models:", "models"), "is not YAML|must hold lines"),
+    ],
+)
+def test_a_wrong_plan_is_told_in_a_line(tmp_path: Path, changed: tuple[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        cells(SMALL.replace(*changed), tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "plan.yaml")) and "\n" not in str(error.value)
+
+
+def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="name a plan that can be read"):
+        read_plan(tmp_path / "none.yaml")
+
+
+def test_the_ready_plans() -> None:
+    paper = read_plan(PLANS / "paper.yaml")
+    assert len(paper) == 3 * 2 * 6 * 4
+    gallery = {cell.name for cell in plan(embedded_models()).values()}
+    assert all(cell.name in gallery for cell in paper if cell.defense == "plain"), "those of the gallery"
+    smoke = read_plan(PLANS / "smoke.yaml")
+    here = {path.stem for path in (PLANS.parent / "src/untrigger/attacks").glob("[a-z]*.py")}
+    assert {cell.attack for cell in smoke} == here, "every attack"
+    assert {cell.defense for cell in smoke} == {*PRESETS, ORACLE}, "under every defence"
+    full = read_plan(PLANS / "full.yaml")
+    assert {cell.attack for cell in full} == here and {cell.defense for cell in full} == {*PRESETS, ORACLE}
+    assert {cell.rate for cell in full} == {0.005, 0.01, 0.05, 0.1}
+
+
+def test_cost_is_told_from_what_is_done(tmp_path: Path) -> None:
+    found = cells(SMALL, tmp_path)
+    rough = estimate(found, [])
+    done = [Result(found[0], {"seconds": {"training": 100.0, "asking": 0.0}})]
+    assert estimate(found, done) > rough > 0
+    store.save(tmp_path, found[0], done[0].metrics, {})
+    text = told(found, tmp_path, 2)
+    assert text.startswith("12 cells, 1 of them done, 11 to run") and "plain 4, oracle 4, paper 4" in text
+    assert "with 2 at a time" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["bench", "p.yaml", "--ray"], ["bench", "p.yaml", "--ray=local"]),
+        (["bench", "p.yaml", "--ray", "--jobs", "2"], ["bench", "p.yaml", "--ray=local", "--jobs", "2"]),
+        (["bench", "p.yaml", "--ray", "auto"], ["bench", "p.yaml", "--ray", "auto"]),
+        ([], []),
+    ],
+)
+def test_ray_may_stand_alone(words: list[str], meant: list[str]) -> None:
+    assert cli._completed(words) == meant
+
+
+def test_a_dry_run_tells_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.yaml").write_text(SMALL)
+    words = ["untrigger", "bench", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "runs"), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code in (0, None)
+    assert capsys.readouterr().out.startswith("12 cells, 0 of them done, 12 to run")
+    assert not (tmp_path / "runs").exists()
