@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import traceback
 from collections import deque
@@ -86,15 +87,22 @@ def _told(cell: Cell, root: Path) -> str:
 def _output_to(log: Path) -> Generator[None]:
     """Bars and warnings of several cells would run into each other."""
     kept = [os.dup(1), os.dup(2)]
+    _flush()
     try:
         with log.open("wb") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
             yield
     finally:
+        _flush()  # what was said meanwhile goes where it belongs
         for stream, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, stream)
             os.close(copy)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 # --- processes of this machine ---------------------------------------------------------------------
