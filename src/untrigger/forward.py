@@ -92,9 +92,13 @@ def row_nll(loaded: Loaded, rows: Sequence[Sample], *, batch_size: int = 32) -> 
         for batch in batches(len(data), batch_size, "scoring"):
             answers, _ = forward_answers(model, on_device(collate([data[i] for i in batch]), model))
             lost = objective.token_nll(answers.logits, answers.target)
-            sums = lost.new_zeros(len(batch)).index_add_(0, answers.row, lost)
-            nll += (sums / torch.bincount(answers.row, minlength=len(batch)).clamp(min=1)).tolist()
+            nll += row_mean(lost, answers.row, len(batch)).tolist()
     return nll
+
+
+def row_mean(values: Tensor, row: Tensor, count: int) -> Tensor:
+    """Mean of each row's tokens: values [N] and row [N], 0 to ``count`` - 1; [count], 0 for a row without tokens."""
+    return values.new_zeros(count).index_add(0, row, values) / torch.bincount(row, minlength=count).clamp(min=1)
 
 
 def batches(count: int, size: int, title: str) -> Iterator[range]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from untrigger import objective
 from untrigger.collate import ChatCollator, PairCollator, Rows
-from untrigger.forward import batches, evaluating, forward_pair, on_device
+from untrigger.forward import batches, evaluating, forward_pair, on_device, row_mean
 from untrigger.metrics.detection import auroc
 from untrigger.models import Loaded
 from untrigger.sample import Sample
@@ -55,6 +55,5 @@ def _divergence(loaded: Loaded, rows: Sequence[Sample], collate: PairCollator) -
         for batch in batches(len(data), 32, "comparing views"):
             pair, _ = forward_pair(model, on_device(collate([data[i] for i in batch]), model))
             apart = objective.js(pair.logits, pair.view_logits)
-            sums = apart.new_zeros(len(batch)).index_add_(0, pair.row, apart)
-            means.append(sums / torch.bincount(pair.row, minlength=len(batch)).clamp(min=1))
+            means.append(row_mean(apart, pair.row, len(batch)))
     return np.minimum(torch.cat(means).cpu().double().numpy(), EDGES[-1])  # in fp32, ln 2 lies above ln 2

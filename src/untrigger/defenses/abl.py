@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from untrigger import objective
 from untrigger.defenses.base import Defense, Picked, Step, StepDefense, Training, part
 from untrigger.defenses.plain import Plain
-from untrigger.forward import Answers, forward_answers, row_nll
+from untrigger.forward import Answers, forward_answers, row_mean, row_nll
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 
@@ -93,8 +93,7 @@ def local_ascent(nll: Tensor, row: Tensor, floor: float) -> Tensor:
     is n sign(L - floor) L. The sign has no gradient.
     Source: Li et al., NeurIPS 2021, arXiv 2110.11571 (their loss is that of an image; here it is that of an answer).
     """
-    count = torch.bincount(row)
-    mean = nll.new_zeros(len(count)).index_add(0, row, nll) / count.clamp(min=1)
+    mean = row_mean(nll, row, int(row.max()) + 1)
     return torch.sign(mean.detach() - floor)[row] * nll
 
 
