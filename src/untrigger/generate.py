@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from untrigger.collate import chat_message
+from untrigger.forward import evaluating
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 from untrigger.views import to_rgb
@@ -25,9 +26,7 @@ def answers(
         {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if drawn else {"do_sample": False}
     )
     model, processor = cast(Any, loaded.model), cast(Any, loaded.processor)  # the host types these too narrowly
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(loaded.model):
         for start in range(0, len(samples), batch_size):
             batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
             prompts = [
@@ -46,8 +45,6 @@ def answers(
             ids = model.generate(**inputs, **how, num_beams=1, max_new_tokens=max_new_tokens)
             new = ids[:, inputs["input_ids"].shape[1] :]
             yield from (text.strip() for text in processor.batch_decode(new, skip_special_tokens=True))
-    finally:
-        model.train(was_training)
 
 
 def _asked(sample: Sample) -> list[dict[str, object]]:
