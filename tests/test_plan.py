@@ -84,7 +84,7 @@ def test_a_wrong_plan_is_told_in_a_line(tmp_path: Path, changed: tuple[str, str]
 
 
 def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="name a plan that can be read"):
+    with pytest.raises(InputError, match="name a YAML file that can be read"):
         read_plan(tmp_path / "none.yaml")
 
 

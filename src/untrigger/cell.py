@@ -68,7 +68,7 @@ def run_cell(cell: Cell, root: Path) -> None:
     Raises:
         InputError: the cell names something that is not there, or its attack cannot be made on its data.
     """
-    defense, tuning = _defense(cell)
+    defense, tuning = defense_of(cell)
     material = _material(json.dumps(asdict(_bare(cell))))
     loaded, stages, training = _train(cell, material, defense, tuning, root / SHARED / "stages")
     attack, test, manifest = material.attack, material.test, material.poisoned.manifest
@@ -96,7 +96,12 @@ def run_cell(cell: Cell, root: Path) -> None:
     store.save(root, cell, metrics, evaluation.conditions)
 
 
-def _defense(cell: Cell) -> tuple[Defense, Tuning]:
+def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
+    """The defence of a cell, of an oracle the plain one, and how its model is adapted.
+
+    Raises:
+        InputError: the cell names a defence, or a field of it or of the tuning, that is not there.
+    """
     preset = "plain" if cell.defense == ORACLE else cell.defense
     if preset not in PRESETS:
         raise InputError(f"defense {preset}: unknown; choose one of: {ORACLE}, {', '.join(PRESETS)}")

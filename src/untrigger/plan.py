@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -9,13 +10,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from untrigger.attacks import load_trigger
 from untrigger.data import Split, task_of
 from untrigger.errors import InputError
 from untrigger.goals import load_goal
 from untrigger.store import ORACLE, Cell
+from untrigger.yaml_file import read_mapping
 
 _ALWAYS = ("plain", ORACLE)  # without these a figure means nothing
 _AXES = ("models", "data", "attacks", "defenses", "rates", "seeds")
@@ -39,7 +39,7 @@ def read_plan(path: Path) -> list[Cell]:
     Raises:
         InputError: the file cannot be read, or names something that is not there.
     """
-    told = _read(path)
+    told = read_mapping(path)
     unknown = [key for key in told if key not in _KEYS]
     if unknown:
         raise InputError(f"{path}: {unknown[0]} is unknown; a plan has: {', '.join(_KEYS)}")
@@ -98,15 +98,10 @@ def attacked(cell: Cell, settings: Mapping[str, Any], goal: str | None = None, *
 
 def _check(cells: Sequence[Cell]) -> None:
     """What is not there is found now, not hours later."""
-    from untrigger.defenses import PRESETS  # and with it torch, which no reader of stored results needs
+    from untrigger.cell import defense_of  # and with it torch, which no reader of stored results needs
 
-    for defense, told in {c.defense: c.defense_settings for c in cells}.items():
-        if defense != ORACLE and defense not in PRESETS:
-            raise InputError(f"defense {defense}: unknown; choose one of: {ORACLE}, {', '.join(PRESETS)}")
-        try:
-            PRESETS.get(defense, PRESETS["plain"])(**told)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"defense {defense}: {error}") from error
+    for cell in {json.dumps([c.defense, c.defense_settings, c.tuning], sort_keys=True): c for c in cells}.values():
+        defense_of(cell)
     for goal, text in {(c.goal, c.goal_text) for c in cells}:
         load_goal(goal, text)
     for data in {c.data for c in cells}:
@@ -114,18 +109,6 @@ def _check(cells: Sequence[Cell]) -> None:
 
 
 # --- reading ---------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name a plan that can be read") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(told, dict):
-        raise InputError(f"{path}: must hold lines of 'name: value'; a plan has: {', '.join(_KEYS)}")
-    return told
 
 
 def _axis(path: Path, told: Mapping[str, Any], axis: str) -> list[Any]:

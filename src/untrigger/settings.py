@@ -8,12 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from untrigger.defenses import PRESETS, Defense, StepDefense
 from untrigger.errors import InputError
 from untrigger.finetune import DEFAULTS
+from untrigger.yaml_file import read_mapping
 
 # below these the host fails late, with a traceback, or trains on nothing
 _LEAST = {"seed": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
@@ -34,7 +34,7 @@ def training_settings(
     """
     if preset not in PRESETS:
         raise InputError(f"--defense {preset}: unknown; choose one of: {', '.join(PRESETS)}")
-    settings = DEFAULTS | (_read_yaml(config) if config else {})
+    settings = DEFAULTS | (read_mapping(config) if config else {})
     words = [word for name, value in settings.items() for word in _words(name, value)]
     if any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in [*words, *flags]):
         raise InputError("settings: output_dir is given with --out; leave it out of flags and file")
@@ -56,20 +56,6 @@ def training_settings(
         if not getattr(args, name) >= least:  # NaN too
             raise InputError(f"settings: {name} is {getattr(args, name)}; it must be at least {least}")
     return defense, args
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; name a YAML file that can be read") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error).splitlines()[0]
-        raise InputError(f"{path}: is not YAML: {what}; write lines of 'name: value'") from error
-    if not isinstance(fields, dict) or not all(isinstance(k, str) for k in fields):
-        raise InputError(f"{path}: must hold lines of 'name: value'")
-    return fields
 
 
 def _words(name: str, value: Any) -> list[str]:
