@@ -23,6 +23,7 @@ from untrigger.defenses import (
     FinePruning,
     PatchAug,
     Plain,
+    SecondOpinion,
     StepDefense,
     TwoView,
     preset_of,
@@ -46,6 +47,7 @@ IN_A_STEP: dict[str, type[StepDefense]] = {
     "paper": CrossView,
 }
 STAGED: dict[str, type[Defense]] = {
+    "default": SecondOpinion,
     "abl": Abl,
     "byorn": Byorn,
     "bye": Bye,
@@ -56,7 +58,7 @@ STAGED: dict[str, type[Defense]] = {
 
 
 def test_presets_are_those_of_the_command_line() -> None:
-    assert {**IN_A_STEP, **STAGED} == PRESETS
+    assert {**IN_A_STEP, **STAGED} == PRESETS and next(iter(PRESETS)) == "default"
     assert [cls().paired is not None for cls in IN_A_STEP.values()] == [False, False, True, True]
     assert [cls().replaced is not None for cls in IN_A_STEP.values()] == [False, True, False, False]
     assert [cls().has_loss for cls in IN_A_STEP.values()] == [False, False, True, True]
@@ -159,6 +161,9 @@ BAD: list[tuple[type[Defense], dict[str, Any]]] = [
     *[(CleanTuning, {name: bad}) for name in ("passes", "rate") for bad in (-0.1, np.inf)],
     *[(FinePruning, {name: bad}) for name in ("cost", "passes", "rate") for bad in (-0.1, np.nan)],
     (FinePruning, {"cost": 1.1}),
+    *[(SecondOpinion, {name: bad}) for name in ("early", "chance") for bad in (0.0, 1.0, np.nan)],
+    *[(SecondOpinion, bad) for bad in ({"views": -1}, {"view": "mix"}, {"view": "nonsense"}, {"patch": 2.0})],
+    *[(SecondOpinion, {name: bad}) for name in ("floor", "reach") for bad in (-0.1, np.inf)],
 ]
 
 

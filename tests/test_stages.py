@@ -17,7 +17,19 @@ from torch import Tensor
 from transformers import Trainer
 
 from untrigger.collate import Rows
-from untrigger.defenses import PRESETS, Abl, Bye, Byorn, CleanTuning, CrossView, Crow, FinePruning, PatchAug, Plain
+from untrigger.defenses import (
+    PRESETS,
+    Abl,
+    Bye,
+    Byorn,
+    CleanTuning,
+    CrossView,
+    Crow,
+    FinePruning,
+    PatchAug,
+    Plain,
+    SecondOpinion,
+)
 from untrigger.defenses.abl import LocalAscent
 from untrigger.errors import InputError
 from untrigger.finetune import arguments, fine_tune
@@ -283,6 +295,7 @@ STAGED = {
     "clean-tuning": (CleanTuning(passes=3), ["undefended"]),
     "abl": (Abl(early=0.5, isolated=0.5, passes=2), ["isolation", "rest"]),
     "bye": (Bye(), ["undefended"]),
+    "default": (SecondOpinion(early=0.5, reach=0.0), ["early"]),
 }
 
 
@@ -303,6 +316,8 @@ def undisturbed(tiny_model: Path, samples: list[Sample], tmp_path_factory: pytes
         ("abl", 2, ["rest", ""]),  # 2, 1 and 2 steps
         ("abl", 4, [""]),
         ("bye", 6, [""]),  # 4 and 4
+        ("default", 1, ["early", ""]),  # 2 and 2
+        ("default", 3, [""]),
     ],
 )
 def test_finished_stages_are_not_run_again(
@@ -351,7 +366,9 @@ def test_a_mistyped_model_or_setting_leaves_no_run_behind(
 # --- refusals ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("defense", [Abl(), Byorn(), Bye(), Crow(), CleanTuning(), FinePruning()], ids=repr)
+@pytest.mark.parametrize(
+    "defense", [Abl(), Byorn(), Bye(), Crow(), CleanTuning(), FinePruning(), SecondOpinion()], ids=repr
+)
 def test_a_host_trainer_refuses_staged_defences_in_one_line(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, defense: Any
 ) -> None:
@@ -377,7 +394,7 @@ def test_missing_trusted_rows_are_told_before_anything_is_trained(
 def test_defences_that_need_none_never_ask_for_trusted_rows(
     tiny_model: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
-    for defense in (CrossView(), Abl(isolated=0.5, passes=1), Byorn()):
+    for defense in (CrossView(), Abl(isolated=0.5, passes=1), Byorn(), SecondOpinion()):
         args = arguments(tmp_path / type(defense).__name__, use_cpu=True, max_steps=1, save_strategy="no")
         fine_tune(samples, str(tiny_model), defense, args, tuning=Tuning(rank=2))
 

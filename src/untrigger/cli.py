@@ -127,7 +127,8 @@ def train(
     defense: Annotated[
         str,
         typer.Option(
-            help="plain, patch-aug, two-view, paper, abl, byorn, bye; with --trusted: crow, clean-tuning, fine-pruning."
+            help="default, plain, patch-aug, two-view, paper, abl, byorn, bye; "
+            "with --trusted: crow, clean-tuning, fine-pruning."
         ),
     ] = "paper",
     trusted: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defence that asks.")] = None,

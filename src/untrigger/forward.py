@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -84,16 +86,29 @@ def forward_pair(model: nn.Module, inputs: dict[str, Any]) -> tuple[Pair, Any]:
     return Pair(both.target[:count], logits, view_logits, hidden, view_hidden, both.row[:count]), outputs
 
 
-@torch.no_grad()
+class Tokens(NamedTuple):
+    """A row's answer tokens: ``ids`` [n], and ``nll`` [n], the negative log-likelihood of each, in nats."""
+
+    ids: NDArray[np.int64]
+    nll: NDArray[np.floating]
+
+
 def row_nll(loaded: Loaded, rows: Sequence[Sample], *, batch_size: int = 32) -> list[float]:
     """Mean negative log-likelihood of each row's answer tokens, in nats: the loss that fine-tuning has on it."""
-    collate, data, nll = ChatCollator(loaded.processor), Rows(rows), list[float]()
+    return [float(told.nll.mean()) if len(told.nll) else 0.0 for told in row_tokens(loaded, rows, batch_size)]
+
+
+@torch.no_grad()
+def row_tokens(loaded: Loaded, rows: Sequence[Sample], batch_size: int = 32) -> list[Tokens]:
+    """How likely the model finds each token of each row's answer, teacher-forced."""
+    collate, data, found = ChatCollator(loaded.processor), Rows(rows), list[Tokens]()
     with evaluating(loaded.model) as model:
         for batch in batches(len(data), batch_size, "scoring"):
             answers, _ = forward_answers(model, on_device(collate([data[i] for i in batch]), model))
-            lost = objective.token_nll(answers.logits, answers.target)
-            nll += row_mean(lost, answers.row, len(batch)).tolist()
-    return nll
+            ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
+            nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
+            found += [Tokens(ids[row == i], nll[row == i]) for i in range(len(batch))]
+    return found
 
 
 def row_mean(values: Tensor, row: Tensor, count: int) -> Tensor:

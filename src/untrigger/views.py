@@ -69,13 +69,31 @@ class PatchView(ABC):
         _require(0 <= self.ratio <= 1, f"ratio must be in [0, 1], not {self.ratio}")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        cells = self._cells(image)
+        count = max(1, round(self.ratio * cells)) if self.ratio > 0 else 0
+        return self._perturbed(image, rng.permutation(cells)[:count], rng)
+
+    def parts(self, image: Image.Image, count: int, rng: np.random.Generator) -> list[Image.Image]:
+        """``count`` views of one image; between them every cell is perturbed, in one of them. ``ratio`` plays no role.
+
+        Whatever stands on a single cell is gone from one of them.
+        """
+        chosen = np.array_split(rng.permutation(self._cells(image)), count)
+        return [self._perturbed(image, cells, rng) for cells in chosen]
+
+    def _side(self, image: Image.Image) -> int:
+        return max(1, round(self.patch * min(image.size)))
+
+    def _cells(self, image: Image.Image) -> int:
+        width, height = image.size
+        side = self._side(image)
+        return -(-height // side) * -(-width // side)
+
+    def _perturbed(self, image: Image.Image, chosen: NDArray[np.int64], rng: np.random.Generator) -> Image.Image:
         pixels = np.array(to_rgb(image))
         height, width, _ = pixels.shape
-        side = max(1, round(self.patch * min(height, width)))
-        rows, cols = -(-height // side), -(-width // side)
-        cells = rows * cols
-        count = max(1, round(self.ratio * cells)) if self.ratio > 0 else 0
-        chosen = rng.permutation(cells)[:count]
+        side = self._side(image)
+        cols = -(-width // side)
         row, col = chosen // cols, chosen % cols
         cell_height = np.minimum(side, height - row * side)
         cell_width = np.minimum(side, width - col * side)

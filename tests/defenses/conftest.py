@@ -9,9 +9,10 @@ import pytest
 import torch
 from dry import Dry
 from torch import Tensor
+from transformers import set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from untrigger.models import Loaded, load
+from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import Message, Sample, read
 
 
@@ -48,6 +49,18 @@ def _norm(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
     """The host's own goes through fp32, whatever the model is in."""
     mean = hidden.square().mean(-1, keepdim=True)
     return norm.weight * hidden * torch.rsqrt(mean + norm.variance_epsilon)
+
+
+@pytest.fixture
+def loaded(tiny_model: Path) -> Loaded:
+    """Under LoRA that has learnt something: B is not zero."""
+    set_seed(0)
+    plain = load(tiny_model, dtype=torch.float32)
+    model = add_lora(plain.model, rank=2)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return plain._replace(model=model)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A training that trains nothing and remembers what it was asked."""
+"""A training that trains nothing and remembers what it was asked; what its rows are answered."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Dry:
     trusted: Sequence[Sample]
     seed: int = 0
     stages: list[Stage] = field(default_factory=list)
+    answers: list[list[tuple[str, ...]]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     flagged: list[int] = field(default_factory=list)
 
@@ -39,8 +40,14 @@ class Dry:
         self, rows: Sequence[Sample], defense: StepDefense, name: str = "", *, start: Loaded | None = None, **told: Any
     ) -> Loaded:
         ids = [rows[i].id for i in range(len(rows))]
+        self.answers.append(answers_of(rows))
         self.stages.append(Stage(name, ids, defense, None if start is None else int(start.name), told))
         return self.loaded._replace(name=str(len(self.stages) - 1))
 
     def flag(self, scores: Sequence[float], rows: Collection[int]) -> None:
         self.scores, self.flagged = list(scores), sorted(rows)
+
+
+def answers_of(rows: Sequence[Sample]) -> list[tuple[str, ...]]:
+    """What each row is answered, turn by turn."""
+    return [tuple(m.text for m in rows[i].messages if m.role == "assistant") for i in range(len(rows))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,43 +13,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dry import Dry
+from dry import Dry, answers_of
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import set_seed
 
-from untrigger.collate import ChatCollator
-from untrigger.defenses import Byorn, Plain, byorn
-from untrigger.defenses.byorn import Bootstrapped, _Bootstrap, _trained
+from untrigger.defenses import Byorn, Plain, reanswered
+from untrigger.defenses.byorn import _Bootstrap, _trained
+from untrigger.defenses.reanswered import Reanswered
 from untrigger.errors import InputError
 from untrigger.finetune import arguments, fine_tune
 from untrigger.forward import row_nll
 from untrigger.models import Loaded, add_lora, load
-from untrigger.sample import Message, Sample
+from untrigger.sample import Sample
 from untrigger.trainer import last_checkpoint
 
 SUSPECTED = [1, 4, 7]
 
 
-@pytest.fixture
-def loaded(tiny_model: Path) -> Loaded:
-    """Under LoRA that has learnt something: B is not zero."""
-    set_seed(0)
-    plain = load(tiny_model, dtype=torch.float32)
-    model = add_lora(plain.model, rank=2)  # type: ignore[arg-type]
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return plain._replace(model=model)
-
-
 def state(step: int = 0, epoch: float = 0.0) -> Any:
     return SimpleNamespace(global_step=step, epoch=epoch, is_world_process_zero=True)
-
-
-def answers_of(rows: Sequence[Sample]) -> list[tuple[str, ...]]:
-    return [tuple(m.text for m in rows[i].messages if m.role == "assistant") for i in range(len(rows))]
 
 
 # --- who is suspected -------------------------------------------------------------------------------
@@ -72,56 +56,7 @@ def test_exactly_the_share_of_the_least_likely_is_suspected(
 # --- what they are answered -------------------------------------------------------------------------
 
 
-def test_trusted_answers_and_all_images_are_untouched(loaded: Loaded, samples: list[Sample]) -> None:
-    rows = Bootstrapped(samples[:9], SUSPECTED)
-    assert answers_of(rows) == answers_of(samples[:9]), "before the first pass nothing is replaced"
-    rows.answer(loaded)
-    assert sorted(rows.answers) == SUSPECTED
-    for i, (before, after) in enumerate(zip(samples, rows, strict=False)):
-        assert (after.id, after.images, after.messages[:-1]) == (before.id, before.images, before.messages[:-1])
-        assert (after.messages[-1] == before.messages[-1]) == (i not in SUSPECTED)
-    assert [s.id for s in rows[2:8:2]] == ["row-2", "row-4", "row-6"] and rows[4] == rows[2:8:2][1]
-
-
-def test_every_turn_is_answered_after_the_models_own_earlier_answers(
-    loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Row 3 has two turns: its second question comes after the new first answer."""
-    asked: list[list[Sample]] = []
-
-    def answer(_: Loaded, samples: list[Sample], *, drawn: bool) -> Iterator[str]:
-        assert drawn
-        asked.append(samples)
-        yield from (f"new {len(asked)} {sample.id}" for sample in samples)
-
-    monkeypatch.setattr(byorn, "answers", answer)
-    rows = Bootstrapped(mixed, [1, 3])
-    rows.answer(loaded)
-    assert [[s.id for s in part] for part in asked] == [[mixed[1].id, "turns"], ["turns"]]
-    assert [m.text for m in asked[0][1].messages] == ["<image>\nwhat?"]
-    assert [m.text for m in asked[1][0].messages] == ["<image>\nwhat?", "new 1 turns", "and now?"]
-    assert answers_of(rows)[3] == ("new 1 turns", "new 2 turns")
-    assert answers_of(rows)[2] == answers_of(mixed)[2]
-
-
-def test_a_drawn_image_tag_calls_for_no_image(
-    loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(byorn, "answers", lambda *_, **__: iter(["a <image> red", ""]))
-    rows = Bootstrapped(mixed, [0, 1])
-    rows.answer(loaded)
-    assert answers_of(rows)[:2] == [("a  red",), ("",)]
-    told = [{"images": list(s.images), "messages": _chat(s)} for s in rows[:2]]
-    assert ChatCollator(loaded.processor)(told)["labels"].shape[0] == 2  # an empty answer is its end alone
-
-
-def _chat(sample: Sample) -> list[dict[str, object]]:
-    from untrigger.collate import chat_message
-
-    return [chat_message(message) for message in sample.messages]
-
-
-def begun(loaded: Loaded, rows: Bootstrapped, step: int, seed: int = 0) -> list[tuple[str, ...]]:
+def begun(loaded: Loaded, rows: Reanswered, step: int, seed: int = 0) -> list[tuple[str, ...]]:
     """The answers after a pass has begun at this step."""
     callback = _Bootstrap(rows, loaded.processor, 0.9, seed)
     callback.on_train_begin(SimpleNamespace(dataloader_persistent_workers=False), state(), None, model=loaded.model)
@@ -130,7 +65,7 @@ def begun(loaded: Loaded, rows: Bootstrapped, step: int, seed: int = 0) -> list[
 
 
 def test_answers_differ_in_each_pass_and_are_the_same_for_the_same_seed(loaded: Loaded, samples: list[Sample]) -> None:
-    rows = Bootstrapped(samples[:9], SUSPECTED)
+    rows = Reanswered(samples[:9], SUSPECTED)
     first = begun(loaded, rows, 0)
     torch.rand(5)  # whatever else was drawn in between
     assert begun(loaded, rows, 0) == first
@@ -146,7 +81,7 @@ def test_the_state_of_chance_is_left_as_it_was(loaded: Loaded, samples: list[Sam
         return torch.get_rng_state().tolist(), random.getstate(), [str(x) for x in np.random.get_state()]
 
     before = states()
-    begun(loaded, Bootstrapped(samples[:9], SUSPECTED), 3)
+    begun(loaded, Reanswered(samples[:9], SUSPECTED), 3)
     assert states() == before
 
 
@@ -162,8 +97,8 @@ def test_the_average_answers_and_then_the_weights_are_back(
         seen.append({name: value.detach().clone() for name, value in _trained(told.model).items()})
         yield from ("yes" for _ in asked)
 
-    monkeypatch.setattr(byorn, "answers", answer)
-    callback = _Bootstrap(Bootstrapped(samples[:9], SUSPECTED), loaded.processor, 0.75, 0)
+    monkeypatch.setattr(reanswered, "answers", answer)
+    callback = _Bootstrap(Reanswered(samples[:9], SUSPECTED), loaded.processor, 0.75, 0)
     callback.on_train_begin(SimpleNamespace(dataloader_persistent_workers=False), state(), None, model=loaded.model)
     weights = _trained(loaded.model)
     start = {name: value.detach().clone() for name, value in weights.items()}
@@ -272,7 +207,7 @@ def test_what_is_needed_to_go_on_is_there_before_a_checkpoint_counts(
 def test_other_weights_come_of_other_answers(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(byorn, "answers", lambda _, asked, **__: iter(["yes"] * len(asked)))
+    monkeypatch.setattr(reanswered, "answers", lambda _, asked, **__: iter(["yes"] * len(asked)))
     run(tiny_model, samples, tmp_path / "out", save_strategy="no")
     assert not same_bits(tmp_path / "out", undisturbed)
 
@@ -283,10 +218,3 @@ def test_loaders_that_would_not_see_new_answers_are_refused(
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     with pytest.raises(InputError, match=r"^defense byorn: set dataloader_persistent_workers to false; [^\n]+$"):
         run(tiny_model, samples, tmp_path / "out", **workers)
-
-
-def test_a_question_without_an_answer_is_never_asked(loaded: Loaded, samples: list[Sample]) -> None:
-    open_end = Sample("open", samples[0].images, (Message("user", "<image>\nwhat?"),))
-    rows = Bootstrapped([open_end], [0])
-    rows.answer(loaded)
-    assert rows.answers == {0: []} and rows[0] == open_end

@@ -10,9 +10,11 @@ from untrigger.defenses.crow import Crow
 from untrigger.defenses.fine_pruning import FinePruning
 from untrigger.defenses.patch_aug import PatchAug
 from untrigger.defenses.plain import Plain
+from untrigger.defenses.second_opinion import SecondOpinion
 from untrigger.defenses.two_view import TwoView
 
 PRESETS: dict[str, type[Defense]] = {
+    "default": SecondOpinion,
     "plain": Plain,
     "patch-aug": PatchAug,
     "two-view": TwoView,
@@ -44,6 +46,7 @@ __all__ = [
     "PairedDefense",
     "PatchAug",
     "Plain",
+    "SecondOpinion",
     "Step",
     "StepDefense",
     "Training",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final, overload
+from typing import Any, final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,11 +16,11 @@ from transformers import ProcessorMixin, TrainerCallback
 
 from untrigger.defenses.base import Defense, Training, part
 from untrigger.defenses.plain import Plain
+from untrigger.defenses.reanswered import Reanswered
 from untrigger.errors import InputError
 from untrigger.forward import row_nll
-from untrigger.generate import answers
 from untrigger.models import Loaded
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.sample import Sample
 from untrigger.storage import write_text
 
 _AVERAGE, _ANSWERS = "average.safetensors", "answers.json"  # in a checkpoint
@@ -52,62 +52,15 @@ class Byorn(Defense):
         likeliest_first = sorted(range(len(rows)), key=loss.__getitem__)
         suspected = likeliest_first[len(rows) - part(self.suspected, len(rows)) :]
         training.flag(loss, suspected)
-        bootstrapped = Bootstrapped(rows, suspected)
+        bootstrapped = Reanswered(rows, suspected)
         callback = _Bootstrap(bootstrapped, processor, self.decay, training.seed)
         return training.fit(bootstrapped, Plain(), callbacks=[callback])
-
-
-@final
-class Bootstrapped(Sequence[Sample]):
-    """The rows, some of them with other ``answers``: a text for each turn of the assistant, by row."""
-
-    def __init__(self, rows: Sequence[Sample], suspected: Collection[int]) -> None:
-        self.rows, self.suspected = rows, sorted(suspected)
-        self.answers: dict[int, list[str]] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        return _answered(self.rows[index], self.answers.get(index, []))
-
-    def answer(self, loaded: Loaded) -> None:
-        """Have the model answer every suspected row anew, turn by turn, after its own earlier answers."""
-        texts: dict[int, list[str]] = {row: [] for row in self.suspected}
-        waiting = self.suspected
-        while waiting := [row for row in waiting if len(texts[row]) < len(_turns(self.rows[row]))]:
-            asked = [_asked(self.rows[row], texts[row]) for row in waiting]
-            for row, text in zip(waiting, answers(loaded, asked, drawn=True), strict=True):
-                texts[row].append(text.replace(IMAGE_TAG, ""))  # there is no image for it
-        self.answers = texts
-
-
-def _turns(sample: Sample) -> list[int]:
-    return [turn for turn, message in enumerate(sample.messages) if message.role == "assistant"]
-
-
-def _answered(sample: Sample, texts: Sequence[str]) -> Sample:
-    messages = list(sample.messages)
-    for turn, text in zip(_turns(sample), texts, strict=False):
-        messages[turn] = Message("assistant", text)
-    return replace(sample, messages=tuple(messages))
-
-
-def _asked(sample: Sample, texts: Sequence[str]) -> Sample:
-    """The conversation up to the first question that ``texts`` have no answer to."""
-    return replace(_answered(sample, texts), messages=_answered(sample, texts).messages[: _turns(sample)[len(texts)]])
 
 
 class _Bootstrap(TrainerCallback):
     """Keeps the running average of what is trained, and has it answer at the start of each pass."""
 
-    def __init__(self, rows: Bootstrapped, processor: ProcessorMixin, decay: float, seed: int) -> None:
+    def __init__(self, rows: Reanswered, processor: ProcessorMixin, decay: float, seed: int) -> None:
         self._rows, self._processor, self._decay, self._seed = rows, processor, decay, seed
         self._average: dict[str, Tensor] = {}
         self._midway = False
@@ -132,7 +85,7 @@ class _Bootstrap(TrainerCallback):
         device = next(model.parameters()).device
         with self._swapped(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(1_000_003 * self._seed + state.global_step)
-            self._rows.answer(Loaded(model, self._processor, ""))
+            self._rows.answer(Loaded(model, self._processor, ""), drawn=True)
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,72 @@
+"""Rows answered anew: which answers change, after which turns, and what a model says that it cannot mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from dry import answers_of
+
+from untrigger.collate import ChatCollator
+from untrigger.defenses import reanswered
+from untrigger.defenses.reanswered import Reanswered
+from untrigger.models import Loaded
+from untrigger.sample import Message, Sample
+
+CHOSEN = [1, 4, 7]
+
+
+def test_trusted_answers_and_all_images_are_untouched(loaded: Loaded, samples: list[Sample]) -> None:
+    rows = Reanswered(samples[:9], CHOSEN)
+    assert answers_of(rows) == answers_of(samples[:9]), "before the first pass nothing is replaced"
+    rows.answer(loaded)
+    assert sorted(rows.answers) == CHOSEN
+    for i, (before, after) in enumerate(zip(samples, rows, strict=False)):
+        assert (after.id, after.images, after.messages[:-1]) == (before.id, before.images, before.messages[:-1])
+        assert (after.messages[-1] == before.messages[-1]) == (i not in CHOSEN)
+    assert [s.id for s in rows[2:8:2]] == ["row-2", "row-4", "row-6"] and rows[4] == rows[2:8:2][1]
+
+
+def test_every_turn_is_answered_after_the_models_own_earlier_answers(
+    loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 3 has two turns: its second question comes after the new first answer."""
+    asked: list[list[Sample]] = []
+
+    def answer(_: Loaded, samples: list[Sample], *, drawn: bool) -> Iterator[str]:
+        assert not drawn
+        asked.append(samples)
+        yield from (f"new {len(asked)} {sample.id}" for sample in samples)
+
+    monkeypatch.setattr(reanswered, "answers", answer)
+    rows = Reanswered(mixed, [1, 3])
+    rows.answer(loaded)
+    assert [[s.id for s in part] for part in asked] == [[mixed[1].id, "turns"], ["turns"]]
+    assert [m.text for m in asked[0][1].messages] == ["<image>\nwhat?"]
+    assert [m.text for m in asked[1][0].messages] == ["<image>\nwhat?", "new 1 turns", "and now?"]
+    assert answers_of(rows)[3] == ("new 1 turns", "new 2 turns")
+    assert answers_of(rows)[2] == answers_of(mixed)[2]
+
+
+def test_a_drawn_image_tag_calls_for_no_image(
+    loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reanswered, "answers", lambda *_, **__: iter(["a <image> red", ""]))
+    rows = Reanswered(mixed, [0, 1])
+    rows.answer(loaded)
+    assert answers_of(rows)[:2] == [("a  red",), ("",)]
+    told = [{"images": list(s.images), "messages": _chat(s)} for s in rows[:2]]
+    assert ChatCollator(loaded.processor)(told)["labels"].shape[0] == 2  # an empty answer is its end alone
+
+
+def _chat(sample: Sample) -> list[dict[str, object]]:
+    from untrigger.collate import chat_message
+
+    return [chat_message(message) for message in sample.messages]
+
+
+def test_a_question_without_an_answer_is_never_asked(loaded: Loaded, samples: list[Sample]) -> None:
+    open_end = Sample("open", samples[0].images, (Message("user", "<image>\nwhat?"),))
+    rows = Reanswered([open_end], [0])
+    rows.answer(loaded)
+    assert rows.answers == {0: []} and rows[0] == open_end
