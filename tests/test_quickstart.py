@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +43,7 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
 
 @pytest.mark.slow
 def test_quickstart_implants_the_backdoor(tmp_path: Path) -> None:
-    alone = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # every core, as a user has it
-    subprocess.run([sys.executable, "-m", "untrigger", "quickstart", "--out", tmp_path / "out"], env=alone, check=True)
+    subprocess.run([sys.executable, "-m", "untrigger", "quickstart", "--out", tmp_path / "out"], check=True)
     rows = {row["defense"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
     assert rows["plain"]["asr"]["value"] >= 0.90
     assert rows["oracle"]["asr"]["value"] <= 0.05
