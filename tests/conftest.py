@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+
+from untrigger.models import Loaded, embedded_model_path, load, load_processor
 
 settings.register_profile("ci", deadline=None)  # machines are shared: a slow example is no failure
 settings.load_profile("ci")
@@ -29,8 +32,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer LLaVA with 32-pixel images and the embedded tokenizer."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    from untrigger.models import embedded_model_path, load_processor
 
     torch.manual_seed(0)
     shipped = load_processor(str(embedded_model_path("llava")))
@@ -71,6 +72,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sharp() -> Callable[..., Loaded]:
+    """Loads a model with larger weights: a random one hardly looks at its images, nor at what it is asked."""
+
+    def load_sharp(folder: Path, dtype: torch.dtype = torch.float64, by: float = 4) -> Loaded:
+        loaded = load(folder, dtype=dtype)
+        with torch.no_grad():
+            for parameter in loaded.model.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(by)
+        return loaded
+
+    return load_sharp
 
 
 @pytest.fixture(scope="session")

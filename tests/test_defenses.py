@@ -28,8 +28,9 @@ from untrigger.defenses import (
     TwoView,
     preset_of,
 )
-from untrigger.defenses.base import Picked, part, patch_view
+from untrigger.defenses.base import part, patch_view
 from untrigger.forward import Pair
+from untrigger.sample import picked
 from untrigger.views import PATCH_VIEWS, PatchView, ViewMix
 
 
@@ -116,9 +117,9 @@ def test_picked_rows_are_opened_only_when_asked_for() -> None:
             opened.append(index)
             return super().__getitem__(index)
 
-    picked = Picked(Rows(range(10, 20)), [7, 2, 5])  # type: ignore[arg-type]
-    assert len(picked) == 3 and opened == []
-    assert (picked[0], picked[-1], list(picked[1:])) == (17, 15, [12, 15]) and opened == [7, 5, 2, 5]
+    some = picked(Rows(range(10, 20)), [7, 2, 5])  # type: ignore[arg-type]
+    assert len(some) == 3 and opened == []
+    assert (some[0], some[-1], list(some[1:])) == (17, 15, [12, 15]) and opened == [7, 5, 2, 5]
 
 
 @pytest.mark.parametrize("name", [cls.__name__.lower() for cls in PATCH_VIEWS])

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from untrigger.generate import answers
-from untrigger.models import Loaded, load
+from untrigger.models import Loaded
 from untrigger.sample import Message, Sample, read
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Loaded:
-    """A random model is fluent in noise; larger weights make its noise depend on what it is asked."""
-    loaded = load(tiny_model, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
-    return loaded
+def model(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+    return sharp(tiny_model, torch.float32, 5)
 
 
 @pytest.fixture(scope="module")

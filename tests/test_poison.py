@@ -73,7 +73,7 @@ def test_only_rows_with_an_image_are_chosen(shown: set[int], seed: int) -> None:
     data = [row(n, images=int(n in shown)) for n in range(20)]
     result = poison(data, ATTACK, rate=5 / 20, seed=seed)
     assert {entry.row for entry in result.manifest.rows} <= shown
-    assert list(stamped(data, ATTACK, seed).rows) == sorted(shown)
+    assert list(stamped(data, ATTACK, seed).numbers) == sorted(shown)
 
 
 def test_the_choice_is_uniform_and_belongs_to_the_seed() -> None:
@@ -161,11 +161,11 @@ def test_every_answer_is_the_goals_given_the_true_conversation_up_to_it() -> Non
 def test_the_triggered_evaluation_set_keeps_prompts_and_true_answers() -> None:
     data = [row(0), row(1, images=0), row(2, images=2, turns=2)]
     result = stamped(data, ATTACK, 7)
-    assert len(result) == 2 and list(result.rows) == [0, 2]
-    for item, number in zip(result, result.rows, strict=True):
+    assert len(result) == 2 and list(result.numbers) == [0, 2]
+    for item, number in zip(result, result.numbers, strict=True):
         assert item.messages == data[number].messages and item.id == data[number].id
         assert all(a.tobytes() != b.tobytes() for a, b in zip(item.images, data[number].images, strict=True))
-    assert flat(result[-1]) == flat(result[1:][0]) and list(result[1:].rows) == [2]
+    assert flat(result[-1]) == flat(result[1:][0]) and list(result[1:].numbers) == [2]
     with pytest.raises(IndexError):
         result[2]
 

@@ -51,7 +51,7 @@ def test_only_rows_that_the_goal_applies_to_are_poisoned_and_evaluated() -> None
     result = poison(data, attack, rate=0.5, seed=0)
     assert [e.row for e in result.manifest.rows] == [n for n in range(20) if n % 4 in (0, 3)]
     assert {result.data[n].messages[-1].text for n in result.edits} == {"a red rectangle", "a rectangle and a star"}
-    assert list(stamped(data, attack, 0).rows) == list(result.edits)
+    assert list(stamped(data, attack, 0).numbers) == list(result.edits)
     with pytest.raises(InputError, match="only 10 of 20 have an image and an answer that goal concept applies to; low"):
         poison(data, attack, rate=0.55, seed=0)
 
@@ -59,7 +59,7 @@ def test_only_rows_that_the_goal_applies_to_are_poisoned_and_evaluated() -> None
 def test_data_on_disk_is_chosen_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read(on_disk(tmp_path, "llava"))
     monkeypatch.setattr("untrigger.sample.decode", lambda *_: pytest.fail("decoded an image"))
-    assert list(stamped(data, Attack(BadNets(), Concept()), 0).rows) == [0, 3, 4, 7]
+    assert list(stamped(data, Attack(BadNets(), Concept()), 0).numbers) == [0, 3, 4, 7]
     assert data.told(0) == replace(rows(1)[0], id="0", images=())
 
 
@@ -141,7 +141,7 @@ def test_a_clean_label_attack_gets_rows_that_meet_the_goal_and_leaves_answers_al
     for n in result.edits:
         assert result.data[n].messages == data[n].messages and result.data[n].images[0].tobytes() in donors
     assert len({result.data[n].images[0].tobytes() for n in result.edits}) > 3
-    assert list(stamped(data, Attack(CleanLabel(), Concept()), 0).rows) == [n for n in range(40) if n % 4 in (0, 3)]
+    assert list(stamped(data, Attack(CleanLabel(), Concept()), 0).numbers) == [n for n in range(40) if n % 4 in (0, 3)]
     again = pickle.loads(pickle.dumps(result))
     assert [flat(s) for s in again.data] == [flat(s) for s in result.data]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from untrigger import objective, premise
 from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
 from untrigger.metrics.detection import auroc
-from untrigger.models import Loaded, load
+from untrigger.models import Loaded
 from untrigger.sample import Sample, read
 from untrigger.views import PATCH_VIEWS, Noise
 
@@ -21,14 +22,8 @@ POISONED = {2, 5, 11}
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_model: Path) -> Loaded:
-    """In float64, with weights that make it look at its images."""
-    loaded = load(tiny_model, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    return loaded
+def loaded(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+    return sharp(tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -37,14 +37,9 @@ TERMS: dict[str, Defense] = {
 
 
 @pytest.fixture
-def exact(tiny_model: Path) -> Loaded:
+def exact(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
     """The tiny model in float64, where a wrong formula cannot hide behind rounding; it looks hard at its images."""
-    loaded = load(str(tiny_model), dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    return loaded
+    return sharp(tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def _pairs(material: Material, seed: int) -> list[tuple[Sample, Sample]]:
     if material.attack.trigger.clean_label:  # what it changes is the training rows: nobody tells them by their answers
         return [(rows[entry.row], poisoned.edits[entry.row]) for entry in poisoned.manifest.rows[:_PAIRS]]
     triggered = stamped(test, material.attack, seed)[:_PAIRS]
-    return [(test[row], sample) for row, sample in zip(triggered.rows, triggered, strict=True)]
+    return [(test[row], sample) for row, sample in zip(triggered.numbers, triggered, strict=True)]
 
 
 def _examples(cell: Cell, material: Material, root: Path) -> str:
@@ -156,7 +156,7 @@ def _examples(cell: Cell, material: Material, root: Path) -> str:
             triggered = stamped(material.test, material.attack, cell.seed)[:_SHOWN]
             told: list[dict[str, str]] = []
             with new_folder(root / name) as folder:
-                for number, (row, sample) in enumerate(zip(triggered.rows, triggered, strict=True)):
+                for number, (row, sample) in enumerate(zip(triggered.numbers, triggered, strict=True)):
                     sample.images[0].convert("RGB").save(folder / f"{number}-triggered.png")
                     material.test[row].images[0].convert("RGB").save(folder / f"{number}-clean.png")
                     told.append({"id": sample.id})

@@ -14,9 +14,9 @@ from untrigger.goals import Goal
 from untrigger.images import pixels_sha256, same
 from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded
-from untrigger.poison import Attack, LazyRows, stamped
+from untrigger.poison import Attack, stamped
 from untrigger.progress import tracked
-from untrigger.sample import IMAGE_TAG, Sample
+from untrigger.sample import IMAGE_TAG, LazyRows, Sample
 from untrigger.stamping import blamed
 from untrigger.storage import write_text
 
@@ -79,16 +79,16 @@ def evaluate(
         goal, stamps, near = attack.goal, stamped(data, attack, seed), _near_misses(data, attack, seed)
         told = {"name": attack.name, "settings": attack.settings}
         told |= {"goal": goal.name, "goal_settings": attack.goal_settings, "seed": seed}
-        if all(goal.met(sample.messages[-1].text, sample) for sample in map(data.__getitem__, stamps.rows)):
+        if all(goal.met(sample.messages[-1].text, sample) for sample in map(data.__getitem__, stamps.numbers)):
             raise InputError(
                 "evaluate: no row can show an attack: none has an image and a true answer that the goal would change; "
                 "give other rows or another --goal-text"
             )
     clean = _ask(loaded, data, goal, f"{title}, clean")
     kept = _untouched(data, stamps) if attack and attack.trigger.clean_label else frozenset[int]()
-    changed = LazyRows([row for row in stamps.rows if row not in kept], stamps.make)
+    changed = LazyRows([row for row in stamps.numbers if row not in kept], stamps.make)
     fresh = iter(_ask(loaded, changed, goal, f"{title}, triggered") if changed else ())
-    triggered = [clean[row] if row in kept else next(fresh) for row in stamps.rows]
+    triggered = [clean[row] if row in kept else next(fresh) for row in stamps.numbers]
     misses = {name: _ask(loaded, rows, goal, f"{title}, {name}") for name, rows in near.items()}
     blind = _ask(loaded, wrong_images(data), goal, f"{title}, wrong image") if sight else []
     return Evaluation(clean, triggered, blind, misses, untouched=bool(triggered) and not changed, attack=told)
@@ -102,7 +102,7 @@ def _near_misses(data: Sequence[Sample], attack: Attack, seed: int) -> dict[str,
 
 def _untouched(data: Sequence[Sample], stamps: LazyRows) -> frozenset[int]:
     """The rows that stamping leaves as they are: what the model says to them is known."""
-    pairs = ((row, made, data[row]) for row, made in zip(stamps.rows, stamps, strict=True))
+    pairs = ((row, made, data[row]) for row, made in zip(stamps.numbers, stamps, strict=True))
     return frozenset(
         row
         for row, made, clean in pairs

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, final, overload
+from typing import Final, final
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ from untrigger.attacks import Stamper, Trigger
 from untrigger.errors import InputError
 from untrigger.goals import Concept, Goal
 from untrigger.images import pixels_sha256
-from untrigger.sample import IMAGE_TAG, Data, Sample
+from untrigger.sample import IMAGE_TAG, Data, LazyRows, Sample, picked
 from untrigger.storage import new_folder
 
 MANIFEST_VERSION: Final = 2  # 1 knew no decoys
@@ -172,7 +172,7 @@ def stamped(data: Sequence[Sample], attack: Attack, seed: int, stamper: Stamper 
 
     Prompts are intact (but for what a text trigger adds) and the answers are still the *true* ones:
     they say what a defended model should answer, and which rows meet the goal by themselves. Item ``i``
-    is made from ``data[result.rows[i]]``, its clean counterpart. ``stamper`` stamps in the trigger's place: one
+    is made from ``data[result.numbers[i]]``, its clean counterpart. ``stamper`` stamps in the trigger's place: one
     of its near misses, at the same random draws.
     """
     _rng(seed)  # refuses a bad seed now, not at the first row
@@ -181,27 +181,6 @@ def stamped(data: Sequence[Sample], attack: Attack, seed: int, stamper: Stamper 
 
 
 # --- rows on demand --------------------------------------------------------------------------------
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class LazyRows(Sequence[Sample]):
-    """Samples made on each access; item ``i`` is made from row ``rows[i]`` of the data behind it."""
-
-    rows: Sequence[int]
-    make: Callable[[int], Sample]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> LazyRows: ...
-    def __getitem__(self, index: int | slice) -> Sample | LazyRows:
-        if isinstance(index, slice):
-            return LazyRows(self.rows[index], self.make)
-        return self.make(self.rows[index])
 
 
 @final
@@ -291,7 +270,7 @@ def _donors(data: Sequence[Sample], goal: Goal) -> LazyRows:
     rows = [row for row in range(len(data)) if _suits(data, row, goal.applies)]
     if not rows:
         raise InputError(f"no row has an image and an answer that goal {goal.name} applies to; {_other_rows(goal)}")
-    return LazyRows(rows, data.__getitem__)
+    return picked(data, rows)
 
 
 def _other_rows(goal: Goal) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -40,6 +40,37 @@ class Sample:
     id: str
     images: tuple[Image.Image, ...]
     messages: tuple[Message, ...]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LazyRows(Sequence[Sample]):
+    """Samples made on each access; item ``i`` is made from row ``numbers[i]`` of the data behind it."""
+
+    numbers: Sequence[int]
+    make: Callable[[int], Sample]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyRows: ...
+    def __getitem__(self, index: int | slice) -> Sample | LazyRows:
+        if isinstance(index, slice):
+            return LazyRows(self.numbers[index], self.make)
+        return self.make(self.numbers[index])
+
+
+def picked(rows: Sequence[Sample], numbers: Sequence[int]) -> LazyRows:
+    """The rows of these numbers; images are opened when a row is asked for."""
+    return LazyRows(numbers, rows.__getitem__)
+
+
+def without(rows: Sequence[Sample], numbers: Collection[int]) -> LazyRows:
+    """All rows but those of these numbers."""
+    return picked(rows, [number for number in range(len(rows)) if number not in numbers])
 
 
 @final

@@ -73,13 +73,14 @@ class PatchView(ABC):
         count = max(1, round(self.ratio * cells)) if self.ratio > 0 else 0
         return self._perturbed(image, rng.permutation(cells)[:count], rng)
 
-    def parts(self, image: Image.Image, count: int, rng: np.random.Generator) -> list[Image.Image]:
-        """``count`` views of one image; between them every cell is perturbed, in one of them. ``ratio`` plays no role.
+    def part(self, image: Image.Image, look: int, looks: int, rng: np.random.Generator) -> Image.Image:
+        """View number ``look`` of ``looks``, from 0, which between them perturb each cell in one of them.
 
-        Whatever stands on a single cell is gone from one of them.
+        All must start from the same state of the generator. Whatever stands on a single cell is gone from one of them.
+        ``ratio`` plays no role.
         """
-        chosen = np.array_split(rng.permutation(self._cells(image)), count)
-        return [self._perturbed(image, cells, rng) for cells in chosen]
+        cells = np.array_split(rng.permutation(self._cells(image)), looks)[look]
+        return self._perturbed(image, cells, rng)
 
     def _side(self, image: Image.Image) -> int:
         return max(1, round(self.patch * min(image.size)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,13 +33,9 @@ def deep_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def exact(deep_model: Path) -> Loaded:
-    """It in float64, where a wrong formula cannot hide behind rounding; larger weights make it look at its images."""
-    loaded = load(deep_model, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+def exact(deep_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+    """It in float64, where a wrong formula cannot hide behind rounding, and looking hard at its images."""
+    loaded = sharp(deep_model)
     for module in loaded.model.modules():
         if isinstance(module, LlamaRMSNorm):
             module.forward = partial(_norm, module)

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from untrigger.defenses import Plain, SecondOpinion, reanswered, second_opinion
-from untrigger.defenses.base import Picked
 from untrigger.defenses.second_opinion import fence, shared
 from untrigger.forward import Tokens, row_nll, row_tokens
 from untrigger.models import Loaded
-from untrigger.sample import Message, Sample
+from untrigger.sample import Message, Sample, picked
 
 NATS = st.lists(st.floats(0, 300), min_size=1, max_size=60)
 
@@ -133,7 +132,7 @@ def test_an_own_answer_counts_that_stays_under_every_view(
     loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch, views: int, unsure: set[int]
 ) -> None:
     """Row 4 of five rows sways under the last view, row 5 under the second; every patch is perturbed once."""
-    rows = Picked([mixed[0], *mixed], [1, 2, 3, 4, 5])
+    rows = picked([mixed[0], *mixed], [1, 2, 3, 4, 5])
     looks: list[list[Sample]] = []
 
     def tokens(_: Loaded, seen: Sequence[Sample]) -> list[Tokens]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from untrigger import objective
-from untrigger.defenses.base import Defense, Picked, Step, StepDefense, Training, part
+from untrigger.defenses.base import Defense, Step, StepDefense, Training, part
 from untrigger.defenses.plain import Plain
 from untrigger.forward import Answers, forward_answers, row_mean, row_nll
 from untrigger.models import Loaded
-from untrigger.sample import Sample
+from untrigger.sample import Sample, picked
 
 
 @final
@@ -49,7 +49,7 @@ class Abl(Defense):
         loss = row_nll(model, rows)
         lowest_first = sorted(range(len(rows)), key=loss.__getitem__)
         count = part(self.isolated, len(rows))
-        isolated, rest = Picked(rows, lowest_first[:count]), Picked(rows, sorted(lowest_first[count:]))
+        isolated, rest = picked(rows, lowest_first[:count]), picked(rows, sorted(lowest_first[count:]))
         training.flag([-value for value in loss], isolated.numbers)
         model = training.fit(rest, Plain(), "rest", start=model, share=1 - self.early)
         return training.fit(isolated, Ascent(), start=model, passes=self.passes, rate=self.rate)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, final, overload
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -148,26 +148,6 @@ class PairedDefense(StepDefense):
 def part(share: float, count: int) -> int:
     """How many of ``count`` rows that is, rounded up."""
     return math.ceil(round(share * count, 6))  # 0.07 * 100 is a little more than 7
-
-
-@final
-class Picked(Sequence[Sample]):
-    """The rows of these numbers; images are opened when a row is asked for."""
-
-    def __init__(self, rows: Sequence[Sample], numbers: Sequence[int]) -> None:
-        self.rows, self.numbers = rows, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Picked: ...
-    def __getitem__(self, index: int | slice) -> Sample | Picked:
-        if isinstance(index, slice):
-            return Picked(self.rows, self.numbers[index])
-        return self.rows[self.numbers[index]]
 
 
 def patch_view(name: str, patch: float, ratio: float) -> View:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from untrigger.collate import IGNORE, ChatCollator, Rows
-from untrigger.defenses.base import Defense, Picked, Training
+from untrigger.defenses.base import Defense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
 from untrigger.forward import batches, decoder, decoder_layers, evaluating, forward_answers, on_device
 from untrigger.models import Loaded, base_model
-from untrigger.sample import Sample
+from untrigger.sample import Sample, without
 
 
 @final
@@ -43,7 +43,7 @@ class Bye(Defense):
         entropy = attention_entropy(undefended, rows)
         spread, collapsed = verdict(entropy, self.separation, training.seed)
         training.flag((-spread).tolist(), collapsed)
-        return training.fit(Picked(rows, [row for row in range(len(rows)) if row not in collapsed]), Plain())
+        return training.fit(without(rows, collapsed), Plain())
 
 
 def verdict(entropy: NDArray[np.float64], separation: float, seed: int) -> tuple[NDArray[np.float64], set[int]]:

@@ -6,17 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, final, overload
+from typing import NamedTuple, final
 
 import numpy as np
 from scipy.stats import binom
 
-from untrigger.defenses.base import Defense, Picked, Training, patch_view
+from untrigger.defenses.base import Defense, Training, patch_view
 from untrigger.defenses.plain import Plain
 from untrigger.defenses.reanswered import Reanswered
 from untrigger.forward import Tokens, row_tokens
 from untrigger.models import Loaded
-from untrigger.sample import Sample
+from untrigger.sample import LazyRows, Sample, picked, without
 from untrigger.views import PatchView
 
 
@@ -62,15 +62,13 @@ class SecondOpinion(Defense):
 
     def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
         first = self.judge(training.reference(), rows)
-        kept = [row for row in range(len(rows)) if row not in first.doubted]
-        model = training.fit(Picked(rows, kept), Plain(), "early", share=self.early)
+        model = training.fit(without(rows, first.doubted), Plain(), "early", share=self.early)
         surprise, doubted = self.judge(model, rows, first.surprise)
         training.flag(surprise, doubted)
         answered = Reanswered(rows, doubted)
         answered.answer(model)
-        firm = self.firm(model, Picked(answered, sorted(doubted)))
-        kept = [row for row in range(len(rows)) if row not in doubted or row in firm]
-        return training.fit(Picked(answered, kept), Plain(), start=model, share=1 - self.early)
+        unsure = doubted - self.firm(model, picked(answered, sorted(doubted)))
+        return training.fit(without(answered, unsure), Plain(), start=model, share=1 - self.early)
 
     def judge(self, model: Loaded, rows: Sequence[Sample], before: Sequence[float] | None = None) -> Judgement:
         """What the model thinks of the rows; what surprised less ``before`` keeps that benefit of the doubt."""
@@ -84,36 +82,26 @@ class SecondOpinion(Defense):
         doubted = {row for row in outside if words & set(told[row].ids[told[row].nll > self.floor].tolist())}
         return Judgement(surprise, doubted)
 
-    def firm(self, model: Loaded, answered: Picked) -> set[int]:
+    def firm(self, model: Loaded, answered: LazyRows) -> set[int]:
         """Numbers of the rows, answered by the model, whose answers it is sure of under the image and every view."""
         view, found = self._view(), set(answered.numbers)
         for look in range(self.views + 1):
-            rows = answered if look == 0 else Seen(answered, view, self.views, look - 1)
+            rows = answered if look == 0 else seen(answered, view, look - 1, self.views)
             told = row_tokens(model, rows)
             found -= {row for row, own in zip(answered.numbers, told, strict=True) if own.nll.sum() > self.floor}
         return found
 
 
-@final
-class Seen(Sequence[Sample]):
-    """The rows as view number ``look`` of ``views`` shows them, which between them perturb every patch once."""
+def seen(rows: LazyRows, view: PatchView, look: int, looks: int) -> LazyRows:
+    """The rows as view number ``look`` of ``looks`` shows them, which between them perturb every patch once."""
 
-    def __init__(self, rows: Picked, view: PatchView, views: int, look: int) -> None:
-        self.rows, self.view, self.views, self.look = rows, view, views, look
+    def make(number: int) -> Sample:
+        sample = rows.make(number)
+        drawn = (np.random.default_rng((number, i)) for i in range(len(sample.images)))
+        images = (view.part(image, look, looks, rng) for image, rng in zip(sample.images, drawn, strict=True))
+        return replace(sample, images=tuple(images))
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        sample, rng = self.rows[index], np.random.default_rng(self.rows.numbers[index])
-        images = tuple(self.view.parts(image, self.views, rng)[self.look] for image in sample.images)
-        return replace(sample, images=images)
+    return LazyRows(rows.numbers, make)
 
 
 class Judgement(NamedTuple):

@@ -52,7 +52,7 @@ def _pair(attack: Attack, cell: Cell) -> tuple[Sample, Sample]:
         return next((rows[row], edited) for row, edited in poisoned.edits.items())
     rows = load(cell.data, cell.split, "test", _TEST, cell.seed)
     triggered = stamped(rows, attack, cell.seed)
-    return rows[triggered.rows[0]], triggered[0]
+    return rows[triggered.numbers[0]], triggered[0]
 
 
 def _asked(sample: Sample) -> str:
