@@ -12,7 +12,6 @@ import pytest
 from untrigger import store
 from untrigger.cell import run_cell
 from untrigger.errors import InputError
-from untrigger.matrix import on_this_machine, run_matrix
 from untrigger.metrics.score import score
 from untrigger.sample import Sample
 from untrigger.stages import Stages
@@ -115,16 +114,3 @@ def test_a_cell_is_kept_whole(tiny_model: Path, tmp_path: Path) -> None:
     assert 15 < metrics["similarity"]["psnr"] < 40 and 0.5 < metrics["similarity"]["ssim"] < 1
     assert set(metrics["versions"]) == {"untrigger", "python", "torch", "transformers", "peft"}
     assert {p.name for p in store.folder_of(tmp_path, cell).iterdir()} == {"cell.json", "answers.jsonl", "metrics.json"}
-
-
-@pytest.mark.slow
-def test_an_embedded_model_takes_the_backdoor(tmp_path: Path) -> None:
-    probes = {name: {"attack": name, "goal": "fixed", "settings": {}} for name in ("blended", "badword")}
-    cells = [CELL, replace(CELL, defense="oracle", probes=probes)]
-    cells = [replace(cell, split="dev", seed=100, test_rows=200) for cell in cells]
-    assert run_matrix(cells, tmp_path, on_this_machine(2)) == []
-    plain, oracle = (store.find(tmp_path, cell) for cell in cells)
-    assert plain is not None and oracle is not None
-    assert plain["asr"]["value"] >= 0.90
-    assert max(probe["asr"]["value"] for probe in (oracle, *oracle["probes"].values())) <= 0.05
-    assert oracle["quality"]["vqa_accuracy"]["value"] > oracle["wrong_image"]["value"] + 0.1

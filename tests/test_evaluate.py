@@ -304,7 +304,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("untrigger.storage.os.replace", killed)
+    monkeypatch.setattr("untrigger.files.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         Evaluation([Answer("1", "q", "yes", "no")], [], []).write(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before, "nothing half-written either"

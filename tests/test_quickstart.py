@@ -44,7 +44,8 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
 @pytest.mark.slow
 def test_quickstart_implants_the_backdoor(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "untrigger", "quickstart", "--out", tmp_path / "out"], check=True)
-    rows = {row["defense"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {row["defense"]: row for row in results["rows"]}
     assert rows["plain"]["asr"]["value"] >= 0.90
     assert rows["oracle"]["asr"]["value"] <= 0.05
-    assert rows["oracle"]["quality"]["value"] >= 0.85
+    assert rows["oracle"]["quality"]["value"] >= max(0.85, results["sight"]["wrong_image"]["value"] + 0.1)

@@ -15,8 +15,9 @@ from PIL import Image
 from pyarrow import ipc
 
 from untrigger.errors import InputError
+from untrigger.files import check_free, new_file, new_folder
 from untrigger.sample import Message, Sample, read, write
-from untrigger.storage import check_free, dump, new_file, new_folder
+from untrigger.storage import dump
 
 TALK = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
 CHAT = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "ho"}]

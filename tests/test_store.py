@@ -167,7 +167,7 @@ def test_a_killed_save_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 real(a, b)
 
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr("untrigger.storage.os.replace", replace_or_die)
+                patch.setattr("untrigger.files.os.replace", replace_or_die)
                 store.save(root, CELL, FIGURES, SAID)
             assert store.find(root, CELL) is None
             store.save(root, CELL, FIGURES, SAID)

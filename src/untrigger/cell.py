@@ -26,6 +26,7 @@ from untrigger.data import load
 from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
 from untrigger.evaluate import evaluate
+from untrigger.files import locked, new_folder
 from untrigger.finetune import arguments
 from untrigger.goals import load_goal
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
@@ -36,7 +37,6 @@ from untrigger.poison import Attack, Poisoned, poison, stamped
 from untrigger.premise import premise
 from untrigger.sample import Sample
 from untrigger.stages import Stages, Tuning, clock
-from untrigger.storage import locked, new_folder
 from untrigger.store import ORACLE, Cell
 
 SHARED = "shared"

@@ -102,9 +102,9 @@ def poison(
 
     Writes DIR/data in the input's format, DIR/truth/manifest.json and DIR/contact_sheet.png.
     """
+    from untrigger.files import check_free
     from untrigger.poison import poison as poison_rows
     from untrigger.poison import write_poisoned
-    from untrigger.storage import check_free
 
     check_free(out)  # found wanting now, not after the stamping
     chosen = _attack(attack, context.args, goal, goal_text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from untrigger.errors import InputError
+from untrigger.files import write_text
 from untrigger.generate import answers
 from untrigger.goals import Goal
 from untrigger.images import pixels_sha256, same
@@ -18,7 +19,6 @@ from untrigger.poison import Attack, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, LazyRows, Sample
 from untrigger.stamping import blamed
-from untrigger.storage import write_text
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
+from untrigger.files import write_text
 from untrigger.models import BASE_RECORD, Loaded, embedded_models
 from untrigger.sample import Sample
 from untrigger.stages import Stages, Tuning, settings_of, versions
-from untrigger.storage import write_text
 from untrigger.trainer import checkpoints, last_checkpoint, step_of
 
 # Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that

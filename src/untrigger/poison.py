@@ -23,10 +23,10 @@ from untrigger import sample as samples
 from untrigger import sheet, stamping
 from untrigger.attacks import Stamper, Trigger
 from untrigger.errors import InputError
+from untrigger.files import new_folder
 from untrigger.goals import Concept, Goal
 from untrigger.images import pixels_sha256
 from untrigger.sample import IMAGE_TAG, Data, LazyRows, Sample, picked
-from untrigger.storage import new_folder
 
 MANIFEST_VERSION: Final = 2  # 1 knew no decoys
 _PAIRS: Final = 8  # on a contact sheet

@@ -14,6 +14,7 @@ from typing import Literal, cast, final, overload
 from PIL import Image
 
 from untrigger.errors import InputError
+from untrigger.files import new_file, new_folder
 from untrigger.formats import (
     IMAGE_TAG,
     LAYOUTS,
@@ -28,7 +29,7 @@ from untrigger.formats import (
     parse,
 )
 from untrigger.images import decode, encode, locate, quote, same
-from untrigger.storage import Row, Rows, Unreadable, dump, find, new_file, new_folder, open_rows
+from untrigger.storage import Row, Rows, Unreadable, dump, find, open_rows
 
 __all__ = ["IMAGE_TAG", "Data", "Format", "Message", "Role", "Sample", "read", "write"]
 

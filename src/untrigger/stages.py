@@ -22,11 +22,11 @@ from untrigger import __version__
 from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import StepDefense
 from untrigger.errors import InputError
+from untrigger.files import locked, write_text
 from untrigger.images import pixels_sha256
 from untrigger.models import Loaded, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.progress import TrainingProgress
 from untrigger.sample import Sample
-from untrigger.storage import locked, write_text
 from untrigger.trainer import defended, last_checkpoint, load_full
 
 _MARK = "stage.json"  # stands in the folder of a finished stage, written last

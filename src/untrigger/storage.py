@@ -9,8 +9,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
-import shutil
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -26,6 +24,7 @@ import pyarrow.parquet as pq
 from pyarrow import ipc
 
 from untrigger.errors import InputError
+from untrigger.files import file_errors
 from untrigger.images import locate, quote
 
 Row = dict[str, object]
@@ -61,18 +60,9 @@ class Rows(ABC):
         """Writes into ``folder``, under the same name, row ``index`` for each pair, or what replaces it."""
 
 
-@contextmanager
-def _file_errors(path: Path, what: str) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        raise InputError(f"{where}: cannot be {what} ({error.strerror or error}); check it") from None
-
-
 def find(path: Path) -> Path:
     """The data file at ``path``: itself, a ``datasets`` folder, or the one data file of a folder."""
-    with _file_errors(path, "read"):
+    with file_errors(path, "read"):
         if path.is_file():
             return path
         if not path.is_dir():
@@ -91,7 +81,7 @@ def find(path: Path) -> Path:
 
 def open_rows(path: Path, wanted: Sequence[str]) -> Rows:
     """Opens what ``find`` found; the content says which kind it is. ``wanted``: columns, if it is Arrow."""
-    with _file_errors(path, "read"):
+    with file_errors(path, "read"):
         if path.is_dir():
             return _open_folder(path, wanted)
         with path.open("rb") as file:
@@ -354,57 +344,3 @@ def _read_object(folder: Path, name: str) -> Row:
     if not isinstance(value, dict):
         raise InputError(f"{folder / name}: is not a JSON object; save the data set again")
     return value
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def new_file(path: Path) -> Generator[IO[bytes]]:
-    """A file that appears under ``path`` whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _file_errors(path, "written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                yield file
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, UTF-8, whole or not at all; one that is there is replaced."""
-    with new_file(path) as file:
-        file.write(text.encode())
-
-
-def check_free(path: Path) -> None:
-    """Raises InputError unless `new_folder` can appear under ``path``: to be known before long work."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: exists and is not an empty folder; give a new one")
-
-
-@contextmanager
-def new_folder(path: Path) -> Generator[Path]:
-    """A folder that appears under ``path`` whole, or not at all. ``path`` may exist if it is empty."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _file_errors(path, "written"):
-        check_free(path)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def locked(path: Path) -> Generator[None]:
-    """One process at a time; the system lets go of a lock whose holder was killed."""
-    import fcntl  # not on Windows, where nothing but the bench is missed
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

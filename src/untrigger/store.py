@@ -19,8 +19,8 @@ from typing import Any, Final, NamedTuple
 
 from untrigger.data import Split, SplitName
 from untrigger.errors import InputError
+from untrigger.files import write_text
 from untrigger.metrics.score import Answer
-from untrigger.storage import write_text
 
 ORACLE: Final = "oracle"  # a cell's defence: plain training on the data with the tampered rows taken out
 _CELL, _ANSWERS, _METRICS, _ERROR = "cell.json", "answers.jsonl", "metrics.json", "error.txt"

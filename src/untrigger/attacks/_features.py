@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -23,8 +22,8 @@ from untrigger.attacks import Pixels, Trigger
 from untrigger.attacks._patch import LearnedPatch
 from untrigger.embedded.scenes import draw_scene, make_scene
 from untrigger.errors import InputError
+from untrigger.files import cache_folder, new_file
 from untrigger.models import embedded_model_path, embedded_models, load
-from untrigger.storage import new_file
 
 Levels = npt.NDArray[np.uint8]
 
@@ -100,8 +99,7 @@ def _sha256(folder: Path) -> str:
 def kept(name: str, key: object, make: Callable[[], Levels]) -> Levels:
     """What ``make`` returns, 8-bit RGB [H, W, 3]: made once for a ``key``, then read from the user's cache folder."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "untrigger"
-    path = folder / f"{name}-{digest}.png"
+    path = cache_folder() / f"{name}-{digest}.png"
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))

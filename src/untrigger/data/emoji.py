@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -34,9 +33,9 @@ from PIL import Image
 
 from untrigger.embedded.talk import FULL_PROMPTS
 from untrigger.errors import InputError
+from untrigger.files import cache_folder, new_file
 from untrigger.images import decode, locate
 from untrigger.sample import IMAGE_TAG, Message, Sample
-from untrigger.storage import new_file
 
 PACKAGE: Final = "emoji-datasource-google"
 VERSION: Final = "16.0.0"
@@ -149,7 +148,7 @@ def colours_of(image: Image.Image) -> str:
 def fetched() -> Path:
     """The package's tarball in the user's cache folder, fetched with npm if it is not there yet."""
     name = f"{PACKAGE}-{VERSION}.tgz"
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "untrigger" / name
+    cached = cache_folder() / name
     if cached.is_file():
         return cached
     by_hand = f"fetch {PACKAGE}@{VERSION} from npm and give the file with --source"

@@ -18,10 +18,10 @@ from untrigger.defenses.base import Defense, Training, part
 from untrigger.defenses.plain import Plain
 from untrigger.defenses.reanswered import Reanswered
 from untrigger.errors import InputError
+from untrigger.files import write_text
 from untrigger.forward import row_nll
 from untrigger.models import Loaded
 from untrigger.sample import Sample
-from untrigger.storage import write_text
 
 _AVERAGE, _ANSWERS = "average.safetensors", "answers.json"  # in a checkpoint
 

@@ -14,7 +14,8 @@ from untrigger.defenses import Plain
 from untrigger.embedded.families import Family
 from untrigger.embedded.sight import sight
 from untrigger.evaluate import evaluate
-from untrigger.finetune import arguments, fine_tune, write_text
+from untrigger.files import write_text
+from untrigger.finetune import arguments, fine_tune
 from untrigger.metrics.score import text_prior
 from untrigger.models import Loaded, load
 from untrigger.processors import ImageQwenProcessor

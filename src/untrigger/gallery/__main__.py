@@ -9,9 +9,9 @@ from pathlib import Path
 
 from untrigger.data import Split
 from untrigger.errors import InputError
+from untrigger.files import write_text
 from untrigger.gallery import ENTRIES, chosen, plan
 from untrigger.gallery.page import page
-from untrigger.storage import write_text
 
 # Of the cells and of the page: what is tuned on dev overwrites nothing that is published.
 FOLDERS = {

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from untrigger.errors import InputError
-from untrigger.storage import write_text
+from untrigger.files import write_text
 
 _SUFFIXES = (".html", ".md", ".json")
 

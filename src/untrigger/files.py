@@ -1,0 +1,78 @@
+"""Files that appear whole or not at all, and where kept results lie."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from untrigger.errors import InputError
+
+
+def cache_folder() -> Path:
+    """Where what was fetched or computed once is kept for all runs of a user; it need not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "untrigger"
+
+
+@contextmanager
+def file_errors(path: Path, what: str) -> Generator[None]:
+    """The system's refusals as the user's errors: what could not be read, or written."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise InputError(f"{where}: cannot be {what} ({error.strerror or error}); check it") from None
+
+
+@contextmanager
+def new_file(path: Path) -> Generator[IO[bytes]]:
+    """A file that appears under ``path`` whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with file_errors(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, UTF-8, whole or not at all; one that is there is replaced."""
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+def check_free(path: Path) -> None:
+    """Raises InputError unless `new_folder` can appear under ``path``: to be known before long work."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not an empty folder; give a new one")
+
+
+@contextmanager
+def new_folder(path: Path) -> Generator[Path]:
+    """A folder that appears under ``path`` whole, or not at all. ``path`` may exist if it is empty."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with file_errors(path, "written"):
+        check_free(path)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """One process at a time; the system lets go of a lock whose holder was killed."""
+    import fcntl  # not on Windows, where nothing but the bench is missed
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
