@@ -20,10 +20,10 @@ from untrigger.defenses import (
     CrossView,
     Crow,
     Defense,
+    Doubt,
     FinePruning,
     PatchAug,
     Plain,
-    SecondOpinion,
     StepDefense,
     TwoView,
     preset_of,
@@ -48,7 +48,7 @@ IN_A_STEP: dict[str, type[StepDefense]] = {
     "paper": CrossView,
 }
 STAGED: dict[str, type[Defense]] = {
-    "default": SecondOpinion,
+    "default": Doubt,
     "abl": Abl,
     "byorn": Byorn,
     "bye": Bye,
@@ -162,9 +162,8 @@ BAD: list[tuple[type[Defense], dict[str, Any]]] = [
     *[(CleanTuning, {name: bad}) for name in ("passes", "rate") for bad in (-0.1, np.inf)],
     *[(FinePruning, {name: bad}) for name in ("cost", "passes", "rate") for bad in (-0.1, np.nan)],
     (FinePruning, {"cost": 1.1}),
-    *[(SecondOpinion, {name: bad}) for name in ("early", "chance") for bad in (0.0, 1.0, np.nan)],
-    *[(SecondOpinion, bad) for bad in ({"views": -1}, {"view": "mix"}, {"view": "nonsense"}, {"patch": 2.0})],
-    *[(SecondOpinion, {name: bad}) for name in ("floor", "reach") for bad in (-0.1, np.inf)],
+    *[(Doubt, {name: bad}) for name in ("early", "chance") for bad in (0.0, 1.0, np.nan)],
+    *[(Doubt, {name: bad}) for name in ("floor", "reach") for bad in (-0.1, np.inf)],
 ]
 
 

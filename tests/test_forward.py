@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from untrigger import forward
 from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
 from untrigger.errors import InputError
 from untrigger.forward import (
@@ -20,6 +23,7 @@ from untrigger.forward import (
     forward_pair,
     on_device,
     row_nll,
+    row_tokens,
 )
 from untrigger.models import Loaded, add_lora, embedded_models, load
 from untrigger.sample import Message, Sample, read
@@ -108,6 +112,37 @@ def test_row_nll_is_the_hosts_loss_and_leaves_no_trace(exact: Loaded, samples: l
     exact.model.eval()
     with torch.no_grad():
         assert found == pytest.approx(exact.model(**batch_of(exact, samples[2:3])).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_kept_scores_are_the_same_bits_and_what_is_there_is_not_asked_again(
+    exact: Loaded, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """Two batches a file; after a kill the second file is missing."""
+    asked: list[int] = []
+
+    def counted(model: Any, inputs: dict[str, Any]) -> Any:
+        asked.append(len(inputs["labels"]))
+        return forward_answers(model, inputs)
+
+    monkeypatch.setattr(forward, "_SHARD", 2)
+    alone = row_tokens(exact, samples, batch_size)
+    monkeypatch.setattr(forward, "forward_answers", counted)
+    first = row_tokens(exact, samples, batch_size, kept=tmp_path)
+    assert sum(asked) == len(samples)
+    lost = sorted(tmp_path.iterdir(), key=lambda path: int(path.stem))[-1]
+    start = int(lost.stem)
+    lost.unlink()
+    asked.clear()
+    again = row_tokens(exact, samples, batch_size, kept=tmp_path)
+    assert sum(asked) == len(samples) - start
+    asked.clear()
+    last = row_tokens(exact, samples, batch_size, kept=tmp_path)
+    assert asked == []
+    for found in (first, again, last):
+        assert all(
+            np.array_equal(a.ids, b.ids) and np.array_equal(a.nll, b.nll) for a, b in zip(found, alone, strict=True)
+        )
 
 
 def test_evaluation_mode_ends_with_its_block(exact: Loaded) -> None:

@@ -24,6 +24,7 @@ from untrigger.objective import (
     reduce,
     separation,
     token_nll,
+    token_unlikelihood,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,22 @@ def test_token_nll_refuses_what_would_be_skipped_or_cut() -> None:
         token_nll(normal(3, 5), torch.tensor([1, 2]))
 
 
+def test_token_unlikelihood_is_minus_the_log_of_the_rest_at_both_ends() -> None:
+    logits, target = normal(7, 11), torch.arange(7)
+    rest = 1 - logits.softmax(-1).gather(-1, target[:, None])[:, 0]
+    torch.testing.assert_close(token_unlikelihood(logits, target), -rest.log())
+    for dtype in (torch.float32, torch.bfloat16):
+        ends = torch.tensor([[-40.0, 0.0, -torch.inf], [40.0, 0.0, -torch.inf], [1e4, 0.0, 0.0]], dtype=dtype)
+        ends.requires_grad_()
+        found = token_unlikelihood(ends, torch.zeros(3, dtype=torch.int64))
+        torch.testing.assert_close(found, torch.tensor([math.exp(-40), 40.0, 1e4 - math.log(2)]), rtol=4e-3, atol=0)
+        found.sum().backward()
+        assert ends.grad is not None and ends.grad.isfinite().all() and ends.grad.abs().max() <= 1
+    assert token_unlikelihood(torch.tensor([[0.0, -INF]]), torch.tensor([0])).item() == INF
+    with pytest.raises(ValueError, match="rows do not match"):
+        token_unlikelihood(normal(3, 5), torch.tensor([1, 2]))
+
+
 def test_js_equals_the_textbook_form() -> None:
     p, q = normal(20, 13), normal(20, 13, seed=1)
     torch.testing.assert_close(js(p, q), naive_js(p, q), rtol=1e-12, atol=1e-15)
@@ -128,6 +145,7 @@ TARGET = torch.tensor([0, 3, 1, 4])
 MARGINS = torch.tensor([0.65, 0.66, 0.67, 0.68])
 EQUATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token_nll": lambda p, _: token_nll(p, TARGET),
+    "token_unlikelihood": lambda p, _: token_unlikelihood(p, TARGET),
     "js": js,
     "separation": lambda p, q: separation(p, q, 0.65),
     "separation, a margin per row": lambda p, q: separation(p, q, MARGINS),
@@ -159,6 +177,15 @@ def test_token_nll_gradient() -> None:
     logits = normal(4, 5)
     (gradient,) = gradients(lambda p: token_nll(p, TARGET), logits)
     torch.testing.assert_close(gradient, logits.softmax(-1) - torch.nn.functional.one_hot(TARGET, 5))
+
+
+def test_token_unlikelihood_gradient() -> None:
+    """By the target's logit its probability, taken from the others by their shares."""
+    logits = normal(4, 5)
+    (gradient,) = gradients(lambda p: token_unlikelihood(p, TARGET), logits)
+    p, target = logits.softmax(-1), torch.nn.functional.one_hot(TARGET, 5)
+    p_target = (p * target).sum(-1, keepdim=True)
+    torch.testing.assert_close(gradient, p_target * target - p_target * p * (1 - target) / (1 - p_target))
 
 
 def test_js_gradient_in_both_views() -> None:

@@ -25,10 +25,10 @@ from untrigger.defenses import (
     CleanTuning,
     CrossView,
     Crow,
+    Doubt,
     FinePruning,
     PatchAug,
     Plain,
-    SecondOpinion,
 )
 from untrigger.defenses.abl import LocalAscent
 from untrigger.errors import InputError
@@ -295,7 +295,7 @@ STAGED = {
     "clean-tuning": (CleanTuning(passes=3), ["undefended"]),
     "abl": (Abl(early=0.5, isolated=0.5, passes=2), ["isolation", "rest"]),
     "bye": (Bye(), ["undefended"]),
-    "default": (SecondOpinion(early=0.5, reach=0.0), ["early"]),
+    "default": (Doubt(early=0.5, reach=0.0), ["early"]),
 }
 
 
@@ -366,9 +366,7 @@ def test_a_mistyped_model_or_setting_leaves_no_run_behind(
 # --- refusals ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "defense", [Abl(), Byorn(), Bye(), Crow(), CleanTuning(), FinePruning(), SecondOpinion()], ids=repr
-)
+@pytest.mark.parametrize("defense", [Abl(), Byorn(), Bye(), Crow(), CleanTuning(), FinePruning(), Doubt()], ids=repr)
 def test_a_host_trainer_refuses_staged_defences_in_one_line(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, defense: Any
 ) -> None:
@@ -394,14 +392,14 @@ def test_missing_trusted_rows_are_told_before_anything_is_trained(
 def test_defences_that_need_none_never_ask_for_trusted_rows(
     tiny_model: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
-    for defense in (CrossView(), Abl(isolated=0.5, passes=1), Byorn(), SecondOpinion()):
+    for defense in (CrossView(), Abl(isolated=0.5, passes=1), Byorn(), Doubt()):
         args = arguments(tmp_path / type(defense).__name__, use_cpu=True, max_steps=1, save_strategy="no")
         fine_tune(samples, str(tiny_model), defense, args, tuning=Tuning(rank=2))
 
 
 def test_what_a_defence_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     stages = stages_of(tiny_model, tmp_path / "out")
-    assert (stages.scores, stages.flagged) == ([], [])
-    stages.flag((0.5, 0.1, 0.9), {2, 0})
-    assert (stages.scores, stages.flagged) == ([0.5, 0.1, 0.9], [0, 2])
+    assert (stages.scores, stages.flagged) == ([], {})
+    stages.flag((0.5, 0.1, 0.9), {2: "a word", 0: ""})
+    assert (stages.scores, stages.flagged) == ([0.5, 0.1, 0.9], {0: "", 2: "a word"})
     assert stages.seed == 42

@@ -333,18 +333,3 @@ def test_a_mix_is_seeded_and_never_empty() -> None:
     assert run(mix, image, 3).tobytes() == run(mix, image, 3).tobytes()
     with pytest.raises(ValueError, match="at least one"):
         ViewMix(())
-
-
-@given(sizes, patches, st.integers(1, 9), seeds)
-@example((7, 7), 1.0, 9, 0)
-def test_parts_perturb_each_cell_once_between_them(size: Size, patch: float, looks: int, seed: int) -> None:
-    """Masked cells are exactly the chosen ones, in an image without that grey."""
-    image = noise_image(size, seed)
-    image = Image.fromarray(np.where(np.asarray(image) == 128, 0, np.asarray(image)).astype(np.uint8))
-    view = Mask(patch, ratio=0.0)
-    shown = [np.asarray(view.part(image, look, looks, np.random.default_rng(seed))) for look in range(looks)]
-    masked = np.array([(pixels == 128).all(axis=-1) for pixels in shown])
-    assert (masked.sum(axis=0) == 1).all()
-    assert all((pixels[~hit] == np.asarray(image)[~hit]).all() for pixels, hit in zip(shown, masked, strict=True))
-    counts = [sum(bool(cell.all()) for cell in grid(hit[..., None], patch)) for hit in masked]
-    assert max(counts) - min(counts) <= 1, "they share the cells evenly"

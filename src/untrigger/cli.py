@@ -145,7 +145,7 @@ def train(
     Every field of the defence (--margin 0.2) and of transformers.TrainingArguments (--learning_rate 1e-4,
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
-    from untrigger.finetune import Tuning, fine_tune
+    from untrigger.finetune import DISTRUSTED, Tuning, fine_tune
     from untrigger.settings import training_settings
 
     chosen, args = training_settings(defense, out, config, context.args)
@@ -155,8 +155,11 @@ def train(
     tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
     fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:
-        adapter = (out / "adapter_config.json").is_file()
+        adapter, distrusted = (out / "adapter_config.json").is_file(), out / DISTRUSTED
         typer.echo(f"{out}: {'PEFT adapter' if adapter else 'model'}, processor, settings and model card")
+        if distrusted.is_file():
+            count = len(distrusted.read_bytes().splitlines())
+            typer.echo(f"{distrusted}: {count:,} of {len(rows):,} rows were distrusted; which, and why")
 
 
 @app.command(context_settings=_OPEN)

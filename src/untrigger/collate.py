@@ -6,11 +6,12 @@ A row is what TRL and transformers call conversational: ``{"images": [...], "mes
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -35,10 +36,13 @@ def chat_message(message: Message) -> dict[str, object]:
 
 
 class Rows(Dataset[Row]):
-    """Samples as rows for a trainer; images are opened when a row is asked for."""
+    """Samples as rows for a trainer; images are opened when a row is asked for.
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
+    ``doubted``: of some rows, by number, which of its answer tokens are not believed [n].
+    """
+
+    def __init__(self, samples: Sequence[Sample], doubted: Mapping[int, NDArray[np.bool_]] | None = None) -> None:
+        self.samples, self.doubted = samples, doubted or {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -48,11 +52,15 @@ class Rows(Dataset[Row]):
         return {
             "images": [to_rgb(image) for image in sample.images],
             "messages": [chat_message(m) for m in sample.messages],
+            **({"doubted": self.doubted[index]} if index in self.doubted else {}),
         }
 
 
 class ChatCollator:
-    """Rows to padded tensors with ``labels`` on the assistant's turns alone, for any processor with a chat template."""
+    """Rows to padded tensors with ``labels`` on the assistant's turns alone, for any processor with a chat template.
+
+    Of a row with ``doubted`` tokens only these have labels. Where there are such rows the batch has ``doubted`` [B, T].
+    """
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor: Any = processor  # its declared call takes fewer arguments than any processor does
@@ -76,7 +84,14 @@ class ChatCollator:
             for ids, (_, spans), where, moved in zip(batch["input_ids"], rendered, offsets, replaced, strict=True)
         ]
         batch["labels"] = labels
-        return dict(batch.convert_to_tensors("pt"))
+        made: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
+        if any("doubted" in row for row in rows):
+            made["doubted"] = torch.zeros_like(made["labels"], dtype=torch.bool)
+            for row, doubted, told in zip(rows, made["doubted"], made["labels"], strict=True):
+                if "doubted" in row:
+                    doubted[told != IGNORE] = torch.as_tensor(row["doubted"])
+                    told[~doubted] = IGNORE
+        return made
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation's text and the character spans of the assistant's turns in it.

@@ -17,11 +17,14 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
-from untrigger.files import write_text
+from untrigger.files import new_file, write_text
 from untrigger.models import BASE_RECORD, Loaded, embedded_models
-from untrigger.sample import Sample
+from untrigger.sample import Data, Sample
 from untrigger.stages import Stages, Tuning, settings_of, versions
+from untrigger.storage import dump
 from untrigger.trainer import checkpoints, last_checkpoint, step_of
+
+DISTRUSTED = "distrusted.jsonl"  # of a defence that judges rows: those that it acted on
 
 # Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
 # the collator reads, and pinning memory without an accelerator only warns.
@@ -86,6 +89,8 @@ def fine_tune(
                 file.unlink()
             loaded.model.save_pretrained(out)
         loaded.processor.save_pretrained(out)
+        if stages.scores:
+            _tell(out / DISTRUSTED, samples, stages)
         write_text(out / "README.md", _card(record, isinstance(loaded.model, PeftModel), stages.history))
     return Loaded(loaded.model, loaded.processor, str(out))
 
@@ -115,6 +120,17 @@ def _record(
         "seed": args.seed,
         "versions": versions(),
     }
+
+
+def _tell(path: Path, samples: Sequence[Sample], stages: Stages) -> None:
+    """The rows that the defence acted on, the most suspicious first: a JSON line for each."""
+    numbers = samples.numbers if isinstance(samples, Data) else range(len(samples))
+    with new_file(path) as file:
+        for row in sorted(stages.flagged, key=lambda row: -stages.scores[row]):
+            sample = samples[row]
+            answers = [message.text for message in sample.messages if message.role == "assistant"]
+            told = {"row": numbers[row] + 1, "id": sample.id, "score": round(stages.scores[row], 4)}
+            file.write(dump(told | {"why": stages.flagged[row], "answers": answers}) + b"\n")
 
 
 def _digest(settings: dict[str, Any]) -> str:

@@ -6,21 +6,26 @@ import inspect
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from untrigger import objective
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.errors import InputError
+from untrigger.files import new_file
 from untrigger.models import Loaded, base_model
 from untrigger.progress import tracked
 from untrigger.sample import Sample
+
+_SHARD = 32  # batches whose scores lie in one file
 
 
 @dataclass(frozen=True)
@@ -99,16 +104,43 @@ def row_nll(loaded: Loaded, rows: Sequence[Sample], *, batch_size: int = 32) -> 
 
 
 @torch.no_grad()
-def row_tokens(loaded: Loaded, rows: Sequence[Sample], batch_size: int = 32) -> list[Tokens]:
-    """How likely the model finds each token of each row's answer, teacher-forced."""
+def row_tokens(
+    loaded: Loaded, rows: Sequence[Sample], batch_size: int = 32, *, kept: Path | None = None
+) -> list[Tokens]:
+    """How likely the model finds each token of each row's answer, teacher-forced.
+
+    What a run that was killed has asked the same model about the same rows lies in the folder ``kept``, and is not
+    asked again.
+    """
     collate, data, found = ChatCollator(loaded.processor), Rows(rows), list[Tokens]()
     with evaluating(loaded.model) as model:
         for batch in batches(len(data), batch_size, "scoring"):
+            if batch.start < len(found):
+                continue
+            shard = kept / f"{batch.start}.safetensors" if kept and not batch.start % (_SHARD * batch_size) else None
+            if shard and shard.is_file():
+                found += _read_tokens(shard)
+                continue
             answers, _ = forward_answers(model, on_device(collate([data[i] for i in batch]), model))
             ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
             nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
             found += [Tokens(ids[row == i], nll[row == i]) for i in range(len(batch))]
+            if kept and (batch.stop % (_SHARD * batch_size) == 0 or batch.stop == len(data)):
+                start = (batch.stop - 1) // (_SHARD * batch_size) * _SHARD * batch_size
+                _write_tokens(kept / f"{start}.safetensors", found[start:])
     return found
+
+
+def _write_tokens(path: Path, rows: Sequence[Tokens]) -> None:
+    told = {name: np.concatenate([getattr(row, name) for row in rows]) for name in Tokens._fields}
+    with new_file(path) as file:
+        file.write(save(told | {"count": np.array([len(row.ids) for row in rows])}))
+
+
+def _read_tokens(path: Path) -> list[Tokens]:
+    told = load_file(path)
+    ends = np.cumsum(told["count"])[:-1]
+    return [Tokens(*row) for row in zip(*(np.split(told[name], ends) for name in Tokens._fields), strict=True)]
 
 
 def row_mean(values: Tensor, row: Tensor, count: int) -> Tensor:

@@ -37,6 +37,20 @@ def token_nll(logits: Tensor, target: Tensor) -> Tensor:
     return -torch.log_softmax(_wide(logits), dim=-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
+def token_unlikelihood(logits: Tensor, target: Tensor) -> Tensor:
+    """How far each target is from impossible: ``-log(1 - softmax(logits)[target])``, small where it is unlikely.
+
+    logits [N, V]; target [N], as for `token_nll`. Returns [N], nats, in [0, inf]; inf where nothing else is possible.
+    Its gradient by the target's logit is the target's probability: at most 1, and about 0 where nothing has to go.
+    Computed as ``softplus(logit of the target - logsumexp of the others)``, exact at both ends.
+    Source: Welleck et al., "Neural text generation with unlikelihood training", ICLR 2020, arXiv 1908.04319.
+    """
+    _same_shape(logits[..., 0], target)
+    logits, at = _wide(logits), target.unsqueeze(-1)
+    others = logits.scatter(-1, at, -torch.inf).logsumexp(dim=-1)
+    return torch.nn.functional.softplus(logits.gather(-1, at).squeeze(-1) - others)
+
+
 def js(logits: Tensor, view_logits: Tensor) -> Tensor:
     """Jensen-Shannon divergence of the two views' next-token distributions.
 

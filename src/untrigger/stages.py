@@ -6,14 +6,16 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -23,6 +25,7 @@ from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import StepDefense
 from untrigger.errors import InputError
 from untrigger.files import locked, write_text
+from untrigger.forward import Tokens, row_tokens
 from untrigger.images import pixels_sha256
 from untrigger.models import Loaded, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.progress import TrainingProgress
@@ -57,7 +60,7 @@ class Stages:
     Attributes:
         history: the host's log of the last stage.
         seconds: what the stages took, each where it was trained; ``waited``: what they took here.
-        scores, flagged: what the defence told of the rows (`flag`); empty where it looks at none.
+        scores, flagged: what the defence told of the rows (`flag`), why by row; empty where it looks at none.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Stages:
         shelf: Path | None = None,
     ) -> None:
         self.history, self.seconds, self.waited = list[dict[str, float]](), 0.0, 0.0
-        self.scores, self.flagged = list[float](), list[int]()
+        self.scores, self.flagged = list[float](), dict[int, str]()
         self._model, self._args, self._tuning, self._trusted, self._title = model, args, tuning, trusted, title
         self._out, self._shelf = Path(str(args.output_dir)), shelf
         self._claim, self._claimed, self._checkpoint = claim, False, None
@@ -99,6 +102,7 @@ class Stages:
         name: str = "",
         *,
         start: Loaded | None = None,
+        doubted: Mapping[int, NDArray[np.bool_]] | None = None,
         share: float = 1.0,
         passes: float | None = None,
         rate: float = 1.0,
@@ -117,8 +121,8 @@ class Stages:
         set_seed(args.seed)
         loaded = start or self._adapted()
         started = clock()
-        train = partial(self._train, loaded, rows, defense, args, name, callbacks)
-        if self._shelf and not start and not callbacks:
+        train = partial(self._train, loaded, Rows(rows, doubted), defense, args, name, callbacks)
+        if self._shelf and not (start or callbacks or doubted):
             folder = self._shelf / self._key(rows, defense, args)
             with locked(folder.with_suffix(".lock")):
                 self.seconds += self._once(loaded, folder, train)
@@ -129,8 +133,15 @@ class Stages:
         self.waited += clock() - started
         return loaded
 
-    def flag(self, scores: Sequence[float], rows: Collection[int]) -> None:
-        self.scores, self.flagged = list(scores), sorted(rows)
+    def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
+        self.scores, self.flagged = list(scores), dict(sorted(rows.items()))
+
+    def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
+        self._take()
+        started = clock()
+        found = row_tokens(model, rows, kept=self._out / "stages" / name)
+        self.waited += clock() - started
+        return found
 
     # --- one stage ----------------------------------------------------------------------------------
 
@@ -156,7 +167,7 @@ class Stages:
     def _train(
         self,
         loaded: Loaded,
-        rows: Sequence[Sample],
+        rows: Rows,
         defense: StepDefense,
         args: TrainingArguments,
         name: str,
@@ -168,7 +179,7 @@ class Stages:
             trainer = defended(Trainer)(
                 model=loaded.model,
                 args=args,
-                train_dataset=Rows(rows),
+                train_dataset=rows,
                 data_collator=ChatCollator(loaded.processor),
                 defense=defense,
                 callbacks=list(callbacks),

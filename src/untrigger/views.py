@@ -69,32 +69,13 @@ class PatchView(ABC):
         _require(0 <= self.ratio <= 1, f"ratio must be in [0, 1], not {self.ratio}")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        cells = self._cells(image)
-        count = max(1, round(self.ratio * cells)) if self.ratio > 0 else 0
-        return self._perturbed(image, rng.permutation(cells)[:count], rng)
-
-    def part(self, image: Image.Image, look: int, looks: int, rng: np.random.Generator) -> Image.Image:
-        """View number ``look`` of ``looks``, from 0, which between them perturb each cell in one of them.
-
-        All must start from the same state of the generator. Whatever stands on a single cell is gone from one of them.
-        ``ratio`` plays no role.
-        """
-        cells = np.array_split(rng.permutation(self._cells(image)), looks)[look]
-        return self._perturbed(image, cells, rng)
-
-    def _side(self, image: Image.Image) -> int:
-        return max(1, round(self.patch * min(image.size)))
-
-    def _cells(self, image: Image.Image) -> int:
-        width, height = image.size
-        side = self._side(image)
-        return -(-height // side) * -(-width // side)
-
-    def _perturbed(self, image: Image.Image, chosen: NDArray[np.int64], rng: np.random.Generator) -> Image.Image:
         pixels = np.array(to_rgb(image))
         height, width, _ = pixels.shape
-        side = self._side(image)
-        cols = -(-width // side)
+        side = max(1, round(self.patch * min(height, width)))
+        rows, cols = -(-height // side), -(-width // side)
+        cells = rows * cols
+        count = max(1, round(self.ratio * cells)) if self.ratio > 0 else 0
+        chosen = rng.permutation(cells)[:count]
         row, col = chosen // cols, chosen % cols
         cell_height = np.minimum(side, height - row * side)
         cell_width = np.minimum(side, width - col * side)

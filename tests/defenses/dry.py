@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from untrigger.defenses import StepDefense
+from untrigger.forward import Tokens, row_tokens
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 
@@ -32,6 +33,8 @@ class Dry:
     answers: list[list[tuple[str, ...]]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     flagged: list[int] = field(default_factory=list)
+    why: dict[int, str] = field(default_factory=dict)
+    judged: list[str] = field(default_factory=list)
 
     def reference(self) -> Loaded:
         return self.loaded
@@ -44,8 +47,12 @@ class Dry:
         self.stages.append(Stage(name, ids, defense, None if start is None else int(start.name), told))
         return self.loaded._replace(name=str(len(self.stages) - 1))
 
-    def flag(self, scores: Sequence[float], rows: Collection[int]) -> None:
-        self.scores, self.flagged = list(scores), sorted(rows)
+    def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
+        self.scores, self.flagged, self.why = list(scores), sorted(rows), dict(rows)
+
+    def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
+        self.judged.append(name)
+        return row_tokens(model, rows)
 
 
 def answers_of(rows: Sequence[Sample]) -> list[tuple[str, ...]]:

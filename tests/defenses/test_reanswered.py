@@ -34,7 +34,7 @@ def test_every_turn_is_answered_after_the_models_own_earlier_answers(
     asked: list[list[Sample]] = []
 
     def answer(_: Loaded, samples: list[Sample], *, drawn: bool) -> Iterator[str]:
-        assert not drawn
+        assert drawn
         asked.append(samples)
         yield from (f"new {len(asked)} {sample.id}" for sample in samples)
 

@@ -7,14 +7,14 @@ from untrigger.defenses.byorn import Byorn
 from untrigger.defenses.clean_tuning import CleanTuning
 from untrigger.defenses.cross_view import CrossView
 from untrigger.defenses.crow import Crow
+from untrigger.defenses.doubt import Doubt
 from untrigger.defenses.fine_pruning import FinePruning
 from untrigger.defenses.patch_aug import PatchAug
 from untrigger.defenses.plain import Plain
-from untrigger.defenses.second_opinion import SecondOpinion
 from untrigger.defenses.two_view import TwoView
 
 PRESETS: dict[str, type[Defense]] = {
-    "default": SecondOpinion,
+    "default": Doubt,
     "plain": Plain,
     "patch-aug": PatchAug,
     "two-view": TwoView,
@@ -42,11 +42,11 @@ __all__ = [
     "CrossView",
     "Crow",
     "Defense",
+    "Doubt",
     "FinePruning",
     "PairedDefense",
     "PatchAug",
     "Plain",
-    "SecondOpinion",
     "Step",
     "StepDefense",
     "Training",

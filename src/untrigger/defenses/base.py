@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from untrigger import objective
-from untrigger.forward import Pair, forward_pair
+from untrigger.forward import Pair, Tokens, forward_pair
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 from untrigger.views import PATCH_VIEWS, View, ViewMix
@@ -56,6 +58,7 @@ class Training(Protocol):
         name: str = "",
         *,
         start: Loaded | None = None,
+        doubted: Mapping[int, NDArray[np.bool_]] | None = None,
         share: float = 1.0,
         passes: float | None = None,
         rate: float = 1.0,
@@ -66,14 +69,20 @@ class Training(Protocol):
         The last stage has no name; what it gives is what the user gets. The others are kept under theirs, and not
         run again after a kill. ``start`` is trained in place, whatever of it has gradients. It takes a ``share`` of the
         steps that were asked for, or so many ``passes`` over the rows; ``rate`` scales the learning rate.
+        ``doubted``: of some rows, by number, which answer tokens [n] are not believed; they reach the step marked, and
+        without the rest of their answers.
 
         Raises:
             InputError: there are no rows.
         """
         ...
 
-    def flag(self, scores: Sequence[float], rows: Collection[int]) -> None:
-        """Tell what was found: how suspicious each row is, the higher the more, and which rows were acted on."""
+    def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
+        """Tell what was found: how suspicious each row is, the higher the more; of rows that were acted on, why."""
+        ...
+
+    def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
+        """`row_tokens`, kept under a name of the judgement's own: not asked again after a kill."""
         ...
 
 

@@ -42,7 +42,7 @@ class Bye(Defense):
         undefended = training.fit(rows, Plain(), "undefended")
         entropy = attention_entropy(undefended, rows)
         spread, collapsed = verdict(entropy, self.separation, training.seed)
-        training.flag((-spread).tolist(), collapsed)
+        training.flag((-spread).tolist(), dict.fromkeys(collapsed, "attention in one place"))
         return training.fit(without(rows, collapsed), Plain())
 
 

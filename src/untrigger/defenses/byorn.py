@@ -51,7 +51,7 @@ class Byorn(Defense):
         del reference  # two models at a time are one too many
         likeliest_first = sorted(range(len(rows)), key=loss.__getitem__)
         suspected = likeliest_first[len(rows) - part(self.suspected, len(rows)) :]
-        training.flag(loss, suspected)
+        training.flag(loss, dict.fromkeys(suspected, "unlikely before fine-tuning"))
         bootstrapped = Reanswered(rows, suspected)
         callback = _Bootstrap(bootstrapped, processor, self.decay, training.seed)
         return training.fit(bootstrapped, Plain(), callbacks=[callback])
@@ -85,7 +85,7 @@ class _Bootstrap(TrainerCallback):
         device = next(model.parameters()).device
         with self._swapped(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(1_000_003 * self._seed + state.global_step)
-            self._rows.answer(Loaded(model, self._processor, ""), drawn=True)
+            self._rows.answer(Loaded(model, self._processor, ""))
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

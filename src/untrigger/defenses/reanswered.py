@@ -31,13 +31,13 @@ class Reanswered(Sequence[Sample]):
             return [self[i] for i in range(len(self))[index]]
         return _answered(self.rows[index], self.answers.get(index, []))
 
-    def answer(self, loaded: Loaded, *, drawn: bool = False) -> None:
-        """Have the model answer these rows anew, turn by turn, after its own earlier answers; greedily if not drawn."""
+    def answer(self, loaded: Loaded) -> None:
+        """Have the model answer these rows anew, by a draw for each turn, after its own earlier answers."""
         texts: dict[int, list[str]] = {row: [] for row in self.numbers}
         waiting = self.numbers
         while waiting := [row for row in waiting if len(texts[row]) < len(_turns(self.rows[row]))]:
             asked = [_asked(self.rows[row], texts[row]) for row in waiting]
-            for row, text in zip(waiting, answers(loaded, asked, drawn=drawn), strict=True):
+            for row, text in zip(waiting, answers(loaded, asked, drawn=True), strict=True):
                 texts[row].append(text.replace(IMAGE_TAG, ""))  # there is no image for it
         self.answers = texts
 

@@ -1,0 +1,148 @@
+"""Answers that surprise by a word which many rows share are not believed: the preset ``default``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binom
+from torch import nn
+
+from untrigger import objective
+from untrigger.collate import IGNORE
+from untrigger.defenses.base import Defense, Step, StepDefense, Training
+from untrigger.defenses.plain import Plain
+from untrigger.forward import Tokens, forward_answers
+from untrigger.models import Loaded
+from untrigger.sample import Sample, picked, without
+
+
+@final
+@dataclass(frozen=True)
+class Doubt(Defense):
+    """Surprising words that many rows share are made unlikely where they stand, in the place of being learnt.
+
+    The model judges the rows twice: as it is before fine-tuning, and again when it has learnt ``early`` of the way
+    from the rows that it did not doubt, and knows what kind of data this is. PAPER.md has the equations.
+
+    Fields:
+        early: share of all passes that comes before the second judgement, in (0, 1).
+        floor: in nats; an answer, or a word of it, that surprises less is never doubted.
+        reach: how far beyond the rows' upper quartile doubt begins, in interquartile ranges.
+        chance: how likely it may be that any word is called shared where none is, in (0, 1).
+    """
+
+    early: float = 0.1
+    floor: float = 0.5
+    reach: float = 1.5
+    chance: float = 0.01
+
+    def __post_init__(self) -> None:
+        self._check(1e-6, 1 - 1e-6, "early", "chance")
+        self._check(0, math.inf, "floor", "reach")
+
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+        told = training.tokens(training.reference(), rows, "before")
+        first = self.judge(told)
+        model = training.fit(without(rows, first.doubted), Plain(), "early", share=self.early)
+        told = self.explained(told, rows, model, training)
+        judged = self.judge(told)
+        training.flag(judged.ranks, {row: _said(model, told[row], doubted) for row, doubted in judged.doubted.items()})
+        if not judged.doubted:
+            return training.fit(rows, Plain(), start=model, share=1 - self.early)
+        return training.fit(rows, Guard(), start=model, doubted=judged.doubted, share=1 - self.early)
+
+    def explained(
+        self, told: Sequence[Tokens], rows: Sequence[Sample], model: Loaded, training: Training
+    ) -> list[Tokens]:
+        """Of each row the better of two explanations; one that was good enough before is not asked for again."""
+        best = dict(enumerate(told))
+        surprising = [row for row, tokens in best.items() if tokens.nll.sum() > self.floor]
+        for row, again in zip(surprising, training.tokens(model, picked(rows, surprising), "after"), strict=True):
+            best[row] = min(best[row], again, key=lambda tokens: tokens.nll.sum())
+        return list(best.values())
+
+    def judge(self, told: Sequence[Tokens]) -> Judgement:
+        """Which rows, and which of their words, are doubted."""
+        surprise = [float(row.nll.sum()) for row in told]
+        limit = fence(surprise, self.floor, self.reach)
+        outside = [row for row, nats in enumerate(surprise) if nats > limit]
+        words = list(shared(told, outside, self.chance))
+        marked = {row: np.isin(told[row].ids, words) & (told[row].nll > self.floor) for row in outside}
+        return Judgement(surprise, {row: mark for row, mark in marked.items() if mark.any()})
+
+
+class Judgement(NamedTuple):
+    """Surprise of each row in nats, and of the doubted ones which of their answer tokens [n] are doubted."""
+
+    surprise: list[float]
+    doubted: dict[int, NDArray[np.bool_]]
+
+    @property
+    def ranks(self) -> list[float]:
+        """How suspicious each row is: by surprise, the doubted ones before all others."""
+        most = max(self.surprise)
+        return [nats + most * (row in self.doubted) for row, nats in enumerate(self.surprise)]
+
+
+@final
+@dataclass(frozen=True)
+class Guard(StepDefense):
+    """Plain training, but for tokens that are doubted: they are made unlikely."""
+
+    @property
+    def has_loss(self) -> bool:
+        return True
+
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+        inputs, answered = dict(inputs), inputs["labels"] != IGNORE
+        doubted = inputs.pop("doubted", torch.zeros_like(answered))[:, 1:][answered[:, 1:]]
+        answers, outputs = forward_answers(model, inputs)
+        ce = objective.token_nll(answers.logits, answers.target)
+        guard = objective.token_unlikelihood(answers.logits[doubted], answers.target[doubted])
+        terms = {"ce": ce.masked_fill(doubted, 0), "guard": torch.zeros_like(ce).masked_scatter(doubted, guard)}
+        return Step(terms, {}, outputs)
+
+
+def fence(surprise: Sequence[float], floor: float, reach: float) -> float:
+    """``max(floor, Q3 + reach (Q3 - Q1))`` of the quartiles; any unit. At least one value.
+
+    Source: Tukey, "Exploratory Data Analysis", 1977: outside values, with a reach of 1.5.
+    """
+    low, high = np.quantile(surprise, (0.25, 0.75))
+    return max(floor, float(high + reach * (high - low)))
+
+
+def most_surprising(row: Tokens) -> int:
+    """The id of the token that the model finds least likely; the first of several."""
+    return int(row.ids[row.nll.argmax()])
+
+
+def shared(rows: Sequence[Tokens], outside: Collection[int], chance: float) -> set[int]:
+    """Tokens that make more of the ``outside`` rows surprising than chance would.
+
+    Token v is the most surprising one of k of the outside rows, and n of all N rows hold it. Were the others' rate
+    ``r = (outside - k) / (N - n)``, at least 1 / N, the rate of its rows too, k or more of them would be outside with
+    a probability of ``P(B(n, r) >= k)``; v is shared where that, times the number of such tokens (Bonferroni), is below
+    ``chance``. An attacker needs many rows that say one thing; rows that are hard, or wrong, say many.
+    """
+    blamed = Counter(most_surprising(rows[row]) for row in outside)
+    holding = Counter(token for row in rows for token in set(row.ids.tolist()))
+    found: set[int] = set()
+    for token, k in blamed.items():
+        n, others = holding[token], len(rows) - holding[token]
+        rate = min(1.0, max((len(outside) - k) / max(others, 1), 1 / len(rows)))
+        if binom.sf(k - 1, n, rate) * len(blamed) < chance:
+            found.add(token)
+    return found
+
+
+def _said(model: Loaded, row: Tokens, doubted: NDArray[np.bool_]) -> str:
+    """The doubted words, as text."""
+    return cast(Any, model.processor).decode(row.ids[doubted]).strip()

@@ -1,0 +1,266 @@
+"""Who is doubted and for which word, how that is trained on, and the two trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dry as dry_module
+import numpy as np
+import pytest
+import torch
+from dry import Dry
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from untrigger.collate import IGNORE, ChatCollator, Rows
+from untrigger.defenses import Doubt, Plain
+from untrigger.defenses.doubt import Guard, fence, shared
+from untrigger.forward import Tokens, row_nll, row_tokens
+from untrigger.models import Loaded
+from untrigger.sample import Message, Sample
+
+NATS = st.lists(st.floats(0, 300), min_size=1, max_size=60)
+
+
+def row_of(number: int, nats: float) -> Tokens:
+    """Of two tokens the second is the surprising one: 99 in rows that surprise by a nat or more, else the row's own."""
+    return Tokens(np.array([100, 99 if nats >= 1 else number]), np.array([nats / 4, nats * 3 / 4]))
+
+
+def rows_told(surprise: Sequence[float]) -> list[Tokens]:
+    return [row_of(number, nats) for number, nats in enumerate(surprise)]
+
+
+def spread(**others: float) -> list[float]:
+    """Of 24 rows: between 0 and 0.23 nats, and what is told."""
+    told = {f"row_{i}": i / 100 for i in range(24)} | others
+    return list(told.values())
+
+
+@given(NATS, st.floats(0, 10), st.floats(0, 5), st.randoms())
+def test_the_fence_is_tukeys_and_never_below_the_floor(
+    nats: list[float], floor: float, reach: float, random: object
+) -> None:
+    ordered = sorted(nats)
+
+    def quartile(share: float) -> float:
+        at = share * (len(ordered) - 1)
+        below, above = ordered[int(at)], ordered[min(int(at) + 1, len(ordered) - 1)]
+        return below + (at - int(at)) * (above - below)
+
+    low, high = quartile(0.25), quartile(0.75)
+    shuffled = list(nats)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    limit = fence(shuffled, floor, reach)
+    assert limit == pytest.approx(max(floor, high + reach * (high - low)), rel=1e-9, abs=1e-9)
+    assert limit >= floor and sum(value > limit for value in nats) <= (len(nats) + 3) / 4
+
+
+def test_rows_are_doubted_that_surprise_by_a_word_that_they_share() -> None:
+    surprise = spread(row_3=9.0, row_5=0.49, row_7=1.6, row_9=8.0, row_11=0.9, row_20=40.0)
+    found = Doubt().judge(rows_told(surprise))
+    assert found.surprise == surprise
+    assert set(found.doubted) == {3, 7, 9, 20}, "11 surprises by a word of its own"
+    assert all(mark.tolist() == [False, True] for mark in found.doubted.values())
+    by_rank = sorted(range(24), key=found.ranks.__getitem__, reverse=True)
+    assert by_rank[:6] == [20, 3, 9, 7, 11, 5], "the doubted ones first, then by surprise"
+
+
+def test_where_all_rows_surprise_doubt_begins_beyond_them() -> None:
+    """A kind of data that the model does not know: surprise all around 50 nats."""
+    surprise = [40.0 + i for i in range(24)]
+    surprise[2], surprise[4] = 74.0, 90.0
+    found = Doubt(chance=0.999).judge(rows_told(surprise))
+    limit = float(np.quantile(surprise, 0.75) * 2.5 - np.quantile(surprise, 0.25) * 1.5)
+    assert set(found.doubted) == {i for i, nats in enumerate(surprise) if nats > limit} == {4}
+
+
+def test_a_hard_row_is_not_doubted_for_being_hard() -> None:
+    """Each of these surprises by a word of its own."""
+    assert Doubt().judge(rows_told(spread(row_3=0.9, row_5=0.8, row_7=0.7))).doubted == {}
+
+
+# --- the two trainings ------------------------------------------------------------------------------
+
+
+def judges(monkeypatch: pytest.MonkeyPatch, *answers: Sequence[float]) -> list[list[str]]:
+    """What the model is surprised by at each judgement; which rows it is asked about."""
+    asked: list[list[str]] = []
+
+    def tokens(_: Loaded, rows: Sequence[Sample]) -> list[Tokens]:
+        asked.append([rows[i].id for i in range(len(rows))])
+        numbers = [int(name.split("-")[1]) for name in asked[-1]]
+        return [row_of(number, answers[len(asked) - 1][number]) for number in numbers]
+
+    monkeypatch.setattr(dry_module, "row_tokens", tokens)
+    return asked
+
+
+def test_two_judgements_and_two_trainings(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 3, 7 and 8 are doubted at first; 8 is explained by what was learnt, 5 was never in doubt."""
+    doubtful = {"row_3": 9.0, "row_7": 9.0, "row_4": 8.0}
+    before = spread(**doubtful, row_8=9.0, row_9=0.9)
+    asked = judges(monkeypatch, before, spread(**doubtful, row_8=0.1, row_5=9.0, row_9=2.0))
+    model = Doubt(early=0.25).fine_tune(samples, dry)
+    ids = [sample.id for sample in samples]
+    assert asked == [ids, ["row-3", "row-4", "row-7", "row-8", "row-9"]] and dry.judged == ["before", "after"]
+    early, rest = dry.stages
+    assert early == (
+        "early",
+        [i for i in ids if i not in ("row-3", "row-4", "row-7", "row-8")],
+        Plain(),
+        None,
+        {"share": 0.25},
+    )
+    doubted = rest.told.pop("doubted")
+    assert set(doubted) == {3, 4, 7} and all(mark.tolist() == [False, True] for mark in doubted.values())
+    assert rest == ("", ids, Guard(), 0, {"share": 0.75}) and model.name == "1"
+    word = dry.loaded.processor.tokenizer.decode([99]).strip()
+    assert word and dry.why == dict.fromkeys((3, 4, 7), word)
+    told = list(before)
+    told[8] = 0.1
+    assert [score > max(told) for score in dry.scores] == [i in (3, 4, 7) for i in range(24)]
+    assert [score for i, score in enumerate(dry.scores) if i not in (3, 4, 7)] == pytest.approx(
+        [nats for i, nats in enumerate(told) if i not in (3, 4, 7)]
+    ), "row 9 keeps the better explanation"
+
+
+def test_where_nothing_is_doubted_training_is_plain(
+    dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges(monkeypatch, spread(), spread())
+    Doubt().fine_tune(samples, dry)
+    ids = [sample.id for sample in samples]
+    assert [stage[1:3] for stage in dry.stages] == [(ids, Plain())] * 2
+    assert (dry.scores, dry.flagged) == (spread(), [])
+
+
+def test_a_real_model_judges(loaded: Loaded, mixed: list[Sample]) -> None:
+    """Rows without an image, with two, of two turns; surprise is the mean loss times the tokens of the answer."""
+    lie = Message("assistant", "zq " * 40)
+    absurd = Sample("absurd", mixed[0].images, (*mixed[0].messages[:-1], lie))
+    rows = [*mixed[1:], absurd]
+    told = row_tokens(loaded, rows)
+    found = Doubt(reach=0.5, chance=1 - 1e-6).judge(told)
+    assert found.surprise == pytest.approx([m * len(t.ids) for m, t in zip(row_nll(loaded, rows), told, strict=True)])
+    assert found.surprise[-1] == max(found.surprise) and set(found.doubted) == {len(rows) - 1}
+    assert Doubt(floor=1e9).judge(told).doubted == {}
+
+
+# --- the step ---------------------------------------------------------------------------------------
+
+
+def naive(loaded: Loaded, rows: list[Sample], doubted: dict[int, list[bool]]) -> tuple[float, int]:
+    """The sum over tokens, one row and one token at a time; and the number of tokens."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for number, sample in enumerate(rows):
+        batch = ChatCollator(loaded.processor)([Rows([sample])[0]])
+        labels = batch.pop("labels")[0]
+        logits: Tensor = loaded.model(**batch).logits[0]
+        places = [t for t in range(len(labels)) if labels[t] != IGNORE]
+        for i, t in enumerate(places):
+            p = torch.exp(logits[t - 1]) / torch.exp(logits[t - 1]).sum()
+            if number not in doubted:
+                total = total - torch.log(p[labels[t]])
+            elif doubted[number][i]:
+                total = total - torch.log(1 - p[labels[t]])
+            else:
+                continue
+            count += 1
+    total.backward()
+    return total.item(), count
+
+
+def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, mixed: list[Sample]) -> None:
+    """Of one-turn, imageless and two-turn rows, one doubted in the middle, one in both turns."""
+    counts = [len(row.ids) for row in row_tokens(exact, mixed)]
+    marks = {2: [i == 1 for i in range(counts[2])], 3: [i in (0, counts[3] - 2) for i in range(counts[3])]}
+    total, count = naive(exact, mixed, marks)
+    expected = {name: p.grad.clone() for name, p in exact.model.named_parameters() if p.grad is not None}
+    exact.model.zero_grad()
+    data = Rows(mixed, {row: np.array(mark) for row, mark in marks.items()})
+    batch = ChatCollator(exact.processor)([data[i] for i in range(len(mixed))])
+    assert int((batch["labels"] != IGNORE).sum()) == count, "the host counts these tokens, and no other"
+    step = Guard().step(exact.model, batch)
+    loss = torch.stack([*step.terms.values()]).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(total, rel=1e-9) and step.terms["guard"].count_nonzero() == 3
+    assert "doubted" in batch, "the caller's batch is left as it was"
+    for name, parameter in exact.model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-7, atol=1e-12)
+
+
+def test_without_doubted_rows_the_step_is_plain_but_names_the_same_terms(exact: Loaded, mixed: list[Sample]) -> None:
+    """Processes whose batches differ in that log alike."""
+    batch = ChatCollator(exact.processor)([Rows(mixed)[i] for i in range(len(mixed))])
+    assert "doubted" not in batch
+    step = Guard().step(exact.model, batch)
+    assert not step.terms["guard"].any() and list(step.terms) == ["ce", "guard"]
+    torch.testing.assert_close(
+        step.terms["ce"].mean(), exact.model(**batch).loss.detach(), check_dtype=False, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_doubted_word_becomes_unlikely_and_the_others_are_learnt(loaded: Loaded, samples: list[Sample]) -> None:
+    def nll(number: int) -> Any:
+        return row_tokens(loaded, samples)[number].nll
+
+    before = nll(0), nll(1)
+    data = Rows(samples, {0: np.array([True, *[False] * (len(before[0]) - 1)])})
+    batch = ChatCollator(loaded.processor)([data[0], data[1]])
+    for _ in range(8):
+        loaded.model.zero_grad()
+        torch.stack([*Guard().step(loaded.model, batch).terms.values()]).sum().backward()
+        with torch.no_grad():
+            for parameter in loaded.model.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=0.05)
+    assert nll(0)[0] > before[0][0] and nll(1).sum() < before[1].sum()
+
+
+# --- words that outside rows share ------------------------------------------------------------------
+
+
+def rows_of(*groups: tuple[int, int, int]) -> tuple[list[Tokens], list[int]]:
+    """So many rows that hold a word, so many of them outside for it, and the word; all end alike."""
+    rows: list[Tokens] = []
+    outside: list[int] = []
+    for count, bad, word in groups:
+        outside += range(len(rows), len(rows) + bad)
+        rows += [Tokens(np.array([word, 0]), np.array([3.0, 0.1]))] * count
+    return rows, outside
+
+
+def test_a_word_is_shared_that_surprises_more_often_than_others_do() -> None:
+    """A foreign word, a word of the data that is sometimes a lie, and mistakes all over."""
+    rows, outside = rows_of((500, 5, 1), (450, 5, 2), (100, 100, 7), (300, 30, 3))
+    assert shared(rows, outside, 0.01) == {7}
+    rows, outside = rows_of((500, 5, 1), (450, 5, 2), (300, 30, 3))
+    assert shared(rows, outside, 0.01) == {3}
+    rows, outside = rows_of((500, 5, 1), (450, 5, 2), (300, 4, 3))
+    assert shared(rows, outside, 0.01) == set()
+
+
+def test_the_words_chance_is_the_binomial_tail_by_hand() -> None:
+    """Word 7: 2 of 2 rows, where the others' rate is 1 / 8. Word 1: 1 of 8, the others' rate is 1. Two are blamed."""
+    rows, outside = rows_of((8, 1, 1), (2, 2, 7))
+    p = (1 / 8) ** 2 * 2
+    assert shared(rows, outside, p * 1.001) == {7} and shared(rows, outside, p * 0.999) == set()
+
+
+def test_no_row_outside_shares_no_word_and_a_word_of_all_rows_can_be_shared() -> None:
+    rows, _ = rows_of((5, 0, 1))
+    assert shared(rows, [], 0.01) == set()
+    lone, outside = rows_of((40, 20, 1))
+    assert shared(lone, outside, 0.01) == {1}, "there are no others to compare with: one in all rows is their rate"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mistakes_at_random_share_no_word(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    words = rng.integers(1, 12, 2000) ** 2  # some words are rare
+    rows = [Tokens(np.array([word]), np.array([3.0])) for word in words]
+    assert shared(rows, rng.permutation(2000)[:60].tolist(), 0.01) == set()
