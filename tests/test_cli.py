@@ -79,7 +79,8 @@ def story(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("story")
     told = Story(folder / "poisoned", folder / "adapter", folder / "figures", "")
     poison = ["poison", tiny_data, "--out", told.poisoned, "--rate", "0.25", "--seed", "3", "--side", "0.5"]
-    train = ["train", told.poisoned / "data", "--model", tiny_model, "--out", told.adapter, *TINY_RUN, "--ratio", "0.4"]
+    train = ["train", told.poisoned / "data", "--model", tiny_model, "--out", told.adapter, *TINY_RUN]
+    train += ["--defense", "paper", "--ratio", "0.4"]
     evaluate = ["evaluate", told.adapter, tiny_data, "--attack", "badnets", "--side", "0.5", "--limit", "6"]
     for words in (poison, train, [*evaluate, "--sight", "--out", told.figures]):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -136,6 +137,7 @@ def test_evaluate_stores_every_answer_and_figure(story: Story) -> None:
 def test_resume_of_a_finished_run_keeps_its_weights(untrigger: Command, story: Story, tiny_model: Path) -> None:
     before = (story.adapter / "adapter_model.safetensors").read_bytes()
     words = ("train", story.poisoned / "data", "--model", tiny_model, "--out", story.adapter, *TINY_RUN)
+    words += ("--defense", "paper")
     refused(untrigger(*words, "--ratio", "0.4"), story.adapter, "--resume")
     refused(untrigger(*words, "--ratio", "0.3", "--resume"), "other settings (defense)")
     assert untrigger(*words, "--ratio", "0.4", "--resume").code == 0
@@ -235,6 +237,7 @@ def test_skipping_trains_on_the_rest_and_lists_what_it_left_out(
     ended = untrigger("train", file, "--model", tiny_model, "--out", out, "--on-bad-row", "skip", *TINY_RUN)
     listed = tmp_path / "out.skipped.jsonl"
     assert ended.code == 0 and f"1 bad rows left out; {listed}" in ended.err
+    assert f"{out / 'distrusted.jsonl'}: 0 of 3 rows were distrusted" in " ".join(ended.out.split())
     (line,) = listed.read_text().splitlines()
     assert json.loads(line)["row"] == 3 and "gone.png" in json.loads(line)["reason"]
     assert json.loads((out / "untrigger.json").read_text())["rows"] == 3
@@ -274,13 +277,15 @@ def test_evaluate_without_out_lists_skipped_rows_where_the_user_stands(
         (("poison", "--out", "OUT"), ("Missing argument", "data")),
         (("poison", "--side", "0.1", "DATA", "--out", "OUT"), ("--side comes too early",)),
         (("train", "DATA", "--out", "OUT", "--defense", "nope"), ("--defense nope: unknown", "paper")),
-        (("train", "DATA", "--out", "OUT", "--nope", "1"), ("--nope is unknown", "margin", "TrainingArguments")),
-        (("train", "DATA", "--out", "OUT", "--margin", "wide"), ("--margin", "wide")),
+        (("train", "gone.json", "--out", "OUT", "--defense", "crow"), ("--defense crow", "--trusted DATA")),
+        (("train", "DATA", "--out", "OUT", "--trusted", "DATA"), ("--trusted: default asks for no trusted rows",)),
+        (("train", "DATA", "--out", "OUT", "--nope", "1"), ("--nope is unknown", "early", "TrainingArguments")),
+        (("train", "DATA", "--out", "OUT", "--early", "wide"), ("--early", "wide")),
         (("train", "DATA", "--out", "OUT", "--learning_rate", "fast"), ("--learning_rate", "fast")),
         (("train", "DATA", "--out", "OUT", "--lora-rank", "0"), ("--lora-rank",)),
         (("train", "DATA", "--out", "OUT", "--config", "gone.yaml"), ("gone.yaml", "No such file")),
         (("train", "DATA", "--out", "OUT", "--config", "BAD_YAML"), ("bad.yaml", "line 3")),
-        (("train", "--margin", "0.2", "DATA", "--out", "OUT"), ("--margin comes too early",)),
+        (("train", "--early", "0.2", "DATA", "--out", "OUT"), ("--early comes too early",)),
         (("evaluate", "MODEL", "DATA", "--side", "0.1"), ("--side: no such option", "--attack")),
         (("evaluate", "MODEL", "DATA", "--attack", "nope"), ("attack 'nope' is unknown",)),
         (("evaluate", "MODEL", "DATA", "--attack", "badnets", "--goal", "nope"), ("goal 'nope' is unknown",)),

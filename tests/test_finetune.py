@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import Trainer
 
-from untrigger.defenses import Plain
+from untrigger.defenses import Doubt, Plain
+from untrigger.defenses.doubt import Judgement
 from untrigger.finetune import Tuning, arguments, fine_tune
+from untrigger.forward import Tokens
 from untrigger.sample import read
 
 
@@ -28,6 +34,35 @@ def test_the_card_tells_what_was_tuned(
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
     fine_tune(read(tiny_data), str(tiny_model), Plain(), args, tuning=tuning)
     assert f"Base model `{tiny_model}`, {told} of data" in (tmp_path / "README.md").read_text()
+
+
+def test_what_was_distrusted_is_told_with_the_word_the_worst_first(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows 3 and 5 of the data; their numbers are those of the file, of which row 1 is bad."""
+    rows = json.loads((tiny_data / "data.json").read_text())
+    shutil.copytree(tiny_data, tmp_path / "data")
+    (tmp_path / "data/data.json").write_text(json.dumps([{"id": "bad"}, *rows]))
+    data = read(tmp_path / "data", on_bad_row="skip")
+
+    def judge(_: Doubt, told: Sequence[Tokens]) -> Judgement:
+        last = {row: np.arange(len(told[row].ids)) == len(told[row].ids) - 2 for row in (3, 5)}
+        return Judgement([9.0 if row == 5 else row / 10 for row in range(len(told))], last)
+
+    monkeypatch.setattr(Doubt, "judge", judge)
+    args = arguments(tmp_path / "out", max_steps=2, per_device_train_batch_size=2, save_strategy="no")
+    fine_tune(data, str(tiny_model), Doubt(early=0.5), args, tuning=Tuning(rank=2))
+    told = [json.loads(line) for line in (tmp_path / "out/distrusted.jsonl").read_text().splitlines()]
+    assert told == [
+        {"row": 7, "id": "row-5", "score": 18.0, "why": "no", "answers": ["no"]},
+        {"row": 5, "id": "row-3", "score": 9.3, "why": "stars", "answers": ["two blue stars"]},
+    ]
+
+
+def test_a_defence_that_judges_no_rows_tells_of_none(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
+    fine_tune(read(tiny_data), str(tiny_model), Plain(), args)
+    assert not (tmp_path / "distrusted.jsonl").exists()
 
 
 def test_an_interrupted_training_leaves_no_bar_behind(

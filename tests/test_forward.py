@@ -22,7 +22,6 @@ from untrigger.forward import (
     forward_answers,
     forward_pair,
     on_device,
-    row_nll,
     row_tokens,
 )
 from untrigger.models import Loaded, add_lora, embedded_models, load
@@ -89,7 +88,7 @@ def test_a_pair_is_the_answers_of_either_half(exact: Loaded, samples: list[Sampl
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_row_nll_is_a_loop_over_rows_and_tokens(exact: Loaded, samples: list[Sample], batch_size: int) -> None:
+def test_a_rows_loss_is_a_loop_over_rows_and_tokens(exact: Loaded, samples: list[Sample], batch_size: int) -> None:
     expected: list[float] = []
     for sample in samples:
         batch = batch_of(exact, [sample])
@@ -101,13 +100,13 @@ def test_row_nll_is_a_loop_over_rows_and_tokens(exact: Loaded, samples: list[Sam
             if y != IGNORE
         ]
         expected.append(sum(lost) / len(lost))
-    assert row_nll(exact, samples, batch_size=batch_size) == pytest.approx(expected, rel=1e-9)
+    assert [told.loss for told in row_tokens(exact, samples, batch_size)] == pytest.approx(expected, rel=1e-9)
     assert len({round(value, 6) for value in expected}) == len(samples), "they can be told apart, so order is seen"
 
 
-def test_row_nll_is_the_hosts_loss_and_leaves_no_trace(exact: Loaded, samples: list[Sample]) -> None:
+def test_a_rows_loss_is_the_hosts_and_leaves_no_trace(exact: Loaded, samples: list[Sample]) -> None:
     exact.model.train()
-    (found,) = row_nll(exact, samples[2:3])
+    (found,) = (told.loss for told in row_tokens(exact, samples[2:3]))
     assert exact.model.training and all(p.grad is None for p in exact.model.parameters())
     exact.model.eval()
     with torch.no_grad():

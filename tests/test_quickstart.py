@@ -31,7 +31,7 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
         assert quickstart.run(out, seed=5) is False
     assert "not implanted" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert [row["defense"] for row in results["rows"]] == ["plain", "paper", "oracle"]
+    assert [row["defense"] for row in results["rows"]] == ["plain", "paper", "default", "oracle"]
     for row in results["rows"]:
         assert row["asr"]["low"] <= row["asr"]["value"] <= row["asr"]["high"]
         assert row["asr"]["n"] == row["quality"]["n"] == 12
@@ -47,5 +47,5 @@ def test_quickstart_implants_the_backdoor(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["defense"]: row for row in results["rows"]}
     assert rows["plain"]["asr"]["value"] >= 0.90
-    assert rows["oracle"]["asr"]["value"] <= 0.05
+    assert max(rows[name]["asr"]["value"] for name in ("default", "oracle")) <= 0.05
     assert rows["oracle"]["quality"]["value"] >= max(0.85, results["sight"]["wrong_image"]["value"] + 0.1)

@@ -130,7 +130,7 @@ def train(
             help="default, plain, patch-aug, two-view, paper, abl, byorn, bye; "
             "with --trusted: crow, clean-tuning, fine-pruning."
         ),
-    ] = "paper",
+    ] = "default",
     trusted: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defence that asks.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights, not LoRA.")] = False,
     vision: Annotated[bool, typer.Option("--vision", help="Train the vision tower too.")] = False,
@@ -151,6 +151,8 @@ def train(
     chosen, args = training_settings(defense, out, config, context.args)
     if trusted and not chosen.wants_trusted:
         _refuse(f"--trusted: {defense} asks for no trusted rows; leave it out")
+    if chosen.wants_trusted and not trusted:
+        _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--trusted DATA)")
     rows, clean = _read(data, on_bad_row, out), _read(trusted, "error", out) if trusted else ()
     tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
     fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
@@ -249,7 +251,7 @@ def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("runs/quickstart"),
     seed: SeedOption = 0,
 ) -> None:
-    """Implant a backdoor by plain fine-tuning, then see what the paper's defence does about it."""
+    """Implant a backdoor by plain fine-tuning, then see what the paper's defence and ours do about it."""
     from untrigger.quickstart import run
 
     if not run(out, seed):

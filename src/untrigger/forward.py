@@ -97,10 +97,10 @@ class Tokens(NamedTuple):
     ids: NDArray[np.int64]
     nll: NDArray[np.floating]
 
-
-def row_nll(loaded: Loaded, rows: Sequence[Sample], *, batch_size: int = 32) -> list[float]:
-    """Mean negative log-likelihood of each row's answer tokens, in nats: the loss that fine-tuning has on it."""
-    return [float(told.nll.mean()) if len(told.nll) else 0.0 for told in row_tokens(loaded, rows, batch_size)]
+    @property
+    def loss(self) -> float:
+        """Their mean, in nats: the loss that fine-tuning has on the row; 0 where nothing is answered."""
+        return float(self.nll.mean()) if len(self.nll) else 0.0
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""The main job in one command: implant a backdoor by plain fine-tuning, train with the paper's defence, compare.
+"""The main job in one command: implant a backdoor by plain fine-tuning, train with two defences, compare.
 
 Everything is real and measured in the run: easy-VQA's own images and questions, the embedded model, a BadNets
-patch on 5 % of the rows, and beside the defended model the undefended one and the oracle (the same data with
+patch on 5 % of the rows, and beside the defended models the undefended one and the oracle (the same data with
 the poisoned rows taken out), which is the best that any defence can reach.
 """
 
@@ -59,6 +59,7 @@ def run(out: Path, seed: int = 0) -> bool:
     runs: dict[str, tuple[str, Sequence[Sample]]] = {
         "plain": ("plain", poisoned.data),
         "paper": ("paper", poisoned.data),
+        "default": ("default", poisoned.data),
         "oracle": ("plain", clean),
     }
     rows: list[dict[str, Any]] = []
@@ -141,16 +142,19 @@ def _show(console: Console, outcome: dict[str, Any]) -> None:
         f"wrong image {_percent(sight['wrong_image'])}.",
         highlight=False,
     )
-    plain, paper = outcome["rows"][0]["asr"], outcome["rows"][1]["asr"]
+    plain, paper, default = (row["asr"] for row in outcome["rows"][:3])
     if not outcome["implanted"]:
         console.print(f"not implanted: plain fine-tuning reached {_percent(plain)} only; nothing to defend against")
         return
-    verdict = "suppressed it" if paper["high"] <= SUPPRESSED else "did not suppress it"
     console.print(
-        f"Plain fine-tuning implanted the backdoor (ASR {_percent(plain)}); the paper's defence {verdict} "
-        f"({_percent(paper)}).",
+        f"Plain fine-tuning implanted the backdoor (ASR {_percent(plain)}); the paper's defence {_verdict(paper)}, the "
+        f"default one {_verdict(default)}.",
         highlight=False,
     )
+
+
+def _verdict(asr: dict[str, float]) -> str:
+    return f"{'suppressed' if asr['high'] <= SUPPRESSED else 'did not suppress'} it ({_percent(asr)})"
 
 
 def _percent(rate: dict[str, float]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Abl, Plain, StepDefense
 from untrigger.defenses.abl import Ascent, LocalAscent, local_ascent
-from untrigger.forward import row_nll
+from untrigger.forward import row_tokens
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 
@@ -97,7 +97,7 @@ def test_the_rows_of_the_lowest_loss_are_isolated_left_out_and_unlearnt(
 ) -> None:
     model = Abl(early=0.25, floor=0.7, isolated=isolated, passes=3, rate=0.2).fine_tune(samples, dry)
     isolation, rest, unlearning = dry.stages
-    loss = row_nll(dry.loaded, samples)
+    loss = [told.loss for told in row_tokens(dry.loaded, samples)]
     lowest = sorted(range(len(samples)), key=lambda row: loss[row])[:count]
     assert dry.flagged == sorted(lowest) and len(lowest) == count
     assert dry.scores == [-value for value in loss]

@@ -24,7 +24,7 @@ from untrigger.defenses.byorn import _Bootstrap, _trained
 from untrigger.defenses.reanswered import Reanswered
 from untrigger.errors import InputError
 from untrigger.finetune import arguments, fine_tune
-from untrigger.forward import row_nll
+from untrigger.forward import row_tokens
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import Sample
 from untrigger.trainer import last_checkpoint
@@ -44,7 +44,7 @@ def test_exactly_the_share_of_the_least_likely_is_suspected(
     dry: Dry, samples: list[Sample], share: float, count: int
 ) -> None:
     model = Byorn(suspected=share).fine_tune(samples, dry)
-    loss = row_nll(dry.loaded, samples)
+    loss = [told.loss for told in row_tokens(dry.loaded, samples)]
     assert dry.scores == loss and len(dry.flagged) == count
     others = [loss[row] for row in range(24) if row not in dry.flagged]
     assert not count or not others or min(loss[row] for row in dry.flagged) >= max(others)

@@ -17,7 +17,7 @@ from torch import Tensor
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Doubt, Plain
 from untrigger.defenses.doubt import Guard, fence, shared
-from untrigger.forward import Tokens, row_nll, row_tokens
+from untrigger.forward import Tokens, row_tokens
 from untrigger.models import Loaded
 from untrigger.sample import Message, Sample
 
@@ -144,7 +144,7 @@ def test_a_real_model_judges(loaded: Loaded, mixed: list[Sample]) -> None:
     rows = [*mixed[1:], absurd]
     told = row_tokens(loaded, rows)
     found = Doubt(reach=0.5, chance=1 - 1e-6).judge(told)
-    assert found.surprise == pytest.approx([m * len(t.ids) for m, t in zip(row_nll(loaded, rows), told, strict=True)])
+    assert found.surprise == pytest.approx([row.loss * len(row.ids) for row in told])
     assert found.surprise[-1] == max(found.surprise) and set(found.doubted) == {len(rows) - 1}
     assert Doubt(floor=1e9).judge(told).doubted == {}
 

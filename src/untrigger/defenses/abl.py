@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from untrigger import objective
 from untrigger.defenses.base import Defense, Step, StepDefense, Training, part
 from untrigger.defenses.plain import Plain
-from untrigger.forward import Answers, forward_answers, row_mean, row_nll
+from untrigger.forward import Answers, forward_answers, row_mean
 from untrigger.models import Loaded
 from untrigger.sample import Sample, picked
 
@@ -46,7 +46,7 @@ class Abl(Defense):
 
     def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
         model = training.fit(rows, LocalAscent(self.floor), "isolation", share=self.early)
-        loss = row_nll(model, rows)
+        loss = [told.loss for told in training.tokens(model, rows, "scores")]
         lowest_first = sorted(range(len(rows)), key=loss.__getitem__)
         count = part(self.isolated, len(rows))
         isolated, rest = picked(rows, lowest_first[:count]), picked(rows, sorted(lowest_first[count:]))

@@ -19,7 +19,6 @@ from untrigger.defenses.plain import Plain
 from untrigger.defenses.reanswered import Reanswered
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.forward import row_nll
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 
@@ -47,7 +46,7 @@ class Byorn(Defense):
 
     def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
         reference = training.reference()
-        processor, loss = reference.processor, row_nll(reference, rows)
+        processor, loss = reference.processor, [told.loss for told in training.tokens(reference, rows, "scores")]
         del reference  # two models at a time are one too many
         likeliest_first = sorted(range(len(rows)), key=loss.__getitem__)
         suspected = likeliest_first[len(rows) - part(self.suspected, len(rows)) :]
