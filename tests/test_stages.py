@@ -403,3 +403,21 @@ def test_what_a_defence_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Pa
     stages.flag((0.5, 0.1, 0.9), {2: "a word", 0: ""})
     assert (stages.scores, stages.flagged) == ([0.5, 0.1, 0.9], {0: "", 2: "a word"})
     assert stages.seed == 42
+
+
+def test_a_judgement_takes_the_output_folder_and_is_kept_there(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise InputError("in use")
+
+    stages = stages_of(tiny_model, tmp_path)
+    model = stages.reference()
+    first = stages.tokens(model, samples, "before")
+    assert stages.waited == 0, "what it took is the defence's own work, and counts among its seconds"
+    monkeypatch.setattr("untrigger.forward.forward_answers", lambda *_: pytest.fail("it was asked again"))
+    again = stages_of(tiny_model, tmp_path).tokens(model, samples, "before")
+    assert [row.nll.tolist() for row in again] == [row.nll.tolist() for row in first] and len(first) == len(samples)
+    args = arguments(tmp_path, use_cpu=True)
+    with pytest.raises(InputError, match="in use"):
+        Stages(str(tiny_model), args, Tuning(), claim=refuse).tokens(model, samples, "before")

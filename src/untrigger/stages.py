@@ -138,10 +138,7 @@ class Stages:
 
     def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
         self._take()
-        started = clock()
-        found = row_tokens(model, rows, kept=self._out / "stages" / name)
-        self.waited += clock() - started
-        return found
+        return row_tokens(model, rows, kept=self._out / "stages" / name)
 
     # --- one stage ----------------------------------------------------------------------------------
 
