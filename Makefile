@@ -31,7 +31,7 @@ gallery: $(VENV)/installed
 bench: $(VENV)/installed-dev
 	$(BIN)/untrigger bench plans/paper.yaml --out results/paper --jobs $(WORKERS)
 	$(BIN)/untrigger report results/paper --out results/paper.json
-	$(BIN)/untrigger report results/paper --out results/paper.md
+	$(BIN)/untrigger report results/paper --out runs/paper.md
 	$(BIN)/untrigger report results/paper --out runs/paper.html
 
 $(VENV)/bin/python:
