@@ -163,7 +163,7 @@ BAD: list[tuple[type[Defense], dict[str, Any]]] = [
     *[(FinePruning, {name: bad}) for name in ("cost", "passes", "rate") for bad in (-0.1, np.nan)],
     (FinePruning, {"cost": 1.1}),
     *[(Doubt, {name: bad}) for name in ("early", "chance") for bad in (0.0, 1.0, np.nan)],
-    *[(Doubt, {name: bad}) for name in ("floor", "reach") for bad in (-0.1, np.inf)],
+    *[(Doubt, {name: bad}) for name in ("floor", "reach", "weight") for bad in (-0.1, np.inf)],
 ]
 
 

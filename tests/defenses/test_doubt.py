@@ -103,7 +103,7 @@ def test_two_judgements_and_two_trainings(dry: Dry, samples: list[Sample], monke
     doubtful = {"row_3": 9.0, "row_7": 9.0, "row_4": 8.0}
     before = spread(**doubtful, row_8=9.0, row_9=0.9)
     asked = judges(monkeypatch, before, spread(**doubtful, row_8=0.1, row_5=9.0, row_9=2.0))
-    model = Doubt(early=0.25).fine_tune(samples, dry)
+    model = Doubt(early=0.25, weight=3).fine_tune(samples, dry)
     ids = [sample.id for sample in samples]
     assert asked == [ids, ["row-3", "row-4", "row-7", "row-8", "row-9"]] and dry.judged == ["before", "after"]
     early, rest = dry.stages
@@ -116,7 +116,7 @@ def test_two_judgements_and_two_trainings(dry: Dry, samples: list[Sample], monke
     )
     doubted = rest.told.pop("doubted")
     assert set(doubted) == {3, 4, 7} and all(mark.tolist() == [False, True] for mark in doubted.values())
-    assert rest == ("", ids, Guard(), 0, {"share": 0.75}) and model.name == "1"
+    assert rest == ("", ids, Guard(3.0), 0, {"share": 0.75}) and model.name == "1"
     word = dry.loaded.processor.tokenizer.decode([99]).strip()
     assert word and dry.why == dict.fromkeys((3, 4, 7), word)
     told = list(before)
@@ -165,7 +165,7 @@ def naive(loaded: Loaded, rows: list[Sample], doubted: dict[int, list[bool]]) ->
             if number not in doubted:
                 total = total - torch.log(p[labels[t]])
             elif doubted[number][i]:
-                total = total - torch.log(1 - p[labels[t]])
+                total = total - 2.5 * torch.log(1 - p[labels[t]])
             else:
                 continue
             count += 1
@@ -183,7 +183,7 @@ def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, mixed: list
     data = Rows(mixed, {row: np.array(mark) for row, mark in marks.items()})
     batch = ChatCollator(exact.processor)([data[i] for i in range(len(mixed))])
     assert int((batch["labels"] != IGNORE).sum()) == count, "the host counts these tokens, and no other"
-    step = Guard().step(exact.model, batch)
+    step = Guard(2.5).step(exact.model, batch)
     loss = torch.stack([*step.terms.values()]).sum()
     loss.backward()
     assert loss.item() == pytest.approx(total, rel=1e-9) and step.terms["guard"].count_nonzero() == 3
@@ -197,7 +197,7 @@ def test_without_doubted_rows_the_step_is_plain_but_names_the_same_terms(exact: 
     """Processes whose batches differ in that log alike."""
     batch = ChatCollator(exact.processor)([Rows(mixed)[i] for i in range(len(mixed))])
     assert "doubted" not in batch
-    step = Guard().step(exact.model, batch)
+    step = Guard(5).step(exact.model, batch)
     assert not step.terms["guard"].any() and list(step.terms) == ["ce", "guard"]
     torch.testing.assert_close(
         step.terms["ce"].mean(), exact.model(**batch).loss.detach(), check_dtype=False, rtol=1e-6, atol=1e-6
@@ -213,7 +213,7 @@ def test_a_doubted_word_becomes_unlikely_and_the_others_are_learnt(loaded: Loade
     batch = ChatCollator(loaded.processor)([data[0], data[1]])
     for _ in range(8):
         loaded.model.zero_grad()
-        torch.stack([*Guard().step(loaded.model, batch).terms.values()]).sum().backward()
+        torch.stack([*Guard(1).step(loaded.model, batch).terms.values()]).sum().backward()
         with torch.no_grad():
             for parameter in loaded.model.parameters():
                 if parameter.grad is not None:

@@ -36,16 +36,18 @@ class Doubt(Defense):
         floor: in nats; an answer, or a word of it, that surprises less is never doubted.
         reach: how far beyond the rows' upper quartile doubt begins, in interquartile ranges.
         chance: how likely it may be that any word is called shared where none is, in (0, 1).
+        weight: of making a doubted word unlikely, against learning a word that is believed; at least 0.
     """
 
     early: float = 0.1
     floor: float = 0.5
     reach: float = 1.5
     chance: float = 0.01
+    weight: float = 5.0
 
     def __post_init__(self) -> None:
         self._check(1e-6, 1 - 1e-6, "early", "chance")
-        self._check(0, math.inf, "floor", "reach")
+        self._check(0, math.inf, "floor", "reach", "weight")
 
     def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
         told = training.tokens(training.reference(), rows, "before")
@@ -56,7 +58,7 @@ class Doubt(Defense):
         training.flag(judged.ranks, {row: _said(model, told[row], doubted) for row, doubted in judged.doubted.items()})
         if not judged.doubted:
             return training.fit(rows, Plain(), start=model, share=1 - self.early)
-        return training.fit(rows, Guard(), start=model, doubted=judged.doubted, share=1 - self.early)
+        return training.fit(rows, Guard(self.weight), start=model, doubted=judged.doubted, share=1 - self.early)
 
     def explained(
         self, told: Sequence[Tokens], rows: Sequence[Sample], model: Loaded, training: Training
@@ -94,7 +96,9 @@ class Judgement(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Guard(StepDefense):
-    """Plain training, but for tokens that are doubted: they are made unlikely."""
+    """Plain training, but for tokens that are doubted: they are made unlikely, with a weight."""
+
+    weight: float
 
     @property
     def has_loss(self) -> bool:
@@ -106,7 +110,10 @@ class Guard(StepDefense):
         answers, outputs = forward_answers(model, inputs)
         ce = objective.token_nll(answers.logits, answers.target)
         guard = objective.token_unlikelihood(answers.logits[doubted], answers.target[doubted])
-        terms = {"ce": ce.masked_fill(doubted, 0), "guard": torch.zeros_like(ce).masked_scatter(doubted, guard)}
+        terms = {
+            "ce": ce.masked_fill(doubted, 0),
+            "guard": torch.zeros_like(ce).masked_scatter(doubted, self.weight * guard),
+        }
         return Step(terms, {}, outputs)
 
 
