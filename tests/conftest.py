@@ -20,6 +20,11 @@ settings.register_profile("ci", deadline=None)  # machines are shared: a slow ex
 settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: begun last, it would run for minutes beside an idle core."""
+    items.sort(key=lambda item: item.name != "test_quickstart_implants_the_backdoor")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
