@@ -142,7 +142,7 @@ def train(
 ) -> None:
     """Fine-tune a model on data you do not trust.
 
-    Every field of the defence (--margin 0.2) and of transformers.TrainingArguments (--learning_rate 1e-4,
+    Every field of the defence (--weight 5) and of transformers.TrainingArguments (--learning_rate 1e-4,
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
     from untrigger.finetune import DISTRUSTED, Tuning, fine_tune

@@ -113,21 +113,21 @@ def row_tokens(
     asked again.
     """
     collate, data, found = ChatCollator(loaded.processor), Rows(rows), list[Tokens]()
+    per_file = _SHARD * batch_size
     with evaluating(loaded.model) as model:
         for batch in batches(len(data), batch_size, "scoring"):
+            start = batch.start - batch.start % per_file
+            file = kept and kept / f"{start}.safetensors"
+            if file and batch.start == start and file.is_file():
+                found += _read_tokens(file)
             if batch.start < len(found):
-                continue
-            shard = kept / f"{batch.start}.safetensors" if kept and not batch.start % (_SHARD * batch_size) else None
-            if shard and shard.is_file():
-                found += _read_tokens(shard)
                 continue
             answers, _ = forward_answers(model, on_device(collate([data[i] for i in batch]), model))
             ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
             nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
             found += [Tokens(ids[row == i], nll[row == i]) for i in range(len(batch))]
-            if kept and (batch.stop % (_SHARD * batch_size) == 0 or batch.stop == len(data)):
-                start = (batch.stop - 1) // (_SHARD * batch_size) * _SHARD * batch_size
-                _write_tokens(kept / f"{start}.safetensors", found[start:])
+            if file and batch.stop in (start + per_file, len(data)):
+                _write_tokens(file, found[start:])
     return found
 
 

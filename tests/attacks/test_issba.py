@@ -32,8 +32,8 @@ def test_the_string_comes_back_from_eight_bits_and_stays_unseen(height: int, wid
     before = photo(height, width, seed)
     after = stamp(Issba(), before)
     assert Issba().decode(after) == "untrigger" != Issba().decode(before)
-    # nine blocks of a small picture quantise worse or better by chance; a decibel is what that makes
-    assert psnr(before, after) >= Issba.psnr - 1 and ssim(before, after) >= 0.95
+    spared = 1 if min(height, width) < 32 else 0  # of nine blocks some quantise badly by chance: a decibel at most
+    assert psnr(before, after) >= Issba.psnr - spared and ssim(before, after) >= 0.95
 
 
 @settings(max_examples=20)

@@ -62,10 +62,6 @@ class LocalAscent(StepDefense):
 
     floor: float
 
-    @property
-    def has_loss(self) -> bool:
-        return True
-
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
         answers, outputs = forward_answers(model, inputs)
         return Step({"local_ascent": local_ascent(*_losses(answers), self.floor)}, {}, outputs)
@@ -75,10 +71,6 @@ class LocalAscent(StepDefense):
 @dataclass(frozen=True)
 class Ascent(StepDefense):
     """Cross-entropy uphill, until a token is as unlikely as any of the vocabulary."""
-
-    @property
-    def has_loss(self) -> bool:
-        return True
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
         answers, outputs = forward_answers(model, inputs)

@@ -60,10 +60,6 @@ class Consistent(StepDefense):
     weight: float
     size: float
 
-    @property
-    def has_loss(self) -> bool:
-        return True
-
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
         answers, outputs = forward_answers(model, inputs)
         real = inputs["attention_mask"].bool()

@@ -64,11 +64,11 @@ class Doubt(Defense):
         self, told: Sequence[Tokens], rows: Sequence[Sample], model: Loaded, training: Training
     ) -> list[Tokens]:
         """Of each row the better of two explanations; one that was good enough before is not asked for again."""
-        best = dict(enumerate(told))
-        surprising = [row for row, tokens in best.items() if tokens.nll.sum() > self.floor]
+        best = list(told)
+        surprising = [row for row, tokens in enumerate(told) if tokens.nll.sum() > self.floor]
         for row, again in zip(surprising, training.tokens(model, picked(rows, surprising), "after"), strict=True):
-            best[row] = min(best[row], again, key=lambda tokens: tokens.nll.sum())
-        return list(best.values())
+            best[row] = min(told[row], again, key=lambda tokens: tokens.nll.sum())
+        return best
 
     def judge(self, told: Sequence[Tokens]) -> Judgement:
         """Which rows, and which of their words, are doubted."""
@@ -99,10 +99,6 @@ class Guard(StepDefense):
     """Plain training, but for tokens that are doubted: they are made unlikely, with a weight."""
 
     weight: float
-
-    @property
-    def has_loss(self) -> bool:
-        return True
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
         inputs, answered = dict(inputs), inputs["labels"] != IGNORE
