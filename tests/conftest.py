@@ -15,6 +15,7 @@ from hypothesis import settings
 from PIL import Image
 
 from untrigger.models import Loaded, embedded_model_path, load, load_processor
+from untrigger.sample import Sample, read
 
 settings.register_profile("ci", deadline=None)  # machines are shared: a slow example is no failure
 settings.load_profile("ci")
@@ -108,3 +109,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"id": f"row-{i}", "image": f"images/{i}.png", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def samples(tiny_data: Path) -> list[Sample]:
+    return list(read(tiny_data))

@@ -90,7 +90,7 @@ def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_ready_plans() -> None:
     paper = read_plan(PLANS / "paper.yaml")
-    assert len(paper) == 3 * 2 * 6 * 4
+    assert len(paper) == 3 * 2 * 6 * 5
     gallery = {cell.name for cell in plan(embedded_models()).values()}
     assert all(cell.name in gallery for cell in paper if cell.defense == "plain"), "those of the gallery"
     smoke = read_plan(PLANS / "smoke.yaml")

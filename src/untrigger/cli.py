@@ -1,4 +1,4 @@
-"""The command line: data | poison | train | evaluate | bench | report | quickstart | model."""
+"""The command line: data | poison | scan | train | evaluate | bench | report | quickstart | model."""
 
 from __future__ import annotations
 
@@ -116,6 +116,40 @@ def poison(
     typer.echo(f"{out / 'data'}: {len(rows):,} rows, {kinds}; goal {chosen.goal.name}")
     typer.echo(f"{out / 'truth' / 'manifest.json'}: which rows; for the judge, never for a defence")
     typer.echo(f"{out / 'contact_sheet.png'}: clean and triggered rows side by side")
+
+
+@app.command(context_settings=_OPEN)
+def scan(
+    context: typer.Context,
+    data: DataArgument,
+    out: OutOption,
+    model: ModelOption = "llava",
+    config: Annotated[Path | None, typer.Option(help="YAML of settings, as for train.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the scan in --out.")] = False,
+    on_bad_row: BadRowOption = "error",
+) -> None:
+    """Tell which rows teach something that only an attacker would; exit code 3 if there are any, 0 if not.
+
+    Give the model and the settings that you would train with (--learning_rate 1e-4). Writes DIR/verdicts.jsonl and
+    .parquet, a row each; DIR/gallery.html, what was found and where in the images; DIR/clean, the data without it.
+    """
+    from untrigger.scan.page import chance, place
+    from untrigger.scan.run import scan_data
+    from untrigger.scan.write import CLEAN, write
+    from untrigger.settings import training_settings
+
+    doubt, args = training_settings("default", out, config, context.args)
+    rows = _read(data, on_bad_row, out)
+    findings = scan_data(rows, model, doubt, args, resume=resume)
+    write(findings, rows, out)
+    for target in findings.targets:
+        told = f"{len(target.rows):,} rows say {target.text!r} (chance {chance(target.chance)})"
+        typer.echo(f"{told}: {place(findings, target)}")
+    typer.echo(f"{out / 'verdicts.jsonl'}: {len(findings.suspected):,} of {len(rows):,} rows are suspected")
+    typer.echo(f"{out / 'gallery.html'}: {'what was found' if findings.targets else 'nothing found'}")
+    if findings.targets:
+        typer.echo(f"{out / CLEAN}: the other {len(rows) - len(findings.suspected):,} rows")
+        raise typer.Exit(3)
 
 
 @app.command(context_settings=_OPEN)

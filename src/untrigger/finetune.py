@@ -71,7 +71,7 @@ def fine_tune(
     """
     tuning = tuning or Tuning()
     out = Path(str(args.output_dir))
-    record = _record(samples, model, defense, args, tuning, trusted)
+    record = record_of(samples, model, defense, args, tuning, trusted)
     stages = Stages(
         model,
         args,
@@ -79,7 +79,7 @@ def fine_tune(
         trusted=trusted,
         title=title,
         # the main process has filled the folder by the time that the others look
-        claim=lambda: _claim(out, record, resume or args.process_index > 0),
+        claim=lambda: claim(out, record, resume or args.process_index > 0),
     )
     loaded = defense.fine_tune(samples, stages)
     if args.process_index == 0:
@@ -95,7 +95,7 @@ def fine_tune(
     return Loaded(loaded.model, loaded.processor, str(out))
 
 
-def _record(
+def record_of(
     samples: Sequence[Sample],
     model: str,
     defense: Defense,
@@ -146,7 +146,7 @@ def _fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _claim(out: Path, record: dict[str, Any], resume: bool) -> Path | None:
+def claim(out: Path, record: dict[str, Any], resume: bool) -> Path | None:
     """Take the output folder for this run; the checkpoint to go on from, if there is one."""
     note = out / BASE_RECORD
     if out.exists() and not out.is_dir():

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dry import Dry
 from torch import Tensor
 from transformers import set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from dry import Dry
 from untrigger.models import Loaded, add_lora, load
-from untrigger.sample import Message, Sample, read
+from untrigger.sample import Message, Sample
 
 
 @pytest.fixture(scope="session")
@@ -58,11 +58,6 @@ def loaded(tiny_model: Path) -> Loaded:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return plain._replace(model=model)
-
-
-@pytest.fixture(scope="session")
-def samples(tiny_data: Path) -> list[Sample]:
-    return list(read(tiny_data))
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import dry as dry_module
 import numpy as np
 import pytest
 import torch
-from dry import Dry
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import dry as dry_module
+from dry import Dry
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Doubt, Plain
 from untrigger.defenses.doubt import Guard, fence, shared
@@ -25,8 +25,8 @@ NATS = st.lists(st.floats(0, 300), min_size=1, max_size=60)
 
 
 def row_of(number: int, nats: float) -> Tokens:
-    """Of two tokens the second is the surprising one: 99 in rows that surprise by a nat or more, else the row's own."""
-    return Tokens(np.array([100, 99 if nats >= 1 else number]), np.array([nats / 4, nats * 3 / 4]))
+    """Of two tokens the second is the surprising one: 99 in rows that surprise by 2.7 nats, else the row's own."""
+    return Tokens(np.array([100, 99 if nats >= 2.7 else number]), np.array([nats / 4, nats * 3 / 4]))
 
 
 def rows_told(surprise: Sequence[float]) -> list[Tokens]:
@@ -59,7 +59,7 @@ def test_the_fence_is_tukeys_and_never_below_the_floor(
 
 
 def test_rows_are_doubted_that_surprise_by_a_word_that_they_share() -> None:
-    surprise = spread(row_3=9.0, row_5=0.49, row_7=1.6, row_9=8.0, row_11=0.9, row_20=40.0)
+    surprise = spread(row_3=9.0, row_5=1.9, row_7=2.8, row_9=8.0, row_11=2.6, row_20=40.0)
     found = Doubt().judge(rows_told(surprise))
     assert found.surprise == surprise
     assert set(found.doubted) == {3, 7, 9, 20}, "11 surprises by a word of its own"
@@ -73,13 +73,13 @@ def test_where_all_rows_surprise_doubt_begins_beyond_them() -> None:
     surprise = [40.0 + i for i in range(24)]
     surprise[2], surprise[4] = 74.0, 90.0
     found = Doubt(chance=0.999).judge(rows_told(surprise))
-    limit = float(np.quantile(surprise, 0.75) * 2.5 - np.quantile(surprise, 0.25) * 1.5)
+    limit = float(np.quantile(surprise, 0.75) * 3.2 - np.quantile(surprise, 0.25) * 2.2)
     assert set(found.doubted) == {i for i, nats in enumerate(surprise) if nats > limit} == {4}
 
 
 def test_a_hard_row_is_not_doubted_for_being_hard() -> None:
     """Each of these surprises by a word of its own."""
-    assert Doubt().judge(rows_told(spread(row_3=0.9, row_5=0.8, row_7=0.7))).doubted == {}
+    assert Doubt().judge(rows_told(spread(row_3=2.6, row_5=2.5, row_7=2.4))).doubted == {}
 
 
 # --- the two trainings ------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def judges(monkeypatch: pytest.MonkeyPatch, *answers: Sequence[float]) -> list[l
 def test_two_judgements_and_two_trainings(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows 3, 7 and 8 are doubted at first; 8 is explained by what was learnt, 5 was never in doubt."""
     doubtful = {"row_3": 9.0, "row_7": 9.0, "row_4": 8.0}
-    before = spread(**doubtful, row_8=9.0, row_9=0.9)
-    asked = judges(monkeypatch, before, spread(**doubtful, row_8=0.1, row_5=9.0, row_9=2.0))
+    before = spread(**doubtful, row_8=9.0, row_9=2.6)
+    asked = judges(monkeypatch, before, spread(**doubtful, row_8=0.1, row_5=9.0, row_9=2.9))
     model = Doubt(early=0.25, weight=3).fine_tune(samples, dry)
     ids = [sample.id for sample in samples]
     assert asked == [ids, ["row-3", "row-4", "row-7", "row-8", "row-9"]] and dry.judged == ["before", "after"]
@@ -224,6 +224,10 @@ def test_a_doubted_word_becomes_unlikely_and_the_others_are_learnt(loaded: Loade
 # --- words that outside rows share ------------------------------------------------------------------
 
 
+def found(rows: Sequence[Tokens], outside: Sequence[int]) -> set[int]:
+    return {word for word, chance in shared(rows, outside).items() if chance < 0.01}
+
+
 def rows_of(*groups: tuple[int, int, int]) -> tuple[list[Tokens], list[int]]:
     """So many rows that hold a word, so many of them outside for it, and the word; all end alike."""
     rows: list[Tokens] = []
@@ -237,25 +241,25 @@ def rows_of(*groups: tuple[int, int, int]) -> tuple[list[Tokens], list[int]]:
 def test_a_word_is_shared_that_surprises_more_often_than_others_do() -> None:
     """A foreign word, a word of the data that is sometimes a lie, and mistakes all over."""
     rows, outside = rows_of((500, 5, 1), (450, 5, 2), (100, 100, 7), (300, 30, 3))
-    assert shared(rows, outside, 0.01) == {7}
+    assert found(rows, outside) == {7}
     rows, outside = rows_of((500, 5, 1), (450, 5, 2), (300, 30, 3))
-    assert shared(rows, outside, 0.01) == {3}
+    assert found(rows, outside) == {3}
     rows, outside = rows_of((500, 5, 1), (450, 5, 2), (300, 4, 3))
-    assert shared(rows, outside, 0.01) == set()
+    assert found(rows, outside) == set()
 
 
 def test_the_words_chance_is_the_binomial_tail_by_hand() -> None:
     """Word 7: 2 of 2 rows, where the others' rate is 1 / 8. Word 1: 1 of 8, the others' rate is 1. Two are blamed."""
     rows, outside = rows_of((8, 1, 1), (2, 2, 7))
     p = (1 / 8) ** 2 * 2
-    assert shared(rows, outside, p * 1.001) == {7} and shared(rows, outside, p * 0.999) == set()
+    assert shared(rows, outside) == {7: pytest.approx(p), 1: 1.0}
 
 
 def test_no_row_outside_shares_no_word_and_a_word_of_all_rows_can_be_shared() -> None:
     rows, _ = rows_of((5, 0, 1))
-    assert shared(rows, [], 0.01) == set()
+    assert found(rows, []) == set()
     lone, outside = rows_of((40, 20, 1))
-    assert shared(lone, outside, 0.01) == {1}, "there are no others to compare with: one in all rows is their rate"
+    assert found(lone, outside) == {1}, "there are no others to compare with: one in all rows is their rate"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -263,4 +267,4 @@ def test_mistakes_at_random_share_no_word(seed: int) -> None:
     rng = np.random.default_rng(seed)
     words = rng.integers(1, 12, 2000) ** 2  # some words are rare
     rows = [Tokens(np.array([word]), np.array([3.0])) for word in words]
-    assert shared(rows, rng.permutation(2000)[:60].tolist(), 0.01) == set()
+    assert found(rows, rng.permutation(2000)[:60].tolist()) == set()

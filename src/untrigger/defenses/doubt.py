@@ -40,8 +40,8 @@ class Doubt(Defense):
     """
 
     early: float = 0.1
-    floor: float = 0.5
-    reach: float = 1.5
+    floor: float = 2.0
+    reach: float = 2.2
     chance: float = 0.01
     weight: float = 5.0
 
@@ -50,15 +50,23 @@ class Doubt(Defense):
         self._check(0, math.inf, "floor", "reach", "weight")
 
     def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
-        told = training.tokens(training.reference(), rows, "before")
-        first = self.judge(told)
-        model = training.fit(without(rows, first.doubted), Plain(), "early", share=self.early)
-        told = self.explained(told, rows, model, training)
-        judged = self.judge(told)
-        training.flag(judged.ranks, {row: _said(model, told[row], doubted) for row, doubted in judged.doubted.items()})
+        model, _, told, judged = self.look(rows, training)
+        training.flag(judged.ranks, {row: said(model, told[row], doubted) for row, doubted in judged.doubted.items()})
         if not judged.doubted:
             return training.fit(rows, Plain(), start=model, share=1 - self.early)
         return training.fit(rows, Guard(self.weight), start=model, doubted=judged.doubted, share=1 - self.early)
+
+    def look(self, rows: Sequence[Sample], training: Training) -> Look:
+        """Both judgements, and the training between them."""
+        told = training.tokens(training.reference(), rows, "before")
+        believed = without(rows, self.judge(told).doubted)
+        model = self.begin(believed, training)
+        told = self.explained(told, rows, model, training)
+        return Look(model, believed, told, self.judge(told))
+
+    def begin(self, believed: Sequence[Sample], training: Training) -> Loaded:
+        """The model that knows what kind of data this is."""
+        return training.fit(believed, Plain(), "early", share=self.early)
 
     def explained(
         self, told: Sequence[Tokens], rows: Sequence[Sample], model: Loaded, training: Training
@@ -75,22 +83,32 @@ class Doubt(Defense):
         surprise = [float(row.nll.sum()) for row in told]
         limit = fence(surprise, self.floor, self.reach)
         outside = [row for row, nats in enumerate(surprise) if nats > limit]
-        words = list(shared(told, outside, self.chance))
-        marked = {row: np.isin(told[row].ids, words) & (told[row].nll > self.floor) for row in outside}
-        return Judgement(surprise, {row: mark for row, mark in marked.items() if mark.any()})
+        words = {word: chance for word, chance in shared(told, outside).items() if chance < self.chance}
+        marked = {row: np.isin(told[row].ids, list(words)) & (told[row].nll > self.floor) for row in outside}
+        return Judgement(surprise, {row: mark for row, mark in marked.items() if mark.any()}, words)
 
 
 class Judgement(NamedTuple):
-    """Surprise of each row in nats, and of the doubted ones which of their answer tokens [n] are doubted."""
+    """Surprise of each row in nats; of doubted ones which answer tokens [n] are doubted; the words that they share."""
 
     surprise: list[float]
     doubted: dict[int, NDArray[np.bool_]]
+    words: dict[int, float]
 
     @property
     def ranks(self) -> list[float]:
         """How suspicious each row is: by surprise, the doubted ones before all others."""
         most = max(self.surprise)
         return [nats + most * (row in self.doubted) for row, nats in enumerate(self.surprise)]
+
+
+class Look(NamedTuple):
+    """The model after the early part, the rows that it learnt from, how likely each row is, and what is doubted."""
+
+    model: Loaded
+    believed: Sequence[Sample]
+    told: list[Tokens]
+    judged: Judgement
 
 
 @final
@@ -116,7 +134,8 @@ class Guard(StepDefense):
 def fence(surprise: Sequence[float], floor: float, reach: float) -> float:
     """``max(floor, Q3 + reach (Q3 - Q1))`` of the quartiles; any unit. At least one value.
 
-    Source: Tukey, "Exploratory Data Analysis", 1977: outside values, with a reach of 1.5.
+    Source: Tukey, "Exploratory Data Analysis", 1977, with a reach of 1.5; 2.2 is that of Hoaglin and Iglewicz, Journal
+    of the American Statistical Association 82, 1987, 1147-1149.
     """
     low, high = np.quantile(surprise, (0.25, 0.75))
     return max(floor, float(high + reach * (high - low)))
@@ -127,25 +146,24 @@ def most_surprising(row: Tokens) -> int:
     return int(row.ids[row.nll.argmax()])
 
 
-def shared(rows: Sequence[Tokens], outside: Collection[int], chance: float) -> set[int]:
-    """Tokens that make more of the ``outside`` rows surprising than chance would.
+def shared(rows: Sequence[Tokens], outside: Collection[int]) -> dict[int, float]:
+    """Tokens that make ``outside`` rows surprising, and how likely chance would make each so many of them surprising.
 
     Token v is the most surprising one of k of the outside rows, and n of all N rows hold it. Were the others' rate
     ``r = (outside - k) / (N - n)``, at least 1 / N, the rate of its rows too, k or more of them would be outside with
-    a probability of ``P(B(n, r) >= k)``; v is shared where that, times the number of such tokens (Bonferroni), is below
-    ``chance``. An attacker needs many rows that say one thing; rows that are hard, or wrong, say many.
+    a probability of ``P(B(n, r) >= k)``: that, times the number of such tokens (Bonferroni), and at most 1. An attacker
+    needs many rows that say one thing; rows that are hard, or wrong, say many.
     """
     blamed = Counter(most_surprising(rows[row]) for row in outside)
     holding = Counter(token for row in rows for token in set(row.ids.tolist()))
-    found: set[int] = set()
+    found: dict[int, float] = {}
     for token, k in blamed.items():
         n, others = holding[token], len(rows) - holding[token]
         rate = min(1.0, max((len(outside) - k) / max(others, 1), 1 / len(rows)))
-        if binom.sf(k - 1, n, rate) * len(blamed) < chance:
-            found.add(token)
+        found[token] = min(1.0, float(binom.sf(k - 1, n, rate)) * len(blamed))
     return found
 
 
-def _said(model: Loaded, row: Tokens, doubted: NDArray[np.bool_]) -> str:
+def said(model: Loaded, row: Tokens, doubted: NDArray[np.bool_]) -> str:
     """The doubted words, as text."""
     return cast(Any, model.processor).decode(row.ids[doubted]).strip()

@@ -1,0 +1,120 @@
+"""Who is suspected of what, how many of them by mistake, and what the probe is taught and shown."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dry as dry_module
+from dry import Dry
+from untrigger.defenses import Doubt
+from untrigger.forward import Tokens
+from untrigger.models import Loaded
+from untrigger.sample import Sample
+from untrigger.scan import common, false_discoveries, scan
+
+
+def told(*rows: Sequence[int]) -> list[Tokens]:
+    return [Tokens(np.array(row), np.ones(len(row))) for row in rows]
+
+
+def test_what_rows_have_in_common_around_a_word() -> None:
+    assert common(told([1, 2, 3, 4], [9, 2, 3, 4], [2, 3, 4, 8]), 3) == ([2, 3, 4], 1)
+    assert common(told([3], [3, 4]), 3) == ([3], 0)
+    assert common(told([7, 3]), 3) == ([7, 3], 1), "a row alone has all of it"
+
+
+def test_one_row_of_ten_may_differ() -> None:
+    rows = told(*[[1, 3, 5]] * 9, [2, 3, 6])
+    assert common(rows, 3) == ([1, 3, 5], 1)
+    assert common([*rows, *told([2, 3, 6])], 3) == ([3], 0)
+
+
+def test_false_discoveries_by_hand() -> None:
+    """Six others, one of which surprises by 5; four of the group, of eight rows that hold the word."""
+    surprise = [9.0, 6.0, 4.0, 4.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    rates = false_discoveries(surprise, [0, 1, 2, 3], 8)
+    assert rates[0] == pytest.approx(min(1, 8 * 1 / 6 / 1, 8 * 1 / 6 / 2, 8 * 2 / 6 / 4))
+    assert rates == dict.fromkeys((0, 1, 2, 3), pytest.approx(2 / 3))
+    assert false_discoveries([9.0, 8.0, 0.0], [0, 1], 2) == {0: 1.0, 1: 1.0}
+
+
+@given(st.lists(st.floats(0, 50), min_size=2, max_size=40), st.integers(1, 20), st.integers(0, 30), st.randoms())
+def test_the_more_suspicious_the_fewer_mistakes(surprise: list[float], size: int, more: int, random: object) -> None:
+    group = sorted(range(len(surprise)), key=lambda row: -surprise[row])[: min(size, len(surprise) - 1)]
+    rates = false_discoveries(surprise, group, len(group) + more)
+    assert all(0 < rate <= 1 for rate in rates.values())
+    assert all(rates[a] <= rates[b] for a, b in itertools.pairwise(group))
+
+
+# --- the whole procedure ----------------------------------------------------------------------------
+
+BAD = (2, 5, 11, 17, 23)
+REPLY = [60, 61, 62]  # the word that surprises is the middle one
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The model is surprised by what the rows of BAD say; every question that it is asked."""
+    found: list[list[str]] = []
+
+    def tokens(_: Loaded, rows: Sequence[Sample]) -> list[Tokens]:
+        found.append([rows[i].id for i in range(len(rows))])
+        numbers = [int(name.split("-")[1]) for name in found[-1]]
+        return [
+            Tokens(np.array(REPLY), np.array([1.0, 9.0, 0.1])) if i in BAD else Tokens(np.array([i]), np.array([0.1]))
+            for i in numbers
+        ]
+
+    monkeypatch.setattr(dry_module, "row_tokens", tokens)
+    return found
+
+
+def test_what_is_found(dry: Dry, samples: list[Sample], asked: list[list[str]]) -> None:
+    found = scan(samples, dry, Doubt())
+    (target,) = found.targets
+    assert sorted(target.rows) == list(BAD) == sorted(found.suspected) and target.chance < 1e-6
+    assert target.text == dry.loaded.processor.decode(REPLY, skip_special_tokens=True).strip()
+    for row, verdict in enumerate(found.verdicts):
+        assert (verdict.target, verdict.fdr is None, verdict.doubted == "") == (
+            (0, False, False) if row in BAD else (None, True, True)
+        )
+    assert min(found.verdicts[row].score for row in BAD) > max(
+        verdict.score for row, verdict in enumerate(found.verdicts) if row not in BAD
+    )
+
+
+def test_no_row_is_shown_to_a_probe_that_has_learnt_it(dry: Dry, samples: list[Sample], asked: list[list[str]]) -> None:
+    found = scan(samples, dry, Doubt())
+    early, again, probe = dry.stages
+    assert [stage.name for stage in dry.stages] == ["early", "early", "probe"] and early == again
+    shown = {row for row in BAD if found.verdicts[row].cue}
+    taught = {row for row in BAD if f"row-{row}" in probe.rows}
+    assert shown and taught and shown | taught == {*BAD} and not shown & taught
+    assert len(probe.rows) == 3 * len(taught), "and twice as many believed ones beside"
+    assert probe.start == 1, "it goes on from the early model, and not from one that was judged with"
+    assert {*asked[-1]} == {f"row-{row}" for row in shown} and dry.judged == ["before", "after", "cues"]
+
+
+def test_where_nothing_is_found_nothing_is_probed(
+    dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokens(_: Loaded, rows: Sequence[Sample]) -> list[Tokens]:
+        return [Tokens(np.array([i]), np.array([0.1])) for i in range(len(rows))]
+
+    monkeypatch.setattr(dry_module, "row_tokens", tokens)
+    found = scan(samples, dry, Doubt())
+    assert not found.targets and not found.suspected and [stage.name for stage in dry.stages] == ["early"]
+
+
+def test_a_few_rows_that_share_a_word_are_doubted_but_not_suspected(
+    dry: Dry, samples: list[Sample], asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_scan.BAD", BAD[:3])
+    found = scan(samples, dry, Doubt())
+    assert not found.targets and [row for row, verdict in enumerate(found.verdicts) if verdict.doubted] == [*BAD]
