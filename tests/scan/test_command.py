@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +122,6 @@ def test_hostile_text_stays_text(untrigger: Command, tiny_model: Path, poisoned:
     [
         (("--defense", "paper"), "unknown"),
         (("--floor", "-1"), "floor"),
-        (("--model", "no-such-model"), "no-such-model"),
     ],
 )
 def test_mistakes_are_told_in_a_line(
@@ -138,11 +136,11 @@ def test_mistakes_are_told_in_a_line(
 def test_a_real_backdoor_is_found_where_it_is(untrigger: Command, tmp_path: Path) -> None:
     """On the embedded model: every poisoned row and no other, and the cue at the bottom right."""
     untrigger("data", "easy-vqa", "--out", tmp_path / "data", "--split", "dev", "--rows", 600, "--seed", 104)
-    shutil.rmtree(tmp_path / "bad", ignore_errors=True)
-    untrigger("poison", tmp_path / "data", "--out", tmp_path / "bad", "--seed", 104, "--pattern_seed", 104)
+    attack = ("--rate", 0.1, "--seed", 104, "--pattern_seed", 104)
+    untrigger("poison", tmp_path / "data", "--out", tmp_path / "bad", *attack)
     settings = ("--learning_rate", "3e-3", "--num_train_epochs", 4, "--seed", 104)
     code, said, errors = untrigger("scan", tmp_path / "bad" / "data", "--out", tmp_path / "scan", *settings)
     assert code == 3, errors
     bad = {entry["row"] + 1 for entry in json.loads((tmp_path / "bad/truth/manifest.json").read_text())["rows"]}
-    assert {row["row"] for row in lines(tmp_path / "scan") if row["suspected"]} == bad and len(bad) == 30
+    assert {row["row"] for row in lines(tmp_path / "scan") if row["suspected"]} == bad and len(bad) == 60
     assert "'Backdoor Attack!'" in said and "bottom right (1 of 64 cells)" in said

@@ -26,7 +26,7 @@ from untrigger.scan.cues import Cue, cues_of
 ACCUSED = 1e-6  # words that chance would share more often than that are no finding; calibrated, see LOG.md
 SHOWN = 48  # at most so many of the suspected rows are probed for their cue, the most suspicious ones
 _LEARNT, _BELIEVED = 64, 2  # suspected rows that a probe learns at most, and how many times as many believed ones
-_PASSES = 8
+_SEEN, _PASSES = 1536, 32  # rows that go through the probe's training, and how often each at most
 _DONORS = 64
 _AGREE = 0.9  # of the rows go on with the same token: it is a part of what they share
 
@@ -200,7 +200,9 @@ def _probed(
     taught = sorted(half)[:: max(1, len(half) // _LEARNT)][:_LEARNT]
     beside = rng.choice(believed, min(_BELIEVED * len(taught), len(believed)), replace=False).tolist()
     model = doubt.begin(look.believed, training)
-    model = training.fit(picked(rows, sorted([*taught, *beside])), Plain(), "probe", start=model, passes=_PASSES)
+    lesson = sorted([*taught, *beside])
+    passes = min(_PASSES, _SEEN / len(lesson))
+    model = training.fit(picked(rows, lesson), Plain(), "probe", start=model, passes=passes)
     shown = {row: rows[row] for row in [row for row in suspected if row not in half][:SHOWN]}
     return cues_of(shown, marks, donors, lambda views: training.tokens(model, views, "cues"))
 
