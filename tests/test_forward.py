@@ -113,6 +113,17 @@ def test_a_rows_loss_is_the_hosts_and_leaves_no_trace(exact: Loaded, samples: li
         assert found == pytest.approx(exact.model(**batch_of(exact, samples[2:3])).loss.item(), rel=1e-6)
 
 
+def test_what_is_asked_is_all_that_is_no_answer(exact: Loaded, samples: list[Sample]) -> None:
+    """In a batch with padding as alone."""
+    together = row_tokens(exact, samples)
+    for sample, told in zip(samples, together, strict=True):
+        batch = batch_of(exact, [sample])
+        ids, answer = batch["input_ids"][0].tolist(), (batch["labels"][0] != IGNORE).tolist()
+        assert told.asked.tolist() == sorted(
+            {token for token, is_answer in zip(ids, answer, strict=True) if not is_answer}
+        )
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_kept_scores_are_the_same_bits_and_what_is_there_is_not_asked_again(
     exact: Loaded, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
@@ -139,9 +150,8 @@ def test_kept_scores_are_the_same_bits_and_what_is_there_is_not_asked_again(
     last = row_tokens(exact, samples, batch_size, kept=tmp_path)
     assert asked == []
     for found in (first, again, last):
-        assert all(
-            np.array_equal(a.ids, b.ids) and np.array_equal(a.nll, b.nll) for a, b in zip(found, alone, strict=True)
-        )
+        for a, b in zip(found, alone, strict=True):
+            assert all(np.array_equal(one, other) for one, other in zip(a, b, strict=True))
 
 
 def test_evaluation_mode_ends_with_its_block(exact: Loaded) -> None:

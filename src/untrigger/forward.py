@@ -92,10 +92,14 @@ def forward_pair(model: nn.Module, inputs: dict[str, Any]) -> tuple[Pair, Any]:
 
 
 class Tokens(NamedTuple):
-    """A row's answer tokens: ``ids`` [n], and ``nll`` [n], the negative log-likelihood of each, in nats."""
+    """A row's answer tokens: ``ids`` [n], and ``nll`` [n], the negative log-likelihood of each, in nats.
+
+    ``asked`` [m]: the different tokens of all that is not answer, in ascending order.
+    """
 
     ids: NDArray[np.int64]
     nll: NDArray[np.floating]
+    asked: NDArray[np.int64] = np.empty(0, np.int64)
 
     @property
     def loss(self) -> float:
@@ -122,25 +126,33 @@ def row_tokens(
                 found += _read_tokens(file)
             if batch.start < len(found):
                 continue
-            answers, _ = forward_answers(model, on_device(collate([data[i] for i in batch]), model))
+            inputs = collate([data[i] for i in batch])
+            asked = inputs["attention_mask"].bool() & (inputs["labels"] == IGNORE)
+            answers, _ = forward_answers(model, on_device(inputs, model))
             ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
             nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
-            found += [Tokens(ids[row == i], nll[row == i]) for i in range(len(batch))]
+            found += [
+                Tokens(ids[row == i], nll[row == i], np.unique(told[there].numpy()))
+                for i, (told, there) in enumerate(zip(inputs["input_ids"], asked, strict=True))
+            ]
             if file and batch.stop in (start + per_file, len(data)):
                 _write_tokens(file, found[start:])
     return found
 
 
 def _write_tokens(path: Path, rows: Sequence[Tokens]) -> None:
-    told = {name: np.concatenate([getattr(row, name) for row in rows]) for name in Tokens._fields}
+    told: dict[str, NDArray[Any]] = {}
+    for name in Tokens._fields:
+        parts = [getattr(row, name) for row in rows]
+        told |= {name: np.concatenate(parts), f"{name}_count": np.array([len(part) for part in parts])}
     with new_file(path) as file:
-        file.write(save(told | {"count": np.array([len(row.ids) for row in rows])}))
+        file.write(save(told))
 
 
 def _read_tokens(path: Path) -> list[Tokens]:
     told = load_file(path)
-    ends = np.cumsum(told["count"])[:-1]
-    return [Tokens(*row) for row in zip(*(np.split(told[name], ends) for name in Tokens._fields), strict=True)]
+    parts = (np.split(told[name], np.cumsum(told[f"{name}_count"])[:-1]) for name in Tokens._fields)
+    return [Tokens(*row) for row in zip(*parts, strict=True)]
 
 
 def row_mean(values: Tensor, row: Tensor, count: int) -> Tensor:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 from torch import Tensor
 
 import dry as dry_module
 from dry import Dry
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Doubt, Plain
-from untrigger.defenses.doubt import Guard, fence, shared
+from untrigger.defenses.doubt import Guard, fence, rate_alike, shared
 from untrigger.forward import Tokens, row_tokens
 from untrigger.models import Loaded
 from untrigger.sample import Message, Sample
@@ -66,6 +67,12 @@ def test_rows_are_doubted_that_surprise_by_a_word_that_they_share() -> None:
     assert all(mark.tolist() == [False, True] for mark in found.doubted.values())
     by_rank = sorted(range(24), key=found.ranks.__getitem__, reverse=True)
     assert by_rank[:6] == [20, 3, 9, 7, 11, 5], "the doubted ones first, then by surprise"
+
+
+def test_of_a_doubted_row_a_shared_word_is_believed_where_it_does_not_surprise() -> None:
+    rows = rows_told(spread(row_3=9.0, row_7=9.0, row_20=9.0))
+    rows[7] = Tokens(np.array([99, 100, 99]), np.array([1.9, 0.1, 7.0]))
+    assert Doubt().judge(rows).doubted[7].tolist() == [False, False, True]
 
 
 def test_where_all_rows_surprise_doubt_begins_beyond_them() -> None:
@@ -268,3 +275,66 @@ def test_mistakes_at_random_share_no_word(seed: int) -> None:
     words = rng.integers(1, 12, 2000) ** 2  # some words are rare
     rows = [Tokens(np.array([word]), np.array([3.0])) for word in words]
     assert found(rows, rng.permutation(2000)[:60].tolist()) == set()
+
+
+# --- rows that are asked alike ----------------------------------------------------------------------
+
+
+def asked(*prompts: Sequence[int]) -> csr_array:
+    rows = np.zeros((len(prompts), 100))
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[list(prompt)] = 1
+    return csr_array(rows)
+
+
+@given(
+    st.lists(
+        st.tuples(st.frozensets(st.integers(0, 6), max_size=4), st.booleans(), st.booleans()), min_size=2, max_size=50
+    ),
+    st.floats(0, 1),
+)
+def test_the_rate_of_rows_asked_alike_is_that_of_a_loop(
+    told: list[tuple[frozenset[int], bool, bool]], prior: float
+) -> None:
+    shares: list[float] = []
+    for prompt, _, holds in told:
+        if not holds:
+            continue
+        near = sorted(
+            ((len(prompt & other) / len(prompt | other) if prompt | other else 1.0), bad)
+            for other, bad, held in told
+            if not held
+        )[::-1]
+        if near:
+            last = near[min(16, len(near)) - 1][0]
+            bads = [bad for alike, bad in near if alike >= last]
+            shares.append((sum(bads) + prior) / (len(bads) + 1))
+    prompts, bad, holding = zip(*told, strict=True)
+    found = rate_alike(asked(*prompts), np.array(bad), np.array(holding), prior)
+    assert found == pytest.approx(np.mean(shares) if shares else 0.0)
+
+
+def with_prompts(rows: list[Tokens], prompts: Sequence[Sequence[int]]) -> list[Tokens]:
+    return [row._replace(asked=np.array(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def test_a_hard_kind_of_question_shares_no_word() -> None:
+    """Half of the questions 50 are too hard, whichever of three words answers them; questions 60 are easy."""
+    rows, outside = rows_of((40, 20, 1), (40, 20, 2), (40, 20, 3), (900, 5, 4))
+    assert found(rows, outside) == {1, 2, 3}, "by the words alone"
+    assert found(with_prompts(rows, [[50]] * 120 + [[60]] * 900), outside) == set()
+
+
+def test_a_trigger_is_no_kind_of_question() -> None:
+    """A foreign word to every question; the same with a phrase of its own in the prompt."""
+    rows, outside = rows_of((40, 40, 7), (60, 5, 1), (900, 5, 4))
+    plain = [[50], [60]] * 20 + [[50]] * 60 + [[60]] * 900
+    assert found(with_prompts(rows, plain), outside) == {7}
+    assert found(with_prompts(rows, [[*prompt, 90, 91] for prompt in plain[:40]] + plain[40:]), outside) == {7}
+
+
+def test_of_very_many_rows_with_a_word_some_are_asked() -> None:
+    prompts = asked(*[[1]] * 2000, *[[2]] * 1000, *[[1]] * 100, *[[2]] * 100)
+    holding = np.arange(3200) < 3000
+    bad = np.isin(np.arange(3200), range(3000, 3100))
+    assert rate_alike(prompts, bad, holding, 0.0) == pytest.approx(2 / 3, abs=0.01)

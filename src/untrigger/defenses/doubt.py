@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from scipy.stats import binom
 from torch import nn
 
@@ -21,6 +22,8 @@ from untrigger.defenses.plain import Plain
 from untrigger.forward import Tokens, forward_answers
 from untrigger.models import Loaded
 from untrigger.sample import Sample, picked, without
+
+_ALIKE, _ASKED = 16, 512  # rows that a row is compared with at least, and of a word's rows so many are
 
 
 @final
@@ -149,19 +152,56 @@ def most_surprising(row: Tokens) -> int:
 def shared(rows: Sequence[Tokens], outside: Collection[int]) -> dict[int, float]:
     """Tokens that make ``outside`` rows surprising, and how likely chance would make each so many of them surprising.
 
-    Token v is the most surprising one of k of the outside rows, and n of all N rows hold it. Were the others' rate
-    ``r = (outside - k) / (N - n)``, at least 1 / N, the rate of its rows too, k or more of them would be outside with
-    a probability of ``P(B(n, r) >= k)``: that, times the number of such tokens (Bonferroni), and at most 1. An attacker
-    needs many rows that say one thing; rows that are hard, or wrong, say many.
+    Token v is the most surprising one of k of the outside rows, and n of all N rows hold it. Were the rate r of the
+    others the rate of its rows too, k or more of them would be outside with a probability of ``P(B(n, r) >= k)``: that,
+    times the number of such tokens (Bonferroni), and at most 1. The others' rate is the outside rows' share of those
+    without v, or of those without v that are asked alike (`rate_alike`), whichever is larger, and at least 1 / N. An
+    attacker needs many rows that say one thing; rows that are wrong say many, and so do rows of a hard kind.
     """
     blamed = Counter(most_surprising(rows[row]) for row in outside)
-    holding = Counter(token for row in rows for token in set(row.ids.tolist()))
+    bad = np.isin(np.arange(len(rows)), list(outside))
+    prompts = _prompts(rows)
     found: dict[int, float] = {}
     for token, k in blamed.items():
-        n, others = holding[token], len(rows) - holding[token]
-        rate = min(1.0, max((len(outside) - k) / max(others, 1), 1 / len(rows)))
+        holding = np.array([token in row.ids for row in rows])
+        n, others = int(holding.sum()), int((~holding).sum())
+        overall = (len(outside) - k) / others if others else 0.0
+        rate = min(1.0, max(overall, rate_alike(prompts, bad, holding, overall), 1 / len(rows)))
         found[token] = min(1.0, float(binom.sf(k - 1, n, rate)) * len(blamed))
     return found
+
+
+def rate_alike(prompts: csr_array, bad: NDArray[np.bool_], holding: NDArray[np.bool_], prior: float) -> float:
+    """How often rows are ``bad`` that do not hold a word but are asked like those that do.
+
+    For each row that holds the word, the share among the 16 rows without it whose prompts are most alike (Jaccard index
+    of their tokens), all that are as much alike as the last of these, and one that is bad with probability ``prior``;
+    the mean of these shares. Of many rows that hold it, 512 are asked, evenly spread. 0 where all rows hold it.
+
+    Args:
+        prompts: which tokens each row's prompt has, 0 or 1, [N, V].
+        bad, holding: of each row whether it is, and whether it holds the word, [N].
+    """
+    with_word, without_word = np.flatnonzero(holding), np.flatnonzero(~holding)
+    if not len(with_word) or not len(without_word):
+        return 0.0
+    with_word = with_word[:: -(-len(with_word) // _ASKED)]
+    sizes, shares = prompts.sum(axis=1), list[NDArray[np.floating]]()
+    for block in np.array_split(with_word, -(-len(with_word) // 64)):
+        common = (prompts[block] @ prompts[without_word].T).toarray()
+        union = sizes[block][:, None] + sizes[without_word] - common
+        alike = np.where(union > 0, common / np.maximum(union, 1), 1.0)
+        last = min(_ALIKE, len(without_word))
+        near = alike >= np.partition(alike, -last, axis=1)[:, -last, None]
+        shares.append(((near & bad[without_word]).sum(axis=1) + prior) / (near.sum(axis=1) + 1))
+    return float(np.concatenate(shares).mean())
+
+
+def _prompts(rows: Sequence[Tokens]) -> csr_array:
+    counts = [len(row.asked) for row in rows]
+    tokens = np.concatenate([row.asked for row in rows])
+    shape = (len(rows), int(tokens.max(initial=0)) + 1)
+    return csr_array((np.ones(len(tokens)), (np.repeat(np.arange(len(rows)), counts), tokens)), shape=shape)
 
 
 def said(model: Loaded, row: Tokens, doubted: NDArray[np.bool_]) -> str:
