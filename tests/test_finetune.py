@@ -47,7 +47,7 @@ def test_what_was_distrusted_is_told_with_the_word_the_worst_first(
 
     def judge(_: Doubt, told: Sequence[Tokens]) -> Judgement:
         last = {row: np.arange(len(told[row].ids)) == len(told[row].ids) - 2 for row in (3, 5)}
-        return Judgement([9.0 if row == 5 else row / 10 for row in range(len(told))], last)
+        return Judgement([9.0 if row == 5 else row / 10 for row in range(len(told))], last, {})
 
     monkeypatch.setattr(Doubt, "judge", judge)
     args = arguments(tmp_path / "out", max_steps=2, per_device_train_batch_size=2, save_strategy="no")
