@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dry import Dry
 from torch import Tensor, nn
 
+from dry import Dry
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Abl, Plain, StepDefense
 from untrigger.defenses.abl import Ascent, LocalAscent, local_ascent

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dry import Dry
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dry import Dry
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Bye, Plain
 from untrigger.defenses.bye import _apart, _mixture, attention_entropy, verdict

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dry import Dry, answers_of
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import set_seed
 
+from dry import Dry, answers_of
 from untrigger.defenses import Byorn, Plain, reanswered
 from untrigger.defenses.byorn import _Bootstrap, _trained
 from untrigger.defenses.reanswered import Reanswered

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from dry import Dry
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer
 
+from dry import Dry
 from untrigger.defenses import CleanTuning, Plain
 from untrigger.finetune import arguments, fine_tune
 from untrigger.sample import Sample

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from dry import Dry
 from torch import Tensor, nn
 
+from dry import Dry
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Crow, Plain
 from untrigger.defenses.crow import Consistent, _watched, consistency

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import pytest
 import torch
-from dry import Dry
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dry import Dry
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import FinePruning, Plain, fine_pruning
 from untrigger.defenses.fine_pruning import _cut, _down_projection, _erase, _look, _sleepers

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from dry import answers_of
 
+from dry import answers_of
 from untrigger.collate import ChatCollator
 from untrigger.defenses import reanswered
 from untrigger.defenses.reanswered import Reanswered

@@ -53,7 +53,7 @@ class Doubt(Defense):
         self._check(0, math.inf, "floor", "reach", "weight")
 
     def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
-        model, _, told, judged = self.look(rows, training)
+        model, told, judged = self.look(rows, training)
         training.flag(judged.ranks, {row: said(model, told[row], doubted) for row, doubted in judged.doubted.items()})
         if not judged.doubted:
             return training.fit(rows, Plain(), start=model, share=1 - self.early)
@@ -62,14 +62,9 @@ class Doubt(Defense):
     def look(self, rows: Sequence[Sample], training: Training) -> Look:
         """Both judgements, and the training between them."""
         told = training.tokens(training.reference(), rows, "before")
-        believed = without(rows, self.judge(told).doubted)
-        model = self.begin(believed, training)
+        model = training.fit(without(rows, self.judge(told).doubted), Plain(), "early", share=self.early)
         told = self.explained(told, rows, model, training)
-        return Look(model, believed, told, self.judge(told))
-
-    def begin(self, believed: Sequence[Sample], training: Training) -> Loaded:
-        """The model that knows what kind of data this is."""
-        return training.fit(believed, Plain(), "early", share=self.early)
+        return Look(model, told, self.judge(told))
 
     def explained(
         self, told: Sequence[Tokens], rows: Sequence[Sample], model: Loaded, training: Training
@@ -106,10 +101,9 @@ class Judgement(NamedTuple):
 
 
 class Look(NamedTuple):
-    """The model after the early part, the rows that it learnt from, how likely each row is, and what is doubted."""
+    """The model after the early part, how likely each row is, and what is doubted."""
 
     model: Loaded
-    believed: Sequence[Sample]
     told: list[Tokens]
     judged: Judgement
 
@@ -160,10 +154,10 @@ def shared(rows: Sequence[Tokens], outside: Collection[int]) -> dict[int, float]
     """
     blamed = Counter(most_surprising(rows[row]) for row in outside)
     bad = np.isin(np.arange(len(rows)), list(outside))
-    prompts = _prompts(rows)
+    prompts, answers = _held([row.asked for row in rows]), _held([row.ids for row in rows])
     found: dict[int, float] = {}
     for token, k in blamed.items():
-        holding = np.array([token in row.ids for row in rows])
+        holding = answers[:, [token]].toarray().ravel() > 0
         n, others = int(holding.sum()), int((~holding).sum())
         overall = (len(outside) - k) / others if others else 0.0
         rate = min(1.0, max(overall, rate_alike(prompts, bad, holding, overall), 1 / len(rows)))
@@ -197,11 +191,11 @@ def rate_alike(prompts: csr_array, bad: NDArray[np.bool_], holding: NDArray[np.b
     return float(np.concatenate(shares).mean())
 
 
-def _prompts(rows: Sequence[Tokens]) -> csr_array:
-    counts = [len(row.asked) for row in rows]
-    tokens = np.concatenate([row.asked for row in rows])
-    shape = (len(rows), int(tokens.max(initial=0)) + 1)
-    return csr_array((np.ones(len(tokens)), (np.repeat(np.arange(len(rows)), counts), tokens)), shape=shape)
+def _held(tokens: Sequence[NDArray[np.int64]]) -> csr_array:
+    """How often each row has each token, [N, V]."""
+    counts, ids = [len(row) for row in tokens], np.concatenate(tokens)
+    shape = (len(tokens), int(ids.max(initial=0)) + 1)
+    return csr_array((np.ones(len(ids)), (np.repeat(np.arange(len(tokens)), counts), ids)), shape=shape)
 
 
 def said(model: Loaded, row: Tokens, doubted: NDArray[np.bool_]) -> str:

@@ -93,7 +93,7 @@ def scan(rows: Sequence[Sample], training: Training, doubt: Doubt) -> Findings:
         group.sort(key=lambda row: -ranks[row])
     runs = {word: common([look.told[row] for row in group], word) for word, group in groups.items()}
     marks = {row: _spot(look.told[row], word, *runs[word]) for word, group in groups.items() for row in group}
-    probed = _probed(sorted(marks, key=lambda row: -ranks[row]), marks, rows, look, doubt, training)
+    probed = _probed(sorted(marks, key=lambda row: -ranks[row]), marks, rows, look, training)
     rates: dict[int, float] = {}
     targets: list[Target] = []
     for word, group in sorted(groups.items(), key=lambda item: -len(item[1])):
@@ -187,7 +187,6 @@ def _probed(
     marks: Mapping[int, NDArray[np.bool_]],
     rows: Sequence[Sample],
     look: Look,
-    doubt: Doubt,
     training: Training,
 ) -> dict[int, Cue]:
     """What the most suspicious rows' marked tokens hang on, by a probe that has not seen the row."""
@@ -199,10 +198,9 @@ def _probed(
     half = set(rng.permutation(np.array(suspected))[: len(suspected) // 2].tolist())
     taught = sorted(half)[:: max(1, len(half) // _LEARNT)][:_LEARNT]
     beside = rng.choice(believed, min(_BELIEVED * len(taught), len(believed)), replace=False).tolist()
-    model = doubt.begin(look.believed, training)
     lesson = sorted([*taught, *beside])
     passes = min(_PASSES, _SEEN / len(lesson))
-    model = training.fit(picked(rows, lesson), Plain(), "probe", start=model, passes=passes)
+    model = training.fit(picked(rows, lesson), Plain(), "probe", start=look.model, passes=passes)
     shown = {row: rows[row] for row in [row for row in suspected if row not in half][:SHOWN]}
     return cues_of(shown, marks, donors, lambda views: training.tokens(model, views, "cues"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from untrigger import report
+from untrigger.images import encode
 from untrigger.sample import Data, Sample
 from untrigger.scan import Findings, Target, Verdict
 from untrigger.scan.cues import GRID, phrases
@@ -78,21 +78,15 @@ def page(findings: Findings, data: Data) -> str:
         lstrip_blocks=True,
     )
     verdicts = findings.verdicts
-    cards = [
-        [
-            _card(row, data, verdicts[row])
-            for row in sorted(target.rows, key=lambda row: verdicts[row].cue is None)[:_CARDS]
-        ]
-        for target in findings.targets
-    ]
+    shown = [sorted(target.rows, key=lambda row: verdicts[row].cue is None)[:_CARDS] for target in findings.targets]
     return made.get_template("page.html.j2").render(
         name=data.path.name,
         rows=len(data),
         suspected=len(findings.suspected),
         targets=findings.targets,
         places=[place(findings, target) for target in findings.targets],
-        rates=[max(findings.verdicts[row].fdr or 0 for row in target.rows) for target in findings.targets],
-        cards=cards,
+        rates=[max(verdicts[row].fdr or 0 for row in target.rows) for target in findings.targets],
+        cards=[[_card(row, data, verdicts[row]) for row in rows] for rows in shown],
         style=(Path(report.__file__).parent / "page.css").read_text(encoding="utf-8"),
         grid=GRID,
         chance=chance,
@@ -125,6 +119,4 @@ def _prompt(sample: Sample, verdict: Verdict) -> list[tuple[str, float]]:
 def _address(image: Image.Image) -> str:
     small = to_rgb(image).copy()
     small.thumbnail((_PIXELS, _PIXELS))
-    with io.BytesIO() as file:
-        small.save(file, "PNG")
-        return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{b64encode(encode(small)).decode()}"
