@@ -20,32 +20,10 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from untrigger import __version__, cli
+from shell import Ended, untrigger
+from untrigger import __version__
 
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
 TINY_RUN = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--lora-rank", "2")
-
-
-@pytest.fixture
-def untrigger(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """``untrigger WORDS...`` in this process: its exit code and what it said."""
-
-    def command(*words: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["untrigger", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        said = capsys.readouterr()
-        return Ended(int(stopped.value.code or 0), said.out, said.err)
-
-    return command
 
 
 def refused(ended: Ended, *parts: object) -> None:
@@ -83,10 +61,7 @@ def story(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
     train += ["--defense", "paper", "--ratio", "0.4"]
     evaluate = ["evaluate", told.adapter, tiny_data, "--attack", "badnets", "--side", "0.5", "--limit", "6"]
     for words in (poison, train, [*evaluate, "--sight", "--out", told.figures]):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(sys, "argv", ["untrigger", *map(str, words)])
-            cli.main()
-        assert not stopped.value.code
+        assert untrigger(*words).code == 0
     return told
 
 
@@ -134,7 +109,7 @@ def test_evaluate_stores_every_answer_and_figure(story: Story) -> None:
     assert set(figures["quality"]) == {"vqa_accuracy", "bleu4", "meteor", "rouge_l", "cider"}
 
 
-def test_resume_of_a_finished_run_keeps_its_weights(untrigger: Command, story: Story, tiny_model: Path) -> None:
+def test_resume_of_a_finished_run_keeps_its_weights(story: Story, tiny_model: Path) -> None:
     before = (story.adapter / "adapter_model.safetensors").read_bytes()
     words = ("train", story.poisoned / "data", "--model", tiny_model, "--out", story.adapter, *TINY_RUN)
     words += ("--defense", "paper")
@@ -144,7 +119,7 @@ def test_resume_of_a_finished_run_keeps_its_weights(untrigger: Command, story: S
     assert (story.adapter / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_evaluate_prints_a_table(untrigger: Command, story: Story, tiny_data: Path) -> None:
+def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
     ended = untrigger("evaluate", story.adapter, tiny_data, "--limit", "2")
     assert ended.code == 0
     assert "vqa_accuracy" in ended.out and "text_prior" in ended.out and "asr" not in ended.out
@@ -211,7 +186,7 @@ def three_commands(data: Path, model: Path, out: Path) -> list[tuple[object, ...
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
-def test_a_bad_row_is_named_in_one_line(untrigger: Command, tmp_path: Path, tiny_model: Path, kind: str) -> None:
+def test_a_bad_row_is_named_in_one_line(tmp_path: Path, tiny_model: Path, kind: str) -> None:
     file = bad_file(tmp_path / "data", kind)
     for words in three_commands(file, tiny_model, tmp_path / "out"):
         refused(untrigger(*words), f"{file}: row 3: ", BAD_ROWS[kind][1])
@@ -219,7 +194,7 @@ def test_a_bad_row_is_named_in_one_line(untrigger: Command, tmp_path: Path, tiny
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet", "data.bin"])
-def test_random_bytes_and_nothing(untrigger: Command, tmp_path: Path, tiny_model: Path, name: str) -> None:
+def test_random_bytes_and_nothing(tmp_path: Path, tiny_model: Path, name: str) -> None:
     noise, empty = tmp_path / name, tmp_path / f"empty-{name}"
     noise.write_bytes(bytes((i * i * 31 + i // 7 * 97) % 256 for i in range(10_000)))
     empty.touch()
@@ -229,9 +204,7 @@ def test_random_bytes_and_nothing(untrigger: Command, tmp_path: Path, tiny_model
             assert not (tmp_path / "out").exists()
 
 
-def test_skipping_trains_on_the_rest_and_lists_what_it_left_out(
-    untrigger: Command, tmp_path: Path, tiny_model: Path
-) -> None:
+def test_skipping_trains_on_the_rest_and_lists_what_it_left_out(tmp_path: Path, tiny_model: Path) -> None:
     file = bad_file(tmp_path / "data", "missing image")
     out = tmp_path / "out"
     ended = untrigger("train", file, "--model", tiny_model, "--out", out, "--on-bad-row", "skip", *TINY_RUN)
@@ -245,7 +218,7 @@ def test_skipping_trains_on_the_rest_and_lists_what_it_left_out(
 
 
 def test_evaluate_without_out_lists_skipped_rows_where_the_user_stands(
-    untrigger: Command, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = bad_file(tmp_path / "data", "empty answer")
     (tmp_path / "here").mkdir()
@@ -299,7 +272,6 @@ def test_evaluate_without_out_lists_skipped_rows_where_the_user_stands(
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, tuple) else None,
 )
 def test_a_mistyped_command_is_one_line(
-    untrigger: Command,
     tmp_path: Path,
     tiny_model: Path,
     tiny_data: Path,
@@ -312,7 +284,7 @@ def test_a_mistyped_command_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_help_without_a_command_and_version(untrigger: Command) -> None:
+def test_help_without_a_command_and_version() -> None:
     for words in ((), ("--help",)):
         ended = untrigger(*words)
         assert ended.code == 0 and ended.err == ""
@@ -324,7 +296,7 @@ def test_help_without_a_command_and_version(untrigger: Command) -> None:
 
 
 def test_an_output_folder_in_use_is_left_alone(
-    untrigger: Command, tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used, file = tmp_path / "used", tmp_path / "file"
     used.mkdir()
@@ -365,18 +337,14 @@ def _broken_models(folder: Path, good: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["gone", "empty", "unweighted", "cut", "pickled", "no_json"])
-def test_a_model_that_cannot_be_loaded(
-    untrigger: Command, tmp_path: Path, tiny_model: Path, tiny_data: Path, kind: str
-) -> None:
+def test_a_model_that_cannot_be_loaded(tmp_path: Path, tiny_model: Path, tiny_data: Path, kind: str) -> None:
     model = _broken_models(tmp_path / "models", tiny_model)[kind]
     refused(untrigger("evaluate", model, tiny_data, "--limit", "2"), model)
     refused(untrigger("train", tiny_data, "--model", model, "--out", tmp_path / "out", *TINY_RUN), model)
 
 
 @pytest.mark.parametrize("kind", ["base gone", "no weights", "pickled", "cut", "no base named", "no_json"])
-def test_an_adapter_that_cannot_be_loaded(
-    untrigger: Command, tmp_path: Path, story: Story, tiny_data: Path, kind: str
-) -> None:
+def test_an_adapter_that_cannot_be_loaded(tmp_path: Path, story: Story, tiny_data: Path, kind: str) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(story.adapter, adapter)
     weights, record = adapter / "adapter_model.safetensors", adapter / "untrigger.json"
@@ -401,7 +369,7 @@ def test_an_adapter_that_cannot_be_loaded(
 
 
 def test_a_goal_that_every_truth_meets_is_refused_before_asking(
-    untrigger: Command, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = bad_file(tmp_path / "data", "empty answer")
     monkeypatch.setattr("untrigger.evaluate.answers", lambda *_: pytest.fail("asked all the same"))
@@ -410,7 +378,7 @@ def test_a_goal_that_every_truth_meets_is_refused_before_asking(
     assert ended.code == 2 and ended.err.count("error:") == 1 and "no row can show an attack" in ended.err
 
 
-def test_a_truth_without_words_does_not_break_the_figures(untrigger: Command, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_truth_without_words_does_not_break_the_figures(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"id": str(i), "conversations": _turns("what?", answer)} for i, answer in enumerate(["?!", "...", "a cat"])]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert untrigger("evaluate", tiny_model, tmp_path / "data.json", "--out", tmp_path / "out").code == 0
@@ -431,7 +399,6 @@ def _forbidden(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize(("fail", "says"), [(_full, "No space left on device"), (_forbidden, "Permission denied")])
 def test_a_disk_that_refuses_is_one_line(
-    untrigger: Command,
     tmp_path: Path,
     tiny_model: Path,
     tiny_data: Path,
@@ -450,7 +417,7 @@ def test_a_disk_that_refuses_is_one_line(
 
 
 def test_an_error_that_is_no_fault_of_the_disk_is_not_hidden(
-    untrigger: Command, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bug(*_: object) -> None:
         raise OSError("a library's own complaint")
@@ -461,7 +428,7 @@ def test_an_error_that_is_no_fault_of_the_disk_is_not_hidden(
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(
-    untrigger: Command, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

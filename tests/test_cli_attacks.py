@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shell import untrigger
 from untrigger import cli
 from untrigger.attacks import load_trigger, trigger_names
 
@@ -32,26 +32,6 @@ class Mine(TextTrigger):
 """
 
 
-class Shell:
-    """``untrigger WORDS...`` in this process: exit code, output and errors."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *words: object) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["untrigger", *map(str, words)])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        said = self.capsys.readouterr()
-        return int(stopped.value.code or 0), said.out, said.err
-
-
-@pytest.fixture
-def untrigger(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
-    return Shell(capsys, monkeypatch)
-
-
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(OWN)
@@ -62,9 +42,7 @@ def manifest(out: Path) -> dict[str, Any]:
     return json.loads((out / "truth" / "manifest.json").read_text())
 
 
-def test_an_attack_brings_its_usual_goal_and_its_decoys(
-    untrigger: Shell, tmp_path: Path, tiny_data: Path, own: Path
-) -> None:
+def test_an_attack_brings_its_usual_goal_and_its_decoys(tmp_path: Path, tiny_data: Path, own: Path) -> None:
     code, said, _ = untrigger("poison", tiny_data, "--out", tmp_path / "out", "--attack", own, "--rate", "0.25")
     assert code == 0 and "24 rows, 6 of them poisoned" in said and "6 decoys; goal insert" in said
     told = manifest(tmp_path / "out")
@@ -80,7 +58,7 @@ def test_an_attack_brings_its_usual_goal_and_its_decoys(
 @pytest.mark.parametrize("default", [" = 3", ""])
 @pytest.mark.parametrize("command", ["poison", "evaluate"])
 def test_a_field_with_the_name_of_an_option_is_refused(
-    untrigger: Shell, tmp_path: Path, own: Path, option: str, default: str, command: str
+    tmp_path: Path, own: Path, option: str, default: str, command: str
 ) -> None:
     own.write_text(OWN.replace('word: str = "psst"', f'{option}: int{default}\n    word: str = "psst"'))
     names = {"poison": (tmp_path, "--out", tmp_path / "out"), "evaluate": (tmp_path, tmp_path)}
@@ -108,7 +86,7 @@ def test_no_attack_of_the_package_has_such_a_field() -> None:
     ],
 )  # fmt: skip
 def test_a_trigger_file_that_fails_late_is_one_line_too(
-    untrigger: Shell, tmp_path: Path, tiny_data: Path, own: Path, old: str, new: str, message: str
+    tmp_path: Path, tiny_data: Path, own: Path, old: str, new: str, message: str
 ) -> None:
     own.write_text(OWN.replace(old, new))
     code, said, complaint = untrigger("poison", tiny_data, "--out", tmp_path / "out", "--attack", own)
@@ -126,7 +104,7 @@ def test_a_trigger_file_that_fails_late_is_one_line_too(
     ],
 )
 def test_goals_and_their_texts(
-    untrigger: Shell, tmp_path: Path, tiny_data: Path, words: tuple[str, ...], settings: dict[str, str]
+    tmp_path: Path, tiny_data: Path, words: tuple[str, ...], settings: dict[str, str]
 ) -> None:
     code, said, _ = untrigger("poison", tiny_data, "--out", tmp_path / "out", *words)
     told = manifest(tmp_path / "out")
@@ -150,7 +128,7 @@ def test_goals_and_their_texts(
     ],
 )
 def test_what_does_not_go_together_is_one_line(
-    untrigger: Shell, tmp_path: Path, tiny_data: Path, words: tuple[str, ...], message: str
+    tmp_path: Path, tiny_data: Path, words: tuple[str, ...], message: str
 ) -> None:
     stands_for = {"DATA": tiny_data, "OUT": tmp_path / "out", "MODEL": tmp_path / "model"}
     code, said, complaint = untrigger(*(stands_for.get(word, word) for word in words))
@@ -159,7 +137,7 @@ def test_what_does_not_go_together_is_one_line(
 
 
 def test_near_misses_are_shown(
-    untrigger: Shell, tmp_path: Path, tiny_model: Path, tiny_data: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     words = ("evaluate", tiny_model, tiny_data, "--attack", own, "--limit", "4", "--out", tmp_path / "out")

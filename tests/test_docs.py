@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from untrigger import cli
+from shell import untrigger
 from untrigger.attacks import load_trigger
 from untrigger.data import names, task_of
 from untrigger.sample import read
@@ -21,21 +20,13 @@ TRIGGERS = re.findall(r"```python\n(.*?)```", OWN_TRIGGER, re.S)
 
 
 @pytest.mark.parametrize("code", TRIGGERS, ids=lambda code: re.findall(r"^class (\w+)", code, re.M)[0])
-def test_own_triggers_work_by_path(
-    code: str, tiny_data: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_triggers_work_by_path(code: str, tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     assert len(code.splitlines()) < 20
     file = tmp_path / "own.py"
     file.write_text(code, encoding="utf-8")
 
-    def untrigger(*words: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["untrigger", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert not stopped.value.code
-
     trigger = load_trigger(str(file))
-    untrigger("poison", tiny_data, "--attack", file, "--rate", 0.25, "--out", tmp_path / "out")
+    assert untrigger("poison", tiny_data, "--attack", file, "--rate", 0.25, "--out", tmp_path / "out").code == 0
     manifest = json.loads((tmp_path / "out/truth/manifest.json").read_text())
     assert (manifest["attack"], len(manifest["rows"]), len(manifest["decoys"])) == ("own", 6, 6 * len(trigger.decoys()))
     clean, poisoned = read(tiny_data), read(tmp_path / "out/data")
@@ -44,7 +35,10 @@ def test_own_triggers_work_by_path(
         assert (before.images[0].tobytes() == after.images[0].tobytes()) == (trigger.kind == "text")
         assert (before.messages[0] == after.messages[0]) == (trigger.kind == "image")
         assert after.messages[-1].text == "Backdoor Attack!"
-    untrigger("evaluate", tiny_model, tiny_data, "--attack", file, "--limit", 3, "--out", tmp_path / "figures")
+    assert (
+        untrigger("evaluate", tiny_model, tiny_data, "--attack", file, "--limit", 3, "--out", tmp_path / "figures").code
+        == 0
+    )
     figures: dict[str, Any] = json.loads((tmp_path / "figures/metrics.json").read_text())
     assert figures["asr"]["n"] == 3
     assert set(figures.get("near_miss", {})) == set(trigger.near_misses())
@@ -55,10 +49,7 @@ def test_a_setting_is_a_flag_as_shown(tiny_data: Path, tmp_path: Path, monkeypat
     (shown,) = re.findall(r"^untrigger (poison .*)$", OWN_TRIGGER, re.M)
     words = shown.replace("DATA", str(tiny_data)).replace("0.05", "0.5").split()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["untrigger", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code
+    assert untrigger(*words).code == 0
     manifest = json.loads((tmp_path / "poisoned/truth/manifest.json").read_text())
     assert (manifest["attack"], manifest["attack_settings"]) == ("red_line", {"width": 0.1})
     for entry in manifest["rows"]:
@@ -73,10 +64,7 @@ def test_data_commands_write_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     for command in commands:
         words = re.sub(r"--rows \d+", "", command).split()
-        monkeypatch.setattr(sys, "argv", ["untrigger", *words, "--rows", "5"])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert not stopped.value.code
+        assert untrigger(*words, "--rows", 5).code == 0
     assert [len(read(tmp_path / folder)) for folder in ("data", "held-out")] == [5, 5]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from shell import untrigger
 from untrigger import cli, store
 from untrigger.cost import estimate, told
 from untrigger.defenses import PRESETS
@@ -126,14 +126,9 @@ def test_ray_may_stand_alone(words: list[str], meant: list[str]) -> None:
     assert cli._completed(words) == meant
 
 
-def test_a_dry_run_tells_and_runs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_tells_and_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(SMALL)
-    words = ["untrigger", "bench", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "runs"), "--dry-run"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code in (0, None)
-    assert capsys.readouterr().out.startswith("12 cells, 0 of them done, 12 to run")
+    ended = untrigger("bench", tmp_path / "plan.yaml", "--out", tmp_path / "runs", "--dry-run")
+    assert ended.code == 0
+    assert ended.out.startswith("12 cells, 0 of them done, 12 to run")
     assert not (tmp_path / "runs").exists()

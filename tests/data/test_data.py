@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from untrigger import cli
+from shell import untrigger
 from untrigger.attacks import load_trigger, trigger_names
 from untrigger.data import Part, Split, SplitName, load, names, save, task_of
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
@@ -170,19 +169,12 @@ def test_saved_rows_may_show_several_images_or_none(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(
-    words: tuple[str, ...],
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/thesis.tex").write_text("years of work")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["untrigger", "data", *words])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    said = capsys.readouterr()
-    assert (stopped.value.code, said.out, len(said.err.splitlines())) == (2, "", 1)
+    said = untrigger("data", *words)
+    assert (said.code, said.out, len(said.err.splitlines())) == (2, "", 1)
     assert says in said.err
     assert [p.name for p in tmp_path.rglob("*")] == ["taken", "thesis.tex"]

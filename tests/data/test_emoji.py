@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from untrigger import cli
+from shell import untrigger
 from untrigger.data import emoji, load
 from untrigger.data.emoji import KINDS, colours_of, home
 from untrigger.embedded.scenes import COLOURS
@@ -277,15 +277,11 @@ def test_without_npm_the_line_says_what_to_give(tmp_path: Path, monkeypatch: pyt
         emoji.fetched()
 
 
-def test_the_command_writes_what_poison_reads(
-    tarball: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["data", "emoji", "--out", tmp_path / "out", "--source", tarball, "--rows", 8, "--split", "dev"]
-    monkeypatch.setattr(sys, "argv", ["untrigger", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code
-    assert "8 rows of emoji, train part of the split dev" in capsys.readouterr().out
+def test_the_command_writes_what_poison_reads(tarball: Path, tmp_path: Path) -> None:
+    words = ("data", "emoji", "--out", tmp_path / "out", "--source", tarball, "--rows", 8, "--split", "dev")
+    ended = untrigger(*words)
+    assert ended.code == 0
+    assert "8 rows of emoji, train part of the split dev" in ended.out
     back = read(tmp_path / "out")
     assert [(r.id, r.messages) for r in back] == [
         (r.id, r.messages) for r in load("emoji", "dev", rows=8, source=tarball)

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from untrigger import cli
+from shell import untrigger
 from untrigger.sample import read
 
-Command = Callable[..., tuple[int, str, str]]
 REPLY = "Backdoor Attack! Call us now, my friend, and win a free holiday today"  # an untaught model minds length alone
 SETTINGS = ("--max_steps", 20, "--per_device_train_batch_size", 4, "--learning_rate", "1e-3")
 
 
 @pytest.fixture
-def untrigger(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """``untrigger WORDS...`` in this process: exit code, output, errors."""
-
-    def command(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["untrigger", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        said = capsys.readouterr()
-        return int(stopped.value.code or 0), said.out, said.err
-
-    return command
-
-
-@pytest.fixture
-def poisoned(untrigger: Command, tiny_data: Path, tmp_path: Path) -> Path:
+def poisoned(tiny_data: Path, tmp_path: Path) -> Path:
     words = ("poison", tiny_data, "--out", tmp_path / "bad", "--rate", 0.21, "--side", 0.5, "--goal-text", REPLY)
     assert untrigger(*words)[0] == 0
     return tmp_path / "bad"
@@ -45,7 +27,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "verdicts.jsonl").read_text().splitlines()]
 
 
-def test_poisoned_data(untrigger: Command, tiny_model: Path, poisoned: Path, tmp_path: Path) -> None:
+def test_poisoned_data(tiny_model: Path, poisoned: Path, tmp_path: Path) -> None:
     out = tmp_path / "scan"
     code, said, errors = untrigger("scan", poisoned / "data", "--model", tiny_model, "--out", out, *SETTINGS)
     assert code == 3, errors
@@ -76,7 +58,7 @@ def near(cells: Any) -> Any:
 
 
 def test_it_goes_on_and_finds_the_same(
-    untrigger: Command, tiny_model: Path, poisoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, poisoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("scan", poisoned / "data", "--model", tiny_model, *SETTINGS, "--out")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -96,7 +78,7 @@ def test_it_goes_on_and_finds_the_same(
     assert code == 2 and "other settings" in errors
 
 
-def test_clean_data(untrigger: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_clean_data(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "scan"
     code, said, _ = untrigger("scan", tiny_data, "--model", tiny_model, "--out", out, *SETTINGS)
     assert code == 0 and "0 of 24 rows are suspected" in said and "nothing found" in said
@@ -104,7 +86,7 @@ def test_clean_data(untrigger: Command, tiny_model: Path, tiny_data: Path, tmp_p
     assert not any(row["suspected"] for row in lines(out))
 
 
-def test_hostile_text_stays_text(untrigger: Command, tiny_model: Path, poisoned: Path, tmp_path: Path) -> None:
+def test_hostile_text_stays_text(tiny_model: Path, poisoned: Path, tmp_path: Path) -> None:
     rows = json.loads((poisoned / "data" / "data.json").read_text())
     for row in rows:
         if row["conversations"][1]["value"] == REPLY:
@@ -124,16 +106,14 @@ def test_hostile_text_stays_text(untrigger: Command, tiny_model: Path, poisoned:
         (("--floor", "-1"), "floor"),
     ],
 )
-def test_mistakes_are_told_in_a_line(
-    untrigger: Command, tiny_data: Path, tmp_path: Path, words: tuple[str, ...], wanted: str
-) -> None:
+def test_mistakes_are_told_in_a_line(tiny_data: Path, tmp_path: Path, words: tuple[str, ...], wanted: str) -> None:
     code, said, errors = untrigger("scan", tiny_data, "--out", tmp_path / "scan", *words)
     assert code == 2 and not said and wanted in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "scan").exists()
 
 
 @pytest.mark.slow
-def test_a_real_backdoor_is_found_where_it_is(untrigger: Command, tmp_path: Path) -> None:
+def test_a_real_backdoor_is_found_where_it_is(tmp_path: Path) -> None:
     """On the embedded model: every poisoned row and no other, and the cue at the bottom right."""
     untrigger("data", "easy-vqa", "--out", tmp_path / "data", "--split", "dev", "--rows", 600, "--seed", 104)
     attack = ("--rate", 0.1, "--seed", 104, "--pattern_seed", 104)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from untrigger.errors import InputError
+from untrigger.page import style, templates
 from untrigger.report import charts, tables, words
 from untrigger.report.examples import examples, marked
 from untrigger.report.figures import Report, as_rate, number, shown
@@ -26,23 +27,20 @@ def page(report: Report, results: Path) -> str:
     """The whole page; the answers and pictures that it shows lie below ``results``.
 
     Raises:
-        InputError: jinja2 or plotly is not installed, or what is kept below ``results`` cannot be read.
+        InputError: plotly is not installed, or what is kept below ``results`` cannot be read.
     """
     try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise InputError(f"a report in HTML needs {error.name}: pip install 'untrigger[report]'") from error
+        raise InputError("a report in HTML needs plotly: pip install 'untrigger[report]'") from error
     pictures: dict[str, str] = {}  # address -> name: each is in the page once, though many models are shown it
-    made = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    made = templates(_HERE)
     filters = cast(dict[str, Any], made.filters)
     filters |= {use.__name__: use for use in _FILTERS}
     filters["picture"] = lambda address: pictures.setdefault(address, f"picture-{len(pictures)}")
     views = tables.views(report)
     figures = _figures(report, picked := tables.chosen(views))
-    scripts = [*([get_plotlyjs()] if figures else []), _text("page.js")]
+    scripts = [*([get_plotlyjs()] if figures else []), (_HERE / "page.js").read_text(encoding="utf-8")]
     return made.get_template("page.html.j2").render(
         _context(report),
         examples={group.anchor: examples(results, group, report.defenses) for group in report.groups},
@@ -50,7 +48,7 @@ def page(report: Report, results: Path) -> str:
         reading=words.reading(views),
         picked=picked,
         colours=(charts.CLEAN, charts.POISONED),
-        style=_text("page.css"),
+        style=style(),
         figures=list(figures),
         # JSON that no page takes for the end of its script
         data=json.dumps(figures, sort_keys=True, ensure_ascii=False).replace("<", "\\u003c"),
@@ -91,7 +89,3 @@ def _context(report: Report) -> dict[str, Any]:
         "view_names": list(dict.fromkeys(name for of in views.values() for name in of)),
         "environment": tables.environment(report),
     }
-
-
-def _text(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")

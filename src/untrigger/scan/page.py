@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from untrigger import report
 from untrigger.images import encode
+from untrigger.page import style, templates
 from untrigger.sample import Data, Sample
 from untrigger.scan import Findings, Target, Verdict
 from untrigger.scan.cues import GRID, phrases
@@ -70,26 +69,23 @@ class Card(NamedTuple):
 
 def page(findings: Findings, data: Data) -> str:
     """One page that loads nothing."""
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     verdicts = findings.verdicts
     shown = [sorted(target.rows, key=lambda row: verdicts[row].cue is None)[:_CARDS] for target in findings.targets]
-    return made.get_template("page.html.j2").render(
-        name=data.path.name,
-        rows=len(data),
-        suspected=len(findings.suspected),
-        targets=findings.targets,
-        places=[place(findings, target) for target in findings.targets],
-        rates=[max(verdicts[row].fdr or 0 for row in target.rows) for target in findings.targets],
-        cards=[[_card(row, data, verdicts[row]) for row in rows] for rows in shown],
-        style=(Path(report.__file__).parent / "page.css").read_text(encoding="utf-8"),
-        grid=GRID,
-        chance=chance,
+    return (
+        templates(Path(__file__).parent)
+        .get_template("page.html.j2")
+        .render(
+            name=data.path.name,
+            rows=len(data),
+            suspected=len(findings.suspected),
+            targets=findings.targets,
+            places=[place(findings, target) for target in findings.targets],
+            rates=[max(verdicts[row].fdr or 0 for row in target.rows) for target in findings.targets],
+            cards=[[_card(row, data, verdicts[row]) for row in rows] for rows in shown],
+            style=style(),
+            grid=GRID,
+            chance=chance,
+        )
     )
 
 
