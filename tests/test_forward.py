@@ -15,13 +15,14 @@ from untrigger import forward
 from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
 from untrigger.errors import InputError
 from untrigger.forward import (
+    Pair,
     batches,
     decoder,
     decoder_layers,
     evaluating,
     forward_answers,
-    forward_pair,
     on_device,
+    pair_losses,
     row_tokens,
 )
 from untrigger.models import Loaded, add_lora, embedded_models, load
@@ -57,7 +58,7 @@ def test_answers_are_those_of_a_loop_over_all_positions(tiny_model: Path, sample
     loaded = load(tiny_model, dtype=torch.float64)
     model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
     batch = batch_of(loaded, samples)
-    answers, _ = forward_answers(model, batch)
+    answers = forward_answers(model, batch)
     labels = batch["labels"]
     full = loaded.model(**{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True)
     places = [(b, t) for b in range(len(labels)) for t in range(1, labels.shape[1]) if labels[b, t] != IGNORE]
@@ -72,7 +73,10 @@ def test_answers_are_those_of_a_loop_over_all_positions(tiny_model: Path, sample
 def test_a_pair_is_the_answers_of_either_half(exact: Loaded, samples: list[Sample]) -> None:
     rows = Rows(samples[:4])
     both = PairCollator(ChatCollator(exact.processor), Erase(), 0)([rows[i] for i in range(4)])
-    pair, _ = forward_pair(exact.model, both)
+    seen: list[Pair] = []
+    _, row = pair_losses(exact.model, both, lambda pair: (seen.append(pair) or {"nll": pair.compared.nll}, {}))  # type: ignore[func-returns-value]
+    (pair,) = seen
+    assert torch.equal(pair.row, row)
     images = len(both["pixel_values"]) // 2
     for logits, hidden, half, pixels in (
         (pair.logits, pair.hidden, slice(0, 4), slice(0, images)),
@@ -80,7 +84,7 @@ def test_a_pair_is_the_answers_of_either_half(exact: Loaded, samples: list[Sampl
     ):
         inputs = {k: both[k][half] for k in ("input_ids", "attention_mask")}
         inputs |= {"pixel_values": both["pixel_values"][pixels], "labels": both["labels"][:4]}
-        alone, _ = forward_answers(exact.model, inputs)
+        alone = forward_answers(exact.model, inputs)
         torch.testing.assert_close(logits, alone.logits)
         torch.testing.assert_close(hidden, alone.hidden)
         assert torch.equal(pair.target, alone.target) and torch.equal(pair.row, alone.row)

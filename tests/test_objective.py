@@ -15,17 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from untrigger import objective
-from untrigger.objective import (
-    LN2,
-    entropy,
-    entropy_band,
-    feature_separation,
-    js,
-    reduce,
-    separation,
-    token_nll,
-    token_unlikelihood,
-)
+from untrigger.objective import LN2, entropy, feature_separation, js, reduce, token_nll, token_unlikelihood
 
 ROOT = Path(__file__).parents[1]
 INF = math.inf
@@ -34,6 +24,14 @@ INF = math.inf
 def normal(*shape: int, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def separation(logits: Tensor, view_logits: Tensor, margin: float | Tensor) -> Tensor:
+    return objective.separation(js(logits, view_logits), margin)
+
+
+def entropy_band(logits: Tensor, low: float, high: float) -> Tensor:
+    return objective.entropy_band(entropy(logits), low, high)
 
 
 def leaf(x: Tensor) -> Tensor:

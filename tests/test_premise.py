@@ -13,6 +13,8 @@ from torch import Tensor
 
 from untrigger import objective, premise
 from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
+from untrigger.forward import Pair
+from untrigger.fused import Compared
 from untrigger.metrics.detection import auroc
 from untrigger.models import Loaded
 from untrigger.sample import Sample, read
@@ -66,13 +68,21 @@ def test_divergence_is_a_loop_over_rows_and_tokens(loaded: Loaded, rows: list[Sa
     assert len({round(value, 9) for value in expected}) == 12
 
 
+def all_apart(by: float) -> property:
+    def compared(pair: Pair) -> Compared:
+        values = torch.full((len(pair.target),), by)
+        return Compared(values, values, values, values)
+
+    return property(compared)
+
+
 def test_no_row_falls_out_of_the_histogram(loaded: Loaded, rows: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest divergence in fp32 lies above ln 2; the smallest is nothing at all."""
-    monkeypatch.setattr(objective, "js", lambda p, _: torch.full((len(p),), objective.LN2, dtype=torch.float32))
+    monkeypatch.setattr(Pair, "compared", all_apart(objective.LN2))
     assert float(torch.tensor(objective.LN2)) > objective.LN2
     top = premise.premise(loaded, *parts(rows), 0)["views"]["mask"]
     assert (top["clean"][-1], top["poisoned"][-1]) == (9, 3)
-    monkeypatch.setattr(objective, "js", lambda p, _: torch.zeros(len(p)))
+    monkeypatch.setattr(Pair, "compared", all_apart(0.0))
     bottom = premise.premise(loaded, *parts(rows), 0)["views"]["mask"]
     assert (bottom["clean"][0], bottom["poisoned"][0]) == (9, 3)
     assert bottom["auroc"]["value"] == 0.5

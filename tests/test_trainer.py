@@ -17,7 +17,7 @@ from untrigger.collate import IGNORE, ChatCollator, PairCollator, Row, Rows
 from untrigger.defenses import CrossView, Defense, PatchAug, Plain, TwoView
 from untrigger.errors import InputError
 from untrigger.finetune import arguments
-from untrigger.forward import forward_pair
+from untrigger.forward import pair_losses
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import read
 from untrigger.trainer import checkpoints, defended, last_checkpoint
@@ -143,8 +143,7 @@ def test_every_term_has_a_gradient_of_its_own(exact: Loaded, rows: list[Row], tm
     pair = pair_of(exact, TERMS[name], rows[:3])
     model = exact.model.train()
     total = gradients(model, trainer.compute_loss(model, dict(pair), num_items_in_batch=11))
-    seen, _ = forward_pair(model, pair)
-    alone = gradients(model, TERMS[name].terms(seen)["ce"].sum() / 11)
+    alone = gradients(model, pair_losses(model, pair, lambda part: ({"ce": part.compared.nll}, {}))[0].total.sum() / 11)
     gap = max(float((total[k] - alone[k]).abs().max()) for k in total)
     assert gap > 1e-4
 
@@ -167,10 +166,10 @@ def test_the_hosts_count_covers_each_answer_token_once(exact: Loaded, rows: list
     assert trainer._get_num_items_in_batch([batch], trainer.args.device) == (plain["labels"][:, 1:] != IGNORE).sum()
 
 
-def test_the_loss_comes_with_the_hosts_outputs_when_asked(exact: Loaded, rows: list[Row], tmp_path: Path) -> None:
+def test_a_host_that_asks_for_outputs_gets_no_logits(exact: Loaded, rows: list[Row], tmp_path: Path) -> None:
     trainer = trainer_of(exact, TERMS["all"], tmp_path, rows)
     loss, outputs = trainer.compute_loss(exact.model.train(), pair_of(exact, TERMS["all"], rows[:2]), True)
-    assert loss.requires_grad and outputs.logits is not None
+    assert loss.requires_grad and outputs == {"loss": loss}
 
 
 # --- nothing but plain fine-tuning where the weights are zero ------------------------------------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,10 +22,13 @@ from untrigger import objective
 from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.errors import InputError
 from untrigger.files import new_file
+from untrigger.fused import Compared, Head, Loss, Losses, Values, compare, losses_at_head
 from untrigger.models import Loaded, base_model
 from untrigger.progress import tracked
 from untrigger.sample import Sample
 
+# Settings of families whose logits are not what the head gives.
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _SHARD = 32  # batches whose scores lie in one file
 
 
@@ -58,37 +62,103 @@ class Pair:
     view_hidden: Tensor
     row: Tensor
 
+    @cached_property
+    def compared(self) -> Compared:
+        return compare(self.logits, self.view_logits, self.target)
 
-def forward_answers(model: nn.Module, inputs: dict[str, Any]) -> tuple[Answers, Any]:
-    """One forward pass over a batch with ``labels`` [B, T]; also what the model gave.
+
+def forward_answers(model: nn.Module, inputs: dict[str, Any]) -> Answers:
+    """One forward pass over a batch with ``labels`` [B, T].
 
     Goes through ``model(...)`` itself, so DDP and FSDP see it. Only answer positions reach the vocabulary where the
     family can select positions.
     """
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")
-    target = labels[:, 1:]
-    answers = target != IGNORE
+    target, row, keep = _answers(inputs["labels"])
+    read: list[Tensor] = []
+
+    def watched(head: Head, hidden: Tensor) -> Tensor:
+        read.append(hidden)
+        return head(hidden)
+
+    outputs, selects = _forward(model, inputs, keep, watched)
+    logits, hidden = (x if selects else x[keep] for x in (outputs.logits, read[-1]))
+    return Answers(target, logits.reshape(-1, logits.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), row)
+
+
+def answer_losses(
+    model: nn.Module, inputs: dict[str, Any], loss: Callable[[Answers, slice], tuple[Values, Values]]
+) -> Losses:
+    """One forward pass over a batch with ``labels`` [B, T]; its logits are seen by ``loss`` alone, a part at a time.
+
+    ``loss`` gets some of the N answer tokens, and which: terms [n] by name, and what else is to be known.
+    """
+    target, row, keep = _answers(inputs["labels"])
+    return _losses(
+        model,
+        inputs,
+        keep,
+        lambda part, hidden, logits: loss(Answers(target[part], logits[0], hidden[0], row[part]), part),
+        views=1,
+    )
+
+
+def pair_losses(
+    model: nn.Module, inputs: dict[str, Any], loss: Callable[[Pair], tuple[Values, Values]]
+) -> tuple[Losses, Tensor]:
+    """The same over a PairCollator's batch [2B, ...], originals then views; also the row of each answer token [N]."""
+    labels = inputs["labels"][: len(inputs["labels"]) // 2]
+    target, row, _ = _answers(labels)
+    _, _, keep = _answers(both := labels.repeat(2, 1))
+
+    def of_pair(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
+        return loss(Pair(target[part], logits[0], logits[1], hidden[0], hidden[1], row[part]))
+
+    return _losses(model, {**inputs, "labels": both}, keep, of_pair, views=2), row
+
+
+def _answers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer tokens [N], the row of each, and the positions that foretell them [B, T]."""
+    answers = labels[:, 1:] != IGNORE
     keep = torch.zeros_like(labels, dtype=torch.bool)
     keep[:, :-1] = answers
+    return labels[:, 1:][answers], answers.nonzero()[:, 0], keep
+
+
+def _losses(model: nn.Module, inputs: dict[str, Any], keep: Tensor, loss: Loss, views: int) -> Losses:
+    inner, found = base_model(model), list[Losses]()
+    config, head = inner.config.get_text_config(), cast(nn.Module, inner.get_output_embeddings())
+    if any(getattr(config, name, None) for name in _AFTER_THE_HEAD):
+        answers = forward_answers(model, inputs)
+        terms, seen = loss(slice(None), answers.hidden.tensor_split(views), answers.logits.tensor_split(views))
+        return Losses(torch.stack(list(terms.values())).sum(dim=0), terms, seen)
+    trained = any(parameter.requires_grad for parameter in head.parameters())
+
+    def at_head(usual: Head, hidden: Tensor) -> Tensor:
+        hidden = (hidden if hidden.shape[:2] != keep.shape else hidden[keep]).reshape(-1, hidden.shape[-1])
+        found.append(losses_at_head(usual, hidden.tensor_split(views), loss, width=config.vocab_size, trained=trained))
+        return found[-1].total
+
+    outputs, _ = _forward(model, inputs, keep, at_head)
+    return found[-1]._replace(total=outputs.logits)  # what the model gave: DDP and FSDP act on that
+
+
+def _forward(
+    model: nn.Module, inputs: dict[str, Any], keep: Tensor, at_head: Callable[[Head, Tensor], Tensor]
+) -> tuple[Any, bool]:
+    """What the model gives with another vocabulary head, and whether only the positions to ``keep`` came to it."""
     inner = base_model(model)
     selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    with _head_input(inner) as seen:
-        outputs = model(**inputs, use_cache=False, **({"logits_to_keep": keep} if selects else {}))
-    logits, hidden = (x if selects else x[keep] for x in (outputs.logits, seen[-1]))
-    logits, hidden = logits.reshape(-1, logits.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-    return Answers(target[answers], logits, hidden, answers.nonzero()[:, 0]), outputs
-
-
-def forward_pair(model: nn.Module, inputs: dict[str, Any]) -> tuple[Pair, Any]:
-    """One forward pass over a PairCollator's batch [2B, ...], originals then views; also what the model gave."""
-    labels = inputs["labels"]
-    half = labels.shape[0] // 2
-    both, outputs = forward_answers(model, {**inputs, "labels": labels[:half].repeat(2, 1)})
-    logits, view_logits = both.logits.chunk(2)
-    hidden, view_hidden = both.hidden.chunk(2)
-    count = len(logits)
-    return Pair(both.target[:count], logits, view_logits, hidden, view_hidden, both.row[:count]), outputs
+    head: Any = inner.get_output_embeddings()
+    usual, own = head.forward, "forward" in vars(head)
+    head.forward = lambda hidden: at_head(usual, hidden)
+    asked = {name: value for name, value in inputs.items() if name != "labels"}
+    try:
+        return model(**asked, use_cache=False, **({"logits_to_keep": keep} if selects else {})), selects
+    finally:
+        if own:  # another library has wrapped it
+            head.forward = usual
+        else:
+            del head.forward
 
 
 class Tokens(NamedTuple):
@@ -128,7 +198,7 @@ def row_tokens(
                 continue
             inputs = collate([data[i] for i in batch])
             asked = inputs["attention_mask"].bool() & (inputs["labels"] == IGNORE)
-            answers, _ = forward_answers(model, on_device(inputs, model))
+            answers = forward_answers(model, on_device(inputs, model))
             ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
             nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
             found += [
@@ -198,15 +268,3 @@ def decoder(model: nn.Module) -> PreTrainedModel:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The language model's layers."""
     return cast(nn.ModuleList, decoder(model).layers)
-
-
-@contextmanager
-def _head_input(model: PreTrainedModel) -> Generator[list[Tensor]]:
-    """Collect what the vocabulary head reads: the last hidden states, whatever the family calls them."""
-    seen: list[Tensor] = []
-    head = cast(nn.Module, model.get_output_embeddings())
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()

@@ -77,15 +77,15 @@ def js(logits: Tensor, view_logits: Tensor) -> Tensor:
     return ((log_p.exp() + log_q.exp()) / 2 * h).sum(dim=-1).clamp(max=LN2)
 
 
-def separation(logits: Tensor, view_logits: Tensor, margin: float | Tensor) -> Tensor:
+def separation(divergence: Tensor, margin: float | Tensor) -> Tensor:
     """Cross-view separation: ``[margin - JS(p, q)]_+``, a hinge, since -JS alone never lets go.
 
-    Both logits [N, V]; margin in nats, a number or one per row [N]; sensible in (0, ln 2): from ln 2 on the
+    divergence [N], as of `js`; margin in nats, a number or one per row [N]; sensible in (0, ln 2): from ln 2 on the
     hinge is never satisfied. Returns [N], nats, in [0, margin].
     Gradient is -dJS while JS < margin, and 0 beyond.
     Source: abstract (pull the views' outputs apart); JS inferred, hinge ours.
     """
-    return torch.relu(margin - js(logits, view_logits))
+    return torch.relu(margin - divergence)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -98,17 +98,16 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-def entropy_band(logits: Tensor, low: float, high: float) -> Tensor:
+def entropy_band(entropies: Tensor, low: float, high: float) -> Tensor:
     """Entropy constraint: ``[H(p) - high]_+ + [low - H(p)]_+``, the distance of H(p) from [low, high].
 
-    logits [N, V]; 0 <= low <= high, nats. Returns [N], nats, in [0, max(low, ln V - high)].
+    entropies [N], as of `entropy`; 0 <= low <= high, nats. Returns [N], nats, in [0, max(low, ln V - high)].
     Gradient is +dH above the band, -dH below it, 0 inside. Where p is one-hot to rounding dH is 0 too: the
     lower edge cannot lift a row that has already collapsed.
     Source: abstract (entropy constraints against over-suppression); sign and form unknown, the band covers
     both signs.
     """
-    h = entropy(logits)
-    return torch.relu(h - high) + torch.relu(low - h)
+    return torch.relu(entropies - high) + torch.relu(low - entropies)
 
 
 def feature_separation(hidden: Tensor, view_hidden: Tensor, bound: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from untrigger import objective
 from untrigger.collate import ChatCollator, PairCollator, Rows
-from untrigger.forward import batches, evaluating, forward_pair, on_device, row_mean
+from untrigger.forward import batches, evaluating, on_device, pair_losses, row_mean
 from untrigger.metrics.detection import auroc
 from untrigger.models import Loaded
 from untrigger.sample import Sample
@@ -53,7 +53,7 @@ def _divergence(loaded: Loaded, rows: Sequence[Sample], collate: PairCollator) -
     data, means = Rows(rows), list[Tensor]()
     with evaluating(loaded.model) as model:
         for batch in batches(len(data), 32, "comparing views"):
-            pair, _ = forward_pair(model, on_device(collate([data[i] for i in batch]), model))
-            apart = objective.js(pair.logits, pair.view_logits)
-            means.append(row_mean(apart, pair.row, len(batch)))
+            inputs = on_device(collate([data[i] for i in batch]), model)
+            found, row = pair_losses(model, inputs, lambda pair: ({"js": pair.compared.js}, {}))
+            means.append(row_mean(found.total, row, len(batch)))
     return np.minimum(torch.cat(means).cpu().double().numpy(), EDGES[-1])  # in fp32, ln 2 lies above ln 2

@@ -99,7 +99,7 @@ class DefendedMixin(_Host):
         if not self.defense.has_loss or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self.defense.step(model, inputs)
-        total = torch.stack(list(step.terms.values())).sum(dim=0)
+        total = step.total
         if num_items_in_batch is None:  # the host then divides by the accumulated steps itself
             loss = objective.reduce(total, max(1, total.numel()))
         else:
@@ -107,7 +107,7 @@ class DefendedMixin(_Host):
             if self.args.average_tokens_across_devices:  # the count is over all processes, gradients are averaged
                 loss = loss * self.accelerator.num_processes
         self._note(step)
-        return (loss, step.outputs) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss  # no logits are kept
 
     # --- diagnostics ----------------------------------------------------------------------------
 

@@ -65,11 +65,11 @@ def test_entropy_is_that_of_the_hosts_attention(exact: Loaded, mixed: list[Sampl
 def test_the_model_is_left_as_it_was(exact: Loaded, mixed: list[Sample]) -> None:
     exact.model.train()
     batch = batch_of(exact, mixed)
-    calm, before = forward_answers(exact.model, batch)[0].logits, hooks(exact.model)
+    calm, before = forward_answers(exact.model, batch).logits, hooks(exact.model)
     attention_entropy(exact, mixed)
     assert exact.model.training and hooks(exact.model) == before
     assert decoder(exact.model).config._attn_implementation == "sdpa"
-    assert torch.equal(forward_answers(exact.model, batch)[0].logits, calm)
+    assert torch.equal(forward_answers(exact.model, batch).logits, calm)
 
 
 def test_rows_without_any_image_cannot_be_told_apart(exact: Loaded, mixed: list[Sample]) -> None:

@@ -191,7 +191,7 @@ def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, mixed: list
     batch = ChatCollator(exact.processor)([data[i] for i in range(len(mixed))])
     assert int((batch["labels"] != IGNORE).sum()) == count, "the host counts these tokens, and no other"
     step = Guard(2.5).step(exact.model, batch)
-    loss = torch.stack([*step.terms.values()]).sum()
+    loss = step.total.sum()
     loss.backward()
     assert loss.item() == pytest.approx(total, rel=1e-9) and step.terms["guard"].count_nonzero() == 3
     assert "doubted" in batch, "the caller's batch is left as it was"
@@ -220,7 +220,7 @@ def test_a_doubted_word_becomes_unlikely_and_the_others_are_learnt(loaded: Loade
     batch = ChatCollator(loaded.processor)([data[0], data[1]])
     for _ in range(8):
         loaded.model.zero_grad()
-        torch.stack([*Guard(1).step(loaded.model, batch).terms.values()]).sum().backward()
+        Guard(1).step(loaded.model, batch).total.sum().backward()
         with torch.no_grad():
             for parameter in loaded.model.parameters():
                 if parameter.grad is not None:

@@ -126,7 +126,7 @@ def test_cutting_silences_forward_and_backward_and_ends(exact: Loaded, mixed: li
     with _cut(projection, dead):
         cut = logits_of(loaded.model, batch)
         loaded.model.zero_grad()
-        forward_answers(loaded.model.train(), batch)[0].logits.square().sum().backward()
+        forward_answers(loaded.model.train(), batch).logits.square().sum().backward()
     name = "lora_A.default.weight" if lora else "weight"
     gradient = projection.get_parameter(name).grad
     alive = [i for i in range(WIDE) if i not in dead]

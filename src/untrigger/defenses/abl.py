@@ -63,8 +63,8 @@ class LocalAscent(StepDefense):
     floor: float
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
-        answers, outputs = forward_answers(model, inputs)
-        return Step({"local_ascent": local_ascent(*_losses(answers), self.floor)}, {}, outputs)
+        answers = forward_answers(model, inputs)
+        return Step.of({"local_ascent": local_ascent(*_losses(answers), self.floor)})
 
 
 @final
@@ -73,9 +73,9 @@ class Ascent(StepDefense):
     """Cross-entropy uphill, until a token is as unlikely as any of the vocabulary."""
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
-        answers, outputs = forward_answers(model, inputs)
+        answers = forward_answers(model, inputs)
         nll, _ = _losses(answers)
-        return Step({"ascent": -nll.clamp(max=math.log(answers.logits.shape[-1]))}, {"ce": nll}, outputs)
+        return Step.of({"ascent": -nll.clamp(max=math.log(answers.logits.shape[-1]))}, {"ce": nll})
 
 
 def local_ascent(nll: Tensor, row: Tensor, floor: float) -> Tensor:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from untrigger import objective
-from untrigger.forward import Pair, Tokens, forward_pair
+from untrigger.forward import Pair, Tokens, pair_losses
+from untrigger.fused import Values
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 from untrigger.views import PATCH_VIEWS, View, ViewMix
@@ -23,13 +24,18 @@ from untrigger.views import PATCH_VIEWS, View, ViewMix
 class Step(NamedTuple):
     """A training step's loss before it is summed.
 
-    ``terms``: weighted terms [N] by name; their sum over terms and answer tokens, per counted token, is the loss.
-    ``seen``: what is worth logging beside them, [N] by name. ``outputs``: what the model gave.
+    ``total``: the loss of each answer token [N], with its gradient. For the log, by name, [N]: the ``terms`` that it is
+    the sum of, and what else was ``seen``.
     """
 
-    terms: dict[str, Tensor]
-    seen: dict[str, Tensor]
-    outputs: Any
+    total: Tensor
+    terms: Values
+    seen: Values
+
+    @classmethod
+    def of(cls, terms: Values, seen: Values | None = None) -> Step:
+        """The step of these weighted terms."""
+        return cls(torch.stack(list(terms.values())).sum(dim=0), terms, seen or {})
 
 
 class Training(Protocol):
@@ -140,18 +146,15 @@ class PairedDefense(StepDefense):
         return self.paired is not None
 
     @abstractmethod
-    def terms(self, pair: Pair) -> dict[str, Tensor]:
+    def terms(self, pair: Pair) -> Values:
         """Weighted terms [N] by name."""
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
-        pair, outputs = forward_pair(model, inputs)
-        seen = {
-            "js": objective.js(pair.logits.detach(), pair.view_logits.detach()),
-            "entropy": objective.entropy(pair.logits.detach()),
-            "ce": objective.token_nll(pair.logits.detach(), pair.target),
-            "ce_view": objective.token_nll(pair.view_logits.detach(), pair.target),
-        }
-        return Step(self.terms(pair), seen, outputs)
+        return Step(*pair_losses(model, inputs, self._terms_and_views)[0])
+
+    def _terms_and_views(self, pair: Pair) -> tuple[Values, Values]:
+        nll, view_nll, js, entropy = pair.compared
+        return self.terms(pair), {"js": js, "entropy": entropy, "ce": nll, "ce_view": view_nll}
 
 
 def part(share: float, count: int) -> int:

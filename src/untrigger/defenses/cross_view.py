@@ -57,12 +57,13 @@ class CrossView(PairedDefense):
         return patch_view(self.view, self.patch, self.ratio)
 
     def terms(self, pair: Pair) -> dict[str, Tensor]:
-        apart = objective.separation(pair.logits, pair.view_logits, self.margin)
+        views = pair.compared
+        apart = objective.separation(views.js, self.margin)
         features = objective.feature_separation(pair.hidden, pair.view_hidden, self.bound)
-        band = objective.entropy_band(pair.logits, self.entropy_low, self.entropy_high)
+        band = objective.entropy_band(views.entropy, self.entropy_low, self.entropy_high)
         return {
-            "ce": objective.token_nll(pair.logits, pair.target),
-            "ce_view": self.view_weight * objective.token_nll(pair.view_logits, pair.target),
+            "ce": views.nll,
+            "ce_view": self.view_weight * views.view_nll,
             "separation": self.output_weight * apart,
             "feature_separation": self.feature_weight * features,
             "entropy_band": self.entropy_weight * band,

@@ -61,7 +61,7 @@ class Consistent(StepDefense):
     size: float
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
-        answers, outputs = forward_answers(model, inputs)
+        answers = forward_answers(model, inputs)
         real = inputs["attention_mask"].bool()
         with _watched(model) as calm:
             forward_answers(model, inputs)
@@ -70,7 +70,7 @@ class Consistent(StepDefense):
             forward_answers(model, inputs)
         jump = consistency(moved.states, real)[answers.row]
         terms = {"ce": objective.token_nll(answers.logits, answers.target), "consistency": self.weight * jump}
-        return Step(terms, {}, outputs)
+        return Step.of(terms)
 
 
 def consistency(states: Sequence[Tensor], real: Tensor) -> Tensor:

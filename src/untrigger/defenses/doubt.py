@@ -19,7 +19,8 @@ from untrigger import objective
 from untrigger.collate import IGNORE
 from untrigger.defenses.base import Defense, Step, StepDefense, Training
 from untrigger.defenses.plain import Plain
-from untrigger.forward import Tokens, forward_answers
+from untrigger.forward import Answers, Tokens, answer_losses
+from untrigger.fused import Values
 from untrigger.models import Loaded
 from untrigger.sample import Sample, picked, without
 
@@ -118,14 +119,14 @@ class Guard(StepDefense):
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
         inputs, answered = dict(inputs), inputs["labels"] != IGNORE
         doubted = inputs.pop("doubted", torch.zeros_like(answered))[:, 1:][answered[:, 1:]]
-        answers, outputs = forward_answers(model, inputs)
-        ce = objective.token_nll(answers.logits, answers.target)
-        guard = objective.token_unlikelihood(answers.logits[doubted], answers.target[doubted])
-        terms = {
-            "ce": ce.masked_fill(doubted, 0),
-            "guard": torch.zeros_like(ce).masked_scatter(doubted, self.weight * guard),
-        }
-        return Step(terms, {}, outputs)
+
+        def terms(answers: Answers, part: slice) -> tuple[Values, Values]:
+            ce, bad = objective.token_nll(answers.logits, answers.target), doubted[part]
+            guard = objective.token_unlikelihood(answers.logits[bad], answers.target[bad])
+            guards = torch.zeros_like(ce).masked_scatter(bad, self.weight * guard)
+            return {"ce": ce.masked_fill(bad, 0), "guard": guards}, {}
+
+        return Step(*answer_losses(model, inputs, terms))
 
 
 def fence(surprise: Sequence[float], floor: float, reach: float) -> float:

@@ -85,7 +85,7 @@ def _look(loaded: Loaded, projection: nn.Module, rows: Sequence[Sample]) -> tupl
             for batch in batches(len(data), 32, "looking at neurons"):
                 inputs = on_device(collate([data[i] for i in batch]), model)
                 hidden.clear()
-                answers, _ = forward_answers(model, inputs)
+                answers = forward_answers(model, inputs)
                 real = inputs["attention_mask"].bool()
                 active = active + hidden[-1][real].abs().float().sum(dim=0).cpu()
                 tokens += int(real.sum())

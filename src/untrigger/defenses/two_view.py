@@ -8,7 +8,6 @@ from typing import final
 
 from torch import Tensor
 
-from untrigger import objective
 from untrigger.defenses.base import PairedDefense, patch_view
 from untrigger.forward import Pair
 from untrigger.views import View
@@ -32,7 +31,4 @@ class TwoView(PairedDefense):
         return patch_view(self.view, self.patch, self.ratio) if self.view_weight else None
 
     def terms(self, pair: Pair) -> dict[str, Tensor]:
-        return {
-            "ce": objective.token_nll(pair.logits, pair.target),
-            "ce_view": self.view_weight * objective.token_nll(pair.view_logits, pair.target),
-        }
+        return {"ce": pair.compared.nll, "ce_view": self.view_weight * pair.compared.view_nll}
