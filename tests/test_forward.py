@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from untrigger import forward
+from untrigger import forward, fused, objective
 from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
 from untrigger.errors import InputError
 from untrigger.forward import (
+    Answers,
     Pair,
+    answer_losses,
     batches,
     decoder,
     decoder_layers,
@@ -193,3 +195,100 @@ def test_a_model_without_layers_is_refused_in_one_line() -> None:
 
     with pytest.raises(InputError, match="Flat: its language model has no layers"):
         decoder_layers(Flat())
+
+
+# --- losses at the head ------------------------------------------------------------------------------
+
+
+def nll_of(answers: Answers, part: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return {"nll": objective.token_nll(answers.logits, answers.target)}, {"row": answers.row}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_losses_at_the_head_are_those_of_the_logits(
+    tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, adapted: bool, checkpointed: bool
+) -> None:
+    """With a tied head that is trained (all weights) and a frozen one (LoRA), and with gradient checkpointing."""
+    monkeypatch.setattr(fused, "_HELD", 3 * 2000)
+    loaded = load(tiny_model, dtype=torch.float64)
+    model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
+    if checkpointed:
+        cast(Any, model).activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    batch = batch_of(loaded, samples)
+    answers = forward_answers(model, batch)
+    whole = objective.token_nll(answers.logits, answers.target)
+    (whole * torch.arange(len(whole))).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    found = answer_losses(model, batch, nll_of)
+    torch.testing.assert_close(found.total, whole)
+    assert torch.equal(found.seen["row"], answers.row)
+    (found.total * torch.arange(len(whole))).sum().backward()
+    seen = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert seen.keys() == expected.keys() and any("lora" in name for name in seen) == adapted
+    for name in expected:
+        torch.testing.assert_close(seen[name], expected[name], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"final_logit_softcapping": 0.3}, {"logit_scale": 0.2}, {"logits_scaling": 5.0}], ids=str
+)
+def test_what_a_family_does_behind_its_head_is_done(
+    exact: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, setting: dict[str, float]
+) -> None:
+    """As the host's own line of code does it, in the order in which it does it."""
+    batch, inner = batch_of(exact, samples), cast(Any, exact.model)
+    plain = forward_answers(inner, batch).logits
+    (name, value) = next(iter(setting.items()))
+    monkeypatch.setattr(inner.config.get_text_config(), name, value, raising=False)
+    changed = {
+        "final_logit_softcapping": torch.tanh(plain / value) * value,
+        "logit_scale": plain * value,
+        "logits_scaling": plain / value,
+    }[name]
+    seen: list[Tensor] = []
+
+    def noted(answers: Answers, part: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        seen.append(answers.logits)
+        return nll_of(answers, part)
+
+    answer_losses(inner, batch, noted)
+    torch.testing.assert_close(torch.cat(seen), changed)
+
+
+def test_the_head_is_left_as_it_was_also_after_an_error(exact: Loaded, samples: list[Sample]) -> None:
+    head = cast(nn.Module, exact.model.get_output_embeddings())
+    own = set(vars(head))
+
+    def broken(answers: Answers, part: slice) -> Any:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        answer_losses(exact.model, batch_of(exact, samples), broken)
+    assert set(vars(head)) == own
+
+    wrapped = head.forward
+    head.forward = lambda hidden: wrapped(hidden)  # as accelerate does where weights are elsewhere
+    mine = head.forward
+    answer_losses(exact.model, batch_of(exact, samples), nll_of)
+    assert head.forward is mine
+    del head.forward
+
+
+def test_a_view_that_is_held_still_is_looked_at_first_and_without_gradients(
+    exact: Loaded, samples: list[Sample]
+) -> None:
+    rows = Rows(samples[:4])
+    both = PairCollator(ChatCollator(exact.processor), Erase(), 0)([rows[i] for i in range(4)])
+    grads: list[bool] = []
+    handle = cast(nn.Module, exact.model.get_output_embeddings()).register_forward_pre_hook(
+        lambda _, args: grads.append(args[0].requires_grad)
+    )
+    still, row = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}), still=True)
+    assert grads == [False, True]
+    moving, other = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}))
+    handle.remove()
+    torch.testing.assert_close(still.total, moving.total)
+    assert torch.equal(row, other)

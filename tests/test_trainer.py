@@ -32,6 +32,7 @@ TERMS: dict[str, Defense] = {
     "entropy high": CrossView(**(OFF | {"entropy_weight": 2.0}), entropy_low=0.0, entropy_high=0.5),
     "entropy low": CrossView(**(OFF | {"entropy_weight": 2.0}), entropy_low=20.0, entropy_high=30.0),
     "all": CrossView(margin=0.6, bound=-0.9, entropy_high=0.5),
+    "stop gradient": CrossView(margin=0.6, bound=-0.9, entropy_high=0.5, stop_gradient=True),
     "two-view": TwoView(view_weight=1.5),
 }
 
@@ -78,7 +79,8 @@ def naive_terms(loaded: Loaded, pair: dict[str, Tensor], d: Defense) -> dict[str
             pixel_values=pair["pixel_values"][pixels],
             output_hidden_states=True,
         )
-        seen.append((out.logits, out.hidden_states[-1]))
+        still = isinstance(d, CrossView) and d.stop_gradient and len(seen) == 1
+        seen.append(tuple(x.detach() if still else x for x in (out.logits, out.hidden_states[-1])))
     (z, h), (z_view, h_view) = seen
     sums = dict.fromkeys(
         ("ce", "ce_view", "js", "entropy", "separation", "feature", "band", "count"), torch.tensor(0.0)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from untrigger import objective
 from untrigger.collate import IGNORE, ChatCollator, Rows
@@ -27,8 +27,6 @@ from untrigger.models import Loaded, base_model
 from untrigger.progress import tracked
 from untrigger.sample import Sample
 
-# Settings of families whose logits are not what the head gives.
-_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _SHARD = 32  # batches whose scores lie in one file
 
 
@@ -80,9 +78,8 @@ def forward_answers(model: nn.Module, inputs: dict[str, Any]) -> Answers:
         read.append(hidden)
         return head(hidden)
 
-    outputs, selects = _forward(model, inputs, keep, watched)
-    logits, hidden = (x if selects else x[keep] for x in (outputs.logits, read[-1]))
-    return Answers(target, logits.reshape(-1, logits.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), row)
+    logits = _forward(model, inputs, keep, watched).logits
+    return Answers(target, _kept(logits, keep), _kept(read[-1], keep), row)
 
 
 def answer_losses(
@@ -93,27 +90,32 @@ def answer_losses(
     ``loss`` gets some of the N answer tokens, and which: terms [n] by name, and what else is to be known.
     """
     target, row, keep = _answers(inputs["labels"])
-    return _losses(
-        model,
-        inputs,
-        keep,
-        lambda part, hidden, logits: loss(Answers(target[part], logits[0], hidden[0], row[part]), part),
-        views=1,
-    )
+
+    def of_answers(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
+        return loss(Answers(target[part], logits[0], hidden[0], row[part]), part)
+
+    return _losses(model, inputs, keep, of_answers)
 
 
 def pair_losses(
-    model: nn.Module, inputs: dict[str, Any], loss: Callable[[Pair], tuple[Values, Values]]
+    model: nn.Module, inputs: dict[str, Any], loss: Callable[[Pair], tuple[Values, Values]], *, still: bool = False
 ) -> tuple[Losses, Tensor]:
-    """The same over a PairCollator's batch [2B, ...], originals then views; also the row of each answer token [N]."""
-    labels = inputs["labels"][: len(inputs["labels"]) // 2]
-    target, row, _ = _answers(labels)
-    _, _, keep = _answers(both := labels.repeat(2, 1))
+    """The same over a PairCollator's batch [2B, ...], originals then views; also the row of each answer token [N].
+
+    With a view that is held ``still`` no gradient flows into it: it has a forward pass of its own, before the other,
+    and adds no activations to it.
+    """
+    both = {**inputs, "labels": inputs["labels"].tensor_split(2)[0].repeat(2, 1)}
+    originals, views = ({name: value.tensor_split(2)[half] for name, value in both.items()} for half in (0, 1))
+    target, row, keep = _answers(originals["labels"])
 
     def of_pair(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
-        return loss(Pair(target[part], logits[0], logits[1], hidden[0], hidden[1], row[part]))
+        view_logits = logits[1].detach() if still else logits[1]  # a trained head learns nothing from it either
+        return loss(Pair(target[part], logits[0], view_logits, hidden[0], hidden[1], row[part]))
 
-    return _losses(model, {**inputs, "labels": both}, keep, of_pair, views=2), row
+    if still:
+        return _losses(model, originals, keep, of_pair, view=_hidden(model, views, keep)), row
+    return _losses(model, both, keep.repeat(2, 1), of_pair, views=2), row
 
 
 def _answers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,28 +126,58 @@ def _answers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return labels[:, 1:][answers], answers.nonzero()[:, 0], keep
 
 
-def _losses(model: nn.Module, inputs: dict[str, Any], keep: Tensor, loss: Loss, views: int) -> Losses:
+def _losses(
+    model: nn.Module, inputs: dict[str, Any], keep: Tensor, loss: Loss, *, views: int = 1, view: Tensor | None = None
+) -> Losses:
+    """Of a batch with so many ``views`` one after the other, or of one and the hidden states [N, d] of a ``view``."""
     inner, found = base_model(model), list[Losses]()
     config, head = inner.config.get_text_config(), cast(nn.Module, inner.get_output_embeddings())
-    if any(getattr(config, name, None) for name in _AFTER_THE_HEAD):
-        answers = forward_answers(model, inputs)
-        terms, seen = loss(slice(None), answers.hidden.tensor_split(views), answers.logits.tensor_split(views))
-        return Losses(torch.stack(list(terms.values())).sum(dim=0), terms, seen)
     trained = any(parameter.requires_grad for parameter in head.parameters())
+    further, after = [] if view is None else [view], _after_the_head(config)
 
     def at_head(usual: Head, hidden: Tensor) -> Tensor:
-        hidden = (hidden if hidden.shape[:2] != keep.shape else hidden[keep]).reshape(-1, hidden.shape[-1])
-        found.append(losses_at_head(usual, hidden.tensor_split(views), loss, width=config.vocab_size, trained=trained))
+        each = [*_kept(hidden, keep).tensor_split(views), *further]
+        found.append(
+            losses_at_head(
+                lambda part: after(usual(part)) if after else usual(part),
+                each,
+                loss,
+                width=config.vocab_size,
+                trained=trained,
+            )
+        )
         return found[-1].total
 
-    outputs, _ = _forward(model, inputs, keep, at_head)
-    return found[-1]._replace(total=outputs.logits)  # what the model gave: DDP and FSDP act on that
+    outputs = _forward(model, inputs, keep, at_head)
+    # DDP and FSDP act on what the model gave; but where it goes on from the head it has gone on from the losses
+    return found[-1] if after else found[-1]._replace(total=outputs.logits)
 
 
-def _forward(
-    model: nn.Module, inputs: dict[str, Any], keep: Tensor, at_head: Callable[[Head, Tensor], Tensor]
-) -> tuple[Any, bool]:
-    """What the model gives with another vocabulary head, and whether only the positions to ``keep`` came to it."""
+def _after_the_head(config: PreTrainedConfig) -> Callable[[Tensor], Tensor] | None:
+    """What some families do to the logits that the head gives: Gemma 2 caps them, Cohere and Granite scale them."""
+    cap, factor, divisor = (
+        getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    )
+    if not (cap or factor or divisor):
+        return None
+    if cap:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    return lambda logits: logits * (factor or 1) / (divisor or 1)
+
+
+@torch.no_grad()
+def _hidden(model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> Tensor:
+    """What the head reads at the positions to ``keep``, [N, d]."""
+    return _forward(model, inputs, keep, lambda _, hidden: _kept(hidden, keep)).logits
+
+
+def _kept(states: Tensor, keep: Tensor) -> Tensor:
+    """Those to ``keep`` [N, d] of all positions [B, T, d]; families that can select have come with them alone."""
+    return states[keep] if states.ndim == 3 else states
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any], keep: Tensor, at_head: Callable[[Head, Tensor], Tensor]) -> Any:
+    """What the model gives with ``at_head`` for its head, to which positions to ``keep`` come alone where it can be."""
     inner = base_model(model)
     selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
     head: Any = inner.get_output_embeddings()
@@ -153,7 +185,7 @@ def _forward(
     head.forward = lambda hidden: at_head(usual, hidden)
     asked = {name: value for name, value in inputs.items() if name != "labels"}
     try:
-        return model(**asked, use_cache=False, **({"logits_to_keep": keep} if selects else {})), selects
+        return model(**asked, use_cache=False, **({"logits_to_keep": keep} if selects else {}))
     finally:
         if own:  # another library has wrapped it
             head.forward = usual

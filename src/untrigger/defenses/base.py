@@ -145,12 +145,17 @@ class PairedDefense(StepDefense):
     def has_loss(self) -> bool:
         return self.paired is not None
 
+    @property
+    def still(self) -> bool:
+        """Whether no gradient flows into the view."""
+        return False
+
     @abstractmethod
     def terms(self, pair: Pair) -> Values:
         """Weighted terms [N] by name."""
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
-        return Step(*pair_losses(model, inputs, self._terms_and_views)[0])
+        return Step(*pair_losses(model, inputs, self._terms_and_views, still=self.still)[0])
 
     def _terms_and_views(self, pair: Pair) -> tuple[Values, Values]:
         nll, view_nll, js, entropy = pair.compared

@@ -27,6 +27,8 @@ class CrossView(PairedDefense):
         output_weight, margin: l_o and m (nats, at most ln 2) of the separation of outputs.
         feature_weight, bound: l_f and c (a cosine) of the separation of features.
         entropy_weight, entropy_low, entropy_high: l_H and the band in nats.
+        stop_gradient: whether the view is held still: the original alone moves away from it, and the view's
+            cross-entropy is not learnt. Less than one further forward pass, and no further activations.
         view, patch, ratio: which patch view (``mix`` draws one per image), the side of a patch as a share of the
             image's shorter side, and the share of patches perturbed.
     """
@@ -39,6 +41,7 @@ class CrossView(PairedDefense):
     entropy_weight: float = 0.1
     entropy_low: float = 0.01
     entropy_high: float = 1.0
+    stop_gradient: bool = False
     view: str = "mix"
     patch: float = 0.125
     ratio: float = 0.5
@@ -55,6 +58,10 @@ class CrossView(PairedDefense):
         if not any((self.view_weight, self.output_weight, self.feature_weight, self.entropy_weight)):
             return None
         return patch_view(self.view, self.patch, self.ratio)
+
+    @property
+    def still(self) -> bool:
+        return self.stop_gradient
 
     def terms(self, pair: Pair) -> dict[str, Tensor]:
         views = pair.compared

@@ -1,0 +1,364 @@
+"""What a defended step costs: time and peak memory over plain LoRA fine-tuning, side by side in one run.
+
+    python benchmarks/step_cost.py [--quick] --json FILE
+
+The baseline of every ratio is plain fine-tuning with logits of the answer tokens alone; the host's own step, with
+logits of all positions, stands beside it. Each round takes one step of each variant, one after the other, and each step
+is compared with the plain one of its own round: what else a machine does hits both. Views are made by loader workers,
+and are no part of a step. On a GPU the shapes of 7B models are measured too, with random weights: a step's time does
+not depend on their values.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from untrigger import objective
+from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
+from untrigger.data import load as load_data
+from untrigger.defenses import CrossView
+from untrigger.defenses.doubt import Guard
+from untrigger.files import write_text
+from untrigger.forward import answer_losses, forward_answers
+from untrigger.models import add_lora, load
+
+Batch = dict[str, Tensor]
+PLAIN, EPOCHS = "plain", 3  # passes over the rows, of which the judgements of a whole run are two forward passes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaVA with random weights, and a batch for it. ``visual``: image tokens of a row, 576 to an image at most."""
+
+    name: str
+    width: int = 256
+    layers: int = 4
+    vocabulary: int = 8000
+    batch: int = 4
+    visual: int = 64
+    prompt: int = 24
+    answer: int = 16
+
+
+BASE = Shape("base")
+GROWTH = {
+    "answer tokens": [replace(BASE, name=f"{n} answer tokens", answer=n) for n in (4, 16, 64, 256)],
+    "vocabulary": [replace(BASE, name=f"{n} words", vocabulary=n) for n in (8000, 32_000, 152_000)],
+    "visual tokens": [replace(BASE, name=f"{n} visual tokens", visual=n, batch=1) for n in (64, 576, 2880)],
+    "batch": [replace(BASE, name=f"batch of {n}", batch=n) for n in (1, 4, 16)],
+    "width": [replace(BASE, name=f"width {n}", width=n) for n in (128, 256, 512)],
+}
+SEVEN_B = Shape("LLaVA-1.5-7B", 4096, 32, 32_064, batch=4, visual=576, prompt=48, answer=48)
+
+
+class Case(NamedTuple):
+    """A model with LoRA, a batch of originals alone, and one of originals and their views."""
+
+    name: str
+    model: nn.Module
+    single: Batch
+    pair: Batch
+
+
+# --- steps -------------------------------------------------------------------------------------------
+
+
+def plain(case: Case) -> Tensor:
+    answers = forward_answers(case.model, case.single)
+    return objective.token_nll(answers.logits, answers.target).mean()
+
+
+def stock(case: Case) -> Tensor:
+    return case.model(**case.single, use_cache=False).loss
+
+
+def naive(case: Case) -> Tensor:
+    """The objective of ``paper`` as one would write it first: two passes, fp32 logits of all positions."""
+    d, labels = CrossView(), case.single["labels"]
+    answers = labels[:, 1:] != IGNORE
+    logits, hidden = list[Tensor](), list[Tensor]()
+    for half in (0, 1):
+        inputs = {name: value.tensor_split(2)[half] for name, value in case.pair.items() if name != "labels"}
+        out = case.model(**inputs, use_cache=False, output_hidden_states=True)
+        logits.append(out.logits.float()[:, :-1][answers])
+        hidden.append(out.hidden_states[-1][:, :-1][answers])
+    target = labels[:, 1:][answers]
+    apart = objective.separation(objective.js(logits[0], logits[1]), d.margin)
+    band = objective.entropy_band(objective.entropy(logits[0]), d.entropy_low, d.entropy_high)
+    terms = (
+        objective.token_nll(logits[0], target)
+        + d.view_weight * objective.token_nll(logits[1], target)
+        + d.output_weight * apart
+        + d.feature_weight * objective.feature_separation(hidden[0], hidden[1], d.bound)
+        + d.entropy_weight * band
+    )
+    return terms.mean()
+
+
+def paper(case: Case) -> Tensor:
+    return CrossView().step(case.model, case.pair).total.mean()
+
+
+def paper_still(case: Case) -> Tensor:
+    return CrossView(stop_gradient=True).step(case.model, case.pair).total.mean()
+
+
+def default(case: Case) -> Tensor:
+    """With every twentieth row doubted, one at least."""
+    labels = case.single["labels"].clone()
+    doubted = torch.zeros_like(labels, dtype=torch.bool)
+    for row in range(0, len(labels), 20):
+        first = int((labels[row] != IGNORE).nonzero()[0])
+        doubted[row, first] = True
+        labels[row, first + 1 :] = IGNORE
+    return Guard(5.0).step(case.model, {**case.single, "labels": labels, "doubted": doubted}).total.mean()
+
+
+@torch.no_grad()
+def judgement(case: Case) -> None:
+    answer_losses(case.model, case.single, lambda a, _: ({"nll": objective.token_nll(a.logits, a.target)}, {}))
+
+
+STEPS: dict[str, Callable[[Case], Tensor]] = {
+    PLAIN: plain,
+    "plain, the host's own": stock,
+    "naive two-view": naive,
+    "paper": paper,
+    "paper, stop-gradient": paper_still,
+    "default": default,
+}
+
+
+# --- cases -------------------------------------------------------------------------------------------
+
+
+def embedded() -> Case:
+    """The embedded LLaVA as `untrigger quickstart` trains it: 16 rows of easy-VQA."""
+    loaded = load("llava")
+    rows = Rows(load_data("easy-vqa", "dev", "train", 16, 100))
+    pair = CrossView().paired
+    assert pair is not None
+    collate = ChatCollator(loaded.processor)
+    batch = [rows[i] for i in range(16)]
+    return Case(
+        "embedded LLaVA", add_lora(loaded.model, rank=16), collate(batch), PairCollator(collate, pair, 0)(batch)
+    )
+
+
+def synthetic(shape: Shape, device: str, dtype: torch.dtype) -> Case:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    images = -(-shape.visual // 576)
+    side = int((shape.visual / images) ** 0.5)
+    image, heads, large = shape.vocabulary - 1, max(1, shape.width // 64), shape.width >= 2048
+    vision = CLIPVisionConfig(
+        image_size=14 * side,
+        patch_size=14,
+        hidden_size=1024 if large else 64,
+        intermediate_size=4096 if large else 128,
+        num_hidden_layers=24 if large else 2,
+        num_attention_heads=16 if large else 2,
+    )
+    text = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=int(2.6875 * shape.width),
+        num_hidden_layers=shape.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image, image_seq_length=side * side)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration(config).to(dtype)
+    ids = torch.randint(5, shape.vocabulary - 1, (shape.batch, images * side * side + shape.prompt + shape.answer))
+    ids[:, : images * side * side] = image
+    labels = ids.clone()
+    labels[:, : -shape.answer] = IGNORE
+    pixels = torch.randn(2 * shape.batch * images, 3, 14 * side, 14 * side, dtype=dtype)
+    pair = {
+        "input_ids": ids.repeat(2, 1),
+        "attention_mask": torch.ones_like(ids).repeat(2, 1),
+        "pixel_values": pixels,
+        "labels": torch.cat([labels, torch.full_like(labels, IGNORE)]),
+    }
+    pair = {name: value.to(device) for name, value in pair.items()}
+    single = {name: value.tensor_split(2)[0] for name, value in pair.items()}
+    return Case(shape.name, add_lora(model, rank=16), single, pair)
+
+
+# --- measuring ---------------------------------------------------------------------------------------
+
+
+def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """A row for each variant, and one for a whole run of ``default``, its judgements spread over the steps."""
+    case.model.train()
+    weights = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    cuda = weights[0].is_cuda
+
+    def took(step: Callable[[Case], Any]) -> float:
+        started = time.perf_counter()
+        if isinstance(loss := step(case), Tensor):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    timed = STEPS | {"judgement": judgement}
+    for step in timed.values():
+        took(step)
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, step in timed.items():
+            seconds[name].append(took(step))
+    seconds["default, whole run at most"] = [
+        step + 2 / EPOCHS * judged for step, judged in zip(seconds["default"], seconds.pop("judgement"), strict=True)
+    ]
+    peaks = {name: peak(lambda step=step: took(step), case.model) for name, step in STEPS.items()}
+    peaks["default, whole run at most"] = peaks["default"]  # a judgement keeps nothing for a gradient
+    tokens = case.single["input_ids"].numel()
+    return [
+        {"shape": case.name, "variant": name, **ratios(seconds[name], seconds[PLAIN])}
+        | {"memory_ratio": round(peaks[name] / peaks[PLAIN], 4), "peak_bytes": peaks[name]}
+        | {"tokens_per_second": round(tokens / statistics.median(seconds[name]))}
+        for name in seconds
+    ]
+
+
+def ratios(seconds: list[float], plain: list[float]) -> dict[str, float]:
+    """Of each round: the median, and the quartiles about it."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds, plain, strict=True)], n=4)
+    found = {"time_ratio": middle, "time_low": low, "time_high": high, "seconds": statistics.median(seconds)}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def peak(run: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes of tensors at the moment when there are most of them, weights included."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    held = Held()
+    for parameter in model.parameters():
+        held.note(parameter)
+    with held:
+        run()
+    return held.most
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that are alive, and the ``most`` that there were: no allocator tells on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self.known: set[int] = set()
+
+    def note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() and id(storage) not in self.known:
+            self.known.add(id(storage))
+            self.bytes += storage.nbytes()
+            self.most = max(self.most, self.bytes)
+            weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                self.note(tensor)
+        return made
+
+
+def shapes(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+    yield "embedded", embedded
+    if quick:
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for along, sizes in GROWTH.items():
+        for shape in sizes:
+            yield along, lambda shape=shape: synthetic(shape, device, dtype)
+    if device == "cuda":
+        yield "7B", lambda: synthetic(SEVEN_B, device, dtype)
+
+
+# --- telling -----------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    made = Table(title="over plain LoRA fine-tuning: medians (quartiles)")
+    for name in ("shape", "variant"):
+        made.add_column(name)
+    for name in ("time", "memory", "s a step", "tokens/s"):
+        made.add_column(name, justify="right")
+    for row in rows:
+        time_ratio = f"{row['time_ratio']:.2f} ({row['time_low']:.2f} to {row['time_high']:.2f})"
+        figures = (time_ratio, f"{row['memory_ratio']:.2f}", f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,}")
+        made.add_row(row["shape"], row["variant"], *figures)
+    return made
+
+
+def plot(rows: list[dict[str, Any]]) -> str:
+    """One page with a chart for each way to grow."""
+    from plotly.subplots import make_subplots
+
+    ways = list(dict.fromkeys(row["along"] for row in rows))
+    figure = make_subplots(
+        rows=len(ways), cols=2, subplot_titles=[f"{w}: {what}" for w in ways for what in ("time", "memory")]
+    )
+    for at, way in enumerate(ways, 1):
+        for name in dict.fromkeys(row["variant"] for row in rows):
+            line = [row for row in rows if row["along"] == way and row["variant"] == name]
+            for column, what in enumerate(("time_ratio", "memory_ratio"), 1):
+                figure.add_bar(
+                    x=[row["shape"] for row in line], y=[row[what] for row in line], name=name, row=at, col=column,
+                    legendgroup=name, showlegend=at == column == 1,
+                )  # fmt: skip
+    figure.update_layout(height=340 * len(ways), title="Time and peak memory of a step, over plain LoRA fine-tuning")
+    return figure.to_html(include_plotlyjs=True)
+
+
+def main(
+    out: Annotated[Path, typer.Option("--json", help="Where the figures go; a .html of that name has the charts.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The embedded model alone, few rounds.")] = False,
+    rounds: Annotated[int, typer.Option(help="Steps of each variant.")] = 15,
+) -> None:
+    """Time and peak memory of a step under each defence, over plain LoRA fine-tuning."""
+    found: list[dict[str, Any]] = []
+    for along, make in shapes(quick):
+        rows = measured(make(), 9 if quick else rounds)
+        found += [{"along": along, **row} for row in rows]
+        Console().print(table(rows))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    made = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    shown = [asdict(shape) for sizes in GROWTH.values() for shape in sizes] if not quick else []
+    write_text(out, json.dumps({"made": made, "shapes": shown, "rows": found}, indent=1) + "\n")
+    if not quick:
+        write_text(out.with_suffix(".html"), plot(found))
+
+
+if __name__ == "__main__":
+    typer.run(main)
