@@ -118,6 +118,13 @@ def paper_still(case: Case) -> Tensor:
     return CrossView(stop_gradient=True).step(case.model, case.pair).total.mean()
 
 
+def dropped(case: Case, still: bool) -> Tensor:
+    """The view shows the language model a quarter of the image tokens."""
+    order = torch.rand(case.single["input_ids"].shape, device=case.single["input_ids"].device)
+    defense = CrossView(view="drop", ratio=0.75, stop_gradient=still)
+    return defense.step(case.model, {**case.single, "order": order}).total.mean()
+
+
 def default(case: Case) -> Tensor:
     """With every twentieth row doubted, one at least."""
     labels = case.single["labels"].clone()
@@ -140,6 +147,8 @@ STEPS: dict[str, Callable[[Case], Tensor]] = {
     "naive two-view": naive,
     "paper": paper,
     "paper, stop-gradient": paper_still,
+    "paper, 3/4 dropped": lambda case: dropped(case, still=False),
+    "paper, stop-gradient, 3/4 dropped": lambda case: dropped(case, still=True),
     "default": default,
 }
 

@@ -140,16 +140,16 @@ def _images(row: Row) -> list[Image.Image]:
     return [row["image"]] if "image" in row else list(row["images"] or [])
 
 
-class _Viewer:
-    """Makes views of rows, seeded by (seed, epoch, row): accumulation, resume and processes change nothing."""
+class DrawingCollator:
+    """Draws something for each row, seeded by (seed, epoch, row): accumulation, resume and processes change nothing."""
 
-    def __init__(self, collate: Collate, view: View, seed: int) -> None:
-        self.collate, self.view, self.seed = collate, view, seed
+    def __init__(self, collate: Collate, seed: int) -> None:
+        self.collate, self.seed = collate, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers that outlive an epoch see it
 
     @property
     def epoch(self) -> int:
-        """The epoch whose views are made, from 0."""
+        """The epoch that is drawn for, from 0."""
         return int(self._epoch)
 
     @epoch.setter
@@ -158,6 +158,17 @@ class _Viewer:
 
     def rng(self, row: Row) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, _row_seed(row)))
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class _Viewer(DrawingCollator):
+    """Makes views of rows."""
+
+    def __init__(self, collate: Collate, view: View, seed: int) -> None:
+        super().__init__(collate, seed)
+        self.view = view
 
     def viewed(self, row: Row, rng: np.random.Generator) -> Row:
         """A copy of the row with every image perturbed; the row itself is not touched."""
@@ -183,6 +194,19 @@ class PairCollator(_Viewer):
             raise ValueError("a view changed its row's tokens: the view must keep the size of the image")
         batch["labels"] = batch["labels"].clone()
         batch["labels"][count:] = IGNORE
+        return batch
+
+
+class DropCollator(DrawingCollator):
+    """Rows with an ``order`` [B, T] of their tokens, in [0, 1): the last of the image tokens are dropped."""
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        originals = [_with_rgb(row) for row in rows]
+        batch = self.collate([dict(row) for row in originals])
+        real = batch["attention_mask"].bool()
+        batch["order"] = torch.ones(real.shape)
+        for row, order, there in zip(originals, batch["order"], real, strict=True):
+            order[there] = torch.from_numpy(self.rng(row).random(int(there.sum()), dtype=np.float32))
         return batch
 
 

@@ -26,6 +26,7 @@ from untrigger.fused import Compared, Head, Loss, Losses, Values, compare, losse
 from untrigger.models import Loaded, base_model
 from untrigger.progress import tracked
 from untrigger.sample import Sample
+from untrigger.shorter import image_token, looked_at, showing, shown
 
 _SHARD = 32  # batches whose scores lie in one file
 
@@ -98,24 +99,38 @@ def answer_losses(
 
 
 def pair_losses(
-    model: nn.Module, inputs: dict[str, Any], loss: Callable[[Pair], tuple[Values, Values]], *, still: bool = False
+    model: nn.Module,
+    inputs: dict[str, Any],
+    loss: Callable[[Pair], tuple[Values, Values]],
+    *,
+    still: bool = False,
+    drop: float = 0.0,
 ) -> tuple[Losses, Tensor]:
     """The same over a PairCollator's batch [2B, ...], originals then views; also the row of each answer token [N].
 
+    Where a share of image tokens is to ``drop`` it is a DropCollator's batch [B, ...], and the view is the same rows
+    without these tokens.
     With a view that is held ``still`` no gradient flows into it: it has a forward pass of its own, before the other,
     and adds no activations to it.
     """
-    both = {**inputs, "labels": inputs["labels"].tensor_split(2)[0].repeat(2, 1)}
-    originals, views = ({name: value.tensor_split(2)[half] for name, value in both.items()} for half in (0, 1))
-    target, row, keep = _answers(originals["labels"])
+    labels = inputs["labels"] if drop else inputs["labels"].tensor_split(2)[0]
+    target, row, keep = _answers(labels)
 
     def of_pair(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
         view_logits = logits[1].detach() if still else logits[1]  # a trained head learns nothing from it either
         return loss(Pair(target[part], logits[0], view_logits, hidden[0], hidden[1], row[part]))
 
-    if still:
-        return _losses(model, originals, keep, of_pair, view=_hidden(model, views, keep)), row
-    return _losses(model, both, keep.repeat(2, 1), of_pair, views=2), row
+    if not (still or drop):
+        return _losses(model, inputs, keep.repeat(2, 1), of_pair, views=2), row
+    if drop:
+        originals = views = looked_at(model, {name: value for name, value in inputs.items() if name != "order"})
+        positions = shown(inputs["input_ids"], inputs["order"], image_token(model), drop)
+    else:
+        originals, views = ({name: value.tensor_split(2)[half] for name, value in inputs.items()} for half in (0, 1))
+        positions = torch.ones_like(keep)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not still):
+        view = _hidden(model, views, keep, positions)
+    return _losses(model, originals, keep, of_pair, view=view), row
 
 
 def _answers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,10 +180,13 @@ def _after_the_head(config: PreTrainedConfig) -> Callable[[Tensor], Tensor] | No
     return lambda logits: logits * (factor or 1) / (divisor or 1)
 
 
-@torch.no_grad()
-def _hidden(model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> Tensor:
-    """What the head reads at the positions to ``keep``, [N, d]."""
-    return _forward(model, inputs, keep, lambda _, hidden: _kept(hidden, keep)).logits
+def _hidden(model: nn.Module, inputs: dict[str, Any], keep: Tensor, positions: Tensor) -> Tensor:
+    """What the head reads at the positions to ``keep``, [N, d], of a language model that sees ``positions`` [B, T]."""
+    if positions.all():
+        return _forward(model, inputs, keep, lambda _, hidden: _kept(hidden, keep)).logits
+    with showing(model, decoder(model), positions) as index:
+        there = keep.gather(1, index)
+        return _forward(model, inputs, there, lambda _, hidden: _kept(hidden, there)).logits
 
 
 def _kept(states: Tensor, keep: Tensor) -> Tensor:

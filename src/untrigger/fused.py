@@ -53,12 +53,12 @@ class _Compare(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, view_logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         log_p, log_q = _log_softmax(logits), _log_softmax(view_logits)
         p, q, at = log_p.exp(), log_q.exp(), target.unsqueeze(-1)
-        x = (log_p - log_q).mul_(0.5).clamp_(-_MOST, _MOST)
-        cosh = torch.log1p(torch.sinh(x / 2).square_().mul_(2))  # its logarithm
-        # sum of (p + q) / 2 h(x), h(x) = x tanh x - ln cosh x: see `objective.js`
-        js = torch.tanh(x).mul_(x).sub_(cosh).mul_(p + q).sum(dim=-1).mul_(0.5).clamp_(max=math.log(2.0))
-        entropy = -(p * log_p).sum(dim=-1)
         nll, view_nll = -log_p.gather(-1, at).squeeze(-1), -log_q.gather(-1, at).squeeze(-1)
+        entropy = -_dot(p, log_p)
+        x = log_q.neg_().add_(log_p).mul_(0.5).clamp_(-_MOST, _MOST)
+        cosh = (x * 0.5).sinh_().square_().mul_(2).log1p_()  # its logarithm
+        h = x.tanh().mul_(x).sub_(cosh)  # see `objective.js`
+        js = (_dot(p, h) + _dot(q, h)).mul_(0.5).clamp_(max=math.log(2.0))
         ctx.save_for_backward(log_p, p, q, x, cosh, target, entropy)
         ctx.types = logits.dtype, view_logits.dtype
         return nll, view_nll, js, entropy
@@ -70,14 +70,19 @@ class _Compare(torch.autograd.Function):
         at, found = target.unsqueeze(-1), [None, None]
         if ctx.needs_input_grad[0]:
             g = (x - cosh).mul_(0.5)
-            g -= (p * g).sum(dim=-1, keepdim=True)
+            g -= _dot(p, g).unsqueeze(-1)
             g = g.mul_(by_js).sub_((log_p + entropy.unsqueeze(-1)).mul_(by_entropy)).add_(by_nll).mul_(p)
             found[0] = g.scatter_add_(-1, at, -by_nll).to(ctx.types[0])
         if ctx.needs_input_grad[1]:
             g = (x + cosh).mul_(-0.5)
-            g -= (q * g).sum(dim=-1, keepdim=True)
+            g -= _dot(q, g).unsqueeze(-1)
             found[1] = g.mul_(by_js).add_(by_view).mul_(q).scatter_add_(-1, at, -by_view).to(ctx.types[1])
         return found[0], found[1], None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Of each token, summed over the vocabulary: no product of that size is made."""
+    return torch.linalg.vecdot(a, b)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from untrigger import objective
-from untrigger.collate import AugmentCollator, PairCollator
+from untrigger.collate import AugmentCollator, DrawingCollator, DropCollator, PairCollator
 from untrigger.defenses import Defense, Step, StepDefense
 from untrigger.errors import InputError
 from untrigger.models import base_model, quiet_loading
@@ -35,7 +35,7 @@ else:
 class _EpochTold(TrainerCallback):
     """Tells the view collator which epoch it is in, so that each epoch sees other views and a resumed one the same."""
 
-    def __init__(self, collator: PairCollator | AugmentCollator) -> None:
+    def __init__(self, collator: DrawingCollator) -> None:
         self.collator = collator
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,7 +73,10 @@ class DefendedMixin(_Host):
         """The host's loader with views of the rows; evaluation keeps the collator as it is."""
         inner = self.data_collator
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        if self.defense.paired is not None:
+        collator: DrawingCollator
+        if self.defense.dropped:
+            collator = DropCollator(inner, seed)
+        elif self.defense.paired is not None:
             collator = PairCollator(inner, self.defense.paired, seed)
         elif self.defense.replaced is not None:
             collator = AugmentCollator(inner, self.defense.replaced[0], seed, self.defense.replaced[1])

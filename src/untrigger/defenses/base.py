@@ -20,6 +20,8 @@ from untrigger.models import Loaded
 from untrigger.sample import Sample
 from untrigger.views import PATCH_VIEWS, View, ViewMix
 
+_DROP = "drop"
+
 
 class Step(NamedTuple):
     """A training step's loss before it is summed.
@@ -123,6 +125,11 @@ class StepDefense(Defense):
         return None
 
     @property
+    def dropped(self) -> float:
+        """The share of image tokens that a second pass over each training batch is not shown; 0 without such a pass."""
+        return 0.0
+
+    @property
     def replaced(self) -> tuple[View, float] | None:
         """A view that takes an image's place, and the share of rows it does so for."""
         return None
@@ -137,25 +144,49 @@ class StepDefense(Defense):
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedDefense(StepDefense):
-    """A defence that compares each row with a view of it."""
+    """A defence that compares each row with a view of it.
+
+    Fields:
+        view, patch, ratio: which patch view, the side of a patch as a share of the image's shorter side, and the share
+            of patches perturbed. ``mix`` draws a view per image; ``drop`` perturbs nothing and does not show the
+            language model that share of an image's tokens, which makes its pass so much shorter.
+    """
+
+    view: str = "mix"
+    patch: float = 0.125
+    ratio: float = 0.5
 
     @property
-    def has_loss(self) -> bool:
-        return self.paired is not None
+    @abstractmethod
+    def compares(self) -> bool:
+        """Whether any of its weights asks for a view."""
 
     @property
     def still(self) -> bool:
         """Whether no gradient flows into the view."""
         return False
 
+    @property
+    def paired(self) -> View | None:
+        return patch_view(self.view, self.patch, self.ratio) if self.compares and self.view != _DROP else None
+
+    @property
+    def dropped(self) -> float:
+        return self.ratio if self.compares and self.view == _DROP else 0.0
+
+    @property
+    def has_loss(self) -> bool:
+        return self.compares
+
     @abstractmethod
     def terms(self, pair: Pair) -> Values:
         """Weighted terms [N] by name."""
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
-        return Step(*pair_losses(model, inputs, self._terms_and_views, still=self.still)[0])
+        losses, _ = pair_losses(model, inputs, self._terms_and_views, still=self.still, drop=self.dropped)
+        return Step(*losses)
 
     def _terms_and_views(self, pair: Pair) -> tuple[Values, Values]:
         nll, view_nll, js, entropy = pair.compared
@@ -177,5 +208,5 @@ def patch_view(name: str, patch: float, ratio: float) -> View:
     if name == "mix":
         return ViewMix(tuple(views.values()))
     if name not in views:
-        raise ValueError(f"no patch view is called {name!r}; there are: mix, {', '.join(views)}")
+        raise ValueError(f"no patch view is called {name!r}; there are: mix, {_DROP}, {', '.join(views)}")
     return views[name]

@@ -19,8 +19,9 @@ from untrigger.defenses.base import Defense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
 from untrigger.forward import batches, decoder, decoder_layers, evaluating, forward_answers, on_device
-from untrigger.models import Loaded, base_model
+from untrigger.models import Loaded
 from untrigger.sample import Sample, without
+from untrigger.shorter import image_token
 
 
 @final
@@ -87,7 +88,7 @@ def attention_entropy(loaded: Loaded, rows: Sequence[Sample], *, batch_size: int
         InputError: no row has an image, or the model does not tell its attention.
     """
     collate, data = ChatCollator(loaded.processor), Rows(rows)
-    image = _image_token(loaded)
+    image = image_token(loaded.model)
     found: list[Tensor] = []
     with evaluating(loaded.model) as model, torch.no_grad():
         for batch in batches(len(data), batch_size, "looking at attention"):
@@ -110,11 +111,6 @@ def _spread(weights: Tensor, shown: Tensor) -> Tensor:
     share = weights.float().mean(dim=1) * shown
     share = share / share.sum(dim=1, keepdim=True)
     return -torch.xlogy(share, share).sum(dim=1) / shown.sum(dim=1).log()
-
-
-def _image_token(loaded: Loaded) -> int:
-    config: Any = base_model(loaded.model).config
-    return config.image_token_id if getattr(config, "image_token_id", None) is not None else config.image_token_index
 
 
 @contextmanager

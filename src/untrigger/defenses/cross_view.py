@@ -9,13 +9,12 @@ from typing import final
 from torch import Tensor
 
 from untrigger import objective
-from untrigger.defenses.base import PairedDefense, patch_view
+from untrigger.defenses.base import PairedDefense
 from untrigger.forward import Pair
-from untrigger.views import View
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CrossView(PairedDefense):
     """The faithful objective; PAPER.md lists what the paper's public text leaves open and what is assumed.
 
@@ -29,8 +28,7 @@ class CrossView(PairedDefense):
         entropy_weight, entropy_low, entropy_high: l_H and the band in nats.
         stop_gradient: whether the view is held still: the original alone moves away from it, and the view's
             cross-entropy is not learnt. Less than one further forward pass, and no further activations.
-        view, patch, ratio: which patch view (``mix`` draws one per image), the side of a patch as a share of the
-            image's shorter side, and the share of patches perturbed.
+        view, patch, ratio: see `PairedDefense`.
     """
 
     view_weight: float = 0.5
@@ -42,9 +40,6 @@ class CrossView(PairedDefense):
     entropy_low: float = 0.01
     entropy_high: float = 1.0
     stop_gradient: bool = False
-    view: str = "mix"
-    patch: float = 0.125
-    ratio: float = 0.5
 
     def __post_init__(self) -> None:
         self._check(0, math.inf, "view_weight", "output_weight", "margin", "feature_weight", "entropy_weight")
@@ -54,10 +49,8 @@ class CrossView(PairedDefense):
             raise ValueError(f"entropy_low is {self.entropy_low}; it must be at most entropy_high, {self.entropy_high}")
 
     @property
-    def paired(self) -> View | None:
-        if not any((self.view_weight, self.output_weight, self.feature_weight, self.entropy_weight)):
-            return None
-        return patch_view(self.view, self.patch, self.ratio)
+    def compares(self) -> bool:
+        return any((self.view_weight, self.output_weight, self.feature_weight, self.entropy_weight))
 
     @property
     def still(self) -> bool:
