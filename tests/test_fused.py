@@ -232,3 +232,32 @@ def test_half_types_keep_their_gradients_apart(monkeypatch: pytest.MonkeyPatch) 
         found.append(torch.cat([view.grad for view in hidden if view.grad is not None]))
     assert found[0].dtype == torch.bfloat16 and found[0].any()
     torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=1e-5)
+
+
+class Int8(nn.Module):
+    """A quantised head, as such are: no parameter, whole numbers and a scale for each word."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
+
+
+def test_a_quantised_head_is_asked_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_HELD", 4 * V)
+    torch.manual_seed(0)
+    head = Int8(nn.Linear(D, V, dtype=torch.float64))
+    hidden = [normal(N, D, seed=seed).requires_grad_() for seed in range(2)]
+    found = losses_at_head(head, hidden, four_terms, width=V)
+    terms, _ = four_terms(slice(None), hidden, [head(view) for view in hidden])
+    whole = torch.stack(list(terms.values())).sum(dim=0)
+    torch.testing.assert_close(found.total, whole)
+    for ours, theirs in zip(gradients([found.total], hidden), gradients([whole], hidden), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)

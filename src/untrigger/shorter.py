@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from untrigger.errors import InputError
 from untrigger.models import base_model
@@ -82,12 +83,13 @@ def showing(model: nn.Module, decoder: nn.Module, positions: Tensor) -> Generato
 def looked_at(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs with what the vision tower gives in the place of pixels, where the family takes that.
 
-    A second pass over the same images then need not look at them again. A model that is wrapped (DDP, FSDP) may have
-    its weights elsewhere, and looks twice.
+    A second pass over the same images then need not look at them again. A model whose weights may be
+    elsewhere (DDP, FSDP) looks twice.
     """
     inner: Any = base_model(model)
     takes = "mm_encoder_outputs" in inspect.signature(inner.forward).parameters
-    if not takes or hasattr(model, "module") or "pixel_values" not in inputs:
+    elsewhere = hasattr(model, "module") or any(isinstance(weights, DTensor) for weights in inner.parameters())
+    if not takes or elsewhere or "pixel_values" not in inputs:
         return inputs
     told = inspect.signature(inner.get_image_features).parameters
     images = {name: value for name, value in inputs.items() if name in told}

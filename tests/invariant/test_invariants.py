@@ -149,6 +149,22 @@ def test_two_processes_equal_one(data: Path, tiny_model: Path, tmp_path: Path) -
     assert logged_gap(logs(one), logs(two)) < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_weights_parted_over_two_processes_have_the_gradients_of_one(
+    data: Path, tiny_model: Path, tmp_path: Path, tuning: str
+) -> None:
+    """FSDP: adapters under a frozen head, and all weights, the tied head among them."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [Path(__file__).parent / "sharded.py", tiny_model, data, tmp_path / "found.json", tuning]
+    run = subprocess.run([*launch, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["both", "still", "drop"]
+    for count, gap in found.values():
+        assert count > 10 and gap < 1e-10
+
+
 # --- killed and resumed -----------------------------------------------------------------------------
 
 STEPS = 14  # of 8 to an epoch: the second epoch has begun

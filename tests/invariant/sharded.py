@@ -1,0 +1,66 @@
+"""Run by `torchrun`: a defence's gradients with the weights parted over the processes, against those of one process.
+
+    sharded.py MODEL DATA OUT lora|full
+
+Writes the largest difference for each way to look at a view, and how many weights were compared.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from untrigger.collate import ChatCollator, Collate, DropCollator, PairCollator, Rows
+from untrigger.defenses import CrossView
+from untrigger.forward import decoder_layers
+from untrigger.models import add_lora, load
+from untrigger.sample import read
+
+TERMS: dict[str, Any] = {"margin": 0.6, "bound": -0.9, "entropy_high": 0.5}
+WAYS = {
+    "both": CrossView(**TERMS),
+    "still": CrossView(**TERMS, stop_gradient=True),
+    "drop": CrossView(**TERMS, view="drop"),
+}
+
+
+def batch_of(defense: CrossView, collate: Collate, rows: Rows) -> dict[str, Any]:
+    made = DropCollator(collate, 0) if defense.paired is None else PairCollator(collate, defense.paired, 0)
+    return made([rows[i] for i in range(len(rows))])
+
+
+def main(model_folder: str, data: str, out: str, tuning: str) -> None:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)  # the adapters' too
+    loaded = load(model_folder, dtype=torch.float64)
+    model: Any = add_lora(loaded.model, rank=2) if tuning == "lora" else loaded.model
+    rows, collate = Rows(list(read(Path(data)))[:3]), ChatCollator(loaded.processor)
+
+    def gradients(defense: CrossView) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        defense.step(model, batch_of(defense, collate, rows)).total.sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    alone = {way: gradients(defense) for way, defense in WAYS.items()}
+    for layer in decoder_layers(model):
+        fully_shard(layer)
+    fully_shard(model)
+    found: dict[str, tuple[int, float]] = {}
+    for way, defense in WAYS.items():
+        parted: dict[str, Any] = gradients(defense)
+        assert parted.keys() == alone[way].keys()
+        gaps = [float((parted[name].full_tensor() - alone[way][name]).abs().max()) for name in parted]
+        found[way] = len(gaps), max(gaps)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
