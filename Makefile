@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint gallery bench clean
+.PHONY: quickstart test check lint gallery bench paper clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/untrigger quickstart --out runs/quickstart
@@ -27,8 +27,12 @@ WORKERS ?= 1
 gallery: $(VENV)/installed
 	$(BIN)/python -m untrigger.gallery --results results/gallery --out docs --workers $(WORKERS)
 
-# What the paper compares: hours on two cores; give the same command again after a kill.
+# What a step costs under each defence: minutes.
 bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/step_cost.py --json results/step_cost.json
+
+# What the paper compares: hours on two cores; give the same command again after a kill.
+paper: $(VENV)/installed-dev
 	$(BIN)/untrigger bench plans/paper.yaml --out results/paper --jobs $(WORKERS)
 	$(BIN)/untrigger report results/paper --out results/paper.json
 	$(BIN)/untrigger report results/paper --out runs/paper.md

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from untrigger import objective
 from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
@@ -38,6 +39,7 @@ from untrigger.forward import answer_losses, forward_answers
 from untrigger.models import add_lora, load
 
 Batch = dict[str, Tensor]
+RATIOS = ("memory", "flops", "moved")
 PLAIN, EPOCHS = "plain", 3  # passes over the rows, of which the judgements of a whole run are two forward passes
 
 
@@ -241,12 +243,15 @@ def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
     seconds["default, whole run at most"] = [
         step + 2 / EPOCHS * judged for step, judged in zip(seconds["default"], seconds.pop("judgement"), strict=True)
     ]
-    peaks = {name: peak(lambda step=step: took(step), case.model) for name, step in STEPS.items()}
-    peaks["default, whole run at most"] = peaks["default"]  # a judgement keeps nothing for a gradient
+    counted = {name: count(lambda step=step: took(step), case.model) for name, step in timed.items()}
+    judged = counted.pop("judgement")
+    whole = (x + 2 / EPOCHS * y for x, y in zip(counted["default"][1:], judged[1:], strict=True))
+    counted["default, whole run at most"] = Counts(counted["default"].peak, *whole)  # a judgement keeps no activations
     tokens = case.single["input_ids"].numel()
     return [
         {"shape": case.name, "variant": name, **ratios(seconds[name], seconds[PLAIN])}
-        | {"memory_ratio": round(peaks[name] / peaks[PLAIN], 4), "peak_bytes": peaks[name]}
+        | {f"{what}_ratio": round(mine / of, 4) for what, mine, of in compared(counted[name], counted[PLAIN])}
+        | {"peak_bytes": counted[name].peak}
         | {"tokens_per_second": round(tokens / statistics.median(seconds[name]))}
         for name in seconds
     ]
@@ -259,26 +264,39 @@ def ratios(seconds: list[float], plain: list[float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def peak(run: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes of tensors at the moment when there are most of them, weights included."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated()
-    held = Held()
+class Counts(NamedTuple):
+    """Of one step: bytes held at most, weights included; multiplications and additions; bytes read and written.
+
+    The last are those of unfused operations: what a step would take on a machine that is limited by its memory.
+    """
+
+    peak: float
+    flops: float
+    moved: float
+
+
+def compared(mine: Counts, of: Counts) -> Iterator[tuple[str, float, float]]:
+    return zip(RATIOS, mine, of, strict=True)
+
+
+def count(run: Callable[[], Any], model: nn.Module) -> Counts:
+    held, flops = Held(), FlopCounterMode(display=False)
     for parameter in model.parameters():
         held.note(parameter)
-    with held:
+    if cuda := torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
         run()
-    return held.most
+    with held, flops:
+        run()
+    return Counts(torch.cuda.max_memory_allocated() if cuda else held.most, flops.get_total_flops(), held.moved)
 
 
 class Held(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and the ``most`` that there were: no allocator tells on a CPU."""
+    """Bytes of the tensors that are alive, the ``most`` that there were, and what operations ``moved``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.most = 0
+        self.bytes = self.most = self.moved = 0
         self.known: set[int] = set()
 
     def note(self, tensor: Tensor) -> None:
@@ -295,9 +313,11 @@ class Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(tensor, Tensor):
-                self.note(tensor)
+        given = [x for x in (*args, *(made if isinstance(made, tuple | list) else (made,))) if isinstance(x, Tensor)]
+        if not func.is_view:
+            self.moved += sum(tensor.nbytes for tensor in given)
+        for tensor in given:
+            self.note(tensor)
         return made
 
 
@@ -321,12 +341,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
     made = Table(title="over plain LoRA fine-tuning: medians (quartiles)")
     for name in ("shape", "variant"):
         made.add_column(name)
-    for name in ("time", "memory", "s a step", "tokens/s"):
+    for name in ("time", "memory", "FLOPs", "bytes moved", "s a step", "tokens/s"):
         made.add_column(name, justify="right")
     for row in rows:
         time_ratio = f"{row['time_ratio']:.2f} ({row['time_low']:.2f} to {row['time_high']:.2f})"
-        figures = (time_ratio, f"{row['memory_ratio']:.2f}", f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,}")
-        made.add_row(row["shape"], row["variant"], *figures)
+        counts = (f"{row[f'{what}_ratio']:.2f}" for what in RATIOS)
+        pace = (f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,}")
+        made.add_row(row["shape"], row["variant"], time_ratio, *counts, *pace)
     return made
 
 
