@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from untrigger import report, store
 from untrigger.plan import read_plan
 
@@ -13,8 +15,12 @@ CELLS = ROOT / "results" / "paper"
 MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
 
 
-def test_every_cell_of_the_papers_plan_is_there() -> None:
-    assert store.missing(CELLS, read_plan(ROOT / "plans" / "paper.yaml")) == []
+@pytest.mark.parametrize(
+    ("plan", "folder"),
+    [("paper", "paper"), ("gauntlet", "gauntlet"), ("goals-vqa", "goals"), ("weak-domain", "weak-domain")],
+)
+def test_every_cell_of_a_plan_is_there(plan: str, folder: str) -> None:
+    assert store.missing(ROOT / "results" / folder, read_plan(ROOT / "plans" / f"{plan}.yaml")) == []
 
 
 def test_the_figures_and_the_page_are_rendered_from_the_cells(tmp_path: Path) -> None:
