@@ -17,7 +17,13 @@ MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
 
 @pytest.mark.parametrize(
     ("plan", "folder"),
-    [("paper", "paper"), ("gauntlet", "gauntlet"), ("goals-vqa", "goals"), ("weak-domain", "weak-domain")],
+    [
+        ("paper", "paper"),
+        ("gauntlet", "gauntlet"),
+        ("goals-vqa", "goals"),
+        ("goals-captions", "goals"),
+        ("weak-domain", "weak-domain"),
+    ],
 )
 def test_every_cell_of_a_plan_is_there(plan: str, folder: str) -> None:
     assert store.missing(ROOT / "results" / folder, read_plan(ROOT / "plans" / f"{plan}.yaml")) == []
