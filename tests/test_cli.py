@@ -461,6 +461,7 @@ def test_help_waits_for_no_host_library(module: str) -> None:
 @pytest.mark.slow
 def test_ctrl_c_of_a_real_training_run(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
     words = ["train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", "--max_steps", "100000"]
+    words += ["--defense", "plain"]  # one training, whose checkpoints come at once
     command = [sys.executable, "-m", "untrigger", *map(str, words), "--save_steps", "5"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):

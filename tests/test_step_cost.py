@@ -38,10 +38,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def test_no_step_costs_more_than_it_may(
     rows: dict[str, dict[str, Any]], variant: str, time: float, memory: float
 ) -> None:
-    """By the lower quartile of the rounds: a neighbour on the machine slows some of them, and speeds up none."""
+    """Of time by its lower quartile, with a tenth for the tests that run beside; of work, which is counted, by all of it."""
     row = rows[variant]
-    assert row["time_low"] <= time and row["memory_ratio"] <= memory, row
-    assert row["moved_ratio"] <= time * 1.05, "what a machine would take that is limited by its memory"
+    assert row["time_low"] <= 1.1 * time and row["memory_ratio"] <= memory, row
+    assert max(row["flops_ratio"], row["moved_ratio"]) <= 1.02 * time, row
 
 
 def test_every_variant_is_dearer_than_plain_and_cheaper_than_naive(rows: dict[str, dict[str, Any]]) -> None:
