@@ -38,7 +38,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def test_no_step_costs_more_than_it_may(
     rows: dict[str, dict[str, Any]], variant: str, time: float, memory: float
 ) -> None:
-    """Of time by its lower quartile, with a tenth for the tests that run beside; of work, which is counted, by all of it."""
+    """Of time by the lower quartile, with a tenth for tests that run beside; of work, which is counted, all of it."""
     row = rows[variant]
     assert row["time_low"] <= 1.1 * time and row["memory_ratio"] <= memory, row
     assert max(row["flops_ratio"], row["moved_ratio"]) <= 1.02 * time, row
