@@ -128,6 +128,8 @@ def test_no_defence_shares_a_name_with_the_host() -> None:
         ("paper", ("--view", "nope"), "nope"),
         ("paper", ("--patch", "0"), "patch"),
         ("paper", ("--ratio", "2"), "ratio"),
+        ("paper", ("--view", "drop", "--ratio", "2"), "ratio"),
+        ("paper", ("--view", "drop", "--ratio", "0"), "ratio"),
         ("patch-aug", ("--view", "nope"), "nope"),
         ("patch-aug", ("--share", "1.5"), "share"),
         ("two-view", ("--view_weight", "-1"), "view_weight"),

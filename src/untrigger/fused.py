@@ -92,11 +92,19 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """Of each answer token: ``total`` [N] with its gradient; the ``terms`` of that sum and what else was ``seen``."""
+    """Of each answer token, before they are summed: ``total`` [N], with its gradient.
+
+    For the log, by name, [N]: the weighted ``terms`` that it is the sum of, and what else was ``seen``.
+    """
 
     total: Tensor
     terms: Values
     seen: Values
+
+    @classmethod
+    def of(cls, terms: Values, seen: Values | None = None) -> Losses:
+        """The losses of these terms, at least one."""
+        return cls(torch.stack(list(terms.values())).sum(dim=0), terms, seen or {})
 
 
 def losses_at_head(head: Head, hidden: Sequence[Tensor], loss: Loss, *, width: int, trained: bool = False) -> Losses:
@@ -115,9 +123,9 @@ def losses_at_head(head: Head, hidden: Sequence[Tensor], loss: Loss, *, width: i
     found: dict[int, tuple[Values, Values]] = {}
 
     def summed(part: slice, *pieces: Tensor) -> Tensor:
-        terms, seen = loss(part, pieces, [head(piece) for piece in pieces])
-        found[part.start] = _detached(terms), _detached(seen)
-        return torch.stack(list(terms.values())).sum(dim=0)
+        losses = Losses.of(*loss(part, pieces, [head(piece) for piece in pieces]))
+        found[part.start] = _detached(losses.terms), _detached(losses.seen)
+        return losses.total
 
     if torch.is_grad_enabled() and not trained and any(view.requires_grad for view in hidden):
         total = cast(Tensor, _AtOnce.apply(summed, parts, *hidden))

@@ -44,7 +44,8 @@ def training_settings(
             [*words, *flags, f"--output_dir={out}"], return_remaining_strings=True, look_for_args_file=False
         )
         if isinstance(defense, StepDefense):
-            _ = (defense.paired, defense.replaced)  # builds the views: bad fields are found before the data is read
+            # builds the views: bad fields are found before the data is read
+            _ = (defense.paired, defense.dropped, defense.replaced)
     except (ValueError, TypeError, argparse.ArgumentError, ImportError) as error:
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     if unknown := [word for words in rest for word in words]:

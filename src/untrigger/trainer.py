@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from untrigger import objective
 from untrigger.collate import AugmentCollator, DrawingCollator, DropCollator, PairCollator
-from untrigger.defenses import Defense, Step, StepDefense
+from untrigger.defenses import Defense, StepDefense
 from untrigger.errors import InputError
+from untrigger.fused import Losses
 from untrigger.models import base_model, quiet_loading
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class DefendedMixin(_Host):
     # --- diagnostics ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _note(self, step: Step) -> None:
+    def _note(self, step: Losses) -> None:
         for name, value in ({f"loss_{name}": value for name, value in step.terms.items()} | step.seen).items():
             entry = torch.stack([value.detach().sum().float(), torch.tensor(float(value.numel()), device=value.device)])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry

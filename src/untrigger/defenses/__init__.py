@@ -1,7 +1,7 @@
 """Defences: how a fine-tuning on rows that are not trusted goes. One file each."""
 
 from untrigger.defenses.abl import Abl
-from untrigger.defenses.base import Defense, PairedDefense, Step, StepDefense, Training
+from untrigger.defenses.base import Defense, PairedDefense, StepDefense, Training
 from untrigger.defenses.bye import Bye
 from untrigger.defenses.byorn import Byorn
 from untrigger.defenses.clean_tuning import CleanTuning
@@ -47,7 +47,6 @@ __all__ = [
     "PairedDefense",
     "PatchAug",
     "Plain",
-    "Step",
     "StepDefense",
     "Training",
     "TwoView",

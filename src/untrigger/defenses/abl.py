@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from untrigger import objective
-from untrigger.defenses.base import Defense, Step, StepDefense, Training, part
+from untrigger.defenses.base import Defense, StepDefense, Training, part
 from untrigger.defenses.plain import Plain
 from untrigger.forward import Answers, forward_answers, row_mean
+from untrigger.fused import Losses
 from untrigger.models import Loaded
 from untrigger.sample import Sample, picked
 
@@ -62,9 +63,9 @@ class LocalAscent(StepDefense):
 
     floor: float
 
-    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
         answers = forward_answers(model, inputs)
-        return Step.of({"local_ascent": local_ascent(*_losses(answers), self.floor)})
+        return Losses.of({"local_ascent": local_ascent(*_losses(answers), self.floor)})
 
 
 @final
@@ -72,10 +73,10 @@ class LocalAscent(StepDefense):
 class Ascent(StepDefense):
     """Cross-entropy uphill, until a token is as unlikely as any of the vocabulary."""
 
-    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
         answers = forward_answers(model, inputs)
         nll, _ = _losses(answers)
-        return Step.of({"ascent": -nll.clamp(max=math.log(answers.logits.shape[-1]))}, {"ce": nll})
+        return Losses.of({"ascent": -nll.clamp(max=math.log(answers.logits.shape[-1]))}, {"ce": nll})
 
 
 def local_ascent(nll: Tensor, row: Tensor, floor: float) -> Tensor:

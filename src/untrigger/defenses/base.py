@@ -6,38 +6,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from untrigger.forward import Pair, Tokens, pair_losses
-from untrigger.fused import Values
+from untrigger.fused import Losses, Values
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 from untrigger.views import PATCH_VIEWS, View, ViewMix
 
 _DROP = "drop"
-
-
-class Step(NamedTuple):
-    """A training step's loss before it is summed.
-
-    ``total``: the loss of each answer token [N], with its gradient. For the log, by name, [N]: the ``terms`` that it is
-    the sum of, and what else was ``seen``.
-    """
-
-    total: Tensor
-    terms: Values
-    seen: Values
-
-    @classmethod
-    def of(cls, terms: Values, seen: Values | None = None) -> Step:
-        """The step of these weighted terms."""
-        return cls(torch.stack(list(terms.values())).sum(dim=0), terms, seen or {})
 
 
 class Training(Protocol):
@@ -139,7 +121,7 @@ class StepDefense(Defense):
         """Whether `step` takes the place of the host's own loss, which otherwise is left as it is to the bit."""
         return type(self).step is not StepDefense.step
 
-    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
         """The loss of one training batch; only called where it ``has_loss``."""
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
@@ -174,7 +156,11 @@ class PairedDefense(StepDefense):
 
     @property
     def dropped(self) -> float:
-        return self.ratio if self.compares and self.view == _DROP else 0.0
+        if not self.compares or self.view != _DROP:
+            return 0.0
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is {self.ratio}; of image tokens to drop it must be above 0 and at most 1")
+        return self.ratio
 
     @property
     def has_loss(self) -> bool:
@@ -184,9 +170,8 @@ class PairedDefense(StepDefense):
     def terms(self, pair: Pair) -> Values:
         """Weighted terms [N] by name."""
 
-    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
-        losses, _ = pair_losses(model, inputs, self._terms_and_views, still=self.still, drop=self.dropped)
-        return Step(*losses)
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
+        return pair_losses(model, inputs, self._terms_and_views, still=self.still, drop=self.dropped)[0]
 
     def _terms_and_views(self, pair: Pair) -> tuple[Values, Values]:
         nll, view_nll, js, entropy = pair.compared

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from untrigger import objective
-from untrigger.defenses.base import Defense, Step, StepDefense, Training
+from untrigger.defenses.base import Defense, StepDefense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
 from untrigger.forward import decoder_layers, forward_answers
+from untrigger.fused import Losses
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 
@@ -60,7 +61,7 @@ class Consistent(StepDefense):
     weight: float
     size: float
 
-    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
         answers = forward_answers(model, inputs)
         real = inputs["attention_mask"].bool()
         with _watched(model) as calm:
@@ -70,7 +71,7 @@ class Consistent(StepDefense):
             forward_answers(model, inputs)
         jump = consistency(moved.states, real)[answers.row]
         terms = {"ce": objective.token_nll(answers.logits, answers.target), "consistency": self.weight * jump}
-        return Step.of(terms)
+        return Losses.of(terms)
 
 
 def consistency(states: Sequence[Tensor], real: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import nn
 
 from untrigger import objective
 from untrigger.collate import IGNORE
-from untrigger.defenses.base import Defense, Step, StepDefense, Training
+from untrigger.defenses.base import Defense, StepDefense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.forward import Answers, Tokens, answer_losses
-from untrigger.fused import Values
+from untrigger.fused import Losses, Values
 from untrigger.models import Loaded
 from untrigger.sample import Sample, picked, without
 
@@ -116,7 +116,7 @@ class Guard(StepDefense):
 
     weight: float
 
-    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Step:
+    def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
         inputs, answered = dict(inputs), inputs["labels"] != IGNORE
         doubted = inputs.pop("doubted", torch.zeros_like(answered))[:, 1:][answered[:, 1:]]
 
@@ -126,7 +126,7 @@ class Guard(StepDefense):
             guards = torch.zeros_like(ce).masked_scatter(bad, self.weight * guard)
             return {"ce": ce.masked_fill(bad, 0), "guard": guards}, {}
 
-        return Step(*answer_losses(model, inputs, terms))
+        return answer_losses(model, inputs, terms)
 
 
 def fence(surprise: Sequence[float], floor: float, reach: float) -> float:
