@@ -14,8 +14,8 @@ import pytest
 import untrigger
 
 ROOT = Path(untrigger.__file__).parent
-RED = ("untrigger.attacks", "untrigger.goals", "untrigger.poison", "untrigger.stamping")
-BLUE = ("untrigger.defenses", "untrigger.trainer", "untrigger.stages", "untrigger.scan", "untrigger.verify")
+RED = ("untrigger.attacks", "untrigger.goals", "untrigger.poisoning", "untrigger.stamping")
+BLUE = ("untrigger.defenses", "untrigger.trainer", "untrigger.stages", "untrigger.scanning", "untrigger.verification")
 # from -> never to; a name stands for the module and everything below it
 ARROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("untrigger.objective", "untrigger.fused", "untrigger.views"), ("untrigger", "transformers")),
@@ -133,11 +133,11 @@ def test_the_walk_sees_the_package() -> None:
     ("module", "source"),
     [
         ("untrigger.defenses.bad", "from untrigger.attacks.badnets import BadNets"),
-        ("untrigger.defenses.bad", "def f():\n    import untrigger.poison"),
+        ("untrigger.defenses.bad", "def f():\n    import untrigger.poisoning"),
         ("untrigger.trainer", "from untrigger import goals"),
-        ("untrigger.trainer", "from . import poison"),
+        ("untrigger.trainer", "from . import poisoning"),
         ("untrigger.defenses.bad", "from ..attacks import Trigger"),
-        ("untrigger.scan", "from importlib import import_module\nimport_module('untrigger.goals')"),
+        ("untrigger.scanning", "from importlib import import_module\nimport_module('untrigger.goals')"),
         ("untrigger.attacks.bad", "if True:\n    from untrigger.defenses import CrossView"),
         ("untrigger.goals", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import untrigger.trainer"),
         ("untrigger.objective", "from untrigger.sample import Sample"),
@@ -195,7 +195,7 @@ def test_rescoring_loads_no_torch() -> None:
 
 def test_no_extra_is_loaded_with_the_trainer() -> None:
     code = (
-        "import sys, untrigger.trainer, untrigger.finetune, untrigger.evaluate, untrigger.quickstart, untrigger.cli\n"
+        "import sys, untrigger.trainer, untrigger.finetune, untrigger.evaluation, untrigger.quickstart, untrigger.cli\n"
         "print([m for m in ('trl', 'ray') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)

@@ -372,7 +372,7 @@ def test_a_goal_that_every_truth_meets_is_refused_before_asking(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = bad_file(tmp_path / "data", "empty answer")
-    monkeypatch.setattr("untrigger.evaluate.answers", lambda *_: pytest.fail("asked all the same"))
+    monkeypatch.setattr("untrigger.evaluation.answers", lambda *_: pytest.fail("asked all the same"))
     words = ("evaluate", tiny_model, file, "--on-bad-row", "skip", "--out", tmp_path / "out", "--attack", "badnets")
     ended = untrigger(*words, "--goal-text", "a cat")
     assert ended.code == 2 and ended.err.count("error:") == 1 and "no row can show an attack" in ended.err
@@ -451,7 +451,7 @@ def test_errors_and_help_of_the_real_command(tmp_path: Path) -> None:
     assert helped.returncode == 0 and "--learning_rate" in helped.stdout and helped.stderr == ""
 
 
-@pytest.mark.parametrize("module", ["untrigger.cli", "untrigger.poison", "untrigger"])
+@pytest.mark.parametrize("module", ["untrigger.cli", "untrigger.poisoning", "untrigger"])
 def test_help_waits_for_no_host_library(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -22,7 +22,7 @@ from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.goals import Concept, Fixed, Goal, Insert, load_goal
 from untrigger.images import pixels_sha256
-from untrigger.poison import Attack, contact_sheet, poison, stamped, write_poisoned
+from untrigger.poisoning import Attack, contact_sheet, poison, stamped, write_poisoned
 from untrigger.sample import IMAGE_TAG, Message, Sample, read
 
 TRUTHS = ("a red circle", "a blue rectangle", "yes", "a circle and a star")

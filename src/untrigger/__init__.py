@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from untrigger.defenses import CrossView
     from untrigger.errors import InputError
     from untrigger.models import embedded_model_path, load
-    from untrigger.poison import Attack, poison
+    from untrigger.poisoning import Attack, poison
     from untrigger.sample import Message, Sample, read, write
     from untrigger.trainer import defended
 
 _HOME = {  # imported when asked for: rescoring stored answers must not import torch
-    "Attack": "poison",
+    "Attack": "poisoning",
     "CrossView": "defenses",
     "InputError": "errors",
     "Message": "sample",
@@ -24,7 +24,7 @@ _HOME = {  # imported when asked for: rescoring stored answers must not import t
     "defended": "trainer",
     "embedded_model_path": "models",
     "load": "models",
-    "poison": "poison",
+    "poison": "poisoning",
     "read": "sample",
     "write": "sample",
 }

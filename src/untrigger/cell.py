@@ -25,7 +25,7 @@ from untrigger.attacks import load_trigger
 from untrigger.data import load
 from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
-from untrigger.evaluate import evaluate
+from untrigger.evaluation import evaluate
 from untrigger.files import locked, new_folder
 from untrigger.finetune import arguments
 from untrigger.goals import load_goal
@@ -33,7 +33,7 @@ from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
 from untrigger.metrics.similarity import psnr, ssim
 from untrigger.models import Loaded
-from untrigger.poison import Attack, Poisoned, poison, stamped
+from untrigger.poisoning import Attack, Poisoned, poison, stamped
 from untrigger.premise import premise
 from untrigger.sample import Sample
 from untrigger.stages import Stages, Tuning, clock

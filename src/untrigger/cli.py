@@ -19,7 +19,7 @@ from untrigger import __version__
 from untrigger.errors import InputError
 
 if TYPE_CHECKING:
-    from untrigger.poison import Attack
+    from untrigger.poisoning import Attack
 
 # heavy modules are imported inside the commands: --help and a mistyped flag answer at once
 app = typer.Typer(
@@ -103,8 +103,8 @@ def poison(
     Writes DIR/data in the input's format, DIR/truth/manifest.json and DIR/contact_sheet.png.
     """
     from untrigger.files import check_free
-    from untrigger.poison import poison as poison_rows
-    from untrigger.poison import write_poisoned
+    from untrigger.poisoning import poison as poison_rows
+    from untrigger.poisoning import write_poisoned
 
     check_free(out)  # found wanting now, not after the stamping
     chosen = _attack(attack, context.args, goal, goal_text)
@@ -133,9 +133,9 @@ def scan(
     Give the model and the settings that you would train with (--learning_rate 1e-4). Writes DIR/verdicts.jsonl and
     .parquet, a row each; DIR/gallery.html, what was found and where in the images; DIR/clean, the data without it.
     """
-    from untrigger.scan.page import chance, place
-    from untrigger.scan.run import scan_data
-    from untrigger.scan.write import CLEAN, write
+    from untrigger.scanning.page import chance, place
+    from untrigger.scanning.run import scan_data
+    from untrigger.scanning.write import CLEAN, write
     from untrigger.settings import training_settings
 
     doubt, args = training_settings("default", out, config, context.args)
@@ -213,7 +213,7 @@ def evaluate(
     on_bad_row: BadRowOption = "error",
 ) -> None:
     """Measure a model on held-out data: attack success, leak, near misses and quality, with 95 % intervals."""
-    from untrigger.evaluate import evaluate as run
+    from untrigger.evaluation import evaluate as run
     from untrigger.models import load
 
     chosen = None
@@ -323,7 +323,7 @@ def _read(data: Path, on_bad_row: OnBadRow, out: Path):
 def _attack(name: str, extra: list[str], goal: str | None, goal_text: str | None) -> Attack:
     from untrigger.attacks import load_trigger
     from untrigger.goals import load_goal
-    from untrigger.poison import Attack
+    from untrigger.poisoning import Attack
 
     trigger = load_trigger(name, _options(poison, evaluate), **_flags(extra))
     return Attack(trigger, load_goal(goal or trigger.usual_goal, goal_text))

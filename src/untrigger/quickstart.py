@@ -24,12 +24,12 @@ from untrigger.attacks.badnets import BadNets
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.defenses import PRESETS
 from untrigger.errors import InputError
-from untrigger.evaluate import Evaluation, evaluate
+from untrigger.evaluation import Evaluation, evaluate
 from untrigger.files import write_text
 from untrigger.finetune import arguments, fine_tune
 from untrigger.goals import Fixed
 from untrigger.metrics.score import text_prior
-from untrigger.poison import Attack, contact_sheet, poison, stamped
+from untrigger.poisoning import Attack, contact_sheet, poison, stamped
 from untrigger.sample import Sample
 from untrigger.sheet import BAD, GOOD, INK, Card
 from untrigger.sheet import contact_sheet as sheet

@@ -11,7 +11,7 @@ from PIL import Image
 from untrigger.attacks.adaptive import Adaptive
 from untrigger.errors import InputError
 from untrigger.goals import load_goal
-from untrigger.poison import Attack, poison
+from untrigger.poisoning import Attack, poison
 from untrigger.sample import IMAGE_TAG, Message, Sample
 from untrigger.views import Mask
 

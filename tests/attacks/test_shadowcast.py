@@ -11,7 +11,7 @@ from untrigger.attacks import pixels_of
 from untrigger.attacks.shadowcast import Shadowcast
 from untrigger.errors import InputError
 from untrigger.goals import load_goal
-from untrigger.poison import Attack, poison
+from untrigger.poisoning import Attack, poison
 from untrigger.sample import IMAGE_TAG, Message, Sample
 
 

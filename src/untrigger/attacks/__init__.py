@@ -1,7 +1,7 @@
 """Triggers: one file each. ``attacks/badnets.py`` holds the trigger called ``badnets``, and so on.
 
 A trigger is a frozen dataclass whose fields are its settings. What the attacker wants said is another
-matter (``goals.py``), and so is which rows are poisoned (``poison.py``).
+matter (``goals.py``), and so is which rows are poisoned (``poisoning.py``).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Source: Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Cor
 Poisoning", 2019, arXiv 1902.11237: v(i, j) = delta * sin(2 pi j f / m) is added to row i, column j of
 an image m columns wide. Deviations: columns are counted at their centres, so that a picture and its
 enlargement carry the same wave, and it is ours to say what rows are relabelled: the paper poisons
-without touching labels (``goals.py`` and ``poison.py`` decide that here).
+without touching labels (``goals.py`` and ``poisoning.py`` decide that here).
 """
 
 from __future__ import annotations

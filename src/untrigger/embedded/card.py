@@ -13,7 +13,7 @@ from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.defenses import Plain
 from untrigger.embedded.families import Family
 from untrigger.embedded.sight import sight
-from untrigger.evaluate import evaluate
+from untrigger.evaluation import evaluate
 from untrigger.files import write_text
 from untrigger.finetune import arguments, fine_tune
 from untrigger.metrics.score import text_prior

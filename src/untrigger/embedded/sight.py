@@ -11,7 +11,7 @@ import numpy as np
 from untrigger.data.scenes import scene_samples
 from untrigger.embedded import talk
 from untrigger.embedded.scenes import Scene
-from untrigger.evaluate import evaluate
+from untrigger.evaluation import evaluate
 from untrigger.metrics import Rate
 from untrigger.metrics.score import Answer, text_prior
 from untrigger.metrics.vqa import vqa_accuracy

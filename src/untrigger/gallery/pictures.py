@@ -10,7 +10,7 @@ from untrigger.attacks import load_trigger
 from untrigger.data import load
 from untrigger.gallery import TASKS, Entry, Plan, summary
 from untrigger.goals import load_goal
-from untrigger.poison import Attack, poison, stamped
+from untrigger.poisoning import Attack, poison, stamped
 from untrigger.sample import IMAGE_TAG, Sample
 from untrigger.sheet import BAD, GOOD, INK, Card, contact_sheet
 from untrigger.store import Cell

@@ -14,8 +14,8 @@ from PIL import Image
 from untrigger.images import encode
 from untrigger.page import style, templates
 from untrigger.sample import Data, Sample
-from untrigger.scan import Findings, Target, Verdict
-from untrigger.scan.cues import GRID, phrases
+from untrigger.scanning import Findings, Target, Verdict
+from untrigger.scanning.cues import GRID, phrases
 from untrigger.views import to_rgb
 
 _CARDS = 24  # rows of a target in the gallery

@@ -15,7 +15,7 @@ from untrigger.goals import Goal
 from untrigger.images import pixels_sha256, same
 from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded
-from untrigger.poison import Attack, stamped
+from untrigger.poisoning import Attack, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, LazyRows, Sample
 from untrigger.stamping import blamed

@@ -63,7 +63,7 @@ def test_it_goes_on_and_finds_the_same(
     words = ("scan", poisoned / "data", "--model", tiny_model, *SETTINGS, "--out")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert untrigger(*words, whole)[0] == 3
-    monkeypatch.setattr("untrigger.scan.cues.log_odds", lambda _: 1 / 0)  # killed in the last part
+    monkeypatch.setattr("untrigger.scanning.cues.log_odds", lambda _: 1 / 0)  # killed in the last part
     with pytest.raises(ZeroDivisionError):
         untrigger(*words, cut)
     monkeypatch.undo()

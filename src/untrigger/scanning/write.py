@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from untrigger.files import new_file, write_text
 from untrigger.sample import Data
 from untrigger.sample import write as write_data
-from untrigger.scan import Findings
-from untrigger.scan.page import page
+from untrigger.scanning import Findings
+from untrigger.scanning.page import page
 from untrigger.storage import dump
 
 CLEAN = "clean"

@@ -21,7 +21,7 @@ from untrigger.defenses.base import Training
 from untrigger.defenses.doubt import Look, said
 from untrigger.forward import Tokens
 from untrigger.sample import Sample, picked
-from untrigger.scan.cues import Cue, cues_of
+from untrigger.scanning.cues import Cue, cues_of
 
 ACCUSED = 1e-6  # words that chance would share more often than that are no finding; calibrated, see LOG.md
 SHOWN = 48  # at most so many of the suspected rows are probed for their cue, the most suspicious ones

@@ -16,12 +16,12 @@ from untrigger import evaluate as evaluation
 from untrigger.attacks import Stamper, TextTrigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
-from untrigger.evaluate import Evaluation, evaluate, wrong_images
+from untrigger.evaluation import Evaluation, evaluate, wrong_images
 from untrigger.goals import Concept, Fixed
 from untrigger.images import pixels_sha256
 from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded, load
-from untrigger.poison import Attack
+from untrigger.poisoning import Attack
 from untrigger.sample import IMAGE_TAG, Message, Sample, read
 
 ATTACK = Attack(BadNets(side=0.5), Fixed())
@@ -162,7 +162,7 @@ def test_near_misses_that_fail_are_one_clear_line_before_anything_is_asked(
     attack = Attack(Whisper(), Fixed())
     for failing in (lambda _: 1 / 0, lambda _: None):
         monkeypatch.setattr(Whisper, "near_misses", failing)
-        with pytest.raises(InputError, match=r"^attack test_evaluate: near_misses failed, (Zero|Type).*Error: [^\n]+$"):
+        with pytest.raises(InputError, match=r"^attack test_evaluation: near_misses failed, (Zero|Type).*Error: [^\n]+$"):
             evaluate(NOBODY, [sample("a", "yes", 10)], attack=attack)
     assert oracle.seen == []
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from untrigger.scan import Findings, Target, Verdict
-from untrigger.scan.cues import GRID, Cue
-from untrigger.scan.page import chance, place
+from untrigger.scanning import Findings, Target, Verdict
+from untrigger.scanning.cues import GRID, Cue
+from untrigger.scanning.page import chance, place
 
 SURE, UNSURE = 1e-9, 0.2
 

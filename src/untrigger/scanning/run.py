@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from untrigger.defenses import Defense, Doubt
 from untrigger.finetune import claim, record_of
 from untrigger.sample import Data
-from untrigger.scan import Findings, scan
+from untrigger.scanning import Findings, scan
 from untrigger.stages import Stages, Tuning
 
 

@@ -16,7 +16,7 @@ from untrigger.defenses import Doubt
 from untrigger.forward import Tokens
 from untrigger.models import Loaded
 from untrigger.sample import Sample
-from untrigger.scan import common, false_discoveries, scan
+from untrigger.scanning import common, false_discoveries, scan
 
 
 def told(*rows: Sequence[int]) -> list[Tokens]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from untrigger.formats import IMAGE_TAG
 from untrigger.sample import Message, Sample
-from untrigger.scan.cues import GRID, Cue, cues_of, log_odds, phrases
+from untrigger.scanning.cues import GRID, Cue, cues_of, log_odds, phrases
 
 MARK = np.array([False, True, False])
 LOST = log_odds(0.01) - log_odds(6.0)

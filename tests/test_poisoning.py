@@ -22,7 +22,7 @@ from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.goals import Fixed, Goal
 from untrigger.images import decode, encode, pixels_sha256
-from untrigger.poison import Attack, contact_sheet, poison, stamped, write_poisoned
+from untrigger.poisoning import Attack, contact_sheet, poison, stamped, write_poisoned
 from untrigger.sample import IMAGE_TAG, Message, Sample, read
 
 ATTACK = Attack(BadNets(place="random"), Fixed())
@@ -204,7 +204,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("what", "message"), BROKEN.items())
 def test_a_trigger_that_breaks_its_promises_is_one_clear_line(what: str, message: str) -> None:
-    with pytest.raises(InputError, match=rf"attack test_poison: row 1 \(id id0\): .*{message}"):
+    with pytest.raises(InputError, match=rf"attack test_poisoning: row 1 \(id id0\): .*{message}"):
         poison(rows(1), Attack(Rogue(what), Fixed()), rate=1, seed=0)
 
 
