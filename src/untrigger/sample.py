@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, cast, final, overload
 
@@ -122,6 +122,16 @@ class Data(Sequence[Sample]):
     def folder(self) -> Path:
         """Where image paths begin."""
         return self.path if self.path.is_dir() else self.path.parent
+
+
+def numbered(rows: Sequence[Sample], index: int) -> int:
+    """A row's number, from 1, as it stands in its file; without a file as it stands in ``rows``."""
+    return 1 + (rows.numbers[index] if isinstance(rows, Data) else index)
+
+
+def without_images(rows: Sequence[Sample], index: int) -> Sample:
+    """A row's id and turns; decodes no image where the rows are those of a file."""
+    return rows.told(index) if isinstance(rows, Data) else replace(rows[index], images=())
 
 
 def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", skipped_to: Path | None = None) -> Data:
