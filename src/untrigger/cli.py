@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -227,8 +227,7 @@ def evaluate(
     if out:
         result.write(out)
     if chosen:
-        made = _named(chosen.name, chosen.settings), _named(chosen.goal.name, chosen.goal_settings)
-        typer.echo(f"attack {made[0]}, goal {made[1]}, seed {seed}")
+        typer.echo(f"{chosen}, seed {seed}")
     Console().print(result)
 
 
@@ -352,12 +351,6 @@ def _flags(extra: list[str]) -> dict[str, str]:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         settings[name.replace("-", "_")] = value
     return settings
-
-
-def _named(part: str, settings: Mapping[str, object]) -> str:
-    """``badnets (side 0.08929, place random)``, on one line."""
-    told = (f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in settings.items())
-    return " ".join(f"{part} ({', '.join(told)})".split()) if settings else part
 
 
 def _refuse(message: str) -> NoReturn:

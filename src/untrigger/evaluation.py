@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Evaluation(JupyterMixin):
     untouched: bool = False
     attack: Mapping[str, object] | None = None
 
-    @property
+    @cached_property
     def figures(self) -> dict[str, Any]:
         return score(self.clean, self.triggered, self.wrong_image, self.near_misses, untouched=self.untouched)
 
@@ -72,10 +73,10 @@ class Evaluation(JupyterMixin):
         write_text(out / "metrics.json", json.dumps({**made, **self.figures}, indent=2, default=str) + "\n")
 
     def __repr__(self) -> str:
-        asked = ", ".join(f"{len(part):,} {name}" for name, part in self.conditions.items() if part)
-        figures = dict(_flat(self.figures))
-        told = (f"{name} {_brief(figures[key])}" for key, name in _HEADLINE.items() if figures.get(key))
-        return "; ".join([f"Evaluation: answers to {asked} inputs", *told])
+        count = sum(map(len, self.conditions.values()))
+        figures = dict(_flat(self.figures)) if self.clean else {}
+        told = (f"{name} {_brief(figure)}" for key, name in _HEADLINE.items() if (figure := figures.get(key)))
+        return "; ".join([f"Evaluation: {count:,} answers", *told])
 
     def __rich__(self) -> Table:
         table = Table("figure", "value", "95 % interval", "n")

@@ -106,14 +106,14 @@ class Findings(JupyterMixin):
     def __repr__(self) -> str:
         found = f"{len(self.targets)} target{'s' * (len(self.targets) != 1)} found"
         lines = [f"Findings: {len(self.verdicts):,} rows, {found if self.targets else 'nothing found'}"]
-        lines += [f"  {target.text!r} {self._share(target)}: {place(self, target)}" for target in self._first]
+        lines += [f"  {target.text!r} in {self._share(target)}: {place(self, target)}" for target in self._first]
         return "\n".join([*lines, *self._more])
 
     def __rich__(self) -> Table:
         title = f"{len(self.suspected):,} of {len(self.verdicts):,} rows are suspected"
-        table = Table("they say", "rows", "chance", "it hangs on", title=title, caption="\n".join(self._more))
+        table = Table("they say", "where", "chance", "it hangs on", title=title, caption="\n".join(self._more))
         for target in self._first:
-            cells = repr(target.text), self._share(target).removeprefix("in "), chance(target.chance)
+            cells = repr(target.text), self._share(target), chance(target.chance)
             table.add_row(*map(Text, (*cells, place(self, target))))
         return table
 
@@ -126,7 +126,7 @@ class Findings(JupyterMixin):
         return [f"  and {len(self.targets) - _SHOWN:,} more"] * (len(self.targets) > _SHOWN)
 
     def _share(self, target: Target) -> str:
-        return f"in {len(target.rows):,} rows ({100 * len(target.rows) / len(self.verdicts):.1f} %)"
+        return f"{len(target.rows):,} rows ({100 * len(target.rows) / len(self.verdicts):.1f} %)"
 
 
 def rounded(nats: float | None) -> float | None:

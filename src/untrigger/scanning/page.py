@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from untrigger.images import encode
+from untrigger.images import address
 from untrigger.page import style, templates
 from untrigger.sample import Data, Sample
 from untrigger.scanning.cues import GRID, phrases
 from untrigger.scanning.findings import Findings, Verdict, chance, place
-from untrigger.views import to_rgb
 
 _CARDS = 24  # rows of a target in the gallery
 _PIXELS = 320  # longest side of a picture there
@@ -57,7 +54,7 @@ def _card(sample: Sample, verdict: Verdict) -> Card:
     cue = verdict.cue
     cells = cue.cells if cue else []
     pictures = [
-        (_address(image), (np.clip(cells[at], 0, _HOT) / _HOT).tolist() if at < len(cells) else [])
+        (address(image, _PIXELS), (np.clip(cells[at], 0, _HOT) / _HOT).tolist() if at < len(cells) else [])
         for at, image in enumerate(sample.images)
     ]
     answers = [turn.text for turn in sample.messages if turn.role == "assistant"]
@@ -68,9 +65,3 @@ def _prompt(sample: Sample, verdict: Verdict) -> list[tuple[str, float]]:
     if verdict.cue:
         return [(word, min(max(nats, 0), _HOT) / _HOT) for word, nats in verdict.cue.words]
     return [(sample.messages[turn].text[start:end], 0.0) for turn, start, end in phrases(sample)]
-
-
-def _address(image: Image.Image) -> str:
-    small = to_rgb(image).copy()
-    small.thumbnail((_PIXELS, _PIXELS))
-    return f"data:image/png;base64,{b64encode(encode(small)).decode()}"
