@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from untrigger.defenses import CrossView
+    from untrigger.defenses import CrossView, Doubt
     from untrigger.errors import InputError
     from untrigger.evaluation import evaluate
     from untrigger.finetune import fine_tune
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _HOME = {  # imported when asked for: rescoring stored answers must not import torch
     "Attack": "poisoning",
     "CrossView": "defenses",
+    "Doubt": "defenses",
     "InputError": "errors",
     "Message": "sample",
     "Sample": "sample",
@@ -39,6 +40,7 @@ _HOME = {  # imported when asked for: rescoring stored answers must not import t
 __all__ = [
     "Attack",
     "CrossView",
+    "Doubt",
     "InputError",
     "Message",
     "Sample",

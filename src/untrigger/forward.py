@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from untrigger import objective
 from untrigger.collate import IGNORE, ChatCollator, Rows
@@ -246,18 +246,35 @@ def row_tokens(
                 found += _read_tokens(file)
             if batch.start < len(found):
                 continue
-            inputs = collate([data[i] for i in batch])
-            asked = inputs["attention_mask"].bool() & (inputs["labels"] == IGNORE)
-            answers = forward_answers(model, on_device(inputs, model))
-            ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
-            nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
-            found += [
-                Tokens(ids[row == i], nll[row == i], np.unique(told[there].numpy()))
-                for i, (told, there) in enumerate(zip(inputs["input_ids"], asked, strict=True))
-            ]
+            found += batch_tokens(model, collate([data[i] for i in batch]))
             if file and batch.stop in (start + per_file, len(data)):
                 _write_tokens(file, found[start:])
     return found
+
+
+def row_answers(processor: ProcessorMixin, rows: Sequence[Sample], batch_size: int = 32) -> list[NDArray[np.int64]]:
+    """The tokens of each row's answer [n], which no model is asked about."""
+    collate, data = ChatCollator(processor), Rows(rows)
+    parts = (collate([data[i] for i in batch]) for batch in batches(len(data), batch_size, "reading answers"))
+    return [ids for part in parts for ids in batch_answers(part)]
+
+
+def batch_answers(batch: Mapping[str, Any]) -> list[NDArray[np.int64]]:
+    """The same of one batch with ``labels`` [B, T]."""
+    return [row[row != IGNORE].numpy() for row in batch["labels"][:, 1:]]
+
+
+@torch.no_grad()
+def batch_tokens(model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> list[Tokens]:
+    """The same of one batch with ``labels`` [B, T], by a model in evaluation mode."""
+    asked = batch["attention_mask"].bool() & (batch["labels"] == IGNORE)
+    answers = forward_answers(model, on_device(batch, model))
+    ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
+    nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
+    return [
+        Tokens(ids[row == i], nll[row == i], np.unique(told[there].cpu().numpy()))
+        for i, (told, there) in enumerate(zip(batch["input_ids"], asked, strict=True))
+    ]
 
 
 def _write_tokens(path: Path, rows: Sequence[Tokens]) -> None:

@@ -25,7 +25,7 @@ from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import StepDefense
 from untrigger.errors import InputError
 from untrigger.files import locked, write_text
-from untrigger.forward import Tokens, row_tokens
+from untrigger.forward import Tokens, row_answers, row_tokens
 from untrigger.images import pixels_sha256
 from untrigger.models import Loaded, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.progress import TrainingProgress
@@ -114,10 +114,8 @@ class Stages:
         args.learning_rate *= rate
         if passes is not None:
             args.num_train_epochs, args.max_steps = passes, -1
-        elif args.max_steps > 0:
-            args.max_steps = max(1, round(share * args.max_steps))
         else:
-            args.num_train_epochs *= share
+            shorten(args, share)
         set_seed(args.seed)
         loaded = start or self._adapted()
         started = clock()
@@ -139,6 +137,9 @@ class Stages:
     def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
         self._take()
         return row_tokens(model, rows, kept=self._out / "stages" / name)
+
+    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
+        return row_answers(self._load().processor, rows)
 
     # --- one stage ----------------------------------------------------------------------------------
 
@@ -240,6 +241,14 @@ def clock() -> float:
     With an accelerator, which works beside it, those that have passed.
     """
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
+def shorten(args: TrainingArguments, share: float) -> None:
+    """Let a training take this share of the steps that were asked for, one at least."""
+    if args.max_steps > 0:
+        args.max_steps = max(1, round(share * args.max_steps))
+    else:
+        args.num_train_epochs *= share
 
 
 def settings_of(args: TrainingArguments) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -32,11 +33,23 @@ _AGREE = 0.9  # of the rows go on with the same token: it is a part of what they
 
 
 def find(rows: Sequence[Sample], training: Training, doubt: Doubt) -> Findings:
-    """Judge every row without any truth: two judgements, and a probe of what is suspected.
+    """Judge rows without any truth: two judgements, and a probe of what is suspected.
 
-    On data in which nothing is found this costs a pass of scoring and the early part of a fine-tuning.
+    On data in which nothing is found this costs scoring, and the early part of a fine-tuning, of as many rows as are
+    judged (`Doubt.most`). Rows that were not looked at are not suspected, and have a score of 0.
     """
     look = doubt.look(rows, training)
+    names = [(numbered(rows, row), without_images(rows, row).id) for row in range(len(rows))]
+    verdicts = [Verdict(*name, 0.0) for name in names]
+    found = _judged(picked(rows, look.numbers), [names[row] for row in look.numbers], look, training)
+    for row, verdict in zip(look.numbers, found.verdicts, strict=True):
+        verdicts[row] = verdict
+    of = [replace(target, rows=[look.numbers[row] for row in target.rows]) for target in found.targets]
+    return Findings(verdicts, of)
+
+
+def _judged(rows: Sequence[Sample], names: Sequence[tuple[int, str]], look: Look, training: Training) -> Findings:
+    """Of the rows that were looked at."""
     groups = grouped(look)
     ranks, processor = look.judged.ranks, cast(Any, look.model.processor)
     for group in groups.values():
@@ -62,8 +75,7 @@ def find(rows: Sequence[Sample], training: Training, doubt: Doubt) -> Findings:
     texts = {row: said(look.model, look.told[row], mark) for row, mark in look.judged.doubted.items()}
     verdicts = [
         Verdict(
-            numbered(rows, row),
-            without_images(rows, row).id,
+            *names[row],
             score,
             of.get(row),
             rates.get(row),
