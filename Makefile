@@ -27,7 +27,7 @@ PAGES := README.md PAPER.md RESULTS.md LOG.md CHANGELOG.md NOTICE docs plans src
 docs: $(VENV)/installed-docs
 	rm -rf build/pages && mkdir -p build/pages
 	tar cf - $(PAGES) | tar xf - -C build/pages
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Runs the cells that results/gallery lacks, each in a process; make gallery WORKERS=2 runs two at a time.
 WORKERS ?= 1
