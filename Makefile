@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint gallery bench paper clean
+.PHONY: quickstart test check lint docs gallery bench paper clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/untrigger quickstart --out runs/quickstart
@@ -21,6 +21,13 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The site, build/site, of the pages as they lie in the repository: so a link is the same link here and there.
+PAGES := README.md PAPER.md RESULTS.md LOG.md CHANGELOG.md NOTICE docs plans src/untrigger/embedded/*/README.md
+docs: $(VENV)/installed-docs
+	rm -rf build/pages && mkdir -p build/pages
+	tar cf - $(PAGES) | tar xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Runs the cells that results/gallery lacks, each in a process; make gallery WORKERS=2 runs two at a time.
 WORKERS ?= 1
@@ -47,7 +54,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,ray,report,trl]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,pandas,ray,report,trl]"
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@ $(VENV)/installed
 
 clean:

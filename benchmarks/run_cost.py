@@ -24,13 +24,13 @@ from untrigger.attacks import load_trigger
 from untrigger.data import load as load_data
 from untrigger.defenses import Doubt, Plain
 from untrigger.files import write_text
-from untrigger.finetune import arguments
 from untrigger.generate import answers
 from untrigger.goals import load_goal
 from untrigger.models import load
 from untrigger.poisoning import Attack, poison, stamped
 from untrigger.sample import Sample
-from untrigger.scanning import scan
+from untrigger.scanning import find
+from untrigger.settings import arguments
 from untrigger.stages import Stages, Tuning, clock
 
 EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgement
@@ -49,7 +49,7 @@ def epoch(rows: Sequence[Sample]) -> float:
 
 
 def scanned(rows: Sequence[Sample]) -> float:
-    return seconds(lambda folder: scan(rows, stages(folder), Doubt()))
+    return seconds(lambda folder: find(rows, stages(folder), Doubt()))
 
 
 def stages(folder: Path) -> Stages:

@@ -1,20 +1,31 @@
-"""The code of the docs does what the docs say."""
+"""The code of the docs does what the docs say, and all of it runs."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from shell import untrigger
+from untrigger import load
 from untrigger.attacks import load_trigger
+from untrigger.collate import ChatCollator, Rows
 from untrigger.data import names, task_of
+from untrigger.matrix import Done, Work, attempt
+from untrigger.plan import read_plan
 from untrigger.sample import read
+from untrigger.settings import arguments
+from untrigger.store import Cell
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 OWN_TRIGGER, DATA = ((DOCS / name).read_text(encoding="utf-8") for name in ("own-trigger.md", "data.md"))
 TRIGGERS = re.findall(r"```python\n(.*?)```", OWN_TRIGGER, re.S)
 
@@ -73,3 +84,92 @@ def test_every_data_set_is_in_the_table() -> None:
     assert re.findall(r"^\| `([\w-]+)` \| (\w+)", table, re.M) == [
         (name, {"vqa": "questions", "captions": "captions"}[task_of(name)]) for name in names()
     ]
+
+
+# --- every block of every page ----------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A fenced block, its language, and the file that the text before it says it should be saved as."""
+
+    language: str
+    code: str
+    saved_as: str
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))]
+# What cannot run in a test, by its first word; the pages say how long it takes.
+NOT_RUN = {
+    "make": "an installation, or minutes of measuring; CI runs `make test`, and a slow test the quick start",
+    "python": "the benchmark behind `make bench`; tests/test_step_cost.py has its gates",
+}
+LONG = ("README.md", "docs/bench.md", "docs/own-trigger.md", "docs/report.md", "docs/tutorial.md")
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found: list[Block] = []
+    for match in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.S | re.M):
+        said = re.findall(r"Save this as `(\S+)`:\s*$", text[: match.start()])
+        found.append(Block(match[1], match[2], said[0] if said else ""))
+    return found
+
+
+def test_every_block_says_what_it_is() -> None:
+    """``sh`` and ``python`` are run, ``text`` is what they print, ``yaml`` is a plan."""
+    assert {block.language for page in PAGES for block in blocks(page)} == {"sh", "python", "text", "yaml"}
+    assert {page for page in PAGES if blocks(page)} >= {*LONG}
+
+
+@pytest.fixture
+def desk(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages take for granted: data, a plan, and in the place of ``llava`` a tiny model."""
+    for name in ("DATA", "HELD_OUT"):
+        shutil.copytree(tiny_data, tmp_path / name)
+    (tmp_path / "plans").mkdir()
+    plan = {"models": ["llava"], "data": ["scenes-vqa"], "attacks": ["badnets"], "defenses": ["plain"], "rates": [0.2]}
+    cell = {"train_rows": 10, "test_rows": 4, "epochs": 1}
+    (tmp_path / "plans" / "paper.yaml").write_text(yaml.safe_dump({**plan, "split": "dev", "cell": cell}))
+    monkeypatch.setattr("untrigger.models.embedded_model_path", lambda _: tiny_model)
+    monkeypatch.setattr("untrigger.stages.embedded_model_path", lambda _: tiny_model)
+    monkeypatch.setattr("untrigger.matrix.on_this_machine", lambda jobs: in_this_process)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def in_this_process(cells: Sequence[Cell], root: Path, work: Work) -> Done:
+    """Where the stand-in model is."""
+    return ((cell, attempt(work, cell, root)) for cell in cells)
+
+
+def run_shell(code: str) -> None:
+    for line in code.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or words[0] in NOT_RUN:
+            continue
+        assert words[0] == "untrigger", line
+        if words[1] == "data":  # a set of a size for tests
+            words = [*shlex.split(re.sub(r"--rows \d+", "", line)), "--rows", "24"]
+        told = untrigger(*words[1:])
+        assert told.code in ((0, 3) if words[1] == "scan" else (0,)), f"{line}\n{told.err}"
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow if p in LONG else ()) for p in PAGES])
+def test_the_blocks_of_a_page_run_in_order(page: str, desk: Path) -> None:
+    scope: dict[str, Any] = {}
+    for block in blocks(page):
+        if block.saved_as:
+            (desk / block.saved_as).write_text(block.code)
+        if block.language == "sh":
+            run_shell(block.code)
+        elif block.language == "yaml":
+            (desk / "plan.yaml").write_text(block.code)
+            assert read_plan(desk / "plan.yaml")
+        elif block.language == "python":
+            if "args=args" in block.code:  # the reader's own trainer, and what it has
+                model, processor, _ = load("llava")
+                scope |= {"model": model, "args": arguments(desk / "own", save_strategy="no", max_steps=2)}
+                scope |= {"rows": Rows(read(desk / "DATA")), "collator": ChatCollator(processor)}
+            exec(compile(re.sub(r"\brows=\d+", "rows=24", block.code), page, "exec"), scope)
+            if trainer := scope.pop("trainer", None):
+                assert trainer.train().global_step

@@ -14,9 +14,10 @@ from transformers import Trainer
 
 from untrigger.defenses import Doubt, Plain
 from untrigger.defenses.doubt import Judgement
-from untrigger.finetune import Tuning, arguments, fine_tune
+from untrigger.finetune import Tuning, fine_tune
 from untrigger.forward import Tokens
 from untrigger.sample import read
+from untrigger.settings import arguments
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from untrigger import defended
 from untrigger.collate import ChatCollator, DoubtCollator, Rows, row_key
 from untrigger.defenses import Byorn, Doubt
 from untrigger.errors import InputError
-from untrigger.finetune import arguments, fine_tune
+from untrigger.finetune import fine_tune
 from untrigger.hosted import JUDGED
 from untrigger.models import add_lora, load
 from untrigger.sample import Sample
+from untrigger.settings import arguments
 
 EAGER = Doubt(early=0.25, floor=0.1, reach=0.0, chance=1 - 1e-6, weight=3.0)  # doubts a quarter of any rows
 

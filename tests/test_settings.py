@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import PRESETS, CrossView, Defense, PatchAug, Plain, TwoView
 from untrigger.errors import InputError
-from untrigger.finetune import DEFAULTS
-from untrigger.settings import training_settings
+from untrigger.settings import DEFAULTS, training_settings
+from untrigger.yaml_file import read_mapping
 
 
 def settings(
@@ -26,7 +26,7 @@ def settings(
     if config is not None:
         file = folder / "settings.yaml"
         file.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-    return training_settings(preset, folder / "out", file, list(flags))
+    return training_settings(preset, folder / "out", read_mapping(file) if file else {}, flags)
 
 
 def test_defaults_are_the_projects_own(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_yaml_that_is_no_text_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "noise.yaml").write_bytes(b"\xff\xfe\x80 margin")
     for name in ("noise.yaml", "gone.yaml", "."):
         with pytest.raises(InputError, match=str(tmp_path)):
-            training_settings("paper", tmp_path / "out", tmp_path / name, [])
+            read_mapping(tmp_path / name)
 
 
 def test_defences_check_themselves() -> None:

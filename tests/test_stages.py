@@ -32,9 +32,10 @@ from untrigger.defenses import (
 )
 from untrigger.defenses.abl import LocalAscent
 from untrigger.errors import InputError
-from untrigger.finetune import arguments, fine_tune
+from untrigger.finetune import fine_tune
 from untrigger.models import Loaded, load
 from untrigger.sample import Message, Sample, read
+from untrigger.settings import arguments
 from untrigger.stages import Stages, Tuning
 from untrigger.trainer import defended
 

@@ -16,10 +16,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 from untrigger.collate import IGNORE, ChatCollator, PairCollator, Row, Rows
 from untrigger.defenses import CrossView, Defense, PatchAug, Plain, TwoView
 from untrigger.errors import InputError
-from untrigger.finetune import arguments
 from untrigger.forward import pair_losses
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import read
+from untrigger.settings import arguments
 from untrigger.trainer import checkpoints, defended, last_checkpoint
 from untrigger.views import Erase
 

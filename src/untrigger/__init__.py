@@ -10,9 +10,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from untrigger.defenses import CrossView, Doubt
     from untrigger.errors import InputError
+    from untrigger.evaluation import evaluate
+    from untrigger.finetune import fine_tune
     from untrigger.models import embedded_model_path, load
     from untrigger.poisoning import Attack, poison
     from untrigger.sample import Message, Sample, read, write
+    from untrigger.scanning.run import scan
+    from untrigger.stages import Tuning
     from untrigger.trainer import defended
 
 _HOME = {  # imported when asked for: rescoring stored answers must not import torch
@@ -22,11 +26,15 @@ _HOME = {  # imported when asked for: rescoring stored answers must not import t
     "InputError": "errors",
     "Message": "sample",
     "Sample": "sample",
+    "Tuning": "stages",
     "defended": "trainer",
     "embedded_model_path": "models",
+    "evaluate": "evaluation",
+    "fine_tune": "finetune",
     "load": "models",
     "poison": "poisoning",
     "read": "sample",
+    "scan": "scanning.run",
     "write": "sample",
 }
 __all__ = [
@@ -36,12 +44,16 @@ __all__ = [
     "InputError",
     "Message",
     "Sample",
+    "Tuning",
     "__version__",
     "defended",
     "embedded_model_path",
+    "evaluate",
+    "fine_tune",
     "load",
     "poison",
     "read",
+    "scan",
     "write",
 ]
 

@@ -27,7 +27,6 @@ from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
 from untrigger.evaluation import evaluate
 from untrigger.files import locked, new_folder
-from untrigger.finetune import arguments
 from untrigger.goals import load_goal
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
@@ -36,6 +35,7 @@ from untrigger.models import Loaded
 from untrigger.poisoning import Attack, Poisoned, poison, stamped
 from untrigger.premise import premise
 from untrigger.sample import Sample
+from untrigger.settings import arguments
 from untrigger.stages import Stages, Tuning, clock
 from untrigger.store import ORACLE, Cell
 

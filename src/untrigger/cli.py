@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_args, get_type_hints
 
 import typer
-from rich.table import Table
 from typer.models import OptionInfo
 
 from untrigger import __version__
@@ -133,15 +132,13 @@ def scan(
     Give the model and the settings that you would train with (--learning_rate 1e-4). Writes DIR/verdicts.jsonl and
     .parquet, a row each; DIR/gallery.html, what was found and where in the images; DIR/clean, the data without it.
     """
-    from untrigger.scanning.page import chance, place
-    from untrigger.scanning.run import scan_data
-    from untrigger.scanning.write import CLEAN, write
-    from untrigger.settings import training_settings
+    from untrigger.scanning.findings import chance, place
+    from untrigger.scanning.run import scan as run
+    from untrigger.scanning.write import CLEAN
 
-    doubt, args = training_settings("default", out, config, context.args)
+    doubt, args = _settings("default", out, config, context.args)
     rows = _read(data, on_bad_row, out)
-    findings = scan_data(rows, model, doubt, args, resume=resume)
-    write(findings, rows, out)
+    findings = run(rows, model, doubt, args, resume=resume)
     for target in findings.targets:
         told = f"{len(target.rows):,} rows say {target.text!r} (chance {chance(target.chance)})"
         typer.echo(f"{told}: {place(findings, target)}")
@@ -180,9 +177,8 @@ def train(
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
     from untrigger.finetune import DISTRUSTED, Tuning, fine_tune
-    from untrigger.settings import training_settings
 
-    chosen, args = training_settings(defense, out, config, context.args)
+    chosen, args = _settings(defense, out, config, context.args)
     if trusted and not chosen.wants_trusted:
         _refuse(f"--trusted: {defense} asks for no trusted rows; leave it out")
     if chosen.wants_trusted and not trusted:
@@ -213,8 +209,9 @@ def evaluate(
     on_bad_row: BadRowOption = "error",
 ) -> None:
     """Measure a model on held-out data: attack success, leak, near misses and quality, with 95 % intervals."""
+    from rich.console import Console
+
     from untrigger.evaluation import evaluate as run
-    from untrigger.models import load
 
     chosen = None
     if attack is not None:
@@ -226,13 +223,12 @@ def evaluate(
     rows = _read(data, on_bad_row, out or Path(data.stem))
     if out:
         out.mkdir(parents=True, exist_ok=True)  # found wanting now, not after the answers
-    result = run(load(model), rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
+    result = run(model, rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
     if out:
         result.write(out)
     if chosen:
-        made = _named(chosen.name, chosen.settings), _named(chosen.goal.name, chosen.goal_settings)
-        typer.echo(f"attack {made[0]}, goal {made[1]}, seed {seed}")
-    _print_figures(result.figures)
+        typer.echo(f"{chosen}, seed {seed}")
+    Console().print(result)
 
 
 @app.command()
@@ -320,6 +316,13 @@ def _read(data: Path, on_bad_row: OnBadRow, out: Path):
     return rows
 
 
+def _settings(preset: str, out: Path, config: Path | None, flags: list[str]):
+    from untrigger.settings import training_settings
+    from untrigger.yaml_file import read_mapping
+
+    return training_settings(preset, out, read_mapping(config) if config else {}, flags)
+
+
 def _attack(name: str, extra: list[str], goal: str | None, goal_text: str | None) -> Attack:
     from untrigger.attacks import load_trigger
     from untrigger.goals import load_goal
@@ -348,34 +351,6 @@ def _flags(extra: list[str]) -> dict[str, str]:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         settings[name.replace("-", "_")] = value
     return settings
-
-
-def _named(part: str, settings: Mapping[str, object]) -> str:
-    """``badnets (side 0.08929, place random)``, on one line."""
-    told = (f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in settings.items())
-    return " ".join(f"{part} ({', '.join(told)})".split()) if settings else part
-
-
-def _print_figures(figures: dict[str, object]) -> None:
-    from rich.console import Console
-
-    table = Table("figure", "value", "95 % interval", "n")
-    for name, value in _flat(figures):
-        if value is None:
-            table.add_row(name, "not available", "", "")
-        else:
-            table.add_row(name, f"{value['value']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}", str(value["n"]))
-    Console().print(table)
-
-
-def _flat(figures: dict, prefix: str = "") -> list[tuple[str, dict | None]]:  # type: ignore[type-arg]
-    rows: list[tuple[str, dict | None]] = []  # type: ignore[type-arg]
-    for name, value in figures.items():
-        if value is None or (isinstance(value, dict) and "value" in value):
-            rows.append((prefix + name, value))
-        elif isinstance(value, dict):
-            rows += _flat(value, "" if name == "quality" else f"{name.removesuffix('_quality')} ")
-    return rows
 
 
 def _refuse(message: str) -> NoReturn:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.jupyter import JupyterMixin
+from rich.table import Table
 
 from untrigger.errors import InputError
 from untrigger.files import write_text
+from untrigger.frames import frame
 from untrigger.generate import answers
 from untrigger.goals import Goal
 from untrigger.images import pixels_sha256, same
 from untrigger.metrics.score import Answer, score
-from untrigger.models import Loaded
+from untrigger.models import Loaded, load
 from untrigger.poisoning import Attack, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, LazyRows, Sample
 from untrigger.stamping import blamed
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-@dataclass(frozen=True)
-class Evaluation:
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(JupyterMixin):
     """Stored answers under each condition, near misses by their names, and the figures computed from them.
 
     Attributes:
@@ -37,7 +45,7 @@ class Evaluation:
     untouched: bool = False
     attack: Mapping[str, object] | None = None
 
-    @property
+    @cached_property
     def figures(self) -> dict[str, Any]:
         return score(self.clean, self.triggered, self.wrong_image, self.near_misses, untouched=self.untouched)
 
@@ -47,17 +55,58 @@ class Evaluation:
         near = {f"near_miss: {name}": answers for name, answers in self.near_misses.items()}
         return {"clean": self.clean, "triggered": self.triggered, "wrong_image": self.wrong_image, **near}
 
-    def write(self, out: Path) -> None:
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A dictionary for each answer: its ``condition``, and the fields of `untrigger.metrics.score.Answer`."""
+        return [{"condition": name, **asdict(a)} for name, part in self.conditions.items() for a in part]
+
+    def to_pandas(self) -> DataFrame:
+        """The same (`rows`) as a frame."""
+        return frame(self.rows)
+
+    def write(self, out: Path | str) -> None:
         """``answers.jsonl``, a row per answer, and ``metrics.json``, attack and figures; each whole or not at all."""
+        out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        rows = [{"condition": name, **asdict(a)} for name, part in self.conditions.items() for a in part]
-        write_text(out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
         made = {"attack": self.attack} if self.attack else {}
         write_text(out / "metrics.json", json.dumps({**made, **self.figures}, indent=2, default=str) + "\n")
 
+    def __repr__(self) -> str:
+        count = sum(map(len, self.conditions.values()))
+        figures = dict(_flat(self.figures)) if self.clean else {}
+        told = (f"{name} {_brief(figure)}" for key, name in _HEADLINE.items() if (figure := figures.get(key)))
+        return "; ".join([f"Evaluation: {count:,} answers", *told])
+
+    def __rich__(self) -> Table:
+        table = Table("figure", "value", "95 % interval", "n")
+        for name, value in _flat(self.figures):
+            if value is None:
+                table.add_row(name, "not available", "", "")
+            else:
+                interval = f"{value['low']:.3f} to {value['high']:.3f}"
+                table.add_row(name, f"{value['value']:.3f}", interval, str(value["n"]))
+        return table
+
+
+_HEADLINE = {"asr": "attack success", "leak": "leak", "vqa_accuracy": "accuracy", "cider": "CIDEr"}
+
+
+def _brief(figure: Mapping[str, Any]) -> str:
+    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+
+
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+    """Each figure under one name, ``triggered vqa_accuracy``; None where its data is not at hand."""
+    for name, value in figures.items():
+        if value is None or (isinstance(value, Mapping) and "value" in value):
+            yield prefix + name, value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, "" if name == "quality" else f"{name.removesuffix('_quality')} ")
+
 
 def evaluate(
-    loaded: Loaded,
+    model: Loaded | str | Path,
     data: Sequence[Sample],
     *,
     attack: Attack | None = None,
@@ -67,12 +116,14 @@ def evaluate(
 ) -> Evaluation:
     """Ask the model every sample's last question, on clean and, given an attack, on triggered inputs and near misses.
 
-    With ``sight`` it is also asked with another row's image: a model that does as well there does not look.
+    The model is a loaded one, or what `untrigger.load` takes. With ``sight`` it is also asked with another row's image:
+    a model that does as well there does not look.
 
     Raises:
         InputError: no row that shows an image and suits the goal has a true answer other than the attacker's:
             nothing to attack; or the trigger fails or breaks its promises.
     """
+    loaded = load(model) if isinstance(model, str | Path) else model
     goal, told = None, None
     stamps, near = LazyRows((), data.__getitem__), dict[str, LazyRows]()
     if attack:

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
@@ -19,57 +18,47 @@ from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
 from untrigger.files import new_file, write_text
 from untrigger.models import BASE_RECORD, Loaded, embedded_models
-from untrigger.sample import Data, Sample
+from untrigger.sample import Sample, numbered
+from untrigger.settings import settled
 from untrigger.stages import Stages, Tuning, settings_of, versions
 from untrigger.storage import dump
 from untrigger.trainer import checkpoints, last_checkpoint, step_of
 
 DISTRUSTED = "distrusted.jsonl"  # of a defence that judges rows: those that it acted on
 
-# Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
-# the collator reads, and pinning memory without an accelerator only warns.
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 16,
-    "learning_rate": 2e-4,
-    "num_train_epochs": 1.0,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,
-    "logging_steps": 10,
-    "save_steps": 200,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "remove_unused_columns": False,
-    "dataloader_pin_memory": torch.cuda.is_available(),
-}
-
-
-def arguments(out: Path, **overrides: Any) -> TrainingArguments:
-    """The host's arguments with this project's defaults under the overrides."""
-    return TrainingArguments(str(out), **(DEFAULTS | overrides))
-
 
 def fine_tune(
     samples: Sequence[Sample],
-    model: str,
-    defense: Defense,
-    args: TrainingArguments,
+    model: str | Path,
+    defense: str | Defense = "default",
+    args: TrainingArguments | None = None,
     *,
+    out: Path | str | None = None,
     tuning: Tuning | None = None,
     trusted: Sequence[Sample] = (),
     resume: bool = False,
     title: str = "training",
+    **settings: Any,
 ) -> Loaded:
-    """Train ``model`` on ``samples`` into ``args.output_dir``: a PEFT adapter folder, or a model folder.
+    """Train ``model`` on ``samples`` into the folder ``out``: a PEFT adapter, or a whole model; with a model card.
 
     Killed at any moment and started again with ``resume`` it ends with the same weights as an undisturbed run
-    (bit for bit on CPU). ``trusted`` rows are known to be clean; only a defence that asks for some looks at them.
+    (bit for bit on CPU).
+
+    Args:
+        model: an embedded model's name, a local folder or a hub id.
+        defense: a preset's name, or a defence.
+        args: ready arguments (`untrigger.settings.arguments`), in the place of ``out`` and ``settings``.
+        trusted: rows known to be clean; only a defence that asks for some looks at them.
+        settings: fields of the defence (``weight=5``) and of transformers.TrainingArguments (``learning_rate=1e-4``);
+            what is left out is `untrigger.settings.DEFAULTS`, not the host's.
 
     Raises:
-        InputError: the output folder is in use without ``resume``, or belongs to a run with other settings; the
-            defence wants trusted rows and there are none.
+        InputError: a setting is unknown or out of range; the output folder is in use without ``resume``, or belongs to
+            a run with other settings; the defence wants trusted rows and there are none.
     """
-    tuning = tuning or Tuning()
+    model, tuning = str(model), tuning or Tuning()
+    defense, args = settled(defense, args, out, settings)
     out = Path(str(args.output_dir))
     record = record_of(samples, model, defense, args, tuning, trusted)
     stages = Stages(
@@ -124,12 +113,11 @@ def record_of(
 
 def _tell(path: Path, samples: Sequence[Sample], stages: Stages) -> None:
     """The rows that the defence acted on, the most suspicious first: a JSON line for each."""
-    numbers = samples.numbers if isinstance(samples, Data) else range(len(samples))
     with new_file(path) as file:
         for row in sorted(stages.flagged, key=lambda row: -stages.scores[row]):
             sample = samples[row]
             answers = [message.text for message in sample.messages if message.role == "assistant"]
-            told = {"row": numbers[row] + 1, "id": sample.id, "score": round(stages.scores[row], 4)}
+            told = {"row": numbered(samples, row), "id": sample.id, "score": round(stages.scores[row], 4)}
             file.write(dump(told | {"why": stages.flagged[row], "answers": answers}) + b"\n")
 
 

@@ -6,12 +6,14 @@ import hashlib
 import io
 import os
 import warnings
+from base64 import b64encode
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
 from untrigger.errors import InputError
+from untrigger.views import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 2**26  # 8192 x 8192; at most 256 MiB once decoded as RGBA
@@ -86,6 +88,13 @@ def encode(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", exif=image.info.get("exif", b""))
     return file.getvalue()
+
+
+def address(image: Image.Image, longest: int) -> str:
+    """``image`` for a page that loads nothing: a data address of a PNG, its longest side at most so many pixels."""
+    small = to_rgb(image).copy()
+    small.thumbnail((longest, longest))
+    return f"data:image/png;base64,{b64encode(encode(small)).decode()}"
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import numpy as np
 from PIL import Image
@@ -24,9 +24,13 @@ from untrigger import sheet, stamping
 from untrigger.attacks import Stamper, Trigger
 from untrigger.errors import InputError
 from untrigger.files import new_folder
+from untrigger.frames import frame
 from untrigger.goals import Concept, Goal
 from untrigger.images import pixels_sha256
 from untrigger.sample import IMAGE_TAG, Data, LazyRows, Sample, picked
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 MANIFEST_VERSION: Final = 2  # 1 knew no decoys
 _PAIRS: Final = 8  # on a contact sheet
@@ -66,6 +70,9 @@ class Attack:
     def goal_settings(self) -> dict[str, object]:
         return _settings(self.goal)
 
+    def __str__(self) -> str:
+        return f"attack {_named(self.name, self.settings)}, goal {_named(self.goal.name, self.goal_settings)}"
+
 
 @dataclass(frozen=True)
 class PoisonedRow:
@@ -82,7 +89,7 @@ class PoisonedRow:
     images: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """What was done to a data set of ``total`` rows.
 
@@ -105,8 +112,23 @@ class Manifest:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, default=str) + "\n"
 
+    def to_pandas(self) -> DataFrame:
+        """A frame with a line for each poisoned row and each decoy, in the order of the data."""
+        entries = [(entry, False) for entry in self.rows] + [(entry, True) for entry in self.decoys]
+        told = [dataclasses.asdict(entry) | {"decoy": decoy} for entry, decoy in entries]
+        return frame(sorted(told, key=lambda line: line["row"]))
 
-@dataclass(frozen=True)
+    def __repr__(self) -> str:
+        return f"Manifest: {self._told}"
+
+    @property
+    def _told(self) -> str:
+        decoys = f", {len(self.decoys):,} decoys" if self.decoys else ""
+        with_ = f"{_named(self.attack, self.attack_settings)}, goal {_named(self.goal, self.goal_settings)}"
+        return f"{len(self.rows):,} of {self.total:,} rows poisoned{decoys} with {with_}, seed {self.seed}"
+
+
+@dataclass(frozen=True, repr=False)
 class Poisoned:
     """A poisoned data set.
 
@@ -119,6 +141,9 @@ class Poisoned:
     data: LazyRows
     edits: Mapping[int, Sample]
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return f"Poisoned: {self.manifest._told}"
 
 
 def poison(data: Sequence[Sample], attack: Attack, *, rate: float, seed: int) -> Poisoned:
@@ -303,6 +328,12 @@ def _settings(part: Trigger | Goal) -> dict[str, object]:
     if not dataclasses.is_dataclass(part):
         return {}
     return dataclasses.asdict(part)
+
+
+def _named(part: str, settings: Mapping[str, object]) -> str:
+    """``badnets (side 0.08929, place random)``, on one line."""
+    told = (f"{name} {_brief(value)}" for name, value in settings.items())
+    return " ".join(f"{part} ({', '.join(told)})".split()) if settings else part
 
 
 # --- writing ---------------------------------------------------------------------------------------

@@ -26,11 +26,12 @@ from untrigger.defenses import PRESETS
 from untrigger.errors import InputError
 from untrigger.evaluation import Evaluation, evaluate
 from untrigger.files import write_text
-from untrigger.finetune import arguments, fine_tune
+from untrigger.finetune import fine_tune
 from untrigger.goals import Fixed
 from untrigger.metrics.score import text_prior
 from untrigger.poisoning import Attack, contact_sheet, poison, stamped
 from untrigger.sample import Sample
+from untrigger.settings import arguments
 from untrigger.sheet import BAD, GOOD, INK, Card
 from untrigger.sheet import contact_sheet as sheet
 

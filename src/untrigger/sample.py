@@ -7,7 +7,8 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path, PurePosixPath
 from typing import Literal, cast, final, overload
 
@@ -28,8 +29,10 @@ from untrigger.formats import (
     elements,
     parse,
 )
-from untrigger.images import decode, encode, locate, quote, same
+from untrigger.images import address, decode, encode, locate, quote, same
 from untrigger.storage import Row, Rows, Unreadable, dump, find, open_rows
+
+_PIXELS = 240  # longest side of a picture in a notebook
 
 __all__ = ["IMAGE_TAG", "Data", "Format", "Message", "Role", "Sample", "read", "write"]
 
@@ -42,9 +45,15 @@ class Sample:
     images: tuple[Image.Image, ...]
     messages: tuple[Message, ...]
 
+    def _repr_html_(self) -> str:
+        """Pictures and turns, for a notebook."""
+        shown = "".join(f'<img src="{address(image, _PIXELS)}" alt="">' for image in self.images)
+        turns = "".join(f"<div><b>{turn.role}</b> {escape(turn.text)}</div>" for turn in self.messages)
+        return f"<div>{escape(self.id)}</div>{shown}{turns}"
+
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LazyRows(Sequence[Sample]):
     """Samples made on each access; item ``i`` is made from row ``numbers[i]`` of the data behind it."""
 
@@ -53,6 +62,9 @@ class LazyRows(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def __repr__(self) -> str:
+        return f"LazyRows: {len(self):,} rows"
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -94,6 +106,10 @@ class Data(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def __repr__(self) -> str:
+        left_out = f", {self.skipped:,} bad ones left out" if self.skipped else ""
+        return f"Data: {len(self):,} rows{left_out}; {self.format}, {self.path}"
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload
@@ -122,6 +138,16 @@ class Data(Sequence[Sample]):
     def folder(self) -> Path:
         """Where image paths begin."""
         return self.path if self.path.is_dir() else self.path.parent
+
+
+def numbered(rows: Sequence[Sample], index: int) -> int:
+    """A row's number, from 1, as it stands in its file; without a file as it stands in ``rows``."""
+    return 1 + (rows.numbers[index] if isinstance(rows, Data) else index)
+
+
+def without_images(rows: Sequence[Sample], index: int) -> Sample:
+    """A row's id and turns; decodes no image where the rows are those of a file."""
+    return rows.told(index) if isinstance(rows, Data) else replace(rows[index], images=())
 
 
 def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", skipped_to: Path | None = None) -> Data:

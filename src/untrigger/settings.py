@@ -1,20 +1,36 @@
-"""A training run's settings from a YAML file and from flags; flags win."""
+"""A training run's settings: the project's own, under what a file, keywords or flags say; flags win."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from untrigger.defenses import PRESETS, Defense, StepDefense
+from untrigger.defenses import PRESETS, Defense, StepDefense, preset_of
 from untrigger.errors import InputError
-from untrigger.finetune import DEFAULTS
-from untrigger.yaml_file import read_mapping
 
+# Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
+# the collator reads, and pinning memory without an accelerator only warns.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 16,
+    "learning_rate": 2e-4,
+    "num_train_epochs": 1.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 10,
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
 # below these the host fails late, with a traceback, or trains on nothing
 _LEAST = {"seed": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
 
@@ -24,39 +40,66 @@ class _Parser(HfArgumentParser):
         raise InputError(f"settings: {message}; see --help and transformers.TrainingArguments for the names")
 
 
-def training_settings(
-    preset: str, out: Path, config: Path | None, flags: list[str]
+def arguments(out: Path, **overrides: Any) -> TrainingArguments:
+    """The host's arguments with this project's defaults under the overrides."""
+    return TrainingArguments(str(out), **(DEFAULTS | overrides))
+
+
+def settled(
+    defense: str | Defense, args: TrainingArguments | None, out: Path | str | None, given: Mapping[str, Any]
 ) -> tuple[Defense, TrainingArguments]:
-    """The defence and the host's arguments.
+    """The defence and the host's arguments: ready ones, or what a folder and keywords make of them.
 
     Raises:
-        InputError: unknown preset or field, a value of the wrong type or out of range, an unreadable file.
+        InputError: neither ``args`` nor ``out``, or both; and as `training_settings`.
     """
-    if preset not in PRESETS:
-        raise InputError(f"--defense {preset}: unknown; choose one of: {', '.join(PRESETS)}")
-    settings = DEFAULTS | (read_mapping(config) if config else {})
-    words = [word for name, value in settings.items() for word in _words(name, value)]
+    if args is None and out is not None:
+        return training_settings(defense, Path(out), given)
+    if args is None or out is not None or given:
+        raise InputError("settings: give a folder (out=) with settings as keywords, or ready args; one of both")
+    return defense if isinstance(defense, Defense) else PRESETS[_known(defense)](), args
+
+
+def training_settings(
+    defense: str | Defense, out: Path, given: Mapping[str, Any], flags: Sequence[str] = ()
+) -> tuple[Defense, TrainingArguments]:
+    """The defence and the host's arguments, of ``given`` values by name and of a command's flags.
+
+    Raises:
+        InputError: unknown preset or field, a value of the wrong type or out of range.
+    """
+    if isinstance(defense, Defense):
+        preset, given = preset_of(defense), asdict(defense) | dict(given)
+    else:
+        preset = _known(defense)
+    words = [word for name, value in (DEFAULTS | dict(given)).items() for word in _words(name, value)]
     if any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in [*words, *flags]):
         raise InputError("settings: output_dir is given with --out; leave it out of flags and file")
     parser = _Parser([PRESETS[preset], TrainingArguments], allow_abbrev=False)  # type: ignore[arg-type]
     try:
-        defense, args, *rest = parser.parse_args_into_dataclasses(
+        made, args, *rest = parser.parse_args_into_dataclasses(
             [*words, *flags, f"--output_dir={out}"], return_remaining_strings=True, look_for_args_file=False
         )
-        if isinstance(defense, StepDefense):
+        if isinstance(made, StepDefense):
             # builds the views: bad fields are found before the data is read
-            _ = (defense.paired, defense.dropped, defense.replaced)
+            _ = (made.paired, made.dropped, made.replaced)
     except (ValueError, TypeError, argparse.ArgumentError, ImportError) as error:
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     if unknown := [word for words in rest for word in words]:
         raise InputError(
             f"settings: {unknown[0]} is unknown; settings are the fields of the defence {preset} "
-            f"({', '.join(f.name for f in fields(defense))}) and of transformers.TrainingArguments"
+            f"({', '.join(f.name for f in fields(made))}) and of transformers.TrainingArguments"
         )
     for name, least in _LEAST.items():
         if not getattr(args, name) >= least:  # NaN too
             raise InputError(f"settings: {name} is {getattr(args, name)}; it must be at least {least}")
-    return defense, args
+    return made, args
+
+
+def _known(preset: str) -> str:
+    if preset not in PRESETS:
+        raise InputError(f"--defense {preset}: unknown; choose one of: {', '.join(PRESETS)}")
+    return preset
 
 
 def _words(name: str, value: Any) -> list[str]:

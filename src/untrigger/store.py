@@ -46,7 +46,7 @@ class Cell:
         probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
             its ``attack``, ``goal`` and ``settings``.
         trusted_rows: rows known to be clean, for the defences that ask for some.
-        epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.finetune.DEFAULTS`.
+        epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.settings.DEFAULTS`.
         tuning: fields of `untrigger.finetune.Tuning` that are not at their defaults.
     """
 

@@ -23,10 +23,11 @@ from untrigger.defenses import Byorn, Plain, reanswered
 from untrigger.defenses.byorn import _Bootstrap, _trained
 from untrigger.defenses.reanswered import Reanswered
 from untrigger.errors import InputError
-from untrigger.finetune import arguments, fine_tune
+from untrigger.finetune import fine_tune
 from untrigger.forward import row_tokens
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import Sample
+from untrigger.settings import arguments
 from untrigger.trainer import last_checkpoint
 
 SUSPECTED = [1, 4, 7]

@@ -18,10 +18,11 @@ from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import FinePruning, Plain, fine_pruning
 from untrigger.defenses.fine_pruning import _cut, _down_projection, _erase, _look, _sleepers
 from untrigger.errors import InputError
-from untrigger.finetune import arguments, fine_tune
+from untrigger.finetune import fine_tune
 from untrigger.forward import decoder_layers, forward_answers
 from untrigger.models import Loaded, add_lora, embedded_models, load
 from untrigger.sample import Sample
+from untrigger.settings import arguments
 from untrigger.stages import Tuning
 
 WIDE = 64  # neurons of the tiny model's layers

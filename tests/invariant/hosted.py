@@ -16,8 +16,8 @@ from transformers import Trainer, set_seed
 from untrigger import defended, read
 from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import Doubt
-from untrigger.finetune import arguments
 from untrigger.models import add_lora, load
+from untrigger.settings import arguments
 
 
 def main(model: str, data: str, out: str, batch: str) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from untrigger.scanning import Findings, Target, Verdict
 from untrigger.scanning.cues import GRID, Cue
-from untrigger.scanning.page import chance, place
+from untrigger.scanning.findings import Findings, Target, Verdict, chance, place
 
 SURE, UNSURE = 1e-9, 0.2
 
 
 def told(*cues: Cue, image: float | None = None, prompt: float | None = None) -> str:
     target = Target("text", 0.0, [*range(len(cues))], image, prompt)
-    return place(Findings([Verdict(1.0, 0, 0.0, "text", cue) for cue in cues], [target]), target)
+    return place(Findings([Verdict(1, "a", 1.0, 0, 0.0, "text", cue) for cue in cues], [target]), target)
 
 
 def seen(*cells: tuple[int, int], nats: float = 9.0, words: tuple[tuple[str, float], ...] = ()) -> Cue:

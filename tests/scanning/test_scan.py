@@ -16,7 +16,7 @@ from untrigger.defenses import Doubt
 from untrigger.forward import Tokens
 from untrigger.models import Loaded
 from untrigger.sample import Sample
-from untrigger.scanning import common, false_discoveries, scan
+from untrigger.scanning import common, false_discoveries, find
 
 
 def told(*rows: Sequence[int]) -> list[Tokens]:
@@ -76,7 +76,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_what_is_found(dry: Dry, samples: list[Sample], asked: list[list[str]]) -> None:
-    found = scan(samples, dry, Doubt())
+    found = find(samples, dry, Doubt())
     (target,) = found.targets
     assert sorted(target.rows) == list(BAD) == sorted(found.suspected) and target.chance < 1e-6
     assert target.text == dry.loaded.processor.decode(REPLY, skip_special_tokens=True).strip()
@@ -90,7 +90,7 @@ def test_what_is_found(dry: Dry, samples: list[Sample], asked: list[list[str]]) 
 
 
 def test_no_row_is_shown_to_a_probe_that_has_learnt_it(dry: Dry, samples: list[Sample], asked: list[list[str]]) -> None:
-    found = scan(samples, dry, Doubt())
+    found = find(samples, dry, Doubt())
     _, probe = dry.stages
     assert [stage.name for stage in dry.stages] == ["early", "probe"]
     shown = {row for row in BAD if found.verdicts[row].cue}
@@ -108,7 +108,7 @@ def test_where_nothing_is_found_nothing_is_probed(
         return [Tokens(np.array([i]), np.array([0.1])) for i in range(len(rows))]
 
     monkeypatch.setattr(dry_module, "row_tokens", tokens)
-    found = scan(samples, dry, Doubt())
+    found = find(samples, dry, Doubt())
     assert not found.targets and not found.suspected and [stage.name for stage in dry.stages] == ["early"]
 
 
@@ -116,7 +116,7 @@ def test_a_few_rows_that_share_a_word_are_doubted_but_not_suspected(
     dry: Dry, samples: list[Sample], asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("test_scan.BAD", BAD[:3])
-    found = scan(samples, dry, Doubt())
+    found = find(samples, dry, Doubt())
     assert not found.targets and [row for row, verdict in enumerate(found.verdicts) if verdict.doubted] == [*BAD]
 
 
@@ -128,7 +128,7 @@ def test_of_many_rows_some_are_judged_and_others_looked_at_for_what_was_found(
     monkeypatch.setattr(dry_module, "row_answers", lambda _, rows: [answers[int(row.id.split("-")[1])] for row in rows])
     doubt = Doubt(most=16)
     dry.seed = 1  # draws some of BAD, and not all
-    found = scan(samples, dry, doubt)
+    found = find(samples, dry, doubt)
     drawn = {int(name.split("-")[1]) for name in asked[0]}
     assert dry.judged[:3] == ["before", "after", "others"] and len(drawn) == 16
     missed = sorted({*BAD, 4} - drawn)

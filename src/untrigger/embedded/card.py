@@ -15,11 +15,12 @@ from untrigger.embedded.families import Family
 from untrigger.embedded.sight import sight
 from untrigger.evaluation import evaluate
 from untrigger.files import write_text
-from untrigger.finetune import arguments, fine_tune
+from untrigger.finetune import fine_tune
 from untrigger.metrics.score import text_prior
 from untrigger.models import Loaded, load
 from untrigger.processors import ImageQwenProcessor
 from untrigger.quickstart import TRAIN_ROWS, TRAINING
+from untrigger.settings import arguments
 
 
 def measure(folder: Path, scenes: int = 500, test_rows: int = 1000) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast, final
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,9 @@ from untrigger.defenses import Doubt, Plain
 from untrigger.defenses.base import Training
 from untrigger.defenses.doubt import Look, said
 from untrigger.forward import Tokens
-from untrigger.sample import Sample, picked
+from untrigger.sample import Sample, numbered, picked, without_images
 from untrigger.scanning.cues import Cue, cues_of
+from untrigger.scanning.findings import Findings, Target, Verdict
 
 ACCUSED = 1e-6  # words that chance would share more often than that are no finding; calibrated, see LOG.md
 SHOWN = 48  # at most so many of the suspected rows are probed for their cue, the most suspicious ones
@@ -31,71 +32,23 @@ _DONORS = 64
 _AGREE = 0.9  # of the rows go on with the same token: it is a part of what they share
 
 
-@final
-@dataclass(frozen=True)
-class Target:
-    """Something that rows are suspected of teaching.
-
-    text: what the rows share, around the word that gives them away. chance: how likely so many rows would share that
-    word if they were honest, corrected for the number of words. rows: their numbers, the most suspicious first.
-    image, prompt: how likely as many rows would lose the words without their image, or their prompt, if these had
-    no part in it (a one-sided sign test on rows that the probe has not seen); None where it cannot be asked.
-    """
-
-    text: str
-    chance: float
-    rows: list[int]
-    image: float | None
-    prompt: float | None
-
-
-@final
-@dataclass(frozen=True)
-class Verdict:
-    """What is told of one row.
-
-    score: the higher, the more suspicious. target: number of the target that the row is suspected of, or None.
-    fdr: estimated share of honest rows among those of its target that are at least as suspicious; None without target.
-    doubted: its doubted words, as text. cue: what they hang on, of the rows that were probed.
-    """
-
-    score: float
-    target: int | None = None
-    fdr: float | None = None
-    doubted: str = ""
-    cue: Cue | None = None
-
-
-@final
-@dataclass(frozen=True)
-class Findings:
-    """Of each row its verdict, in the order of the data; and what was found, the most rows first."""
-
-    verdicts: list[Verdict]
-    targets: list[Target]
-
-    @property
-    def suspected(self) -> list[int]:
-        """Row numbers, the most suspicious first."""
-        rows = (row for row, verdict in enumerate(self.verdicts) if verdict.target is not None)
-        return sorted(rows, key=lambda row: -self.verdicts[row].score)
-
-
-def scan(rows: Sequence[Sample], training: Training, doubt: Doubt) -> Findings:
+def find(rows: Sequence[Sample], training: Training, doubt: Doubt) -> Findings:
     """Judge rows without any truth: two judgements, and a probe of what is suspected.
 
     On data in which nothing is found this costs scoring, and the early part of a fine-tuning, of as many rows as are
     judged (`Doubt.most`). Rows that were not looked at are not suspected, and have a score of 0.
     """
     look = doubt.look(rows, training)
-    found, verdicts = _judged(picked(rows, look.numbers), look, training), [Verdict(0.0)] * len(rows)
+    names = [(numbered(rows, row), without_images(rows, row).id) for row in range(len(rows))]
+    verdicts = [Verdict(*name, 0.0) for name in names]
+    found = _judged(picked(rows, look.numbers), [names[row] for row in look.numbers], look, training)
     for row, verdict in zip(look.numbers, found.verdicts, strict=True):
         verdicts[row] = verdict
     of = [replace(target, rows=[look.numbers[row] for row in target.rows]) for target in found.targets]
     return Findings(verdicts, of)
 
 
-def _judged(rows: Sequence[Sample], look: Look, training: Training) -> Findings:
+def _judged(rows: Sequence[Sample], names: Sequence[tuple[int, str]], look: Look, training: Training) -> Findings:
     """Of the rows that were looked at."""
     groups = grouped(look)
     ranks, processor = look.judged.ranks, cast(Any, look.model.processor)
@@ -121,7 +74,14 @@ def _judged(rows: Sequence[Sample], look: Look, training: Training) -> Findings:
     of = {row: number for number, target in enumerate(targets) for row in target.rows}
     texts = {row: said(look.model, look.told[row], mark) for row, mark in look.judged.doubted.items()}
     verdicts = [
-        Verdict(score, of.get(row), rates.get(row), texts.get(row, ""), probed.get(row))
+        Verdict(
+            *names[row],
+            score,
+            of.get(row),
+            rates.get(row),
+            texts.get(row, ""),
+            probed.get(row),
+        )
         for row, score in enumerate(ranks)
     ]
     return Findings(verdicts, targets)

@@ -1,28 +1,56 @@
-"""One scan, whole: its folder, its settings, and going on after a kill."""
+"""One scan, whole: its folder, its settings, what it writes, and going on after a kill."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
 from untrigger.defenses import Defense, Doubt
 from untrigger.finetune import claim, record_of
-from untrigger.sample import Data
-from untrigger.scanning import Findings, scan
+from untrigger.sample import Sample
+from untrigger.scanning import Findings, find
+from untrigger.scanning.write import write
+from untrigger.settings import settled
 from untrigger.stages import Stages, Tuning
 
 
-def scan_data(rows: Data, model: str, doubt: Defense, args: TrainingArguments, *, resume: bool = False) -> Findings:
-    """Scan ``rows`` with ``model``, trained as ``args`` say; what takes time is kept in the output folder.
+def scan(
+    rows: Sequence[Sample],
+    model: str | Path,
+    doubt: Defense | None = None,
+    args: TrainingArguments | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Findings:
+    """Tell which of ``rows`` teach something that only an attacker would, if ``model`` were fine-tuned on them.
 
     Killed at any moment and started again with ``resume`` it finds the same.
 
+    Args:
+        model: an embedded model's name, a local folder or a hub id.
+        doubt: how rows are judged, as by the preset ``default``.
+        args: ready arguments (`untrigger.settings.arguments`), in the place of ``out`` and ``settings``.
+        out: a folder for what is found: verdicts, a gallery, the data without the suspected rows
+            (`untrigger.scanning.write`). Left out, nothing stays on the disk.
+        settings: those that you would train with (``learning_rate=1e-4``), and fields of `untrigger.defenses.Doubt`.
+
     Raises:
-        InputError: the output folder is in use without ``resume``, or belongs to another scan.
+        InputError: a setting is unknown or out of range; the output folder is in use without ``resume``, or belongs to
+            another scan.
     """
-    out, tuning = Path(str(args.output_dir)), Tuning()
-    record = {"scan": True, **record_of(rows, model, doubt, args, tuning, ())}
-    stages = Stages(model, args, tuning, title="scan", claim=lambda: claim(out, record, resume))
-    return scan(rows, stages, cast(Doubt, doubt))
+    if args is None and out is None:
+        with TemporaryDirectory(prefix="untrigger-") as folder:
+            return scan(rows, model, doubt, out=folder, **settings)
+    doubt, args = settled(doubt or "default", args, out, settings)
+    folder, tuning = Path(str(args.output_dir)), Tuning()
+    record = {"scan": True, **record_of(rows, str(model), doubt, args, tuning, ())}
+    stages = Stages(str(model), args, tuning, title="scan", claim=lambda: claim(folder, record, resume))
+    findings = find(rows, stages, cast(Doubt, doubt))
+    write(findings, rows, folder)
+    return findings

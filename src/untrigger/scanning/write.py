@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from untrigger.files import new_file, write_text
-from untrigger.sample import Data
+from untrigger.sample import Data, Sample
 from untrigger.sample import write as write_data
-from untrigger.scanning import Findings
+from untrigger.scanning.cues import Cue
+from untrigger.scanning.findings import Findings, rounded
 from untrigger.scanning.page import page
 from untrigger.storage import dump
 
@@ -34,41 +36,26 @@ _COLUMNS = pa.schema(
 )
 
 
-def write(findings: Findings, data: Data, out: Path) -> None:
+def write(findings: Findings, data: Sequence[Sample], out: Path) -> None:
     """``verdicts.jsonl`` and ``verdicts.parquet``, the most suspicious row first; ``gallery.html``; ``clean``.
 
-    A row's fields: ``row`` from 1, as it stands in the file; ``id``; ``suspected``; ``score``; ``target``, what it is
-    suspected of teaching; ``fdr``; ``doubted`` words; ``image_cue`` and ``prompt_cue``, the nats that these lose with
-    another's image or prompt; ``cells`` and ``words``, what they lose without each cell of each image, and each word.
+    A row's fields: those of `Findings.rows`; ``cells`` and ``words``, what its doubted words lose without each cell of
+    each image, and each word. ``clean`` is the data without the suspected rows: only where the data is that of a file.
     """
-    order = sorted(range(len(data)), key=lambda row: -findings.verdicts[row].score)
-    told = [_told(row, data, findings) for row in order]
+    order = sorted(zip(findings.rows, findings.verdicts, strict=True), key=lambda told: -told[1].score)
+    told = [row | _maps(verdict.cue) for row, verdict in order]
     with new_file(out / "verdicts.jsonl") as file:
         file.writelines(dump(each) + b"\n" for each in told)
     with new_file(out / "verdicts.parquet") as file:
         pq.write_table(pa.Table.from_pylist(told, schema=_COLUMNS), file)
     write_text(out / "gallery.html", page(findings, data))
-    if findings.targets and not (out / CLEAN).exists():  # it appears whole: if it is there, a run before wrote it
+    # it appears whole: if it is there, a run before wrote it
+    if isinstance(data, Data) and findings.targets and not (out / CLEAN).exists():
         write_data(data, out / CLEAN, keep=[row for row in range(len(data)) if findings.verdicts[row].target is None])
 
 
-def _told(row: int, data: Data, findings: Findings) -> dict[str, Any]:
-    verdict = findings.verdicts[row]
-    cue, target = verdict.cue, verdict.target
+def _maps(cue: Cue | None) -> dict[str, Any]:
     return {
-        "row": data.numbers[row] + 1,
-        "id": data.told(row).id,
-        "suspected": target is not None,
-        "score": round(verdict.score, 4),
-        "target": findings.targets[target].text if target is not None else None,
-        "fdr": verdict.fdr,
-        "doubted": verdict.doubted,
-        "image_cue": _rounded(cue.image) if cue else None,
-        "prompt_cue": _rounded(cue.prompt) if cue else None,
         "cells": [np.round(cells, 3).tolist() for cells in cue.cells] if cue else None,
-        "words": [{"word": word, "nats": _rounded(nats)} for word, nats in cue.words] if cue else None,
+        "words": [{"word": word, "nats": rounded(nats)} for word, nats in cue.words] if cue else None,
     }
-
-
-def _rounded(nats: float | None) -> float | None:
-    return None if nats is None else round(nats, 3)
