@@ -1,0 +1,119 @@
+"""What the losses of two views cost at the vocabulary head: fused, one by one, and the bare products.
+
+    python benchmarks/head_cost.py [--rounds 9] --json FILE
+
+``naive`` makes the logits of all answer tokens under both views and takes each equation of `untrigger.objective` from
+them; ``fused`` is what training does; ``products`` are the four products with the head that both need, no more.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from step_cost import Held, ratios
+from torch import Tensor, nn
+
+from untrigger import objective
+from untrigger.defenses import CrossView
+from untrigger.files import write_text
+from untrigger.forward import Pair
+from untrigger.fused import Values, losses_at_head
+
+SHAPES = [(32_000, 1024, 512), (152_000, 1024, 256), (152_000, 1024, 512)]  # words, hidden size, answer tokens a view
+
+
+def fused(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
+    def loss(part: slice, pieces: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
+        return CrossView().terms(Pair(target[part], logits[0], logits[1], pieces[0], pieces[1], target[part])), {}
+
+    return losses_at_head(head, hidden, loss, width=head.out_features).total.sum()
+
+
+def naive(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
+    d, (logits, view) = CrossView(), [head(states).float() for states in hidden]
+    terms = (
+        objective.token_nll(logits, target),
+        d.view_weight * objective.token_nll(view, target),
+        d.output_weight * objective.separation(objective.js(logits, view), d.margin),
+        d.feature_weight * objective.feature_separation(hidden[0], hidden[1], d.bound),
+        d.entropy_weight * objective.entropy_band(objective.entropy(logits), d.entropy_low, d.entropy_high),
+    )
+    return torch.stack(terms).sum()
+
+
+def products(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Logits of both views, and as much again backward; each is let go before the next."""
+    with torch.no_grad():
+        for states in hidden:
+            head(states) @ head.weight
+    return hidden[0].sum()
+
+
+WAYS = {"naive": naive, "fused": fused, "products": products}
+
+
+def measured(words: int, width: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    head = nn.Linear(width, words, bias=False, device=device).requires_grad_(False)
+    hidden = [torch.randn(tokens, width, device=device, requires_grad=True) for _ in range(2)]
+    target = torch.randint(words, (tokens,), device=device)
+
+    def took(way: Callable[..., Tensor]) -> float:
+        started = time.perf_counter()
+        way(head, hidden, target).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def held(way: Callable[..., Tensor]) -> int:
+        with Held() as found:
+            way(head, hidden, target).backward()
+        return found.most - head.weight.nbytes
+
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(rounds + 1):  # the first round is not counted
+        for name, way in WAYS.items():
+            seconds[name].append(took(way))
+    of = {name: told[1:] for name, told in seconds.items()}
+    memory = {name: held(way) for name, way in WAYS.items()}
+    return [
+        {"words": words, "hidden": width, "tokens": tokens, "way": name, "seconds": round(median(of[name]), 4)}
+        | {"over_naive": ratios(of[name], of["naive"]), "over_products": ratios(of[name], of["products"])}
+        | {"memory_over_naive": round(memory[name] / memory["naive"], 4)}
+        for name in WAYS
+    ]
+
+
+def main(
+    out: Annotated[Path, typer.Option("--json", help="Where the figures go.")],
+    rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 9,
+) -> None:
+    """Time and memory at the vocabulary head."""
+    rows = [row for shape in SHAPES for row in measured(*shape, rounds)]
+    table = Table(title="medians")
+    for name in ("words", "tokens a view", "way", "s", "time over naive", "over the products", "memory over naive"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        told = (row["over_naive"]["time_ratio"], row["over_products"]["time_ratio"], row["memory_over_naive"])
+        table.add_row(
+            f"{row['words']:,}", str(row["tokens"]), row["way"], f"{row['seconds']:.2f}", *(f"{x:.2f}" for x in told)
+        )
+    Console().print(table)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    made = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    write_text(out, json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
