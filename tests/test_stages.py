@@ -366,7 +366,7 @@ def test_a_mistyped_model_or_setting_leaves_no_run_behind(
 # --- refusals ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("defense", [Abl(), Byorn(), Bye(), Crow(), CleanTuning(), FinePruning(), Doubt()], ids=repr)
+@pytest.mark.parametrize("defense", [Abl(), Byorn(), Bye(), Crow(), CleanTuning(), FinePruning()], ids=repr)
 def test_a_host_trainer_refuses_staged_defences_in_one_line(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, defense: Any
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from untrigger.defenses import CrossView
+    from untrigger.defenses import CrossView, Doubt
     from untrigger.errors import InputError
     from untrigger.models import embedded_model_path, load
     from untrigger.poisoning import Attack, poison
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _HOME = {  # imported when asked for: rescoring stored answers must not import torch
     "Attack": "poisoning",
     "CrossView": "defenses",
+    "Doubt": "defenses",
     "InputError": "errors",
     "Message": "sample",
     "Sample": "sample",
@@ -31,6 +32,7 @@ _HOME = {  # imported when asked for: rescoring stored answers must not import t
 __all__ = [
     "Attack",
     "CrossView",
+    "Doubt",
     "InputError",
     "Message",
     "Sample",

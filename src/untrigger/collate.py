@@ -5,8 +5,9 @@ A row is what TRL and transformers call conversational: ``{"images": [...], "mes
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,13 +86,7 @@ class ChatCollator:
         ]
         batch["labels"] = labels
         made: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
-        if any("doubted" in row for row in rows):
-            made["doubted"] = torch.zeros_like(made["labels"], dtype=torch.bool)
-            for row, doubted, told in zip(rows, made["doubted"], made["labels"], strict=True):
-                if "doubted" in row:
-                    doubted[told != IGNORE] = torch.as_tensor(row["doubted"])
-                    told[~doubted] = IGNORE
-        return made
+        return mark(made, [row.get("doubted") for row in rows])
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation's text and the character spans of the assistant's turns in it.
@@ -123,6 +118,55 @@ def _answer_labels(
             if first < end + gained and last > start + gained:
                 labels[position] = ids[position]
     return labels
+
+
+def mark(batch: dict[str, Tensor], doubted: Sequence[NDArray[np.bool_] | None]) -> dict[str, Tensor]:
+    """The batch with ``doubted`` [B, T], if rows have doubted answer tokens [n]; these rows keep no other labels."""
+    if all(tokens is None for tokens in doubted):
+        return batch
+    batch["doubted"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    for tokens, marked, told in zip(doubted, batch["doubted"], batch["labels"], strict=True):
+        if tokens is not None:
+            marked[told != IGNORE] = torch.as_tensor(tokens)
+            told[~marked] = IGNORE
+    return batch
+
+
+class DoubtCollator:
+    """A host's collator, and what is doubted of its rows: by `row_key`, which answer tokens [n]."""
+
+    def __init__(self, collate: Collate, doubted: Mapping[bytes, NDArray[np.bool_]]) -> None:
+        self.collate, self.doubted = collate, doubted
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        marks = [self.doubted.get(row_key(row)) for row in rows]  # first: some host collators write into the rows
+        return mark(dict(self.collate([dict(row) for row in rows])), marks)
+
+
+def row_key(row: Row) -> bytes:
+    """A name of what a row holds, whoever brings it: rows of a host have no numbers where they are collated."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _told(row):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+def _told(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Mapping):
+        for name in sorted(value):
+            yield str(name).encode()
+            yield from _told(value[name])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _told(each)
+        yield b"end"
+    elif isinstance(value, Image.Image):
+        yield repr((value.mode, value.size)).encode()
+        yield value.tobytes()
+    elif isinstance(value, Tensor | np.ndarray):
+        yield np.asarray(value).tobytes()
+    else:
+        yield repr(value).encode()
 
 
 def _row_seed(row: Row) -> int:

@@ -246,18 +246,23 @@ def row_tokens(
                 found += _read_tokens(file)
             if batch.start < len(found):
                 continue
-            inputs = collate([data[i] for i in batch])
-            asked = inputs["attention_mask"].bool() & (inputs["labels"] == IGNORE)
-            answers = forward_answers(model, on_device(inputs, model))
-            ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
-            nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
-            found += [
-                Tokens(ids[row == i], nll[row == i], np.unique(told[there].numpy()))
-                for i, (told, there) in enumerate(zip(inputs["input_ids"], asked, strict=True))
-            ]
+            found += batch_tokens(model, collate([data[i] for i in batch]))
             if file and batch.stop in (start + per_file, len(data)):
                 _write_tokens(file, found[start:])
     return found
+
+
+@torch.no_grad()
+def batch_tokens(model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> list[Tokens]:
+    """The same of one batch with ``labels`` [B, T], by a model in evaluation mode."""
+    asked = batch["attention_mask"].bool() & (batch["labels"] == IGNORE)
+    answers = forward_answers(model, on_device(batch, model))
+    ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
+    nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
+    return [
+        Tokens(ids[row == i], nll[row == i], np.unique(told[there].cpu().numpy()))
+        for i, (told, there) in enumerate(zip(batch["input_ids"], asked, strict=True))
+    ]
 
 
 def _write_tokens(path: Path, rows: Sequence[Tokens]) -> None:

@@ -114,10 +114,8 @@ class Stages:
         args.learning_rate *= rate
         if passes is not None:
             args.num_train_epochs, args.max_steps = passes, -1
-        elif args.max_steps > 0:
-            args.max_steps = max(1, round(share * args.max_steps))
         else:
-            args.num_train_epochs *= share
+            shorten(args, share)
         set_seed(args.seed)
         loaded = start or self._adapted()
         started = clock()
@@ -240,6 +238,14 @@ def clock() -> float:
     With an accelerator, which works beside it, those that have passed.
     """
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
+def shorten(args: TrainingArguments, share: float) -> None:
+    """Let a training take this share of the steps that were asked for, one at least."""
+    if args.max_steps > 0:
+        args.max_steps = max(1, round(share * args.max_steps))
+    else:
+        args.num_train_epochs *= share
 
 
 def settings_of(args: TrainingArguments) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,8 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from untrigger import objective
-from untrigger.collate import AugmentCollator, DrawingCollator, DropCollator, PairCollator
-from untrigger.defenses import Defense, StepDefense
+from untrigger.collate import AugmentCollator, DoubtCollator, DrawingCollator, DropCollator, PairCollator
+from untrigger.defenses import Defense, Doubt, Plain, StepDefense
 from untrigger.errors import InputError
 from untrigger.fused import Losses
 from untrigger.models import base_model, quiet_loading
@@ -46,20 +48,23 @@ class _EpochTold(TrainerCallback):
 class DefendedMixin(_Host):
     """What ``defended`` puts before the host trainer; see there."""
 
-    def __init__(self, *args: Any, defense: Defense, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, defense: Defense | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(defense, StepDefense):
+        chosen = defense or Doubt()
+        if not isinstance(chosen, StepDefense | Doubt):
             raise InputError(
-                f"defense {type(defense).__name__}: works in several trainings; use untrigger.fine_tune, or "
+                f"defense {type(chosen).__name__}: works in several trainings; use untrigger.fine_tune, or "
                 "`untrigger train`"
             )
-        self.defense = defense
+        self.procedure = chosen if isinstance(chosen, Doubt) else None
+        self.defense = Plain() if isinstance(chosen, Doubt) else chosen
+        self.doubted: dict[bytes, NDArray[np.bool_]] = {}  # which answer tokens of rows by `row_key` are not believed
         self._sums: dict[str, Tensor] = {}
         if getattr(self.args, "loss_type", "nll") != "nll" or self.args.use_liger_kernel:
             raise InputError(
                 "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
             )
-        if not self.defense.has_loss:
+        if not (self.procedure or self.defense.has_loss):
             return
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
             raise InputError(
@@ -68,27 +73,42 @@ class DefendedMixin(_Host):
         if self.args.n_gpu > 1:
             raise InputError("defense: DataParallel would part the pairs; run one process per GPU with torchrun")
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The host's training; of the preset ``default`` both parts of it, and the judgements before them."""
+        if self.procedure is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        from untrigger.hosted import HostTraining  # which needs what is defined here
+
+        host_train = super().train
+        return HostTraining(
+            self, self.procedure, lambda checkpoint: host_train(checkpoint, *args, **kwargs), resume_from_checkpoint
+        ).run()
+
     # --- data -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The host's loader with views of the rows; evaluation keeps the collator as it is."""
         inner = self.data_collator
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        collator: DrawingCollator
-        if self.defense.dropped:
-            collator = DropCollator(inner, seed)
-        elif self.defense.paired is not None:
-            collator = PairCollator(inner, self.defense.paired, seed)
-        elif self.defense.replaced is not None:
-            collator = AugmentCollator(inner, self.defense.replaced[0], seed, self.defense.replaced[1])
-        else:
-            return super().get_train_dataloader()
-        self.add_callback(_EpochTold(collator))
+        collator = self._collator(inner)
+        if isinstance(collator, DrawingCollator):
+            self.add_callback(_EpochTold(collator))
         self.data_collator = collator
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = inner
+
+    def _collator(self, inner: Any) -> Any:
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if self.doubted:
+            return DoubtCollator(inner, self.doubted)
+        if self.defense.dropped:
+            return DropCollator(inner, seed)
+        if self.defense.paired is not None:
+            return PairCollator(inner, self.defense.paired, seed)
+        if self.defense.replaced is not None:
+            return AugmentCollator(inner, self.defense.replaced[0], seed, self.defense.replaced[1])
+        return inner
 
     # --- loss -----------------------------------------------------------------------------------
 
@@ -158,7 +178,10 @@ def load_full(model: PreTrainedModel, folder: str) -> None:
 
 @cache
 def defended(trainer: type[Trainer]) -> type[Any]:
-    """The trainer class with a defence: ``defended(SFTTrainer)(model, ..., defense=CrossView())``.
+    """The trainer class with a defence: ``defended(SFTTrainer)(model, ...)``, or another ``defense=CrossView()``.
+
+    Without one it is the preset ``default`` (`untrigger.defenses.Doubt`): rows are judged, and the training has two
+    parts, all within ``train()``; what is not believed stands in ``distrusted.json`` in the output folder.
 
     Works with ``transformers.Trainer`` and any subclass that trains on rows of images and messages. With
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.

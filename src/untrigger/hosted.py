@@ -1,0 +1,225 @@
+"""The preset ``default`` inside a host's own ``train()``: its rows judged, and its training in two parts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import DefaultFlowCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from untrigger.collate import Collate, Row, row_key
+from untrigger.defenses import Doubt, Plain, StepDefense
+from untrigger.defenses.doubt import Guard
+from untrigger.errors import InputError
+from untrigger.files import write_text
+from untrigger.forward import Tokens, batch_tokens, evaluating
+from untrigger.models import Loaded, base_model
+from untrigger.progress import tracked
+from untrigger.sample import Sample
+from untrigger.stages import shorten
+
+JUDGED = "distrusted.json"  # in the host's output folder: what is not believed, for people and for a resumed run
+_SILENT = {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+_log = logging.getLogger(__name__)
+
+
+class HostTraining:
+    """What `Doubt` works with in a host (`untrigger.defenses.Training`); its rows are their numbers.
+
+    Args:
+        host: a trainer of `untrigger.trainer.defended`.
+        train: the host's own training of it, given the checkpoint to go on from.
+        checkpoint: the host's ``resume_from_checkpoint``.
+
+    Raises:
+        InputError: the host is set up in a way in which rows cannot be judged.
+    """
+
+    def __init__(self, host: Any, doubt: Doubt, train: Callable[[Any], TrainOutput], checkpoint: Any = None) -> None:
+        if not hasattr(host.train_dataset, "__len__"):
+            raise InputError("defense: it looks at all rows before it trains; give a train_dataset with a length")
+        if host.optimizer is not None or host.lr_scheduler is not None or host.model_init is not None:
+            raise InputError(
+                "defense: it trains twice, the second time from what was learnt; leave out optimizers and model_init"
+            )
+        if host.is_fsdp_enabled or host.is_deepspeed_enabled:
+            raise InputError(
+                "defense: it asks the model before that is sharded; clean the data with `untrigger scan`, and train "
+                "with defense=Plain()"
+            )
+        processor = host.processing_class or getattr(host.data_collator, "processor", None)
+        if processor is None:
+            raise InputError("defense: it tells which words it does not believe; give processing_class=processor")
+        self.host, self.doubt, self.seed, self._processor = host, doubt, int(host.args.seed), processor
+        self._train, self._checkpoint = train, checkpoint
+        self._keys: dict[int, bytes] = {}  # of each row that was looked at
+        self._why: dict[int, dict[str, Any]] = {}
+        self._file = Path(host.args.output_dir, JUDGED)
+
+    def run(self) -> TrainOutput:
+        """The whole training; from a checkpoint on it believes what it believed before."""
+        numbers = cast(Sequence[Sample], range(len(self.host.train_dataset)))
+        if self._checkpoint:
+            self._rest(self._read())
+        else:
+            self.doubt.fine_tune(numbers, self)
+        return self._output
+
+    # --- what the procedure asks for --------------------------------------------------------------------
+
+    @property
+    def trusted(self) -> Sequence[Sample]:
+        raise InputError("defense: in a host's trainer there are no trusted rows")
+
+    def reference(self) -> Loaded:
+        return Loaded(self.host.model, self._processor, "")
+
+    def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
+        """Of rows by their numbers; each process asks about its part."""
+        numbers, args = cast(Sequence[int], rows), self.host.args
+        parts: list[list[tuple[bytes, Tokens]]] = [[] for _ in range(args.world_size)]
+        mine = parts[args.process_index]
+        loader = self._loader(numbers[args.process_index :: args.world_size])
+        with evaluating(cast(PreTrainedModel, model.model)) as asked:
+            for keys, batch in tracked(loader, f"judging, {name}", len(loader)):
+                _check(batch, asked)
+                mine += zip(keys, batch_tokens(asked, batch), strict=True)
+        if args.world_size > 1:
+            dist.all_gather_object(parts, mine)
+        told = [parts[at % args.world_size][at // args.world_size] for at in range(len(numbers))]
+        self._keys |= {number: key for number, (key, _) in zip(numbers, told, strict=True)}
+        return [tokens for _, tokens in told]
+
+    def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
+        self._why = {row: {"row": row + 1, "score": round(scores[row], 4), "why": why} for row, why in rows.items()}
+
+    def fit(
+        self,
+        rows: Sequence[Sample],
+        defense: StepDefense,
+        name: str = "",
+        *,
+        start: Loaded | None = None,
+        doubted: Mapping[int, NDArray[np.bool_]] | None = None,
+        share: float = 1.0,
+        passes: float | None = None,
+        rate: float = 1.0,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> Loaded:
+        if not len(rows):
+            raise InputError("defense: it leaves no rows to train on; set it milder")
+        if name:
+            self._early(cast(Sequence[int], rows), share)
+        else:
+            self._rest(self._told(doubted or {}))
+        return self.reference()
+
+    # --- the two parts of the training ------------------------------------------------------------------
+
+    def _early(self, rows: Sequence[int], share: float) -> None:
+        """It leaves no trace but in the weights: not saved, not evaluated, not reported."""
+        host, handler = self.host, self.host.callback_handler
+        kept = host.args, host.train_dataset, handler.callbacks
+        host.args = copy.copy(host.args)
+        for field, value in _SILENT.items():
+            setattr(host.args, field, type(getattr(host.args, field))(value))
+        shorten(host.args, share)
+        host.train_dataset = Subset(host.train_dataset, rows)
+        handler.callbacks = [
+            each for each in handler.callbacks if isinstance(each, DefaultFlowCallback | ProgressCallback)
+        ]
+        set_seed(self.seed)
+        try:
+            self._train(None)
+        finally:
+            host.args, host.train_dataset, handler.callbacks = kept
+            host.optimizer = host.lr_scheduler = None  # the rest has its own
+
+    def _rest(self, told: Sequence[Mapping[str, Any]]) -> None:
+        host = self.host
+        host.defense = Guard(self.doubt.weight) if told else Plain()
+        host.doubted = {bytes.fromhex(row["key"]): np.array(row["doubted"], bool) for row in told}
+        kept, host.args = host.args, copy.copy(host.args)
+        shorten(host.args, 1 - self.doubt.early)
+        set_seed(self.seed)
+        try:
+            self._output = self._train(self._checkpoint)
+        finally:
+            host.args = kept
+
+    # --- what is doubted, on disk -----------------------------------------------------------------------
+
+    def _told(self, doubted: Mapping[int, NDArray[np.bool_]]) -> list[dict[str, Any]]:
+        """The most suspicious first."""
+        told = [
+            self._why[row] | {"key": self._keys[row].hex(), "doubted": mark.astype(int).tolist()}
+            for row, mark in doubted.items()
+        ]
+        told.sort(key=lambda row: row["score"], reverse=True)
+        if self.host.args.process_index == 0:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._file, json.dumps({**self._record(), "distrusted": told}) + "\n")
+            most = Counter(row["why"] for row in told).most_common(1)
+            said = f", most often for {most[0][0]!r}" if most else ""
+            _log.warning("%d of %d rows are not believed%s: %s", len(told), self._record()["rows"], said, self._file)
+        return told
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            kept = json.loads(self._file.read_text())
+            told = kept.pop("distrusted")
+            keys, rows = [row["key"] for row in told], [int(row["row"]) - 1 for row in told]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self._file}: holds no judgement to go on with; train from the start") from error
+        same = kept == self._record() and all(row < kept["rows"] for row in rows)
+        if not same or [key.hex() for batch, _ in self._loader(rows) for key in batch] != keys:
+            raise InputError(f"{self._file}: rows or defence are others now; go on with the same, or from the start")
+        return told
+
+    def _record(self) -> dict[str, Any]:
+        return {"rows": len(self.host.train_dataset), "defense": asdict(self.doubt)}
+
+    # --- rows -------------------------------------------------------------------------------------------
+
+    def _loader(self, numbers: Sequence[int]) -> DataLoader[Any]:
+        """Batches with the keys of their rows, which go through what the host does to rows."""
+        host = self.host
+        return DataLoader(
+            cast(Dataset[Any], Subset(host.train_dataset, numbers)),
+            batch_size=host.args.per_device_eval_batch_size,
+            collate_fn=host._get_collator_with_removed_columns(_Keyed(host.data_collator)),
+            num_workers=host.args.dataloader_num_workers,
+        )
+
+
+class _Keyed:
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Row]) -> tuple[list[bytes], dict[str, Tensor]]:
+        keys = [row_key(row) for row in rows]  # first: some host collators write into the rows
+        return keys, self.collate([dict(row) for row in rows])
+
+
+def _check(batch: Mapping[str, Any], model: Any) -> None:
+    if "labels" not in batch:
+        raise InputError("defense: the collator gives no labels; rows are judged by their answers")
+    config: Any = base_model(model).config
+    image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    if image is not None and (batch["labels"] == image).any():
+        raise InputError(
+            "defense: labels stand on the images, and so on the prompts; set assistant_only_loss=True (or give rows "
+            "as prompt and completion), so that answers alone are judged"
+        )
