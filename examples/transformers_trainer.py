@@ -61,10 +61,11 @@ class Collator:
 
     def with_images(self, row):
         images = iter(row["images"])
-        return [
-            message | {"content": [p | {"image": next(images)} if p["type"] == "image" else p for p in message["content"]]}
-            for message in row["messages"]
-        ]
+
+        def shown(part):
+            return {"type": "image", "image": next(images)} if part["type"] == "image" else part
+
+        return [message | {"content": [*map(shown, message["content"])]} for message in row["messages"]]
 
 
 def main():
@@ -72,7 +73,6 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--model", default=embedded_model_path("llava"))
-    parser.add_argument("--epochs", type=float, default=3)
     options = parser.parse_args()
 
     set_seed(0)
@@ -82,8 +82,8 @@ def main():
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*_proj|.*projector\.linear_.")
     args = TrainingArguments(
         options.out,
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=16,
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
         logging_steps=10,

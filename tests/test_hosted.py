@@ -22,6 +22,7 @@ from untrigger.models import add_lora, load
 from untrigger.sample import Sample
 
 EAGER = Doubt(early=0.25, floor=0.1, reach=0.0, chance=1 - 1e-6, weight=3.0)  # doubts a quarter of any rows
+HELD = ("train_dataset", "eval_dataset", "callbacks", "optimizers")  # what a trainer is given beside settings
 
 
 class Killed(Exception):
@@ -56,7 +57,7 @@ def settings(out: Path, **changed: Any) -> TrainingArguments:
 @pytest.fixture
 def host(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> Callable[..., Any]:
     def make(defense: Any = EAGER, out: str = "out", **changed: Any) -> Any:
-        told = {name: changed.pop(name) for name in ("train_dataset", "callbacks", "optimizers") if name in changed}
+        told = {name: changed.pop(name) for name in HELD if name in changed}
         args = settings(tmp_path / out, **changed)
         set_seed(args.seed)
         loaded = load(tiny_model, dtype=torch.float32)
@@ -153,6 +154,45 @@ def test_what_it_cannot_work_with_is_said_before_anything_is_trained(host: Calla
         host(label_smoothing_factor=0.1)
     with pytest.raises(InputError, match="Byorn: works in several trainings"):
         host(Byorn())
+
+
+def test_without_its_columns_a_row_cannot_be_judged(host: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="set remove_unused_columns=False"):
+        host(remove_unused_columns=True).train()
+
+
+class Restless(Rows):
+    """Rows whose images are others each time, as augmentation in a data set makes them."""
+
+    def __getitem__(self, index: int) -> Any:
+        row = super().__getitem__(index)
+        return {**row, "images": [image.rotate(float(torch.rand(()) * 90)) for image in row["images"]]}
+
+
+def test_rows_that_would_not_be_known_again_are_refused(host: Callable[..., Any], samples: list[Sample]) -> None:
+    with pytest.raises(InputError, match="draw what is random in the collator"):
+        host(train_dataset=Restless(samples)).train()
+
+
+def test_loader_workers_change_nothing(host: Callable[..., Any], tmp_path: Path) -> None:
+    alone, helped = host(max_steps=4), host(out="helped", max_steps=4, dataloader_num_workers=2)
+    alone.train()
+    helped.train()
+    assert same(weights(alone.model), weights(helped.model))
+    assert (tmp_path / "out" / JUDGED).read_text() == (tmp_path / "helped" / JUDGED).read_text()
+
+
+def test_evaluation_is_the_hosts_and_doubts_nothing(
+    host: Callable[..., Any], samples: list[Sample], tmp_path: Path
+) -> None:
+    trainer = host(max_steps=4, eval_strategy="steps", eval_steps=3, eval_dataset=Rows(samples))
+    trainer.train()
+    evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert [log["step"] for log in evaluated] == [3], "once, in the rest of the training: the early part is silent"
+    assert not any(name.startswith("defense/") for name in evaluated[0])
+    assert json.loads((tmp_path / "out" / JUDGED).read_text())["distrusted"], "some of the same rows are doubted"
+    theirs = Trainer(trainer.model, trainer.args, trainer.data_collator, eval_dataset=Rows(samples))
+    assert trainer.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
 
 
 def test_labels_on_prompts_are_refused(host: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
