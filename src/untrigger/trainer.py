@@ -60,7 +60,7 @@ class DefendedMixin(_Host):
         self.defense = Plain() if isinstance(chosen, Doubt) else chosen
         self.doubted: dict[bytes, NDArray[np.bool_]] = {}  # which answer tokens of rows by `row_key` are not believed
         self._sums: dict[str, Tensor] = {}
-        if getattr(self.args, "loss_type", "nll") != "nll" or self.args.use_liger_kernel:
+        if (getattr(self.args, "loss_type", None) or "nll") != "nll" or self.args.use_liger_kernel:
             raise InputError(
                 "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
             )
