@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from untrigger.defenses import StepDefense
-from untrigger.forward import Tokens, row_tokens
+from untrigger.forward import Tokens, row_answers, row_tokens
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 
@@ -53,6 +56,9 @@ class Dry:
     def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
         self.judged.append(name)
         return row_tokens(model, rows)
+
+    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
+        return row_answers(self.loaded.processor, rows)
 
 
 def answers_of(rows: Sequence[Sample]) -> list[tuple[str, ...]]:

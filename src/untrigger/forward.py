@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from untrigger import objective
 from untrigger.collate import IGNORE, ChatCollator, Rows
@@ -250,6 +250,18 @@ def row_tokens(
             if file and batch.stop in (start + per_file, len(data)):
                 _write_tokens(file, found[start:])
     return found
+
+
+def row_answers(processor: ProcessorMixin, rows: Sequence[Sample], batch_size: int = 32) -> list[NDArray[np.int64]]:
+    """The tokens of each row's answer [n], which no model is asked about."""
+    collate, data = ChatCollator(processor), Rows(rows)
+    parts = (collate([data[i] for i in batch]) for batch in batches(len(data), batch_size, "reading answers"))
+    return [ids for part in parts for ids in batch_answers(part)]
+
+
+def batch_answers(batch: Mapping[str, Any]) -> list[NDArray[np.int64]]:
+    """The same of one batch with ``labels`` [B, T]."""
+    return [row[row != IGNORE].numpy() for row in batch["labels"][:, 1:]]
 
 
 @torch.no_grad()

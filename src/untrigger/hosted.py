@@ -24,7 +24,7 @@ from untrigger.defenses import Doubt, Plain, StepDefense
 from untrigger.defenses.doubt import Guard
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.forward import Tokens, batch_tokens, evaluating
+from untrigger.forward import Tokens, batch_answers, batch_tokens, evaluating
 from untrigger.models import Loaded, base_model
 from untrigger.progress import tracked
 from untrigger.sample import Sample
@@ -101,6 +101,11 @@ class HostTraining:
         told = [parts[at % args.world_size][at // args.world_size] for at in range(len(numbers))]
         self._keys |= {number: key for number, (key, _) in zip(numbers, told, strict=True)}
         return [tokens for _, tokens in told]
+
+    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
+        loader = self._loader(cast(Sequence[int], rows))
+        batches = tracked(loader, "reading answers", len(loader))
+        return [ids for _, batch in batches for ids in batch_answers(batch)]
 
     def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
         self._why = {row: {"row": row + 1, "score": round(scores[row], 4), "why": why} for row, why in rows.items()}

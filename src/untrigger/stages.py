@@ -25,7 +25,7 @@ from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import StepDefense
 from untrigger.errors import InputError
 from untrigger.files import locked, write_text
-from untrigger.forward import Tokens, row_tokens
+from untrigger.forward import Tokens, row_answers, row_tokens
 from untrigger.images import pixels_sha256
 from untrigger.models import Loaded, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.progress import TrainingProgress
@@ -137,6 +137,9 @@ class Stages:
     def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
         self._take()
         return row_tokens(model, rows, kept=self._out / "stages" / name)
+
+    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
+        return row_answers(self._load().processor, rows)
 
     # --- one stage ----------------------------------------------------------------------------------
 

@@ -118,3 +118,30 @@ def test_a_few_rows_that_share_a_word_are_doubted_but_not_suspected(
     monkeypatch.setattr("test_scan.BAD", BAD[:3])
     found = scan(samples, dry, Doubt())
     assert not found.targets and [row for row, verdict in enumerate(found.verdicts) if verdict.doubted] == [*BAD]
+
+
+def test_of_many_rows_some_are_judged_and_others_looked_at_for_what_was_found(
+    dry: Dry, samples: list[Sample], asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 4 holds the word too, and does not surprise."""
+    answers = {row: np.array(REPLY if row in (*BAD, 4) else [row]) for row in range(24)}
+    monkeypatch.setattr(dry_module, "row_answers", lambda _, rows: [answers[int(row.id.split("-")[1])] for row in rows])
+    doubt = Doubt(most=16)
+    dry.seed = 1  # draws some of BAD, and not all
+    found = scan(samples, dry, doubt)
+    drawn = {int(name.split("-")[1]) for name in asked[0]}
+    assert dry.judged[:3] == ["before", "after", "others"] and len(drawn) == 16
+    missed = sorted({*BAD, 4} - drawn)
+    assert set(missed) & {*BAD} and set(BAD) & drawn, "or the test says nothing"
+    assert asked[2] == [f"row-{row}" for row in missed]
+    assert [row for row, verdict in enumerate(found.verdicts) if verdict.doubted] == [*BAD]
+    unseen = set(range(24)) - drawn - set(missed)
+    assert unseen and all(found.verdicts[row].score == 0 for row in unseen)
+    assert not (
+        {stage.rows[i] for stage in dry.stages[:1] for i in range(len(stage.rows))} - {f"row-{i}" for i in drawn}
+    )
+
+    doubt.fine_tune(samples, dry)
+    assert dry.flagged == [*BAD] and set(dry.stages[-1].told["doubted"]) == {*BAD}
+    assert dry.stages[-1].rows == [sample.id for sample in samples], "all rows are trained on"
+    assert [score > 0 for score in dry.scores] == [row not in unseen for row in range(24)]

@@ -75,6 +75,10 @@ class Training(Protocol):
         """`row_tokens`, kept under a name of the judgement's own: not asked again after a kill."""
         ...
 
+    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
+        """The answer tokens of each row [n]; no model is asked."""
+        ...
+
 
 @dataclass(frozen=True)
 class Defense(ABC):

@@ -41,6 +41,8 @@ class Doubt(Defense):
         reach: how far beyond the rows' upper quartile doubt begins, in interquartile ranges.
         chance: how likely it may be that any word is called shared where none is, in (0, 1).
         weight: of making a doubted word unlikely, against learning a word that is believed; at least 0.
+        most: rows that are judged, drawn at random where there are more; of the others only those are looked at that
+            hold a word which is not believed. At least 1.
     """
 
     early: float = 0.1
@@ -48,24 +50,43 @@ class Doubt(Defense):
     reach: float = 2.2
     chance: float = 0.01
     weight: float = 5.0
+    most: int = 4096
 
     def __post_init__(self) -> None:
         self._check(1e-6, 1 - 1e-6, "early", "chance")
         self._check(0, math.inf, "floor", "reach", "weight")
+        self._check(1, math.inf, "most")
 
     def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
-        model, told, judged = self.look(rows, training)
-        training.flag(judged.ranks, {row: said(model, told[row], doubted) for row, doubted in judged.doubted.items()})
-        if not judged.doubted:
+        model, numbers, told, judged = self.look(rows, training)
+        scores = np.zeros(len(rows))
+        scores[numbers] = judged.ranks
+        doubted = {numbers[at]: mark for at, mark in judged.doubted.items()}
+        training.flag(
+            scores.tolist(), {numbers[at]: said(model, told[at], mark) for at, mark in judged.doubted.items()}
+        )
+        if not doubted:
             return training.fit(rows, Plain(), start=model, share=1 - self.early)
-        return training.fit(rows, Guard(self.weight), start=model, doubted=judged.doubted, share=1 - self.early)
+        return training.fit(rows, Guard(self.weight), start=model, doubted=doubted, share=1 - self.early)
 
     def look(self, rows: Sequence[Sample], training: Training) -> Look:
-        """Both judgements, and the training between them."""
-        told = training.tokens(training.reference(), rows, "before")
-        model = training.fit(without(rows, self.judge(told).doubted), Plain(), "early", share=self.early)
-        told = self.explained(told, rows, model, training)
-        return Look(model, told, self.judge(told))
+        """Both judgements and the training between them; then rows that were not drawn, but hold a shared word."""
+        numbers = list(range(len(rows)))
+        if len(rows) > self.most:
+            drawn = np.random.default_rng(training.seed).choice(len(rows), self.most, replace=False)
+            numbers = sorted(drawn.tolist())
+        some = picked(rows, numbers)
+        told = training.tokens(training.reference(), some, "before")
+        model = training.fit(without(some, self.judge(told).doubted), Plain(), "early", share=self.early)
+        told = self.explained(told, some, model, training)
+        judged = self.judge(told)
+        if judged.words and len(numbers) < len(rows):
+            others = sorted(set(range(len(rows))).difference(numbers))
+            answers = training.answer_tokens(picked(rows, others))
+            holding = [row for row, ids in zip(others, answers, strict=True) if np.isin(ids, list(judged.words)).any()]
+            judged = self.judge(told, more := training.tokens(model, picked(rows, holding), "others"))
+            numbers, told = [*numbers, *holding], [*told, *more]
+        return Look(model, numbers, told, judged)
 
     def explained(
         self, told: Sequence[Tokens], rows: Sequence[Sample], model: Loaded, training: Training
@@ -77,13 +98,19 @@ class Doubt(Defense):
             best[row] = min(told[row], again, key=lambda tokens: tokens.nll.sum())
         return best
 
-    def judge(self, told: Sequence[Tokens]) -> Judgement:
-        """Which rows, and which of their words, are doubted."""
+    def judge(self, told: Sequence[Tokens], more: Sequence[Tokens] = ()) -> Judgement:
+        """Which rows, and which of their words, are doubted; of ``more`` rows too, which say nothing of the words."""
         surprise = [float(row.nll.sum()) for row in told]
         limit = fence(surprise, self.floor, self.reach)
         outside = [row for row, nats in enumerate(surprise) if nats > limit]
         words = {word: chance for word, chance in shared(told, outside).items() if chance < self.chance}
-        marked = {row: np.isin(told[row].ids, list(words)) & (told[row].nll > self.floor) for row in outside}
+        every = [*told, *more]
+        surprise += [float(row.nll.sum()) for row in more]
+        marked = {
+            row: np.isin(every[row].ids, list(words)) & (every[row].nll > self.floor)
+            for row, nats in enumerate(surprise)
+            if nats > limit
+        }
         return Judgement(surprise, {row: mark for row, mark in marked.items() if mark.any()}, words)
 
 
@@ -102,9 +129,10 @@ class Judgement(NamedTuple):
 
 
 class Look(NamedTuple):
-    """The model after the early part, how likely each row is, and what is doubted."""
+    """The model after the early part; the numbers of the rows looked at, how likely each is, and what is doubted."""
 
     model: Loaded
+    numbers: list[int]
     told: list[Tokens]
     judged: Judgement
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, final
 
 import numpy as np
@@ -82,11 +82,21 @@ class Findings:
 
 
 def scan(rows: Sequence[Sample], training: Training, doubt: Doubt) -> Findings:
-    """Judge every row without any truth: two judgements, and a probe of what is suspected.
+    """Judge rows without any truth: two judgements, and a probe of what is suspected.
 
-    On data in which nothing is found this costs a pass of scoring and the early part of a fine-tuning.
+    On data in which nothing is found this costs scoring, and the early part of a fine-tuning, of as many rows as are
+    judged (`Doubt.most`). Rows that were not looked at are not suspected, and have a score of 0.
     """
     look = doubt.look(rows, training)
+    found, verdicts = _judged(picked(rows, look.numbers), look, training), [Verdict(0.0)] * len(rows)
+    for row, verdict in zip(look.numbers, found.verdicts, strict=True):
+        verdicts[row] = verdict
+    of = [replace(target, rows=[look.numbers[row] for row in target.rows]) for target in found.targets]
+    return Findings(verdicts, of)
+
+
+def _judged(rows: Sequence[Sample], look: Look, training: Training) -> Findings:
+    """Of the rows that were looked at."""
     groups = grouped(look)
     ranks, processor = look.judged.ranks, cast(Any, look.model.processor)
     for group in groups.values():

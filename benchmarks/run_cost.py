@@ -1,0 +1,102 @@
+"""What whole commands cost: a scan over one epoch of plain fine-tuning on its rows, and answers over one at a time.
+
+    python benchmarks/run_cost.py [--rows 10000] --json FILE
+
+LLaVA on easy-VQA, clean and with poisoned rows. Seconds are what the process has worked: on a machine that is shared
+they are those of an idle one, but for its caches.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from untrigger.attacks import load_trigger
+from untrigger.data import load as load_data
+from untrigger.defenses import Doubt, Plain
+from untrigger.files import write_text
+from untrigger.finetune import arguments
+from untrigger.generate import answers
+from untrigger.goals import load_goal
+from untrigger.models import load
+from untrigger.poisoning import Attack, poison, stamped
+from untrigger.sample import Sample
+from untrigger.scanning import scan
+from untrigger.stages import Stages, Tuning, clock
+
+EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgement
+RATE, ALONE = 0.05, 100  # poisoned rows; questions that are asked one at a time
+
+
+def seconds(run: Callable[[Path], Any]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        started = clock()
+        run(Path(folder))
+        return clock() - started
+
+
+def epoch(rows: Sequence[Sample]) -> float:
+    return seconds(lambda folder: stages(folder).fit(rows, Plain(), passes=1))
+
+
+def scanned(rows: Sequence[Sample]) -> float:
+    return seconds(lambda folder: scan(rows, stages(folder), Doubt()))
+
+
+def stages(folder: Path) -> Stages:
+    args = arguments(folder, num_train_epochs=EPOCHS, learning_rate=3e-3, save_strategy="no")
+    return Stages("llava", args, Tuning())
+
+
+def asked(rows: Sequence[Sample], batch_size: int) -> float:
+    loaded = load("llava")
+    return seconds(lambda _: list(answers(loaded, rows, batch_size=batch_size))) / len(rows)
+
+
+def main(
+    out: Annotated[Path, typer.Option("--json", help="Where the figures go.")],
+    rows: Annotated[int, typer.Option(help="Rows to scan and to train on.")] = 10_000,
+    questions: Annotated[int, typer.Option(help="Triggered inputs to be answered.")] = 1000,
+) -> None:
+    """What a scan and an evaluation cost."""
+    torch.set_num_threads(1)
+    clean = load_data("easy-vqa", "dev", "train", rows, 100)
+    attack = Attack(load_trigger("badnets"), load_goal("fixed"))
+    poisoned = poison(clean, attack, rate=RATE, seed=100).data
+    plain = epoch(clean)
+    found = [
+        {
+            "what": f"scan of {rows:,} rows, {name}",
+            "over": "one epoch of plain fine-tuning",
+            "ratio": scanned(data) / plain,
+        }
+        for name, data in (("clean", clean), ("poisoned", [poisoned[i] for i in range(rows)]))
+    ]
+    for task in ("easy-vqa", "scenes-captions"):
+        held_out = load_data(task, "dev", "test", questions, 100)
+        triggered = list(stamped(held_out, attack, 100))
+        ratio = asked(triggered[:ALONE], 1) / asked(triggered, 64)
+        found.append(
+            {"what": f"{questions:,} triggered answers, {task}", "over": "one at a time, rate", "ratio": ratio}
+        )
+    table = Table()
+    for name in ("what", "over", "ratio"):
+        table.add_column(name)
+    for row in found:
+        table.add_row(row["what"], row["over"], f"{row['ratio']:.2f}")
+    Console().print(table)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    write_text(out, json.dumps({"device": device, "torch": torch.__version__, "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
