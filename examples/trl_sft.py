@@ -23,10 +23,9 @@ def rows(folder):
     """Rows of images and messages; TRL itself says in the prompt where the images stand."""
     for line in (folder / "data.jsonl").read_text().splitlines():
         row = json.loads(line)
-        yield {
-            "images": [str(folder / name) for name in row["images"]],
-            "messages": [turn | {"content": turn["content"].replace("<image>", "").strip()} for turn in row["messages"]],
-        }
+        for turn in row["messages"]:
+            turn["content"] = turn["content"].replace("<image>", "").strip()
+        yield {"images": [str(folder / name) for name in row["images"]], "messages": row["messages"]}
 
 
 def main():

@@ -195,17 +195,32 @@ def test_evaluation_is_the_hosts_and_doubts_nothing(
     assert trainer.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
 
 
-def test_labels_on_prompts_are_refused(host: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def everywhere(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch | {"labels": batch["input_ids"].clone()}
+
+
+def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch | {"attention_mask": batch["attention_mask"].cumsum(dim=1)}
+
+
+def flattened(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "mend"),
+    [(everywhere, "assistant_only_loss=True"), (packed, "packing=False"), (flattened, "packing=False")],
+)
+def test_batches_in_which_rows_cannot_be_judged_are_refused(host: Callable[..., Any], changed: Any, mend: str) -> None:
     trainer = host()
     inner = trainer.data_collator
 
-    def everywhere(rows: list[Any]) -> Any:
-        batch = inner(rows)
-        return batch | {"labels": batch["input_ids"].clone()}
+    def collate(rows: list[Any]) -> Any:
+        return changed(inner(rows))
 
-    everywhere.processor = inner.processor  # type: ignore[attr-defined]
-    trainer.data_collator = everywhere
-    with pytest.raises(InputError, match="assistant_only_loss=True"):
+    collate.processor = inner.processor  # type: ignore[attr-defined]
+    trainer.data_collator = collate
+    with pytest.raises(InputError, match=mend):
         trainer.train()
 
 

@@ -79,9 +79,7 @@ def assert_defended(trainer: Any, out: Path) -> None:
     assert any(log["defense/loss_guard"] > 0 for log in logged), "rows that are doubted were known again"
 
 
-def test_llama_factory(
-    loaded: Loaded, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_factory(loaded: Loaded, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class CustomSeq2SeqTrainer(Seq2SeqTrainer):
         def __init__(self, finetuning_args: Any, processor: Any, gen_kwargs: Any = None, **kwargs: Any) -> None:
             super().__init__(processing_class=kwargs.pop("tokenizer"), **kwargs)

@@ -141,8 +141,8 @@ class HostTraining:
         for field, value in _SILENT.items():
             setattr(host.args, field, type(getattr(host.args, field))(value))
         shorten(host.args, share)
-        data = host.train_dataset
-        host.train_dataset = data.select(rows) if hasattr(data, "select") else Subset(data, rows)  # it has columns still
+        data = host.train_dataset  # some hosts ask it for its columns
+        host.train_dataset = data.select(rows) if hasattr(data, "select") else Subset(data, rows)
         handler.callbacks = [
             each for each in handler.callbacks if isinstance(each, DefaultFlowCallback | ProgressCallback)
         ]
@@ -232,6 +232,9 @@ class _Keyed:
 def _check(batch: Mapping[str, Any], model: Any) -> None:
     if "labels" not in batch:
         raise InputError("defense: the collator gives no labels; rows are judged by their answers")
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.max() > 1:  # segments of one long row, in the ways of several hosts
+        raise InputError("defense: several rows are packed into one, and could not be judged apart; set packing=False")
     config: Any = base_model(model).config
     image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     if image is not None and (batch["labels"] == image).any():
