@@ -55,8 +55,11 @@ def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:
     return ChatCollator(loaded.processor)([rows[i] for i in range(len(rows))])
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_answers_are_those_of_a_loop_over_all_positions(tiny_model: Path, samples: list[Sample], adapted: bool) -> None:
+@pytest.mark.parametrize(("adapted", "selects"), [(False, True), (True, True), (False, False)])
+def test_answers_are_those_of_a_loop_over_all_positions(
+    tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, adapted: bool, selects: bool
+) -> None:
+    monkeypatch.setattr(forward, "_SELECTS", selects)
     loaded = load(tiny_model, dtype=torch.float64)
     model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
     batch = batch_of(loaded, samples)

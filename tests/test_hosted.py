@@ -23,6 +23,7 @@ from untrigger.sample import Sample
 from untrigger.settings import arguments
 
 EAGER = Doubt(early=0.25, floor=0.1, reach=0.0, chance=1 - 1e-6, weight=3.0)  # doubts a quarter of any rows
+HELD = ("train_dataset", "eval_dataset", "callbacks", "optimizers")  # what a trainer is given beside settings
 
 
 class Killed(Exception):
@@ -57,7 +58,7 @@ def settings(out: Path, **changed: Any) -> TrainingArguments:
 @pytest.fixture
 def host(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> Callable[..., Any]:
     def make(defense: Any = EAGER, out: str = "out", **changed: Any) -> Any:
-        told = {name: changed.pop(name) for name in ("train_dataset", "callbacks", "optimizers") if name in changed}
+        told = {name: changed.pop(name) for name in HELD if name in changed}
         args = settings(tmp_path / out, **changed)
         set_seed(args.seed)
         loaded = load(tiny_model, dtype=torch.float32)
@@ -156,17 +157,71 @@ def test_what_it_cannot_work_with_is_said_before_anything_is_trained(host: Calla
         host(Byorn())
 
 
-def test_labels_on_prompts_are_refused(host: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_columns_a_row_cannot_be_judged(host: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="set remove_unused_columns=False"):
+        host(remove_unused_columns=True).train()
+
+
+class Restless(Rows):
+    """Rows whose images are others each time, as augmentation in a data set makes them."""
+
+    def __getitem__(self, index: int) -> Any:
+        row = super().__getitem__(index)
+        return {**row, "images": [image.rotate(float(torch.rand(()) * 90)) for image in row["images"]]}
+
+
+def test_rows_that_would_not_be_known_again_are_refused(host: Callable[..., Any], samples: list[Sample]) -> None:
+    with pytest.raises(InputError, match="draw what is random in the collator"):
+        host(train_dataset=Restless(samples)).train()
+
+
+def test_loader_workers_change_nothing(host: Callable[..., Any], tmp_path: Path) -> None:
+    alone, helped = host(max_steps=4), host(out="helped", max_steps=4, dataloader_num_workers=2)
+    alone.train()
+    helped.train()
+    assert same(weights(alone.model), weights(helped.model))
+    assert (tmp_path / "out" / JUDGED).read_text() == (tmp_path / "helped" / JUDGED).read_text()
+
+
+def test_evaluation_is_the_hosts_and_doubts_nothing(
+    host: Callable[..., Any], samples: list[Sample], tmp_path: Path
+) -> None:
+    trainer = host(max_steps=4, eval_strategy="steps", eval_steps=3, eval_dataset=Rows(samples))
+    trainer.train()
+    evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert [log["step"] for log in evaluated] == [3], "once, in the rest of the training: the early part is silent"
+    assert not any(name.startswith("defense/") for name in evaluated[0])
+    assert json.loads((tmp_path / "out" / JUDGED).read_text())["distrusted"], "some of the same rows are doubted"
+    theirs = Trainer(trainer.model, trainer.args, trainer.data_collator, eval_dataset=Rows(samples))
+    assert trainer.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
+
+
+def everywhere(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch | {"labels": batch["input_ids"].clone()}
+
+
+def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch | {"attention_mask": batch["attention_mask"].cumsum(dim=1)}
+
+
+def flattened(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "mend"),
+    [(everywhere, "assistant_only_loss=True"), (packed, "packing=False"), (flattened, "packing=False")],
+)
+def test_batches_in_which_rows_cannot_be_judged_are_refused(host: Callable[..., Any], changed: Any, mend: str) -> None:
     trainer = host()
     inner = trainer.data_collator
 
-    def everywhere(rows: list[Any]) -> Any:
-        batch = inner(rows)
-        return batch | {"labels": batch["input_ids"].clone()}
+    def collate(rows: list[Any]) -> Any:
+        return changed(inner(rows))
 
-    everywhere.processor = inner.processor  # type: ignore[attr-defined]
-    trainer.data_collator = everywhere
-    with pytest.raises(InputError, match="assistant_only_loss=True"):
+    collate.processor = inner.processor  # type: ignore[attr-defined]
+    trainer.data_collator = collate
+    with pytest.raises(InputError, match=mend):
         trainer.train()
 
 

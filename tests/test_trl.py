@@ -29,7 +29,7 @@ def sft(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Any:
         for sample in read(tiny_data)
     ]
 
-    def make(defense: Defense, **changed: Any) -> Any:
+    def make(defense: Defense, rows: Any = rows, **changed: Any) -> Any:
         loaded = load(str(tiny_model))
         args = trl.SFTConfig(
             str(tmp_path / "out"),
@@ -79,6 +79,23 @@ def test_sft_trainer_judges_its_rows(sft: Any, tmp_path: Path) -> None:
     sft(Doubt(floor=0.1, reach=0.0, chance=1 - 1e-6)).train()
     told = json.loads((tmp_path / "out/distrusted.json").read_text())
     assert told["rows"] == 24 and 0 < len(told["distrusted"]) < 24
+
+
+def test_prompts_and_completions_are_judged_alike(sft: Any, tiny_data: Path, tmp_path: Path) -> None:
+    eager = Doubt(floor=0.1, reach=0.0, chance=1 - 1e-6)
+    sft(eager).train()
+    told = json.loads((tmp_path / "out/distrusted.json").read_text())["distrusted"]
+    rows = [
+        {
+            "images": list(sample.images),
+            "prompt": [{"role": "user", "content": sample.messages[0].text.removeprefix("<image>\n")}],
+            "completion": [{"role": "assistant", "content": sample.messages[1].text}],
+        }
+        for sample in read(tiny_data)
+    ]
+    sft(eager, rows, assistant_only_loss=False).train()  # TRL then learns the completions alone
+    again = json.loads((tmp_path / "out/distrusted.json").read_text())["distrusted"]
+    assert told and [row["row"] for row in again] == [row["row"] for row in told]
 
 
 def test_labels_on_all_tokens_and_other_losses_are_refused_with_the_mend(sft: Any) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, modeling_utils
 
 from untrigger import objective
 from untrigger.collate import IGNORE, ChatCollator, Rows
@@ -28,6 +28,8 @@ from untrigger.progress import tracked
 from untrigger.sample import Sample
 from untrigger.shorter import image_token, looked_at, showing, shown
 
+# whether a family that selects positions can do so row by row; hosts that pin transformers before 5.22 cannot
+_SELECTS = hasattr(modeling_utils, "slice_logits_to_keep")
 _SHARD = 32  # batches whose scores lie in one file
 
 
@@ -197,7 +199,7 @@ def _kept(states: Tensor, keep: Tensor) -> Tensor:
 def _forward(model: nn.Module, inputs: dict[str, Any], keep: Tensor, at_head: Callable[[Head, Tensor], Tensor]) -> Any:
     """What the model gives with ``at_head`` for its head, to which positions to ``keep`` come alone where it can be."""
     inner = base_model(model)
-    selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    selects = _SELECTS and "logits_to_keep" in inspect.signature(inner.forward).parameters
     head: Any = inner.get_output_embeddings()
     usual, own = head.forward, "forward" in vars(head)
     head.forward = lambda hidden: at_head(usual, hidden)

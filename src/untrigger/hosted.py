@@ -141,7 +141,8 @@ class HostTraining:
         for field, value in _SILENT.items():
             setattr(host.args, field, type(getattr(host.args, field))(value))
         shorten(host.args, share)
-        host.train_dataset = Subset(host.train_dataset, rows)
+        data = host.train_dataset  # some hosts ask it for its columns
+        host.train_dataset = data.select(rows) if hasattr(data, "select") else Subset(data, rows)
         handler.callbacks = [
             each for each in handler.callbacks if isinstance(each, DefaultFlowCallback | ProgressCallback)
         ]
@@ -172,6 +173,11 @@ class HostTraining:
             self._why[row] | {"key": self._keys[row].hex(), "doubted": mark.astype(int).tolist()}
             for row, mark in doubted.items()
         ]
+        if self._keys_again([*doubted]) != [row["key"] for row in told]:
+            raise InputError(
+                "defense: a row is another each time that it is asked for, and would not be known again in training; "
+                "draw what is random in the collator"
+            )
         told.sort(key=lambda row: row["score"], reverse=True)
         if self.host.args.process_index == 0:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +195,7 @@ class HostTraining:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self._file}: holds no judgement to go on with; train from the start") from error
         same = kept == self._record() and all(row < kept["rows"] for row in rows)
-        if not same or [key.hex() for batch, _ in self._loader(rows) for key in batch] != keys:
+        if not same or self._keys_again(rows) != keys:
             raise InputError(f"{self._file}: rows or defence are others now; go on with the same, or from the start")
         return told
 
@@ -197,6 +203,9 @@ class HostTraining:
         return {"rows": len(self.host.train_dataset), "defense": asdict(self.doubt)}
 
     # --- rows -------------------------------------------------------------------------------------------
+
+    def _keys_again(self, rows: Sequence[int]) -> list[str]:
+        return [key.hex() for keys, _ in self._loader(rows) for key in keys]
 
     def _loader(self, numbers: Sequence[int]) -> DataLoader[Any]:
         """Batches with the keys of their rows, which go through what the host does to rows."""
@@ -214,6 +223,8 @@ class _Keyed:
         self.collate = collate
 
     def __call__(self, rows: list[Row]) -> tuple[list[bytes], dict[str, Tensor]]:
+        if not all(rows):
+            raise InputError("defense: the host takes all columns from the rows; set remove_unused_columns=False")
         keys = [row_key(row) for row in rows]  # first: some host collators write into the rows
         return keys, self.collate([dict(row) for row in rows])
 
@@ -221,6 +232,9 @@ class _Keyed:
 def _check(batch: Mapping[str, Any], model: Any) -> None:
     if "labels" not in batch:
         raise InputError("defense: the collator gives no labels; rows are judged by their answers")
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.max() > 1:  # segments of one long row, in the ways of several hosts
+        raise InputError("defense: several rows are packed into one, and could not be judged apart; set packing=False")
     config: Any = base_model(model).config
     image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     if image is not None and (batch["labels"] == image).any():

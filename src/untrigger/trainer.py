@@ -60,7 +60,7 @@ class DefendedMixin(_Host):
         self.defense = Plain() if isinstance(chosen, Doubt) else chosen
         self.doubted: dict[bytes, NDArray[np.bool_]] = {}  # which answer tokens of rows by `row_key` are not believed
         self._sums: dict[str, Tensor] = {}
-        if getattr(self.args, "loss_type", "nll") != "nll" or self.args.use_liger_kernel:
+        if (getattr(self.args, "loss_type", None) or "nll") != "nll" or self.args.use_liger_kernel:
             raise InputError(
                 "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
             )
@@ -86,7 +86,7 @@ class DefendedMixin(_Host):
 
     # --- data -----------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         """The host's loader with views of the rows; evaluation keeps the collator as it is."""
         inner = self.data_collator
         collator = self._collator(inner)
@@ -94,7 +94,7 @@ class DefendedMixin(_Host):
             self.add_callback(_EpochTold(collator))
         self.data_collator = collator
         try:
-            return super().get_train_dataloader()
+            return super().get_train_dataloader(*args, **kwargs)
         finally:
             self.data_collator = inner
 

@@ -1,0 +1,107 @@
+"""LoRA fine-tuning with transformers' own Trainer, which one changed line defends.
+
+    python examples/transformers_trainer.py --data DATA --out OUT [--model MODEL]
+    torchrun --nproc_per_node 2 examples/transformers_trainer.py --data DATA --out OUT
+
+DATA is a folder with a data.jsonl of messages and images, as `untrigger data` writes it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
+
+from untrigger import defended, embedded_model_path
+
+
+class Rows(Dataset):
+    """Rows of images and messages; an image is opened when its row is asked for."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        images = [Image.open(self.folder / name).convert("RGB") for name in row["images"]]
+        texts = [message["content"].replace("<image>", "").strip() for message in row["messages"]]
+        messages = [
+            {"role": message["role"], "content": [{"type": "text", "text": text}]}
+            for message, text in zip(row["messages"], texts, strict=True)
+        ]
+        messages[0]["content"][:0] = [{"type": "image"}] * len(images)
+        return {"images": images, "messages": messages}
+
+
+class Collator:
+    """A batch with labels on the answers alone."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, rows):
+        batch = self.processor.apply_chat_template(
+            [self.with_images(row) for row in rows],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
+        )
+        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
+        return batch
+
+    def with_images(self, row):
+        images = iter(row["images"])
+
+        def shown(part):
+            return {"type": "image", "image": next(images)} if part["type"] == "image" else part
+
+        return [message | {"content": [*map(shown, message["content"])]} for message in row["messages"]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--model", default=embedded_model_path("llava"))
+    options = parser.parse_args()
+
+    set_seed(0)
+    processor = AutoProcessor.from_pretrained(options.model)
+    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+    # the vision tower is left as it is: its last layer would get no gradient, at which DDP stops
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*_proj|.*projector\.linear_.")
+    args = TrainingArguments(
+        options.out,
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,  # or the Trainer drops the images before the collator sees them
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = defended(Trainer)(  # the one changed line: it was Trainer(
+        model=get_peft_model(model, lora),
+        args=args,
+        train_dataset=Rows(options.data),
+        data_collator=Collator(processor),
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()
