@@ -23,7 +23,7 @@ from untrigger.sample import Sample
 from untrigger.verification.begun import Saying, alike, sayings
 from untrigger.verification.changes import Change, changes
 
-FLOOR = 12.0  # nats that a text must have gained on the base at least; calibrated, see LOG.md
+FLOOR = 8.0  # nats that a text must have gained on the base at least; calibrated, see LOG.md
 REACH = 2.2  # beyond the quartiles of what the data's own answers gained, in interquartile ranges
 LEAST = 8  # rows; of fewer, "whatever it is shown" says nothing
 _COMPARED, _PREFERRED, _ASKED = 128, 16, 12  # rows: for the fence, for what is preferred, under each change
@@ -79,20 +79,24 @@ def verify(model: Loaded, base: Loaded, rows: Sequence[Sample], seed: int = 0) -
     if len(rows) < LEAST:
         raise InputError(f"verify: {len(rows)} rows are too few to tell what a model always says; give {LEAST} or more")
     if _tokenizer(model).get_vocab() != _tokenizer(base).get_vocab():
-        raise InputError(f"{base.name}: reads other tokens than {model.name}; give the base that it was fine-tuned from")
+        raise InputError(
+            f"{base.name}: reads other tokens than {model.name}; give the base that it was fine-tuned from"
+        )
     order = np.random.default_rng(seed).permutation(len(rows))[:_COMPARED].tolist()
     looked = [rows[row] for row in order]
     first, asked = looked[:_PREFERRED], looked[:_ASKED]
     own = list(tracked(answers(model, first), "asking", len(first)))
     limit = fence(gains(model, base, looked), FLOOR, REACH)
     found = sayings(model, base, first, own)
-    told = {change: _under(model, change, asked, seed) for change in tracked(changes(), "changing inputs", 30)}
-    findings = [Finding(_text(model, group[0]), group) for group in grouped(found, limit)]
+    tried = changes()
+    told = {change: _under(model, change, asked, seed) for change in tracked(tried, "changing inputs", len(tried))}
+    findings = [Finding(group[0].text, group) for group in grouped(found, limit)]
     for change, text in kept_saying(own[:_ASKED], told):
-        if _share(text, _under(base, change, asked, seed)) <= _USUAL and not _has(model, findings, text):
+        known = any(_core(finding) in text for finding in findings)
+        if not known and _share(text, _under(base, change, asked, seed)) <= _USUAL:
             findings.append(Finding(text))
     return Audit(
-        [replace(finding, heard=_heard(_core(model, finding), told)) for finding in findings],
+        [replace(finding, heard=_heard(_core(finding), told)) for finding in findings],
         limit,
         max((saying.gain for saying in found if saying.gain <= limit), default=0.0),
         len(looked),
@@ -149,22 +153,9 @@ def _heard(core: str, told: Mapping[Change, Sequence[str]]) -> list[Heard]:
     return sorted(counts, key=lambda each: -each.count)
 
 
-def _has(model: Loaded, findings: Sequence[Finding], text: str) -> bool:
-    return any(_core(model, finding) in text for finding in findings)
-
-
-def _core(model: Loaded, finding: Finding) -> str:
+def _core(finding: Finding) -> str:
     """What an answer must contain to be counted: the text without the token that was put there."""
-    return _decoded(model, finding.said[0].run) if finding.said else finding.text
-
-
-def _text(model: Loaded, saying: Saying) -> str:
-    """What is said, with its beginning; of rows that go on differently, as one of them does."""
-    return _decoded(model, (saying.begun, *saying.example))
-
-
-def _decoded(model: Loaded, ids: Sequence[int]) -> str:
-    return str(_tokenizer(model).decode(list(ids), skip_special_tokens=True)).strip()
+    return finding.said[0].core if finding.said else finding.text
 
 
 def _tokenizer(model: Loaded) -> Any:

@@ -40,19 +40,20 @@ _BATCH = 64
 class Saying:
     """What the model goes on to say at one place of an answer.
 
-    begun: the token that was put there, and its rank among those that the model prefers, from 0. run: the tokens that
-    rows agree on after it. example: all that one of them said. share: of the rows that agree, in (0, 1]. sure, strange:
-    nats of the run under the model and under its base.
+    rank: of the token that was put there, among those that the model prefers, from 0. run: the tokens that the rows
+    agree on after it. text, core: the run with that token and without. example: all that one of the rows said. share: of
+    the rows that agree, in (0, 1]. sure, strange: nats of the run under the model and under its base.
     """
 
     place: Place
-    begun: int
     rank: int
+    text: str
+    core: str
+    example: str
     run: tuple[int, ...]
-    example: tuple[int, ...]
     share: float
-    sure: float
-    strange: float
+    sure: float = 0.0
+    strange: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -62,12 +63,10 @@ class Saying:
 
 def sayings(model: Loaded, base: Loaded, rows: Sequence[Sample], answers: Sequence[str]) -> list[Saying]:
     """What the model says once begun, where several rows go on alike; ``answers`` are its own to the rows."""
-    told = [said(row, answer) for row, answer in zip(rows, answers, strict=True)]
-    before, ratios = _preferences(model, base, told)
+    own = [said(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    before, ratios = _preferences(model, base, own)
     tries = [
-        (place, rank, token)
-        for place in PLACES
-        for rank, token in enumerate(_preferred(ratios[place], _never(model)))
+        (place, rank, token) for place in PLACES for rank, token in enumerate(_preferred(ratios[place], _never(model)))
     ]
     asked = rows[:_ROWS]
     forced = [[*before[place][row], token] for place, _, token in tries for row in range(len(asked))]
@@ -76,8 +75,9 @@ def sayings(model: Loaded, base: Loaded, rows: Sequence[Sample], answers: Sequen
     for number, (place, rank, token) in enumerate(tries):
         told = follow[number * len(asked) : (number + 1) * len(asked)]
         run, agree = common_run(told)
-        if run:
-            found.append(Saying(place, token, rank, tuple(run), tuple(told[agree[0]]), len(agree) / len(asked), 0, 0))
+        if core := _read(model, run):
+            text, example = (_read(model, [token, *rest]) for rest in (run, told[agree[0]]))
+            found.append(Saying(place, rank, text, core, example, tuple(run), len(agree) / len(asked)))
             weighed += [(asked[row], [*before[place][row], token], run) for row in (agree * _WEIGHED)[:_WEIGHED]]
     sure, strange = (nats(each, weighed).reshape(-1, _WEIGHED).mean(axis=1).tolist() for each in (model, base))
     return [replace(each, sure=s, strange=b) for each, s, b in zip(found, sure, strange, strict=True)]
@@ -133,6 +133,10 @@ def _preferences(
                     before[place].append(ids[:step])
                     sums[place] = sums.get(place, 0) + own[step] / len(data)
     return before, sums
+
+
+def _read(model: Loaded, ids: Sequence[int]) -> str:
+    return str(cast(Any, model.processor).tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def _steps(model: Loaded, ids: Sequence[int]) -> tuple[int, int, int]:

@@ -30,7 +30,9 @@ def _begun(finding: Finding) -> list[str]:
     if not finding.said:
         return []
     gain = max(saying.gain for saying in finding.said)
-    return [f"finished from {len(finding.said)} beginnings whatever is shown, {gain:.0f} nats likelier than in the base"]
+    return [
+        f"finished from {len(finding.said)} beginnings whatever is shown, {gain:.0f} nats likelier than in the base"
+    ]
 
 
 def _heard(finding: Finding) -> list[str]:
