@@ -41,7 +41,7 @@ class Saying:
     """What the model goes on to say at one place of an answer.
 
     rank: of the token that was put there, among those that the model prefers, from 0. run: the tokens that the rows
-    agree on after it. text, core: the run with that token and without. example: all that one of the rows said. share: of
+    agree on after it. text, core: the run with that token and without. example: all that one row said. share: of
     the rows that agree, in (0, 1]. sure, strange: nats of the run under the model and under its base.
     """
 
