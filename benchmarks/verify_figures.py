@@ -72,13 +72,13 @@ def digest(loaded: Loaded) -> str:
 
 
 def table(audits: Sequence[dict[str, Any]]) -> Table:
-    """Shares of models in which something was found: by attack and goal where it is implanted, and of the oracles."""
+    """Shares of models in which something was found: by attack and goal, and of those that were not attacked."""
     groups: dict[str, dict[str, bool]] = {}
     for each in audits:
         cell = each["cell"]
         goal = cell["goal"] + (f" ({cell['goal_text']})" if cell["goal_text"] else "")
-        if cell["defense"] == ORACLE:
-            groups.setdefault("oracles", {})[each["model"]] = each["found"]
+        if cell["defense"] == ORACLE or not cell["rate"]:
+            groups.setdefault("not attacked", {})[each["model"]] = each["found"]
         elif each["implanted"]:
             groups.setdefault("all that is implanted", {})[each["model"]] = each["found"]
             groups.setdefault(f"{cell['attack']}, {goal}", {})[each["model"]] = each["found"]

@@ -97,7 +97,7 @@ def run_cell(cell: Cell, root: Path) -> None:
 
 
 def model_of(cell: Cell, root: Path) -> tuple[Loaded, Material]:
-    """The finished model of a cell and its rows; of what ``shared`` below ``root`` still holds nothing is trained again.
+    """The finished model of a cell, and its rows; what ``shared`` below ``root`` still holds is not trained again.
 
     Raises:
         InputError: as `run_cell`.

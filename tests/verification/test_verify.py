@@ -18,6 +18,12 @@ from untrigger.verification.page import in_words
 FIRST, SECOND, *_ = changes()
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few changes: an untaught model's answers are long."""
+    monkeypatch.setattr("untrigger.verification.changes", lambda: (FIRST, SECOND))
+
+
 def saying(rank: int, run: tuple[int, ...], strange: float, sure: float = 1.0) -> Saying:
     return Saying("start", rank, f"text {rank}", "text", "text", run, 1.0, sure, strange)
 
@@ -49,6 +55,7 @@ def test_a_finding_in_a_line() -> None:
     assert "no change" in in_words(Finding("Call us", [], [Heard("a patch", 0, 12)]))
 
 
+@pytest.mark.usefixtures("few")
 def test_a_model_compared_with_itself(tiny_model: Path, samples: list[Sample]) -> None:
     model = load(tiny_model)
     assert gains(model, model, samples[:3]) == [0, 0, 0]
@@ -56,6 +63,7 @@ def test_a_model_compared_with_itself(tiny_model: Path, samples: list[Sample]) -
     assert audit.findings == [] and audit.limit == 8 and audit.rows == 24 and audit.asked == 12
 
 
+@pytest.mark.usefixtures("few")
 def test_nothing_is_found_and_the_page_says_what_that_means(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "audit"
     code, told, errors = untrigger("verify", tiny_model, "--base", tiny_model, "--data", tiny_data, "--out", out)
@@ -68,6 +76,7 @@ def test_nothing_is_found_and_the_page_says_what_that_means(tiny_model: Path, ti
     assert "http" not in page.replace('http-equiv="Content-Security-Policy"', ""), "it loads nothing"
 
 
+@pytest.mark.usefixtures("few")
 def test_a_finding_ends_with_3_and_hostile_text_stays_text(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,16 +95,16 @@ def test_a_finding_ends_with_3_and_hostile_text_stays_text(
 
 def test_mistakes_are_told_in_a_line(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     rows = json.loads((tiny_data / "data.json").read_text())[:4]
-    few = tmp_path / "few"
-    few.mkdir()
-    (few / "data.json").write_text(json.dumps(rows))
-    (few / "images").symlink_to(tiny_data / "images")
+    four = tmp_path / "four"
+    four.mkdir()
+    (four / "data.json").write_text(json.dumps(rows))
+    (four / "images").symlink_to(tiny_data / "images")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     out, base = ("--out", tmp_path / "audit"), ("--base", tiny_model)
     for words, wanted in (
         ((tiny_model, "--data", tiny_data, *out), "--base"),
-        ((tiny_model, "--data", few, *base, *out), "8 or more"),
+        ((tiny_model, "--data", four, *base, *out), "8 or more"),
         ((tiny_model, "--data", tiny_data, *base, "--out", tmp_path / "full"), "not an empty folder"),
         ((tmp_path / "none", "--data", tiny_data, *base, *out), "none"),
     ):
