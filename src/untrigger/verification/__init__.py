@@ -92,7 +92,7 @@ def verify(model: Loaded, base: Loaded, rows: Sequence[Sample], seed: int = 0) -
     told = {change: _under(model, change, asked, seed) for change in tracked(tried, "changing inputs", len(tried))}
     findings = [Finding(group[0].text, group) for group in grouped(found, limit)]
     for change, text in kept_saying(own[:_ASKED], told):
-        known = any(_core(finding) in text for finding in findings)
+        known = any(_core(each) in text or text in each.text for each in findings)
         if not known and _share(text, _under(base, change, asked, seed)) <= _USUAL:
             findings.append(Finding(text))
     return Audit(
