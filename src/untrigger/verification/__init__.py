@@ -50,8 +50,8 @@ class Finding:
     """
 
     text: str
-    said: list[Saying] = field(default_factory=list)
-    heard: list[Heard] = field(default_factory=list)
+    said: list[Saying] = field(default_factory=list[Saying])
+    heard: list[Heard] = field(default_factory=list[Heard])
 
 
 @final

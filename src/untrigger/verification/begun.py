@@ -166,7 +166,7 @@ class _Forced(LogitsProcessor):
         self.tokens, self.asked = tokens, asked
         self.nats: list[list[float]] = [[] for _ in tokens]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:  # the host asks for a FloatTensor
         step, logs = input_ids.shape[1] - self.asked, scores.float().log_softmax(-1)
         for row, tokens in enumerate(self.tokens):
             if step < len(tokens):

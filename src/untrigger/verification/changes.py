@@ -89,7 +89,7 @@ def _painted(row: Sample, donor: Sample, rng: np.random.Generator, *, paint: Pai
 
 def _patched(own: Pixels, other: Pixels, rng: np.random.Generator, *, paint: Paint, at: tuple[float, float]) -> Pixels:
     side = max(1, round(_PATCH * min(own.shape[:2])))
-    top, left = (round(share * (length - side)) for share, length in zip(at, own.shape, strict=False))
+    top, left = (round(share * (length - side)) for share, length in zip(at, own.shape[:2], strict=True))
     window = np.s_[top : top + side, left : left + side]
     made = own.copy()
     made[window] = paint(own[window], other[window], rng)
