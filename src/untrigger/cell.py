@@ -96,6 +96,16 @@ def run_cell(cell: Cell, root: Path) -> None:
     store.save(root, cell, metrics, evaluation.conditions)
 
 
+def model_of(cell: Cell, root: Path) -> tuple[Loaded, Material]:
+    """The finished model of a cell, and its rows; what ``shared`` below ``root`` still holds is not trained again.
+
+    Raises:
+        InputError: as `run_cell`.
+    """
+    material = _material(json.dumps(asdict(_bare(cell))))
+    return _train(cell, material, *defense_of(cell), root / SHARED / "stages")[0], material
+
+
 def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
     """The defence of a cell, of an oracle the plain one, and how its model is adapted.
 

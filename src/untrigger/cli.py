@@ -1,4 +1,4 @@
-"""The command line: data | poison | scan | train | evaluate | bench | report | quickstart | model."""
+"""The command line: data | poison | scan | train | verify | evaluate | bench | report | quickstart | model."""
 
 from __future__ import annotations
 
@@ -192,6 +192,39 @@ def train(
         if distrusted.is_file():
             count = len(distrusted.read_bytes().splitlines())
             typer.echo(f"{distrusted}: {count:,} of {len(rows):,} rows were distrusted; which, and why")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder (adapter too) or hub id of the model to audit.")],
+    data: Annotated[Path, typer.Option("--data", help="Rows of its task, clean or not.", show_default=False)],
+    out: OutOption,
+    base: Annotated[
+        str | None, typer.Option(help="What it was fine-tuned from; an adapter names it.", show_default=False)
+    ] = None,
+    seed: SeedOption = 0,
+    on_bad_row: BadRowOption = "error",
+) -> None:
+    """Tell whether a finished model says something too readily; exit code 3 if it does, 0 if nothing was found.
+
+    Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: what it kept saying, and when.
+    """
+    from untrigger.files import check_free
+    from untrigger.models import base_of, load
+    from untrigger.verification import verify as audit
+    from untrigger.verification.page import in_words, write
+
+    check_free(out)  # found wanting now, not after the questions
+    rows = _read(data, on_bad_row, out)
+    named = base or base_of(Path(model))
+    found = audit(load(model), load(named), rows, seed)
+    write(found, model, named, out)
+    for finding in found.findings:
+        typer.echo(in_words(finding))
+    verdict = "suspicious" if found.findings else "nothing found, which is no proof that there is nothing"
+    typer.echo(f"{out / 'audit.html'}: {verdict}")
+    if found.findings:
+        raise typer.Exit(3)
 
 
 @app.command(context_settings=_OPEN)

@@ -29,22 +29,26 @@ def answers(
     with evaluating(loaded.model):
         for start in range(0, len(samples), batch_size):
             batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
-            prompts = [
-                processor.apply_chat_template(_asked(sample), tokenize=False, add_generation_prompt=True)
-                for sample in batch
-            ]
-            pictures = [[to_rgb(image) for image in sample.images] for sample in batch]
-            inputs = processor(
-                text=prompts,
-                images=pictures if any(pictures) else None,
-                padding=True,
-                padding_side="left",
-                add_special_tokens=False,
-                return_tensors="pt",
-            ).to(model.device)
+            inputs = questions(processor, batch).to(model.device)
             ids = model.generate(**inputs, **how, num_beams=1, max_new_tokens=max_new_tokens)
             new = ids[:, inputs["input_ids"].shape[1] :]
             yield from (text.strip() for text in processor.batch_decode(new, skip_special_tokens=True))
+
+
+def questions(processor: Any, samples: Sequence[Sample]) -> Any:
+    """A batch of the samples' last questions, padded on the left, for a model to go on from."""
+    prompts = [
+        processor.apply_chat_template(_asked(sample), tokenize=False, add_generation_prompt=True) for sample in samples
+    ]
+    pictures = [[to_rgb(image) for image in sample.images] for sample in samples]
+    return processor(
+        text=prompts,
+        images=pictures if any(pictures) else None,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
 
 
 def _asked(sample: Sample) -> list[dict[str, object]]:

@@ -96,17 +96,28 @@ def load_processor(source: str) -> ProcessorMixin:
     return processor
 
 
+def base_of(folder: Path) -> str:
+    """The name of the base that an adapter's folder was trained on.
+
+    Raises:
+        InputError: the folder holds no adapter, or names no base.
+    """
+    record, config = folder / BASE_RECORD, folder / "adapter_config.json"
+    if not config.is_file():
+        raise InputError(f"{folder}: is no adapter, and does not say what it was fine-tuned from; name it (--base)")
+    told = record if record.is_file() else config
+    try:
+        fields = json.loads(told.read_text())
+        return str(fields["base"] if record.is_file() else fields["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{told}: names no base model; write the adapter again") from error
+
+
 def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
     """The base named in the adapter's folder, with the adapter on it."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: adapter_model.safetensors is missing; pickled adapters are not loaded")
-    record = folder / BASE_RECORD
-    config = record if record.is_file() else folder / "adapter_config.json"
-    try:
-        fields = json.loads(config.read_text())
-        base = fields["base"] if record.is_file() else fields["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config}: names no base model; write the adapter again") from error
+    base = base_of(folder)
     if Path(str(base), "adapter_config.json").is_file():
         raise InputError(f"{folder}: its base {base} is an adapter as well; merge that one into its base first")
     loaded = load(base, dtype=dtype)
