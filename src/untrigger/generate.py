@@ -10,6 +10,7 @@ import torch
 from untrigger.collate import chat_message
 from untrigger.forward import evaluating
 from untrigger.models import Loaded
+from untrigger.processors import encoded, written
 from untrigger.sample import Sample
 from untrigger.views import to_rgb
 
@@ -29,19 +30,10 @@ def answers(
     with evaluating(loaded.model):
         for start in range(0, len(samples), batch_size):
             batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
-            prompts = [
-                processor.apply_chat_template(_asked(sample), tokenize=False, add_generation_prompt=True)
-                for sample in batch
-            ]
+            prompts = [written(processor, _asked(sample), asking=True) for sample in batch]
             pictures = [[to_rgb(image) for image in sample.images] for sample in batch]
-            inputs = processor(
-                text=prompts,
-                images=pictures if any(pictures) else None,
-                padding=True,
-                padding_side="left",
-                add_special_tokens=False,
-                return_tensors="pt",
-            ).to(model.device)
+            inputs = encoded(processor, prompts, prompts, pictures, padding_side="left")
+            inputs = inputs.convert_to_tensors("pt").to(model.device)
             ids = model.generate(**inputs, **how, num_beams=1, max_new_tokens=max_new_tokens)
             new = ids[:, inputs["input_ids"].shape[1] :]
             yield from (text.strip() for text in processor.batch_decode(new, skip_special_tokens=True))
