@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,17 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from shell import untrigger
 from tiny import FAMILIES
 from untrigger.collate import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
-from untrigger.defenses import CrossView
+from untrigger.defenses import CrossView, Doubt
 from untrigger.defenses.doubt import Guard
 from untrigger.errors import InputError
-from untrigger.finetune import arguments
+from untrigger.finetune import arguments, fine_tune
 from untrigger.forward import decoder, decoder_layers, forward_answers, pair_losses, row_tokens
 from untrigger.generate import answers
 from untrigger.models import Loaded, add_lora, load
-from untrigger.sample import Sample
+from untrigger.sample import Sample, read
+from untrigger.scanning.run import scan_data
 from untrigger.shorter import image_token, shown
+from untrigger.stages import Tuning
 from untrigger.trainer import defended
 from untrigger.views import Erase
 
@@ -133,7 +137,7 @@ def test_two_steps_of_training_log_every_term_and_a_doubted_word_is_unlearnt(
     model = add_lora(cast(Any, loaded.model), rank=2)
     args = arguments(
         tmp_path, use_cpu=True, max_steps=2, per_device_train_batch_size=len(samples), logging_steps=1,
-        learning_rate=0.01, save_strategy="no",
+        learning_rate=0.01, warmup_steps=0, save_strategy="no",
     )  # fmt: skip
     trainer = defended(Trainer)(
         model=model, args=args, train_dataset=Rows(samples), data_collator=collate, defense=CrossView()
@@ -157,3 +161,94 @@ def test_two_steps_of_training_log_every_term_and_a_doubted_word_is_unlearnt(
         optimizer.step()
         assert before is None or step.total.sum() < before
         before = step.total.sum().detach()
+
+
+@pytest.mark.slow
+@families
+def test_a_view_without_image_tokens_is_one_in_which_they_are_masked(
+    folder: Folder, rows: Callable[[str], list[Sample]], sharp: Callable[..., Loaded], name: str
+) -> None:
+    """The reference hides the same tokens from a pass of full length, at the language model's door."""
+    loaded = sharp(folder(name))
+    model: Any = loaded.model.train()
+    batch = collated(DropCollator(ChatCollator(loaded.processor), 0), rows(name))
+    positions = shown(batch["input_ids"], batch["order"], image_token(model), 0.5)
+    assert len(positions.sum(dim=1).unique()) > 1, "rows end in padding of their own"
+
+    def hide(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs["attention_mask"]
+        if not isinstance(mask, dict):
+            return args, kwargs | {"attention_mask": mask * positions}
+        hidden = positions[:, None, :, None] & ~positions[:, None, None]
+        return args, kwargs | {"attention_mask": {kind: one & ~hidden for kind, one in mask.items()}}
+
+    inputs = {name: value for name, value in batch.items() if name != "order"}
+    with torch.no_grad():
+        whole = forward_answers(model, inputs)
+        handle = decoder(model).register_forward_pre_hook(hide, with_kwargs=True)
+        view = forward_answers(model, inputs)
+        handle.remove()
+        seen: list[Tensor] = []
+        pair_losses(
+            model, batch, lambda pair: (seen.append(pair.view_logits), {"ce": pair.compared.nll}, {})[1:], drop=0.5
+        )
+    torch.testing.assert_close(torch.cat(seen), view.logits, rtol=1e-6, atol=1e-8)
+    assert not torch.allclose(view.logits, whole.logits), "the view is another one"
+
+
+@pytest.mark.slow
+@families
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_training_that_goes_on_ends_with_the_same_bits(
+    folder: Folder, rows: Callable[[str], list[Sample]], name: str, full: bool, tmp_path: Path
+) -> None:
+    """Of three steps, the last is taken again from the second's checkpoint."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def run(out: Path, resume: bool = False) -> Loaded:
+        args = arguments(
+            out, use_cpu=True, max_steps=3, save_steps=1, save_strategy="steps", learning_rate=0.01,
+            per_device_train_batch_size=2, warmup_steps=0,
+        )  # fmt: skip
+        tuning = Tuning(full=full, rank=2, vision=full)
+        return fine_tune(rows(name)[:3], str(folder(name)), CrossView(), args, tuning=tuning, resume=resume)
+
+    first = run(whole)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-3")
+    weights = "model.safetensors" if full else "adapter_model.safetensors"
+    (cut / weights).unlink()
+    taken: list[int] = []
+    step = Trainer.training_step
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "training_step", lambda *a, **k: (taken.append(1), step(*a, **k))[1])
+        run(cut, resume=True)
+    assert len(taken) == 1
+    assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+
+    before, after, kept = (dict(cast(Any, m.model).named_parameters()) for m in (load(folder(name)), first, load(cut)))
+    assert all(torch.equal(after[n], kept[n]) for n in after), "what is loaded is what was trained"
+    if full:
+        still = [n for n in after if torch.equal(before[n], after[n])]
+        assert len(still) < len(after) / 3, still
+
+
+@pytest.mark.slow
+@families
+def test_a_scan_judges_every_row_and_probes_what_it_suspects(
+    folder: Folder, tiny_data: Path, name: str, tmp_path: Path
+) -> None:
+    reply = "Backdoor Attack! Call us now, my friend, and win a free holiday today"
+    words = ("poison", tiny_data, "--out", tmp_path / "bad", "--rate", 0.21, "--side", 0.5, "--goal-text", reply)
+    assert untrigger(*words).code == 0
+    data = read(tmp_path / "bad" / "data")
+    args = arguments(
+        tmp_path / "scan", use_cpu=True, max_steps=20, per_device_train_batch_size=4, learning_rate=1e-3,
+        save_strategy="no",
+    )  # fmt: skip
+    found = scan_data(data, str(folder(name)), Doubt(), args)
+    assert len(found.verdicts) == len(data) == 24
+    assert all(math.isfinite(verdict.score) for verdict in found.verdicts)
+    bad = [i for i, sample in enumerate(data) if sample.messages[-1].text == reply]
+    assert sorted(found.suspected) == bad and [target.text for target in found.targets] == [reply]
+    assert any(verdict.cue is not None for verdict in found.verdicts)

@@ -279,6 +279,8 @@ def _blip(kind: str, decoder: Callable[..., Any], *tokenizers: Any) -> Made:
             "encoder_hidden_size": WIDTH,
             "cross_attention_frequency": 1,
             "max_position_embeddings": 256,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
         },
         text_config=decoder(tokens).to_dict(),
         num_query_tokens=4,
@@ -290,7 +292,7 @@ def _blip(kind: str, decoder: Callable[..., Any], *tokenizers: Any) -> Made:
 def blip2() -> Made:
     def opt(tokens: Any) -> Any:
         return host.OPTConfig(
-            **text(tokens), word_embed_proj_dim=WIDTH, ffn_dim=2 * WIDTH, max_position_embeddings=256
+            **text(tokens), word_embed_proj_dim=WIDTH, ffn_dim=2 * WIDTH, max_position_embeddings=256, dropout=0.0
         )
 
     return _blip("Blip2", opt, tokenizer())
@@ -323,6 +325,11 @@ def make(name: str, folder: Path) -> Path:
     """The family's folder."""
     torch.manual_seed(0)
     config, processor = FAMILIES[name]()
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projector, BLIP-2's queries: all images are one
+                parameter.normal_(std=0.02)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
