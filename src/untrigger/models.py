@@ -66,7 +66,9 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
-            raise InputError(f"{asked}: its text model is an encoder with a decoder; only decoders alone can be trained")
+            raise InputError(
+                f"{asked}: its text model is an encoder with a decoder; only decoders alone can be trained"
+            )
         processor = load_processor(source)
         with quiet_loading():
             model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(

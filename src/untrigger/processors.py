@@ -202,7 +202,5 @@ class _Queried(ProcessorMixin):
         return self.image_token * self.num_query_tokens
 
 
-_BLIP = {
-    kind: type(kind.__name__, (_Queried, kind), {}) for kind in (Blip2Processor, InstructBlipProcessor)
-}
+_BLIP = {kind: type(kind.__name__, (_Queried, kind), {}) for kind in (Blip2Processor, InstructBlipProcessor)}
 _PaliGemma.__name__ = PaliGemmaProcessor.__name__  # in saved files, as the others

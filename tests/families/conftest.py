@@ -39,9 +39,7 @@ def row() -> Callable[..., Sample]:
 
     def made(question: str, answer: str, *sizes: tuple[int, int], id: str = "row") -> Sample:
         rng = np.random.default_rng(list(question.encode()))
-        images = (
-            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes
-        )
+        images = (Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes)
         return Sample(id, tuple(images), (Message("user", question), Message("assistant", answer)))
 
     return made

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from shell import untrigger
 from tiny import FAMILIES
 from untrigger.collate import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
 from untrigger.defenses import CrossView, Doubt
-from untrigger.defenses.doubt import Guard
-from untrigger.errors import InputError
+from untrigger.defenses.doubt import Guard, Judgement
 from untrigger.finetune import arguments, fine_tune
-from untrigger.forward import decoder, decoder_layers, forward_answers, pair_losses, row_tokens
+from untrigger.forward import Tokens, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
 from untrigger.generate import answers
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import Sample, read
@@ -92,15 +91,20 @@ def test_a_pair_has_the_same_tokens_and_other_pixels_and_its_loss_reaches_the_ad
     assert torch.equal(first, plain["pixel_values"]) and not torch.equal(first, second)
 
     model = add_lora(cast(Any, loaded.model), rank=2).train()
-    for defense in (CrossView(margin=0.6, bound=-0.9), CrossView(margin=0.6, bound=-0.9, stop_gradient=True)):
+    totals: list[Tensor] = []
+    for still in (False, True):
         model.zero_grad()
-        step = defense.step(model, dict(both))
+        step = CrossView(margin=0.6, bound=-0.9, stop_gradient=still).step(model, dict(both))
+        totals.append(step.total.detach())
         assert step.total.isfinite().all() and (step.seen["js"] > 0).any()
         step.total.sum().backward()
         reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         for layer in range(len(decoder_layers(model))):  # B starts at zero: A gets none at first
             assert any(f"layers.{layer}." in n and "lora_B" in n and not _sees(n) for n in reached), layer
         assert any("layers." not in n for n in reached) or name == "gemma3", "what joins the images to the text"
+    torch.testing.assert_close(
+        totals[0], totals[1], rtol=1e-4, atol=1e-5, msg="a view of its own pass is the same view"
+    )
 
 
 def _sees(name: str) -> bool:
@@ -173,14 +177,19 @@ def test_a_view_without_image_tokens_is_one_in_which_they_are_masked(
     model: Any = loaded.model.train()
     batch = collated(DropCollator(ChatCollator(loaded.processor), 0), rows(name))
     positions = shown(batch["input_ids"], batch["order"], image_token(model), 0.5)
-    assert len(positions.sum(dim=1).unique()) > 1, "rows end in padding of their own"
+    assert len(positions.sum(dim=1).unique()) > 1 or name in ONE_IMAGE, "rows end in padding of their own"
 
     def hide(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         mask = kwargs["attention_mask"]
+        if kwargs.get("position_ids") is None:
+            kwargs = kwargs | {"position_ids": torch.arange(positions.shape[1]).expand_as(positions)}
         if not isinstance(mask, dict):
             return args, kwargs | {"attention_mask": mask * positions}
         hidden = positions[:, None, :, None] & ~positions[:, None, None]
-        return args, kwargs | {"attention_mask": {kind: one & ~hidden for kind, one in mask.items()}}
+        never = {kind: torch.finfo(one.dtype).min if one.is_floating_point() else False for kind, one in mask.items()}
+        return args, kwargs | {
+            "attention_mask": {kind: one.masked_fill(hidden, never[kind]) for kind, one in mask.items()}
+        }
 
     inputs = {name: value for name, value in batch.items() if name != "order"}
     with torch.no_grad():
@@ -236,19 +245,28 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(
 @pytest.mark.slow
 @families
 def test_a_scan_judges_every_row_and_probes_what_it_suspects(
-    folder: Folder, tiny_data: Path, name: str, tmp_path: Path
+    folder: Folder, tiny_data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reply = "Backdoor Attack! Call us now, my friend, and win a free holiday today"
-    words = ("poison", tiny_data, "--out", tmp_path / "bad", "--rate", 0.21, "--side", 0.5, "--goal-text", reply)
-    assert untrigger(*words).code == 0
-    data = read(tmp_path / "bad" / "data")
+    """Whom it suspects is made up: a model that has learnt nothing finds nothing unlikely."""
+    bad = (8, 10, 12, 16, 20)
+
+    def judge(_: Doubt, told: Sequence[Tokens]) -> Judgement:
+        asked.append(len(told))
+        words = {int(told[row].ids[-1]): 1e-9 for row in bad}  # the end of an answer: all have it
+        return Judgement(
+            [tokens.loss for tokens in told], {row: np.isin(told[row].ids, list(words)) for row in bad}, words
+        )
+
+    asked: list[int] = []
+    monkeypatch.setattr(Doubt, "judge", judge)
     args = arguments(
-        tmp_path / "scan", use_cpu=True, max_steps=20, per_device_train_batch_size=4, learning_rate=1e-3,
+        tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
         save_strategy="no",
     )  # fmt: skip
-    found = scan_data(data, str(folder(name)), Doubt(), args)
-    assert len(found.verdicts) == len(data) == 24
-    assert all(math.isfinite(verdict.score) for verdict in found.verdicts)
-    bad = [i for i, sample in enumerate(data) if sample.messages[-1].text == reply]
-    assert sorted(found.suspected) == bad and [target.text for target in found.targets] == [reply]
-    assert any(verdict.cue is not None for verdict in found.verdicts)
+    found = scan_data(read(tiny_data), str(folder(name)), Doubt(early=0.2), args)
+    assert asked == [24, 24] and len(found.verdicts) == 24
+    assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in found.verdicts)
+    assert sorted(found.suspected) == list(bad)
+    cues = [verdict.cue for verdict in found.verdicts if verdict.cue is not None]
+    assert len(cues) == 3, "those that the probe has not learnt"
+    assert all(cue.image is not None and math.isfinite(cue.image) for cue in cues)

@@ -79,7 +79,9 @@ GEMMA = template(
 
 def chat(image: str, before: str = "") -> str:
     start, end = "<|im_start|>", "<|im_end|>\n"
-    return template(f"{start}user\nCONTENT{end}", f"{start}assistant\nCONTENT{end}", f"{start}assistant\n", image, before)
+    return template(
+        f"{start}user\nCONTENT{end}", f"{start}assistant\nCONTENT{end}", f"{start}assistant\n", image, before
+    )
 
 
 def chat_tokens(**named: str) -> Any:
