@@ -11,10 +11,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from tiny import FAMILIES
 from torch import Tensor, nn
 from transformers import Trainer
 
-from tiny import FAMILIES
 from untrigger.collate import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
 from untrigger.defenses import CrossView, Doubt
 from untrigger.defenses.doubt import Guard, Judgement
@@ -201,7 +201,7 @@ def test_a_view_without_image_tokens_is_one_in_which_they_are_masked(
         pair_losses(
             model, batch, lambda pair: (seen.append(pair.view_logits), {"ce": pair.compared.nll}, {})[1:], drop=0.5
         )
-    torch.testing.assert_close(torch.cat(seen), view.logits, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(torch.cat(seen), view.logits, rtol=1e-4, atol=2e-6)  # Gemma 2 rounds to fp32
     assert not torch.allclose(view.logits, whole.logits), "the view is another one"
 
 
