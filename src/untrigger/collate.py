@@ -86,9 +86,7 @@ class ChatCollator:
             _answer_labels(ids, spans, where, moved)
             for ids, (_, spans), where, moved in zip(batch["input_ids"], rendered, offsets, replaced, strict=True)
         ]
-        if (
-            "labels" in batch
-        ):  # a processor that makes some has them where these are 1, and the model looks ahead elsewhere
+        if "labels" in batch:  # PaliGemma's: made where these are 1; elsewhere its model sees what comes after
             batch["token_type_ids"] = [_from_first_answer(row) for row in labels]
         batch["labels"] = labels
         made: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
