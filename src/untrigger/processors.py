@@ -141,6 +141,14 @@ class ImagesOnly(ProcessorMixin):
         fields = {name: value for name, value in processor_dict.items() if name != "video_processor"}
         return super().from_args_and_dict([*args, None], fields, **kwargs)
 
+    def __reduce__(self) -> Any:  # a loader's workers are sent it; its class has no name that they could find
+        return _unfilled, (type(self).__mro__[2],), self.__dict__
+
+
+def _unfilled(kind: type[ProcessorMixin]) -> ProcessorMixin:
+    made = images_only(kind)
+    return made.__new__(made)
+
 
 # --- families from before chat templates --------------------------------------------------------------
 
@@ -169,13 +177,13 @@ _PLAIN = {
 
 def _write_in_place(processor: Any) -> None:
     """Have images where the text has them, and the text as it was written; the host would rearrange both."""
-    if type(processor) is PaliGemmaProcessor:
-        processor.__class__ = _PaliGemma
-    # with no such number it is the chat template that writes all tokens of an image
-    elif type(processor) in _BLIP and processor.num_query_tokens:
-        processor.image_token = str(processor.image_token)
-        processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-        processor.__class__ = _BLIP[type(processor)]
+    kind = type(processor)
+    # a BLIP's without a number of queries has a chat template that writes all tokens of an image
+    if kind not in _IN_PLACE or getattr(processor, "num_query_tokens", True) is None:
+        return
+    processor.image_token = str(processor.image_token)
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    processor.__class__ = _IN_PLACE[kind]
 
 
 @final
@@ -202,5 +210,18 @@ class _Queried(ProcessorMixin):
         return self.image_token * self.num_query_tokens
 
 
-_BLIP = {kind: type(kind.__name__, (_Queried, kind), {}) for kind in (Blip2Processor, InstructBlipProcessor)}
-_PaliGemma.__name__ = PaliGemmaProcessor.__name__  # in saved files, as the others
+@final
+class _Blip2(_Queried, Blip2Processor): ...
+
+
+@final
+class _InstructBlip(_Queried, InstructBlipProcessor): ...
+
+
+_IN_PLACE: dict[type, type] = {
+    PaliGemmaProcessor: _PaliGemma,
+    Blip2Processor: _Blip2,
+    InstructBlipProcessor: _InstructBlip,
+}
+for _host, _ours in _IN_PLACE.items():
+    _ours.__name__ = _host.__name__  # what saved files name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="its text model is an encoder with a decoder"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "paligemma", "blip2"])
+def test_the_workers_of_a_loader_can_be_sent_it(folder: Folder, name: str) -> None:
+    processor: Any = load_processor(str(folder(name)))
+    sent = pickle.loads(pickle.dumps(processor))
+    assert type(sent) is type(processor) and sent.to_json_string() == processor.to_json_string()
 
 
 @pytest.mark.skipif("torchvision" in sys.modules, reason="the host then loads the whole of it")
