@@ -49,7 +49,7 @@ def _loaded(source: str) -> ProcessorMixin:
         return AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (ImportError, OSError):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        kind = PROCESSOR_MAPPING.get(type(config), None)
+        kind = cast("type[ProcessorMixin] | None", PROCESSOR_MAPPING.get(type(config), None))
         if kind is None or "video_processor" not in kind.get_attributes():
             raise
         return cast(Any, images_only(kind)).from_pretrained(source)
@@ -88,8 +88,8 @@ def encoded(
     Raises:
         InputError: the family does not take so many images.
     """
-    ready: Any = processor
-    if isinstance(ready, Blip2Processor) and not any(images):
+    ready = cast(Any, processor)
+    if isinstance(processor, Blip2Processor) and not any(images):
         raise InputError("BLIP-2 takes no batch without an image; leave out the rows that have none")
     batch = ready(
         text=list(texts),
@@ -98,7 +98,9 @@ def encoded(
         add_special_tokens=not _writes_beginning(ready),
         **how,
     )
-    if isinstance(ready, InstructBlipProcessor):  # its Q-Former reads what is asked, too: it must not read the answer
+    if isinstance(
+        processor, InstructBlipProcessor
+    ):  # its Q-Former reads what is asked, too: it must not read the answer
         if any(len(row) != 1 for row in images):
             raise InputError("InstructBLIP takes rows with one image; leave out those with none, or with more")
         read = ready.qformer_tokenizer([_words(ready, text) for text in asked], padding=True)

@@ -19,9 +19,9 @@ from untrigger.errors import InputError
 from untrigger.models import base_model
 
 _SHORTENED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
-_KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "input_ids")
-_KNOWN += ("visual_pos_masks",)  # which tokens stand for images, of Qwen3-VL: it adds to these in deeper layers, too
-_KNOWN += ("logits_to_keep",)  # LLaVA-OneVision hands it on to where it means nothing
+# Qwen3-VL adds to its images' tokens, visual_pos_masks, in deeper layers; LLaVA-OneVision hands logits_to_keep on to
+# where it means nothing.
+_KNOWN = (*_SHORTENED, "cache_position", "input_ids", "logits_to_keep")
 
 
 def image_token(model: nn.Module) -> int:
