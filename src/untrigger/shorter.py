@@ -67,9 +67,7 @@ def showing(model: nn.Module, decoder: nn.Module, positions: Tensor) -> Generato
     def shorten(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         embeds, mask, places, deep = (kwargs.get(name) for name in _SHORTENED)
         unknown = [name for name, value in kwargs.items() if name not in _KNOWN and isinstance(value, Tensor)]
-        masks: list[Any] = (
-            list(mask.values()) if isinstance(mask, dict) else [mask]
-        )  # a dictionary: one a kind of layer
+        masks: list[Any] = list(mask.values()) if isinstance(mask, dict) else [mask]  # one for each kind of layer
         if embeds is None or unknown or not all(m is None or isinstance(m, Tensor) for m in masks):
             raise InputError(
                 f"{type(base_model(model)).__name__}: its image tokens cannot be dropped; choose another view"
