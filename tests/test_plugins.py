@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from untrigger.collate import ChatCollator, Row, Rows
-from untrigger.finetune import DEFAULTS
 from untrigger.models import Loaded, load
 from untrigger.sample import Message, Sample
+from untrigger.settings import DEFAULTS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 POISONED = (3, 9, 14, 20)

@@ -169,7 +169,7 @@ def test_a_family_with_a_way_of_its_own_is_refused(exact: Loaded, samples: list[
         showing(exact.model, language, positions),
         pytest.raises(InputError, match="LlavaForConditionalGeneration: its image tokens cannot be dropped"),
     ):
-        language(inputs_embeds=torch.zeros(*positions.shape, 32), visual_pos_masks=positions)
+        language(inputs_embeds=torch.zeros(*positions.shape, 32), where_images_are=positions)
     assert not language._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
 
 

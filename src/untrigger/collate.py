@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from untrigger.errors import InputError
+from untrigger.processors import encoded, written
 from untrigger.sample import IMAGE_TAG, Message, Sample
 from untrigger.views import View, to_rgb
 
@@ -65,16 +66,18 @@ class ChatCollator:
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor: Any = processor  # its declared call takes fewer arguments than any processor does
+        added: dict[int, Any] = self.processor.tokenizer.added_tokens_decoder
+        self._special = tuple(token.content for token in added.values() if token.special)
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         rendered = [self._render(row["messages"]) for row in rows]
         pictures = [row["images"] for row in rows]
-        batch = self.processor(
-            text=[text for text, _ in rendered],
-            images=pictures if any(pictures) else None,
-            padding=True,
+        batch = encoded(
+            self.processor,
+            [text for text, _ in rendered],
+            [text[: spans[0][0]] if spans else text for text, spans in rendered],
+            pictures,
             padding_side="right",
-            add_special_tokens=False,
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
         )
@@ -84,6 +87,8 @@ class ChatCollator:
             _answer_labels(ids, spans, where, moved)
             for ids, (_, spans), where, moved in zip(batch["input_ids"], rendered, offsets, replaced, strict=True)
         ]
+        if "labels" in batch:  # PaliGemma's: made where these are 1; elsewhere its model sees what comes after
+            batch["token_type_ids"] = [_from_first_answer(row) for row in labels]
         batch["labels"] = labels
         made: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
         return mark(made, [row.get("doubted") for row in rows])
@@ -93,17 +98,20 @@ class ChatCollator:
 
         A span starts where the generation prompt ends, so training sees what generation will see.
         """
-        render = self.processor.apply_chat_template
-        text = str(render(messages, tokenize=False))
+        text = written(self.processor, messages)
         spans: list[tuple[int, int]] = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = str(render(messages[:turn], tokenize=False, add_generation_prompt=True))
-            through = str(render(messages[: turn + 1], tokenize=False))
+            before = written(self.processor, messages[:turn], asking=True)
+            through = written(self.processor, messages[: turn + 1])
             if not (text.startswith(before) and text.startswith(through) and through.startswith(before)):
                 raise InputError("the processor's chat template rewrites earlier turns; give one that only appends")
-            spans.append((len(before), len(through)))
+            spans.append((len(before), len(through.rstrip())))  # what comes after a reply's end is never generated
+        text = text.rstrip()
+        if spans and spans[-1][1] == len(text) and not text.endswith(self._special):
+            text += self.processor.tokenizer.eos_token  # LLaVA-1.5's template, for one, never ends a reply
+            spans[-1] = spans[-1][0], len(text)
         return text, spans
 
 
@@ -118,6 +126,12 @@ def _answer_labels(
             if first < end + gained and last > start + gained:
                 labels[position] = ids[position]
     return labels
+
+
+def _from_first_answer(labels: list[int]) -> list[int]:
+    """1 from the first label on, 0 before."""
+    first = next((position for position, label in enumerate(labels) if label != IGNORE), len(labels))
+    return [int(position >= first) for position in range(len(labels))]
 
 
 def mark(batch: dict[str, Tensor], doubted: Sequence[NDArray[np.bool_] | None]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -184,11 +184,18 @@ def _after_the_head(config: PreTrainedConfig) -> Callable[[Tensor], Tensor] | No
 
 def _hidden(model: nn.Module, inputs: dict[str, Any], keep: Tensor, positions: Tensor) -> Tensor:
     """What the head reads at the positions to ``keep``, [N, d], of a language model that sees ``positions`` [B, T]."""
-    if positions.all():
-        return _forward(model, inputs, keep, lambda _, hidden: _kept(hidden, keep)).logits
-    with showing(model, decoder(model), positions) as index:
-        there = keep.gather(1, index)
-        return _forward(model, inputs, there, lambda _, hidden: _kept(hidden, there)).logits
+    with ExitStack() as shorter:
+        if not positions.all():
+            keep = keep.gather(1, shorter.enter_context(showing(model, decoder(model), positions)))
+        read: list[Tensor] = []
+
+        def instead(_: Head, hidden: Tensor) -> Tensor:
+            read.append(_kept(hidden, keep))
+            return read[-1]
+
+        given = _forward(model, inputs, keep, instead).logits
+    # DDP and FSDP act on what the model gave; but where it goes on from the head it has gone on from hidden states
+    return read[-1] if _after_the_head(base_model(model).config.get_text_config()) else given
 
 
 def _kept(states: Tensor, keep: Tensor) -> Tensor:

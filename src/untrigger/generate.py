@@ -10,6 +10,7 @@ import torch
 from untrigger.collate import chat_message
 from untrigger.forward import evaluating
 from untrigger.models import Loaded
+from untrigger.processors import encoded, written
 from untrigger.sample import Sample
 from untrigger.views import to_rgb
 
@@ -37,18 +38,9 @@ def answers(
 
 def questions(processor: Any, samples: Sequence[Sample]) -> Any:
     """A batch of the samples' last questions, padded on the left, for a model to go on from."""
-    prompts = [
-        processor.apply_chat_template(_asked(sample), tokenize=False, add_generation_prompt=True) for sample in samples
-    ]
+    prompts = [written(processor, _asked(sample), asking=True) for sample in samples]
     pictures = [[to_rgb(image) for image in sample.images] for sample in samples]
-    return processor(
-        text=prompts,
-        images=pictures if any(pictures) else None,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
-    )
+    return encoded(processor, prompts, prompts, pictures, padding_side="left").convert_to_tensors("pt")
 
 
 def _asked(sample: Sample) -> list[dict[str, object]]:

@@ -15,13 +15,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from untrigger.errors import InputError
-from untrigger.processors import ImageQwenProcessor
+from untrigger.processors import load_processor
 
 BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
-_QWEN = ("qwen2_vl", "qwen2_5_vl")
 _TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # the families' names for the vision tower
 _SEEING = re.compile(rf"(^|\.){_TOWERS}(\.|$)")
 
@@ -65,6 +64,11 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
         return _load_adapter(Path(source), dtype)
     _refuse_pickles(source)
     try:
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+            raise InputError(
+                f"{asked}: its text model is an encoder with a decoder; only decoders alone can be trained"
+            )
         processor = load_processor(source)
         with quiet_loading():
             model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
@@ -76,24 +80,6 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
         first = min(report["missing_keys"])
         raise InputError(f"{asked}: {len(report['missing_keys'])} weights are missing, {first} first; save it again")
     return Loaded(model, processor, asked)
-
-
-def load_processor(source: str) -> ProcessorMixin:
-    """The processor of a model folder or hub id, able to pad.
-
-    Qwen2-VL's and Qwen2.5-VL's processors load without torchvision: their video half, which needs it, is left out.
-    """
-    try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (ImportError, OSError):
-        if getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "model_type", "") not in _QWEN:
-            raise
-        processor = ImageQwenProcessor.from_pretrained(source)
-    if processor.chat_template is None:  # some processors, BLIP-2's for one, forget what was saved with them
-        processor.chat_template = processor.tokenizer.chat_template
-    if processor.tokenizer.pad_token_id is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return processor
 
 
 def base_of(folder: Path) -> str:

@@ -18,7 +18,10 @@ from torch.distributed.tensor import DTensor
 from untrigger.errors import InputError
 from untrigger.models import base_model
 
-_KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "cache_position", "input_ids")
+_SHORTENED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
+# Qwen3-VL adds to its images' tokens, visual_pos_masks, in deeper layers; LLaVA-OneVision hands logits_to_keep on to
+# where it means nothing.
+_KNOWN = (*_SHORTENED, "cache_position", "input_ids", "logits_to_keep")
 
 
 def image_token(model: nn.Module) -> int:
@@ -62,22 +65,50 @@ def showing(model: nn.Module, decoder: nn.Module, positions: Tensor) -> Generato
     real = positions.gather(1, index)
 
     def shorten(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        embeds, mask, places = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids"))
+        embeds, mask, places, deep = (kwargs.get(name) for name in _SHORTENED)
         unknown = [name for name, value in kwargs.items() if name not in _KNOWN and isinstance(value, Tensor)]
-        if embeds is None or unknown or (mask is not None and mask.ndim != 2):
+        masks: list[Any] = list(mask.values()) if isinstance(mask, dict) else [mask]  # one for each kind of layer
+        if embeds is None or unknown or not all(m is None or isinstance(m, Tensor) for m in masks):
             raise InputError(
                 f"{type(base_model(model)).__name__}: its image tokens cannot be dropped; choose another view"
             )
-        places = index if places is None else places.gather(-1, index.expand(*places.shape[:-1], -1))
-        mask = real.long() if mask is None else mask.gather(1, index) * real
+        if places is None:
+            places = index
+        else:
+            places = places.expand(*places.shape[:-2], len(index), -1)
+            places = places.gather(-1, index.expand(*places.shape[:-1], -1))
+        if isinstance(mask, dict):
+            mask = {name: None if one is None else _shorter(one, index, real) for name, one in mask.items()}
+        else:
+            mask = real.long() if mask is None else _shorter(mask, index, real)
         embeds = embeds.gather(1, index.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
-        return args, kwargs | {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": places}
+        shorter = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": places}
+        if deep is not None:
+            layers: list[Tensor] = kwargs["deepstack_visual_embeds"]
+            shorter["visual_pos_masks"] = deep.gather(1, index) & real
+            shorter["deepstack_visual_embeds"] = [layer[positions[deep]] for layer in layers]
+        return args, kwargs | shorter
 
     handle = decoder.register_forward_pre_hook(shorten, with_kwargs=True)
     try:
         yield index
     finally:
         handle.remove()
+
+
+def _shorter(mask: Tensor, index: Tensor, real: Tensor) -> Tensor:
+    """What may be looked at, of the tokens of ``index`` [B, T'] that are ``real``.
+
+    ``mask`` is [B, T], of tokens, or [B or 1, H, T, T], of pairs: true where the second may be looked at, or a number
+    that is added to the attention. What is not real looks at all that it did: it must look at something.
+    """
+    if mask.ndim == 2:
+        return mask.gather(1, index) * real
+    pairs = mask.expand(len(index), -1, -1, -1)
+    pairs = pairs.gather(2, index[:, None, :, None].expand(-1, pairs.shape[1], -1, pairs.shape[3]))
+    pairs = pairs.gather(3, index[:, None, None].expand(-1, pairs.shape[1], pairs.shape[2], -1))
+    hidden = real[:, None, :, None] & ~real[:, None, None]
+    return pairs & ~hidden if pairs.dtype == torch.bool else pairs.masked_fill(hidden, torch.finfo(pairs.dtype).min)
 
 
 def looked_at(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from untrigger.files import write_text
 from untrigger.finetune import fine_tune
 from untrigger.metrics.score import text_prior
 from untrigger.models import Loaded, load
-from untrigger.processors import ImageQwenProcessor
+from untrigger.processors import ImagesOnly
 from untrigger.quickstart import TRAIN_ROWS, TRAINING
 from untrigger.settings import arguments
 
@@ -104,7 +104,7 @@ another seed.
 
 
 def _lacking(loaded: Loaded) -> str:
-    if isinstance(loaded.processor, ImageQwenProcessor):
+    if isinstance(loaded.processor, ImagesOnly):
         return "\nIts processor has no video half, which needs torchvision: load it with `untrigger.load`, not with `AutoProcessor`."
     return ""
 

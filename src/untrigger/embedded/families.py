@@ -27,6 +27,7 @@ from transformers import (
     ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -35,7 +36,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from untrigger.embedded.build import GRID, HEADS, LAYERS, MEAN, PATCH, STD, WIDTH, chat_template, text_settings
 from untrigger.embedded.scenes import SIDE
-from untrigger.processors import ImageQwenProcessor
+from untrigger.processors import images_only
 
 _SQUARE = {"height": SIDE, "width": SIDE}
 
@@ -236,7 +237,7 @@ class Qwen25VL(Family):
             image_mean=MEAN,
             image_std=STD,
         )
-        return ImageQwenProcessor(images, tokenizer, chat_template=chat_template(self.image))
+        return cast(Any, images_only(Qwen2_5_VLProcessor))(images, tokenizer, chat_template=chat_template(self.image))
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
         vision = Qwen2_5_VLVisionConfig(
