@@ -18,12 +18,13 @@ from transformers import Trainer
 from untrigger.collate import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
 from untrigger.defenses import CrossView, Doubt
 from untrigger.defenses.doubt import Guard, Judgement
-from untrigger.finetune import arguments, fine_tune
+from untrigger.finetune import fine_tune
 from untrigger.forward import Tokens, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
 from untrigger.generate import answers
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import Sample, read
-from untrigger.scanning.run import scan_data
+from untrigger.scanning.run import scan
+from untrigger.settings import arguments
 from untrigger.shorter import image_token, shown
 from untrigger.stages import Tuning
 from untrigger.trainer import defended
@@ -263,7 +264,7 @@ def test_a_scan_judges_every_row_and_probes_what_it_suspects(
         tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
         save_strategy="no",
     )  # fmt: skip
-    found = scan_data(read(tiny_data), str(folder(name)), Doubt(early=0.2), args)
+    found = scan(read(tiny_data), str(folder(name)), Doubt(early=0.2), args)
     assert asked == [24, 24] and len(found.verdicts) == 24
     assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in found.verdicts)
     assert sorted(found.suspected) == list(bad)
