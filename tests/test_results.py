@@ -23,6 +23,10 @@ MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
         ("goals-vqa", "goals"),
         ("goals-captions", "goals"),
         ("weak-domain", "weak-domain"),
+        ("baselines", "baselines"),
+        ("ablation", "ablation"),
+        ("rates", "rates"),
+        ("link", "link"),
     ],
 )
 def test_every_cell_of_a_plan_is_there(plan: str, folder: str) -> None:
