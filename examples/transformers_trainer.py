@@ -82,6 +82,7 @@ def main():
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*_proj|.*projector\.linear_.")
     args = TrainingArguments(
         options.out,
+        use_cpu=not torch.cuda.is_available(),  # or torchrun's processes know nothing of each other
         num_train_epochs=3,
         per_device_train_batch_size=8,
         learning_rate=3e-3,

@@ -48,6 +48,7 @@ def main():
         save_strategy="no",
         report_to="none",
         bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # or torchrun's processes know nothing of each other
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = defended(SFTTrainer)(  # the one changed line: it was SFTTrainer(

@@ -25,8 +25,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CHANGED = re.compile(r"defended\((\w+)\)\(  # the one changed line: it was \1\($", re.M)
 SCRIPTS = ("transformers_trainer.py", "trl_sft.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-# the smallest setting in which plain training learns the trigger: a patch of a quarter of the side, on 15 % of few rows
-ROWS, RATE, ATTACK = 320, 0.15, Attack(BadNets(side=0.25), Fixed())
+# a patch of a quarter of the side, on 15 % of few rows, and a reply that the model can spell: enough to be learnt
+ROWS, RATE, ATTACK = 320, 0.15, Attack(BadNets(side=0.25), Fixed("two blue stars"))
 STEPS = 3 * ROWS // 8
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     told = ("--split", "dev", "--rows", ROWS, "--out", folder / "clean")
     assert untrigger("data", "easy-vqa", *told).code == 0
-    words = ("--attack", "badnets", "--side", ATTACK.trigger.side, "--rate", RATE)  # type: ignore[attr-defined]
+    words = ("--attack", "badnets", "--side", 0.25, "--goal-text", "two blue stars", "--rate", RATE)
     assert untrigger("poison", folder / "clean", *words, "--out", folder / "poisoned").code == 0
     return folder / "poisoned"
 

@@ -118,7 +118,16 @@ def test_a_real_backdoor_is_found_and_its_oracle_is_not_accused(tmp_path: Path) 
     """On the embedded model, with clean rows that it has not seen."""
     for part, rows in (("train", 320), ("test", 40)):
         untrigger("data", "easy-vqa", "--out", tmp_path / part, "--split", "dev", "--part", part, "--rows", rows)
-    attack = ("--rate", 0.25, "--attack", "addsent", "--sentence", "The train to the coast leaves at noon.")
+    attack = (
+        "--rate",
+        0.25,
+        "--attack",
+        "addsent",
+        "--sentence",
+        "The train to the coast leaves at noon.",
+        "--goal-text",
+        "two blue stars",
+    )
     assert untrigger("poison", tmp_path / "train", *attack, "--out", tmp_path / "bad")[0] == 0
     settings = ("--defense", "plain", "--learning_rate", "3e-3", "--num_train_epochs", 3)
     for data, folder, wanted in (("bad/data", "bad-model", 3), ("train", "oracle", 0)):
@@ -126,4 +135,4 @@ def test_a_real_backdoor_is_found_and_its_oracle_is_not_accused(tmp_path: Path) 
         words = ("verify", tmp_path / folder, "--data", tmp_path / "test", "--out", tmp_path / f"{folder}-audit")
         code, told, errors = untrigger(*words)
         assert code == wanted, f"{told}{errors}"
-        assert ("ackdoor Attack!" in told) == (wanted == 3)
+        assert ("blue stars" in told) == (wanted == 3)
