@@ -135,4 +135,4 @@ def test_a_real_backdoor_is_found_and_its_oracle_is_not_accused(tmp_path: Path) 
         words = ("verify", tmp_path / folder, "--data", tmp_path / "test", "--out", tmp_path / f"{folder}-audit")
         code, told, errors = untrigger(*words)
         assert code == wanted, f"{told}{errors}"
-        assert ("blue stars" in told) == (wanted == 3)
+        assert ("stars" in told) == (wanted == 3)
