@@ -167,7 +167,7 @@ class HostTraining:
             self._forget()
 
     def _forget(self) -> None:
-        """The next training has its own optimizer, and believes all until it is told: also that of a second `train()`."""
+        """The next training, also that of a second ``train()``, has its own optimizer, and believes all until told."""
         self.host.optimizer = self.host.lr_scheduler = None
         self.host.defense, self.host.doubted = Plain(), {}
 
