@@ -32,6 +32,12 @@ class Loaded(NamedTuple):
     processor: ProcessorMixin
     name: str
 
+    def __repr__(self) -> str:
+        base = base_model(self.model)
+        adapter = "with an adapter, " if isinstance(self.model, PeftModel) else ""
+        family, dtype = type(base).__name__, str(base.dtype).removeprefix("torch.")
+        return f"Loaded: {self.name}, {family}, {adapter}{base.num_parameters():,} parameters, {dtype}"
+
 
 def embedded_models() -> list[str]:
     """Names of the pretrained models that ship with the package."""
