@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from untrigger.errors import InputError
 from untrigger.processors import load_processor
+from untrigger.smol import tower as _tower  # noqa: F401  # makes the class known to AutoModel
 
 BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
 _TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # the families' names for the vision tower
