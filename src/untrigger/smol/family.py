@@ -18,17 +18,17 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from untrigger.embedded.build import GRID, MEAN, STD
-from untrigger.embedded.families import Llava
+from untrigger.embedded.families import Family
 from untrigger.embedded.scenes import COLOURS, SHAPES, SIZES
 from untrigger.smol.parts import Parts, real_parts
-from untrigger.smol.tower import STRIDE
+from untrigger.smol.tower import STRIDE, register
 
 _SIDE = GRID * STRIDE  # pixels: an image token for each patch of a scene
 _IMAGE = "<empty_output>"  # a token that SmolLM2 holds in reserve: the vocabulary stays as it is
 
 
 @final
-class Smol(Llava):
+class Smol(Family):
     """EfficientNet-Lite0, two-layer projector, SmolLM2-135M-Instruct.
 
     Args:
@@ -41,6 +41,7 @@ class Smol(Llava):
         "projector, SmolLM2-135M-Instruct"
     )
     image = rf"'{_IMAGE}\n'"
+    cells = torch.arange(GRID**2)[:, None]
     begin = "<|im_start|>user\n"
 
     def __init__(self, parts: Parts | None = None) -> None:
@@ -77,6 +78,7 @@ class Smol(Llava):
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
         """The parts as they are behind a new projector; it and the language model's attention are to learn."""
+        register()
         text, tower = self._parts.text, self._parts.tower
         config = cast(Any, LlavaConfig)(
             vision_config=tower.config,
@@ -95,6 +97,9 @@ class Smol(Llava):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("multi_modal_projector" in name or "self_attn" in name)
         return model
+
+    def text_model(self, model: PreTrainedModel) -> nn.Module:
+        return cast(Any, model).model.language_model
 
     def head(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
         return WordHead(cast(nn.Embedding, model.get_input_embeddings()), tokenizer)

@@ -82,8 +82,9 @@ def real_parts() -> Parts:
     text.is_quantized = False
     if hasattr(text.config, "quantization_config"):
         del text.config.quantization_config
-    tower = LiteTower(LiteConfig())
-    tower.load_state_dict(folded(weights, tower.config))
+    config = LiteConfig()
+    tower = LiteTower(config)
+    tower.load_state_dict(folded(weights, config))
     return Parts(cast(PreTrainedTokenizerFast, tokenizer), text, tower)
 
 

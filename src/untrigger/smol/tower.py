@@ -86,7 +86,7 @@ class LiteTower(PreTrainedModel):
     """Pixels [B, 3, H, W] in -1..1 -> features [B, H/32 * W/32, hidden_size], row by row."""
 
     config_class: ClassVar[Any] = LiteConfig
-    main_input_name: ClassVar[str] = "pixel_values"
+    main_input_name = "pixel_values"
 
     def __init__(self, config: LiteConfig) -> None:
         super().__init__(config)
@@ -104,7 +104,7 @@ class LiteTower(PreTrainedModel):
 
     def grids(self, pixel_values: Tensor) -> list[Tensor]:
         """The features of the tapped stages, and the last ones [B, head, H/32, W/32]."""
-        x, tapped = self.stem(pixel_values), list[Tensor]()
+        x, tapped = self.stem(pixel_values.to(self.dtype)), list[Tensor]()
         for number, stage in enumerate(self.stages):
             x = stage(x)
             tapped += [x for at, _ in self.config.tapped if at == number]
@@ -144,5 +144,7 @@ def folded(weights: dict[str, Tensor], config: LiteConfig) -> dict[str, Tensor]:
     return made
 
 
-AutoConfig.register(LiteConfig.model_type, LiteConfig, exist_ok=True)
-AutoModel.register(LiteConfig, LiteTower, exist_ok=True)
+def register() -> None:
+    """Have transformers' auto classes load the tower: it is a class of ours, and no code of a model's folder is run."""
+    AutoConfig.register(LiteConfig.model_type, LiteConfig, exist_ok=True)
+    AutoModel.register(LiteConfig, LiteTower, exist_ok=True)
