@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from untrigger.errors import InputError
 from untrigger.processors import load_processor
+from untrigger.smol.tower import register
 
 BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
 _TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # the families' names for the vision tower
@@ -69,6 +70,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     if Path(source, "adapter_config.json").is_file():
         return _load_adapter(Path(source), dtype)
     _refuse_pickles(source)
+    register()
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
