@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -50,16 +51,27 @@ def embedded_model_path(name: str = "llava") -> Path:
     return Path(str(files("untrigger"))) / "embedded" / name
 
 
+def _as_shipped(name: str) -> Path:
+    """The folder of an embedded model whose weights are, to the byte, those that the package came with."""
+    folder = embedded_model_path(name)
+    weights = folder / "model.safetensors"
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if f"{found}  {name}/{weights.name}" not in (folder.parent / "SHA256SUMS").read_text().splitlines():
+        raise InputError(f"{weights}: is not the file that untrigger ships (wrong SHA-256); install untrigger again")
+    return folder
+
+
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
 
     Hub code is never run and pickled weights are refused: an untrusted model must not run anything here.
 
     Raises:
-        InputError: nothing usable is found under ``name``.
+        InputError: nothing usable is found under ``name``, or an embedded model's weights are not those that shipped.
     """
     asked = str(name)
-    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
+    source = str(_as_shipped(asked)) if asked in embedded_models() else asked
     if Path(source, "adapter_config.json").is_file():
         return _load_adapter(Path(source), dtype)
     _refuse_pickles(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -193,6 +194,8 @@ class Stages:
         started = clock()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except pickle.UnpicklingError as error:  # the host reads tensors and plain values from a checkpoint, no more
+            raise InputError(f"{checkpoint}: holds pickled objects, which are not loaded; delete it") from error
         finally:
             progress.stop()
         seconds = clock() - started
