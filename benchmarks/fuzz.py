@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -37,7 +38,7 @@ from untrigger.models import embedded_model_path
 from untrigger.sample import Data, Sample, read, write
 
 ROWS = 20  # in a file
-SECONDS = 60  # that a case may take
+SECONDS = 120  # that a case may take
 TINY = ("--max_steps", "1", "--per_device_train_batch_size", "4", "--save_strategy", "no")
 
 
@@ -46,12 +47,13 @@ class Fuzz:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
-        self.counts, self.wrong = Counter[str](), list[str]()
+        self.counts, self.wrong, self.seconds = Counter[str](), list[str](), dict[str, float]()
 
     def case(self, name: str, number: int, work: Callable[[random.Random, Path], str]) -> None:
         """One case in a folder of its own; ``work`` gives what came of it."""
         place = self.folder / name / str(number)
         place.mkdir(parents=True)
+        started = time.perf_counter()
         try:
             with within(SECONDS):
                 came = work(random.Random(f"{self.seed} {name} {number}"), place)
@@ -60,6 +62,7 @@ class Fuzz:
             self.wrong.append(f"{name} {number}: {traceback.format_exc()[-3000:]}")
             print(self.wrong[-1], flush=True)
         self.counts[f"{name}: {came}"] += 1
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 1)
         shutil.rmtree(place)
 
 
@@ -81,22 +84,22 @@ def within(seconds: int) -> Generator[None]:
 def fuzz(folder: Path, rows: int, seed: int) -> Fuzz:
     """All of it; so many rows, and of everything else in proportion."""
     run = Fuzz(folder, seed)
-    files = max(1, rows // ROWS)
-    for number in range(files):
+    files = max(50, rows // ROWS)
+    for number in range(rows // ROWS):
         run.case("read", number, reading)
-    for number in range(files // 10):
-        run.case("commands", number, commanding)
-    adapter = folder / "adapter"
-    example(random.Random(0), folder / "example")
-    assert ended("train", folder / "example", "--out", adapter, "--defense", "plain", *TINY) == "done"
-    for number in range(files // 10):
-        run.case("model", number, lambda rng, place: modelling(rng, place, embedded_model_path()))
-        run.case("adapter", number, lambda rng, place: modelling(rng, place, adapter))
-        run.case("resume", number, lambda rng, place: resuming(rng, place, adapter))
-    for number in range(files):
+    for number in range(files // 5):
         run.case("settings", number, settling)
         run.case("plan", number, planning)
         run.case("report", number, reporting)
+    adapter = folder / "trained"
+    example(random.Random(0), folder / "example")
+    assert ended("train", folder / "example", "--out", adapter, "--defense", "plain", *TINY) == "done"
+    for number in range(files // 25):
+        run.case("model", number, lambda rng, place: modelling(rng, place, embedded_model_path()))
+        run.case("adapter", number, lambda rng, place: modelling(rng, place, adapter))
+        run.case("resume", number, lambda rng, place: resuming(rng, place, adapter))
+    for number in range(files // 50):
+        run.case("commands", number, commanding)
     return run
 
 
@@ -287,7 +290,11 @@ def main(
         run = fuzz(Path(folder), rows, seed)
     if out:
         write_text(
-            out, json.dumps({"rows": rows, "seed": seed, "cases": run.counts, "wrong": run.wrong}, indent=2) + "\n"
+            out,
+            json.dumps(
+                {"rows": rows, "seed": seed, "cases": run.counts, "seconds": run.seconds, "wrong": run.wrong}, indent=2
+            )
+            + "\n",
         )
     Console().print(dict(sorted(run.counts.items())))
     if run.wrong:

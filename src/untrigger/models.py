@@ -22,6 +22,8 @@ from untrigger.errors import InputError
 from untrigger.processors import load_processor
 
 BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
+# what the hosts raise on folders that are damaged
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 _TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # the families' names for the vision tower
 _SEEING = re.compile(rf"(^|\.){_TOWERS}(\.|$)")
 
@@ -86,7 +88,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
             model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
                 source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (*_UNUSABLE, ImportError) as error:
         raise InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}") from error
     if report["missing_keys"]:  # the host would fill them with random numbers
         first = min(report["missing_keys"])
@@ -121,7 +123,7 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
     loaded = load(base, dtype=dtype)
     try:
         model = PeftModel.from_pretrained(loaded.model, str(folder))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except _UNUSABLE as error:
         raise InputError(f"{folder}: cannot load the adapter onto {base}: {_first_line(error)}") from error
     return Loaded(model, loaded.processor, str(folder))
 

@@ -241,6 +241,20 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(
     assert same_bits(out, undisturbed["lora"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_after_the_last_step_of_many_nothing_more_is_trained(
+    data: Path, tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    """In the middle of an epoch, before the finished weights were written."""
+    settings = ["--max_steps", "3", "--save_steps", "1", "--per_device_train_batch_size", "4", *KINDS[kind]]
+    train(data, tmp_path / "whole", tiny_model, "plain", *settings)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    weights.unlink()
+    train(data, tmp_path / "out", tiny_model, "plain", *settings, "--resume")
+    assert same_bits(tmp_path / "out", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_pickle_in_a_checkpoint_is_refused_and_never_opened(
     data: Path, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Path], name: str
