@@ -60,6 +60,17 @@ def test_an_embedded_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkey
     assert load("llava").name == "llava"
 
 
+def test_weights_that_are_not_those_that_shipped_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(embedded_model_path().parent, tmp_path / "embedded", ignore=shutil.ignore_patterns("*.py"))
+    monkeypatch.setattr("untrigger.models.files", lambda _: tmp_path)
+    assert load("llava").name == "llava"
+    weights = tmp_path / "embedded" / "llava" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of one weight: it would load, and answer
+    weights.write_bytes(content)
+    assert "wrong SHA-256" in refused("llava") and load(weights.parent).name, "in a folder of yours it is your model"
+
+
 def test_pickled_weights_are_refused_and_never_opened(copy: Path, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> Any:

@@ -132,11 +132,13 @@ def scan(
     Give the model and the settings that you would train with (--learning_rate 1e-4). Writes DIR/verdicts.jsonl and
     .parquet, a row each; DIR/gallery.html, what was found and where in the images; DIR/clean, the data without it.
     """
+    from untrigger.files import check_idle
     from untrigger.scanning.findings import chance, place
     from untrigger.scanning.run import scan as run
     from untrigger.scanning.write import CLEAN
 
     doubt, args = _settings("default", out, config, context.args)
+    check_idle(out)  # found wanting now, not after the reading
     rows = _read(data, on_bad_row, out)
     findings = run(rows, model, doubt, args, resume=resume)
     for target in findings.targets:
@@ -176,17 +178,21 @@ def train(
     Every field of the defence (--weight 5) and of transformers.TrainingArguments (--learning_rate 1e-4,
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
+    from untrigger.files import check_idle
     from untrigger.finetune import DISTRUSTED, Tuning, fine_tune
 
+    leads = int(os.environ.get("RANK", "0")) == 0  # of several processes of one run
     chosen, args = _settings(defense, out, config, context.args)
     if trusted and not chosen.wants_trusted:
         _refuse(f"--trusted: {defense} asks for no trusted rows; leave it out")
     if chosen.wants_trusted and not trusted:
         _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--trusted DATA)")
+    if leads:
+        check_idle(out)  # found wanting now, not after the reading
     rows, clean = _read(data, on_bad_row, out), _read(trusted, "error", out) if trusted else ()
     tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
     fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if leads:
         adapter, distrusted = (out / "adapter_config.json").is_file(), out / DISTRUSTED
         typer.echo(f"{out}: {'PEFT adapter' if adapter else 'model'}, processor, settings and model card")
         if distrusted.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,3 +77,35 @@ def locked(path: Path) -> Generator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def alone(folder: Path) -> Generator[None]:
+    """A folder for this run and no other of this machine.
+
+    The folder itself is locked: nothing is left in it, and the system lets go of the lock of a run that was killed.
+
+    Raises:
+        InputError: another run is at work in it.
+    """
+    if sys.platform == "win32":  # which locks no folder
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another run is at work in it; let it end, or name another folder") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_idle(folder: Path) -> None:
+    """Raises InputError if another run is at work in the folder: to be known before long work."""
+    if folder.is_dir():
+        with alone(folder):
+            pass

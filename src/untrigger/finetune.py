@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
-from untrigger.files import new_file, write_text
+from untrigger.files import alone, new_file, write_text
 from untrigger.models import BASE_RECORD, Loaded, embedded_models
 from untrigger.sample import Sample, numbered
 from untrigger.settings import settled
@@ -61,26 +62,27 @@ def fine_tune(
     defense, args = settled(defense, args, out, settings)
     out = Path(str(args.output_dir))
     record = record_of(samples, model, defense, args, tuning, trusted)
-    stages = Stages(
-        model,
-        args,
-        tuning,
-        trusted=trusted,
-        title=title,
-        # the main process has filled the folder by the time that the others look
-        claim=lambda: claim(out, record, resume or args.process_index > 0),
-    )
-    loaded = defense.fine_tune(samples, stages)
-    if args.process_index == 0:
-        if not isinstance(loaded.model, PeftModel) and (out / "adapter_config.json").is_file():
-            # the defence went on after the last stage, and merged what that had saved
-            for file in out.glob("adapter_*"):
-                file.unlink()
-            loaded.model.save_pretrained(out)
-        loaded.processor.save_pretrained(out)
-        if stages.scores:
-            _tell(out / DISTRUSTED, samples, stages)
-        write_text(out / "README.md", _card(record, isinstance(loaded.model, PeftModel), stages.history))
+    with ExitStack() as held:
+        stages = Stages(
+            model,
+            args,
+            tuning,
+            trusted=trusted,
+            title=title,
+            # the main process has filled the folder by the time that the others look
+            claim=lambda: claim(out, record, resume or args.process_index > 0, held),
+        )
+        loaded = defense.fine_tune(samples, stages)
+        if args.process_index == 0:
+            if not isinstance(loaded.model, PeftModel) and (out / "adapter_config.json").is_file():
+                # the defence went on after the last stage, and merged what that had saved
+                for file in out.glob("adapter_*"):
+                    file.unlink()
+                loaded.model.save_pretrained(out)
+            loaded.processor.save_pretrained(out)
+            if stages.scores:
+                _tell(out / DISTRUSTED, samples, stages)
+            write_text(out / "README.md", _card(record, isinstance(loaded.model, PeftModel), stages.history))
     return Loaded(loaded.model, loaded.processor, str(out))
 
 
@@ -134,27 +136,31 @@ def _fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
-def claim(out: Path, record: dict[str, Any], resume: bool) -> Path | None:
-    """Take the output folder for this run; the checkpoint to go on from, if there is one."""
+def claim(out: Path, record: dict[str, Any], resume: bool, held: ExitStack) -> Path | None:
+    """Take the output folder for this run, while it is ``held``; the checkpoint to go on from, if there is one."""
     note = out / BASE_RECORD
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a folder for the output")
-    if out.is_dir() and any(out.iterdir()) and not resume:
+    main = int(os.environ.get("RANK", "0")) == 0
+    out.mkdir(parents=True, exist_ok=True)
+    if main:
+        held.enter_context(alone(out))
+    used = any(out.iterdir())
+    if used and not resume:
         raise InputError(f"{out}: is not empty; name another folder, or pass --resume to go on with the run in it")
     checkpoint = None
     if resume and note.is_file():
         try:
-            kept = json.loads(note.read_text())
-        except ValueError as error:
+            kept: dict[str, Any] = dict(json.loads(note.read_text()))
+        except (ValueError, TypeError) as error:
             raise InputError(f"{note}: is damaged; delete the folder and start again") from error
         changed = [k for k in record if k != "versions" and kept.get(k) != json.loads(json.dumps(record[k]))]
         if changed:
             raise InputError(f"{out}: holds a run with other settings ({', '.join(changed)}); resume with the same")
         checkpoint = last_checkpoint(out)
-    elif resume and out.is_dir() and any(out.iterdir()):
+    elif used:
         raise InputError(f"{out}: holds no run to resume ({BASE_RECORD} is missing); name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if main:
         for broken in checkpoints(out):  # cut off while it was being written
             if checkpoint is None or step_of(broken) > step_of(checkpoint):
                 shutil.rmtree(broken)

@@ -23,6 +23,7 @@ from pathlib import Path
 from untrigger import store
 from untrigger.cell import run_cell
 from untrigger.errors import InputError
+from untrigger.files import alone
 from untrigger.progress import console, metered
 from untrigger.store import Cell
 
@@ -37,11 +38,15 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
 
     Returns:
         A line for each cell that failed: its name and why.
+
+    Raises:
+        InputError: another matrix is at work in ``root``.
     """
     cells = list({cell.name: cell for cell in cells}.values())
-    todo = store.missing(root, cells)
     failed: list[str] = []
-    with metered("cells", len(cells)) as meter:
+    root.mkdir(parents=True, exist_ok=True)
+    with alone(root), metered("cells", len(cells)) as meter:
+        todo = store.missing(root, cells)
         meter.start_at(len(cells) - len(todo))
         for cell, reason in (runner or on_this_machine())(todo, root, work):
             failed += [f"{cell.name}: {reason}"] if reason else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -22,6 +23,8 @@ from untrigger.processors import load_processor
 from untrigger.smol.tower import register
 
 BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
+# what the hosts raise on folders that are damaged
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 _TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # the families' names for the vision tower
 _SEEING = re.compile(rf"(^|\.){_TOWERS}(\.|$)")
 
@@ -57,16 +60,27 @@ def embedded_model_path(name: str = "llava") -> Path:
     return Path(str(files("untrigger"))) / "embedded" / name
 
 
+def _as_shipped(name: str) -> Path:
+    """The folder of an embedded model whose weights are, to the byte, those that the package came with."""
+    folder = embedded_model_path(name)
+    weights = folder / "model.safetensors"
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if f"{found}  {name}/{weights.name}" not in (folder.parent / "SHA256SUMS").read_text().splitlines():
+        raise InputError(f"{weights}: is not the file that untrigger ships (wrong SHA-256); install untrigger again")
+    return folder
+
+
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
 
     Hub code is never run and pickled weights are refused: an untrusted model must not run anything here.
 
     Raises:
-        InputError: nothing usable is found under ``name``.
+        InputError: nothing usable is found under ``name``, or an embedded model's weights are not those that shipped.
     """
     asked = str(name)
-    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
+    source = str(_as_shipped(asked)) if asked in embedded_models() else asked
     if Path(source, "adapter_config.json").is_file():
         return _load_adapter(Path(source), dtype)
     _refuse_pickles(source)
@@ -82,7 +96,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
             model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
                 source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (*_UNUSABLE, ImportError) as error:
         raise InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}") from error
     if report["missing_keys"]:  # the host would fill them with random numbers
         first = min(report["missing_keys"])
@@ -117,7 +131,7 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
     loaded = load(base, dtype=dtype)
     try:
         model = PeftModel.from_pretrained(loaded.model, str(folder))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except _UNUSABLE as error:
         raise InputError(f"{folder}: cannot load the adapter onto {base}: {_first_line(error)}") from error
     return Loaded(model, loaded.processor, str(folder))
 

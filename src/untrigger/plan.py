@@ -51,6 +51,9 @@ def read_plan(path: Path) -> list[Cell]:
 
 def _expanded(told: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[Cell]:
     split = Split(told.get("split", "report"))
+    for seed in axes["seeds"]:
+        if not isinstance(seed, int):
+            raise InputError(f"seeds: {seed!r} is no whole number; correct it")
     attacks = [_named("attack", entry) for entry in axes["attacks"]]
     asked = [_named("defense", entry) for entry in axes["defenses"]]
     defenses = [*map(Named, _ALWAYS), *(defense for defense in asked if defense.name not in _ALWAYS)]
@@ -123,10 +126,11 @@ def _named(kind: str, entry: Any) -> Named:
     if not isinstance(entry, dict) or not isinstance(name := entry.get(kind), str):
         raise InputError(f"{kind}s: {entry!r} is neither a name nor '{{{kind}: NAME, settings: {{...}}}}'")
     rest = {key: value for key, value in entry.items() if key != kind}
-    try:
-        return Named(name, **rest)
-    except TypeError as error:
-        raise InputError(f"{kind} {name}: knows settings, goal and goal_text, not {', '.join(rest)}") from error
+    if not set(rest) <= {"settings", "goal", "goal_text"}:
+        raise InputError(f"{kind} {name}: knows settings, goal and goal_text, not {', '.join(map(str, rest))}")
+    if not isinstance(rest.get("settings", {}), dict):
+        raise InputError(f"{kind} {name}: settings is {rest['settings']!r}; write lines of 'name: value'")
+    return Named(name, **rest)
 
 
 def _fields(told: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from untrigger.errors import InputError
+from untrigger.images import quote
 
 
 def load_processor(source: str) -> ProcessorMixin:
@@ -86,7 +87,7 @@ def encoded(
         how: further arguments of the processor.
 
     Raises:
-        InputError: the family does not take so many images.
+        InputError: the family does not take so many images, or a conversation is longer than the model can read.
     """
     ready = cast(Any, processor)
     if isinstance(processor, Blip2Processor) and not any(images):
@@ -98,6 +99,10 @@ def encoded(
         add_special_tokens=not _writes_beginning(ready),
         **how,
     )
+    longest, limit = max(map(len, batch["input_ids"])), ready.tokenizer.model_max_length
+    if longest > limit:  # time and memory grow with the square of it
+        text = max(texts, key=len)
+        raise InputError(f"{quote(text)} has {longest:,} tokens, the model reads {limit:,}; shorten it or take it out")
     if isinstance(
         processor, InstructBlipProcessor
     ):  # its Q-Former reads what is asked, too: it must not read the answer

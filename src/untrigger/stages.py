@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,18 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from untrigger import __version__
 from untrigger.collate import ChatCollator, Rows
@@ -33,6 +45,8 @@ from untrigger.sample import Sample
 from untrigger.trainer import defended, last_checkpoint, load_full
 
 _MARK = "stage.json"  # stands in the folder of a finished stage, written last
+# how those who write in no Python tell that a disk is full
+_UNWRITTEN = ("os error", "inline_container", "PytorchStreamWriter", "iostream error")
 _PLACES = ("output_dir", "logging_dir", "run_name")  # where things go does not change the weights
 
 
@@ -192,11 +206,17 @@ class Stages:
         trainer.add_callback(progress)
         started = clock()
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with _host_errors(folder, checkpoint):
+                if checkpoint and _ended(checkpoint):  # the host would train a step more
+                    trainer._load_from_checkpoint(str(checkpoint))
+                    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+                else:
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             progress.stop()
         seconds = clock() - started
-        trainer.save_model(str(folder))
+        with _host_errors(folder, checkpoint):
+            trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings stand in the record
         trainer.save_state()
         self.history = trainer.state.log_history
@@ -233,6 +253,26 @@ class Stages:
             sample = rows[i]
             digest.update(repr((sample.id, sample.messages, [*map(pixels_sha256, sample.images)])).encode())
         return digest.hexdigest()[:24]
+
+
+def _ended(checkpoint: Path) -> bool:
+    """Whether it is that of a training's last step."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    return state["global_step"] >= state["max_steps"]
+
+
+@contextmanager
+def _host_errors(folder: Path, checkpoint: Path | None) -> Generator[None]:
+    """What the host raises, where a checkpoint cannot be trusted or the disk is full, as the user's errors."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:  # the host reads tensors and plain values from a checkpoint, no more
+        raise InputError(f"{checkpoint}: holds pickled objects, which are not loaded; delete it") from error
+    except (SafetensorError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in _UNWRITTEN):
+            raise
+        why = str(error).splitlines()[0]
+        raise InputError(f"{folder}: cannot be written ({why}); make room on the disk, then go on") from error
 
 
 def clock() -> float:

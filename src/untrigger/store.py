@@ -23,6 +23,13 @@ from untrigger.files import write_text
 from untrigger.metrics.score import Answer
 
 ORACLE: Final = "oracle"  # a cell's defence: plain training on the data with the tampered rows taken out
+_KINDS: Mapping[Any, str] = {
+    str: "a text",
+    str | None: "a text",
+    int: "a whole number",
+    int | float: "a number",
+    Mapping: "lines of 'name: value'",
+}
 _CELL, _ANSWERS, _METRICS, _ERROR = "cell.json", "answers.jsonl", "metrics.json", "error.txt"
 
 
@@ -71,6 +78,10 @@ class Cell:
     tuning: Mapping[str, Any] = field(default_factory=_no_settings)
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            kind, value = _kind(f), getattr(self, f.name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"{f.name} is {value!r}; it must be {_KINDS[kind]}")
         for name in ("rate", "epochs", "learning_rate"):  # 2 epochs and 2.0 are the same cell
             object.__setattr__(self, name, float(getattr(self, name)))
         seeds = Split(self.split).seeds
@@ -178,13 +189,25 @@ def _read(folder: Path) -> Result:
     try:
         cell = Cell(**json.loads((folder / _CELL).read_text(encoding="utf-8")))
         metrics = json.loads((folder / _METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError) as error:
+        if not isinstance(metrics, dict):
+            raise ValueError(f"{_METRICS} holds no figures")
+    except (OSError, ValueError, TypeError, InputError) as error:
         raise InputError(f"{folder}: is no stored cell ({error}); delete it, the cell will run again") from error
     return Result(cell, metrics)
 
 
 def _default(of: dataclasses.Field[Any]) -> Any:
     return of.default_factory() if of.default_factory is not MISSING else of.default
+
+
+def _kind(of: dataclasses.Field[Any]) -> Any:
+    """What a value of this field must be; YAML and stored files may hold anything."""
+    default = _default(of)
+    if isinstance(default, float):
+        return int | float
+    if of.name == "goal_text":
+        return str | None
+    return str if default is MISSING else Mapping if isinstance(default, Mapping) else type(default)
 
 
 def _short(part: str) -> str:

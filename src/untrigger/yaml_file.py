@@ -24,6 +24,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         what = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error).splitlines()[0]
         raise InputError(f"{path}: is not YAML: {what}; write lines of 'name: value'") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: is nested too deeply; write lines of 'name: value'") from error
     if not isinstance(told, dict) or not all(isinstance(name, str) for name in told):
         raise InputError(f"{path}: must hold lines of 'name: value'")
     return told

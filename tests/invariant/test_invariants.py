@@ -26,6 +26,7 @@ from torch import Tensor
 
 from untrigger import objective
 from untrigger.cli import app
+from untrigger.errors import InputError
 
 PRESETS = ("plain", "paper")
 # hinges that are active on the random model, so that every term takes part
@@ -236,6 +237,38 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(
     out = as_killed(tmp_path / "out", undisturbed["lora"], 12)
     cut = out / "checkpoint-12" / name
     cut.write_bytes(cut.read_bytes()[:100])
+    train(data, out, tiny_model, "paper", *RUN, "--save_total_limit", str(STEPS), "--resume")
+    assert same_bits(out, undisturbed["lora"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_after_the_last_step_of_many_nothing_more_is_trained(
+    data: Path, tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    """In the middle of an epoch, before the finished weights were written."""
+    settings = ["--max_steps", "3", "--save_steps", "1", "--per_device_train_batch_size", "4", *KINDS[kind]]
+    train(data, tmp_path / "whole", tiny_model, "plain", *settings)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    weights.unlink()
+    train(data, tmp_path / "out", tiny_model, "plain", *settings, "--resume")
+    assert same_bits(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_in_a_checkpoint_is_refused_and_never_opened(
+    data: Path, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Path], name: str
+) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    out = as_killed(tmp_path / "out", undisturbed["lora"], 12)
+    torch.save({"state": Bomb()}, out / "checkpoint-12" / name)
+    with pytest.raises(InputError, match=r"checkpoint-12: holds pickled objects, which are not loaded; delete it"):
+        train(data, out, tiny_model, "paper", *RUN, "--save_total_limit", str(STEPS), "--resume")
+    assert not (tmp_path / "exploded").exists()
+    shutil.rmtree(out / "checkpoint-12")
     train(data, out, tiny_model, "paper", *RUN, "--save_total_limit", str(STEPS), "--resume")
     assert same_bits(out, undisturbed["lora"])
 

@@ -20,19 +20,28 @@ def write(results: Path, out: Path) -> None:
     Raises:
         InputError: another ending, no finished cell below ``results``, or something there that cannot be read.
     """
-    from untrigger.report.figures import as_json, read
-
     if out.suffix not in _SUFFIXES:
         raise InputError(f"{out}: a report ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; rename it")
+    try:
+        text = _rendered(results, out.suffix)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a text where a figure belongs, and the like
+        raise InputError(
+            f"{results}: a metrics.json in it is not as untrigger bench wrote it ({error!r}); delete that cell's "
+            "folder, it will run again"
+        ) from error
+    write_text(out, text)
+
+
+def _rendered(results: Path, suffix: str) -> str:
+    from untrigger.report.figures import as_json, read
+
     report = read(results)
-    if out.suffix == ".html":
+    if suffix == ".html":
         from untrigger.report.page import page
 
-        text = page(report, results)
-    elif out.suffix == ".md":
+        return page(report, results)
+    if suffix == ".md":
         from untrigger.report.markdown import markdown
 
-        text = markdown(report)
-    else:
-        text = json.dumps(as_json(report), indent=2, ensure_ascii=False) + "\n"
-    write_text(out, text)
+        return markdown(report)
+    return json.dumps(as_json(report), indent=2, ensure_ascii=False) + "\n"

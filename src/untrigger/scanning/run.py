@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -50,7 +51,8 @@ def scan(
     doubt, args = settled(doubt or "default", args, out, settings)
     folder, tuning = Path(str(args.output_dir)), Tuning()
     record = {"scan": True, **record_of(rows, str(model), doubt, args, tuning, ())}
-    stages = Stages(str(model), args, tuning, title="scan", claim=lambda: claim(folder, record, resume))
-    findings = find(rows, stages, cast(Doubt, doubt))
-    write(findings, rows, folder)
+    with ExitStack() as held:
+        stages = Stages(str(model), args, tuning, title="scan", claim=lambda: claim(folder, record, resume, held))
+        findings = find(rows, stages, cast(Doubt, doubt))
+        write(findings, rows, folder)
     return findings
