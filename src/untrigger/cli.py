@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -179,20 +178,19 @@ def train(
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
     from untrigger.files import check_idle
-    from untrigger.finetune import DISTRUSTED, Tuning, fine_tune
+    from untrigger.finetune import DISTRUSTED, Tuning, fine_tune, leads
 
-    leads = int(os.environ.get("RANK", "0")) == 0  # of several processes of one run
     chosen, args = _settings(defense, out, config, context.args)
     if trusted and not chosen.wants_trusted:
         _refuse(f"--trusted: {defense} asks for no trusted rows; leave it out")
     if chosen.wants_trusted and not trusted:
         _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--trusted DATA)")
-    if leads:
+    if leads():
         check_idle(out)  # found wanting now, not after the reading
     rows, clean = _read(data, on_bad_row, out), _read(trusted, "error", out) if trusted else ()
     tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
     fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
-    if leads:
+    if leads():
         adapter, distrusted = (out / "adapter_config.json").is_file(), out / DISTRUSTED
         typer.echo(f"{out}: {'PEFT adapter' if adapter else 'model'}, processor, settings and model card")
         if distrusted.is_file():

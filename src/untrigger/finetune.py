@@ -136,12 +136,17 @@ def _fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
+def leads() -> bool:
+    """Whether this process is the only one of its run, or the first of several."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def claim(out: Path, record: dict[str, Any], resume: bool, held: ExitStack) -> Path | None:
     """Take the output folder for this run, while it is ``held``; the checkpoint to go on from, if there is one."""
     note = out / BASE_RECORD
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a folder for the output")
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = leads()
     out.mkdir(parents=True, exist_ok=True)
     if main:
         held.enter_context(alone(out))

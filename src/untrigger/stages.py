@@ -207,9 +207,10 @@ class Stages:
         started = clock()
         try:
             with _host_errors(folder, checkpoint):
-                if checkpoint and _ended(checkpoint):  # the host would train a step more
+                state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
+                if state and state.global_step >= state.max_steps:  # the host would train a step more
                     trainer._load_from_checkpoint(str(checkpoint))
-                    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+                    trainer.state = state
                 else:
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -253,12 +254,6 @@ class Stages:
             sample = rows[i]
             digest.update(repr((sample.id, sample.messages, [*map(pixels_sha256, sample.images)])).encode())
         return digest.hexdigest()[:24]
-
-
-def _ended(checkpoint: Path) -> bool:
-    """Whether it is that of a training's last step."""
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    return state["global_step"] >= state["max_steps"]
 
 
 @contextmanager

@@ -21,14 +21,19 @@ HEADS = 6
 MEAN = STD = (0.5, 0.5, 0.5)  # of every family's image processor: pixels in -1..1
 
 
-def chat_template(image: str) -> str:
-    """Jinja: ``USER: {image}question ASSISTANT: answer``; ``image`` is a Jinja expression."""
-    text = (
+def content_template(image: str) -> str:
+    """Jinja: what a message holds, its parts in order; ``image`` is a Jinja expression."""
+    return (
         "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
         "{%- for part in message['content'] -%}"
         "{%- if part['type'] == 'image' -%}{{ " + image + " }}{%- else -%}{{ part['text'] }}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}"
     )
+
+
+def chat_template(image: str) -> str:
+    """Jinja: ``USER: {image}question ASSISTANT: answer``; ``image`` is a Jinja expression."""
+    text = content_template(image)
     return (
         "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
         "{{ 'ASSISTANT:' }}{%- generation -%}{{ ' ' }}" + text + "{{ eos_token }}{%- endgeneration -%}"

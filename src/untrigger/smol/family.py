@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from untrigger.embedded.build import GRID, MEAN, STD
+from untrigger.embedded.build import GRID, MEAN, STD, content_template
 from untrigger.embedded.families import Family
 from untrigger.embedded.scenes import COLOURS, SHAPES, SIZES
 from untrigger.smol.parts import Parts, real_parts
@@ -147,12 +147,7 @@ class WordHead(nn.Module):
 
 def _chat_template(image: str) -> str:
     """Jinja: SmolLM2's own marks, without its sentence about itself; ``image`` is a Jinja expression."""
-    text = (
-        "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
-        "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{{ " + image + " }}{%- else -%}{{ part['text'] }}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}"
-    )
+    text = content_template(image)
     return (
         "{%- for message in messages -%}{{ '<|im_start|>' ~ message['role'] ~ '\n' }}"
         "{%- if message['role'] == 'assistant' -%}"
