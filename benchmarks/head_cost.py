@@ -29,7 +29,7 @@ from untrigger.files import write_text
 from untrigger.forward import Pair
 from untrigger.fused import Values, losses_at_head
 
-SHAPES = [(32_000, 1024, 512), (152_000, 1024, 256), (152_000, 1024, 512)]  # words, hidden size, answer tokens a view
+SHAPES = [(32_000, 1024, 512), (152_000, 1024, 256), (152_000, 1024, 512), (32_064, 4096, 256), (152_064, 3584, 128)]
 
 
 def fused(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from shell import untrigger
-from untrigger import load
+from untrigger import load, models
 from untrigger.attacks import load_trigger
 from untrigger.collate import ChatCollator, Rows
 from untrigger.data import names, task_of
@@ -100,10 +100,18 @@ class Block(NamedTuple):
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))]
 # What cannot run in a test, by its first word; the pages say how long it takes.
 NOT_RUN = {
+    "pip": "an installation",
     "make": "an installation, or minutes of measuring; CI runs `make test`, and a slow test the quick start",
     "python": "the benchmark behind `make bench`; tests/test_step_cost.py has its gates",
 }
-LONG = ("README.md", "docs/bench.md", "docs/own-trigger.md", "docs/report.md", "docs/tutorial.md")
+LONG = (
+    "README.md",
+    "docs/bench.md",
+    "docs/own-trigger.md",
+    "docs/real-weights.md",
+    "docs/report.md",
+    "docs/tutorial.md",
+)
 
 
 def blocks(page: str) -> list[Block]:
@@ -151,6 +159,9 @@ def run_shell(code: str) -> None:
         if not words or words[0] in NOT_RUN:
             continue
         assert words[0] == "untrigger", line
+        if words[1] == "model":  # an hour; the tiny model stands in
+            shutil.copytree(models.embedded_model_path(words[2]), words[-1])
+            continue
         if words[1] == "data":  # a set of a size for tests
             words = [*shlex.split(re.sub(r"--rows \d+", "", line)), "--rows", "24"]
         told = untrigger(*words[1:])

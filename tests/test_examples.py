@@ -25,8 +25,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CHANGED = re.compile(r"defended\((\w+)\)\(  # the one changed line: it was \1\($", re.M)
 SCRIPTS = ("transformers_trainer.py", "trl_sft.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-# a patch of a quarter of the side, on 15 % of few rows, and a reply that the model can spell: enough to be learnt
-ROWS, RATE, ATTACK = 320, 0.15, Attack(BadNets(side=0.25), Fixed("two blue stars"))
+# a patch of a quarter of the side, on 20 % of few rows, and a reply that the model can spell: enough to be learnt
+ROWS, RATE, ATTACK = 160, 0.2, Attack(BadNets(side=0.25), Fixed("two blue stars"))
 STEPS = 3 * ROWS // 8
 
 pytestmark = pytest.mark.slow

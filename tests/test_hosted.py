@@ -123,6 +123,17 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(host: Callable[..., Any], t
     assert (tmp_path / "out" / JUDGED).read_text() == (tmp_path / "killed" / JUDGED).read_text()
 
 
+def test_a_second_training_goes_on_from_the_model_and_judges_again(host: Callable[..., Any], tmp_path: Path) -> None:
+    twice, fresh = host(), host(out="fresh")
+    twice.train()
+    fresh.model.load_state_dict(twice.model.state_dict())
+    twice.train()
+    fresh.train()
+    assert twice.state.global_step == 9 and same(weights(twice.model), weights(fresh.model))
+    assert (tmp_path / "out" / JUDGED).read_text() == (tmp_path / "fresh" / JUDGED).read_text()
+    assert any(log.get("defense/loss_guard") for log in twice.state.log_history)
+
+
 def test_it_does_not_go_on_with_other_rows_or_without_a_judgement(
     host: Callable[..., Any], samples: list[Sample], tmp_path: Path
 ) -> None:

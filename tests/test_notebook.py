@@ -25,6 +25,7 @@ from untrigger.errors import InputError
 from untrigger.evaluation import Evaluation
 from untrigger.goals import Fixed
 from untrigger.metrics.score import Answer
+from untrigger.models import add_lora
 from untrigger.sample import LazyRows, Message, Sample
 from untrigger.scanning.cues import GRID, Cue
 from untrigger.scanning.findings import Findings, Target, Verdict
@@ -265,6 +266,14 @@ def test_rows_and_poisoned_rows_on_the_screen(tiny_data: Path, samples: list[Sam
     told = "6 of 24 rows poisoned with badnets (side 0.5, "
     assert repr(made).startswith(f"Poisoned: {told}") and repr(made.manifest).startswith(f"Manifest: {told}")
     assert f"goal fixed (text {REPLY}, match contains), seed 3" in repr(made)
+
+
+def test_a_model_on_the_screen_is_one_line(tiny_model: Path) -> None:
+    loaded = untrigger.load(tiny_model)
+    family, count = "LlavaForConditionalGeneration", sum(p.numel() for p in loaded.model.parameters())
+    assert repr(loaded) == f"Loaded: {tiny_model}, {family}, {count:,} parameters, float32"
+    adapted = loaded._replace(model=add_lora(loaded.model))  # type: ignore[arg-type]
+    assert f"{family}, with an adapter, " in repr(adapted)
 
 
 # --- the host's loggers -----------------------------------------------------------------------------

@@ -27,6 +27,8 @@ MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
         ("ablation", "ablation"),
         ("rates", "rates"),
         ("link", "link"),
+        ("seeds", "seeds"),
+        ("views", "views"),
     ],
 )
 def test_every_cell_of_a_plan_is_there(plan: str, folder: str) -> None:

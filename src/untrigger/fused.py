@@ -118,8 +118,7 @@ def losses_at_head(head: Head, hidden: Sequence[Tensor], loss: Loss, *, width: i
         trained: whether the head has weights that are trained. Then logits are made a second time for the gradient,
             which otherwise is taken at once, before their tokens are left.
     """
-    size = max(1, _HELD // width)
-    parts = [slice(start, start + size) for start in range(0, max(1, len(hidden[0])), size)]
+    parts = _parts(len(hidden[0]), max(1, _HELD // width))
     found: dict[int, tuple[Values, Values]] = {}
 
     def summed(part: slice, *pieces: Tensor) -> Tensor:
@@ -166,6 +165,12 @@ class _AtOnce(torch.autograd.Function):
         weight = by[0].unsqueeze(-1)
         grads = cast(Sequence[Tensor | None], ctx.saved_tensors)
         return None, None, *(None if grad is None else (grad * weight).to(grad.dtype) for grad in grads)
+
+
+def _parts(count: int, most: int) -> list[slice]:
+    """One at least, about as large as one another: a small last one would read the whole head for a few tokens."""
+    size = -(-count // max(1, -(-count // most)))
+    return [slice(start, start + size) for start in range(0, max(1, count), max(1, size))]
 
 
 def _detached(values: Values) -> Values:

@@ -151,7 +151,7 @@ class HostTraining:
             self._train(None)
         finally:
             host.args, host.train_dataset, handler.callbacks = kept
-            host.optimizer = host.lr_scheduler = None  # the rest has its own
+            self._forget()
 
     def _rest(self, told: Sequence[Mapping[str, Any]]) -> None:
         host = self.host
@@ -164,6 +164,12 @@ class HostTraining:
             self._output = self._train(self._checkpoint)
         finally:
             host.args = kept
+            self._forget()
+
+    def _forget(self) -> None:
+        """The next training, also that of a second ``train()``, has its own optimizer, and believes all until told."""
+        self.host.optimizer = self.host.lr_scheduler = None
+        self.host.defense, self.host.doubted = Plain(), {}
 
     # --- what is doubted, on disk -----------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from untrigger.errors import InputError
 from untrigger.processors import load_processor
+from untrigger.smol.tower import register
 
 BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
 # what the hosts raise on folders that are damaged
@@ -34,6 +35,12 @@ class Loaded(NamedTuple):
     model: PreTrainedModel | PeftModel
     processor: ProcessorMixin
     name: str
+
+    def __repr__(self) -> str:
+        base = base_model(self.model)
+        adapter = "with an adapter, " if isinstance(self.model, PeftModel) else ""
+        family, dtype = type(base).__name__, str(base.dtype).removeprefix("torch.")
+        return f"Loaded: {self.name}, {family}, {adapter}{base.num_parameters():,} parameters, {dtype}"
 
 
 def embedded_models() -> list[str]:
@@ -77,6 +84,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     if Path(source, "adapter_config.json").is_file():
         return _load_adapter(Path(source), dtype)
     _refuse_pickles(source)
+    register()
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:

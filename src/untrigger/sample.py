@@ -206,7 +206,7 @@ def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", sk
 
 def write(
     data: Data,
-    out: Path,
+    out: Path | str,
     *,
     keep: Sequence[int] | None = None,
     edits: Mapping[int, Sample] | None = None,
@@ -218,8 +218,13 @@ def write(
     those at their index; ids must stay. Images that an edit left as they were are copied byte for byte,
     others become PNG; fields of a row that samples do not hold survive. With ``uniform`` every image becomes
     a PNG of its own, so that neither names nor files tell edits apart. ``out`` appears whole or not at all.
-    Raises InputError if ``out`` has content, an edit is no valid row, or an image has gone.
+    Raises InputError if ``out`` has content, an edit is no valid row, an image has gone, or rows lie in memory alone.
     """
+    if not isinstance(data, Data):
+        raise InputError(
+            "write: these rows have no file whose format they could have; give what `untrigger.read` gives, and the "
+            "changed rows as edits"
+        )
     with new_folder(Path(out)) as folder:
         indices = range(len(data)) if keep is None else keep
         data.rows.write(folder, _written(data, folder, indices, edits or {}, uniform))

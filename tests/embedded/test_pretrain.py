@@ -17,17 +17,16 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from untrigger.embedded import families, talk
 from untrigger.embedded import pretrain as pretraining
-from untrigger.embedded import talk
 from untrigger.embedded.build import GRID, PATCH, WIDTH
+from untrigger.embedded.dense import DenseHead, dense_labels
 from untrigger.embedded.families import FAMILIES, Family, patches
 from untrigger.embedded.pretrain import (
     RECIPES,
-    DenseHead,
     Recipe,
     SceneRows,
     collate,
-    dense_labels,
     losses,
     pretrain,
     take_over,
@@ -194,8 +193,8 @@ class Killed(Exception):
 FORKS = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 
-def toy(family: Family) -> Recipe:
-    return replace(TOY, start=RECIPES[family.name].start)
+def toy(family: Family, save_every: int = 200) -> Recipe:
+    return replace(TOY, start=RECIPES[family.name].start, save_every=save_every)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +202,7 @@ def whole(family: Family, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: 
     """A toy run without a stop."""
     out = tmp_path_factory.mktemp("pretrain") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "make_tokenizer", lambda seed: tokenizer)
+        patch.setattr(families, "make_tokenizer", lambda seed: tokenizer)
         pretrain(out, family, toy(family))
     return out
 
@@ -219,7 +218,7 @@ def test_a_killed_run_ends_with_the_same_weights(
     stop: int,
 ) -> None:
     """Killed after the save of step ``stop``: within the first phase, between the two, within the second."""
-    monkeypatch.setattr(pretraining, "make_tokenizer", lambda seed: tokenizer)
+    monkeypatch.setattr(families, "make_tokenizer", lambda seed: tokenizer)
     with monkeypatch.context() as patch:
         save = pretraining._save
 
@@ -230,8 +229,8 @@ def test_a_killed_run_ends_with_the_same_weights(
 
         patch.setattr(pretraining, "_save", save_and_die)
         with pytest.raises(Killed):
-            pretrain(tmp_path, family, toy(family), save_every=1)
-    pretrain(tmp_path, family, toy(family), save_every=1)
+            pretrain(tmp_path, family, toy(family, save_every=1))
+    pretrain(tmp_path, family, toy(family, save_every=1))
     first, second = (load_file(out / "checkpoint.safetensors") for out in (whole, tmp_path))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -247,11 +246,11 @@ def test_an_interrupted_run_leaves_no_bar_behind(
         raise KeyboardInterrupt
 
     stopped: list[int] = []
-    monkeypatch.setattr(pretraining, "make_tokenizer", lambda seed: tokenizer)
+    monkeypatch.setattr(families, "make_tokenizer", lambda seed: tokenizer)
     monkeypatch.setattr(pretraining, "_save", interrupt)
     monkeypatch.setattr("untrigger.progress.Meter.stop", lambda meter: stopped.append(meter.done))
     with pytest.raises(KeyboardInterrupt):
-        pretrain(tmp_path, family, toy(family), save_every=1)
+        pretrain(tmp_path, family, toy(family, save_every=1))
     assert stopped == [1]
 
 
@@ -259,7 +258,7 @@ def test_a_processor_that_was_cut_off_is_saved_again(
     family: Family, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill while it is saved leaves the tokenizer alone: the rest is not there, and no later run would write it."""
-    monkeypatch.setattr(pretraining, "make_tokenizer", lambda seed: tokenizer)
+    monkeypatch.setattr(families, "make_tokenizer", lambda seed: tokenizer)
     made = pretraining._tokenizer(tmp_path / "whole", family, toy(family))
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     tokenizer.save_pretrained(tmp_path / "cut")

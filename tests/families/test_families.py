@@ -33,9 +33,11 @@ from untrigger.views import Erase
 Folder = Callable[[str], Path]
 Row = Callable[..., Sample]
 families = pytest.mark.parametrize("name", FAMILIES)
-ENDS = {"llava_onevision": "<|im_end|>", "internvl": "<|im_end|>", "gemma3": "<end>"} | {
-    f"{qwen}_vl": "<|im_end|>" for qwen in ("qwen2", "qwen2_5", "qwen3")
-}
+ENDS = (
+    dict.fromkeys(("llava_onevision", "internvl", "smol"), "<|im_end|>")
+    | {"gemma3": "<end>"}
+    | {f"{qwen}_vl": "<|im_end|>" for qwen in ("qwen2", "qwen2_5", "qwen3")}
+)
 ENDS |= dict.fromkeys(("idefics3", "smolvlm"), "<end_of_utterance>")
 ONE_IMAGE = ("instructblip",)  # neither more nor less in a row
 SPACED = ("llava", "llava_next", "idefics3", "smolvlm", "instructblip", "blip2")  # a space before an answer is its own

@@ -27,6 +27,9 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from untrigger.models import embedded_model_path, load_processor
 from untrigger.processors import images_only
+from untrigger.smol.family import Smol
+from untrigger.smol.parts import Parts
+from untrigger.smol.tower import LiteConfig, LiteTower
 
 Made = tuple[Any, Any]  # configuration and processor
 WIDTH, SIDE, PATCH = 16, 32, 16  # of every layer; of an image that is looked at, and of a patch, in pixels
@@ -306,6 +309,20 @@ def instructblip() -> Made:
     return _blip("InstructBlip", lambda tokens: host.LlamaConfig(**text(tokens)), tokenizer(), reading)
 
 
+def smol_parts() -> Parts:
+    """As small as can be, and with what the real ones have: strides, kernels, blocks of every kind."""
+    tokens = tokenizer(False, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<empty_output>"])
+    stages = ((3, 1, 1, 4, 1), (3, 2, 2, 6, 2), (5, 2, 2, 6, 1), (3, 2, 2, 8, 1), (5, 1, 2, 8, 1), (5, 2, 2, 8, 1))
+    tower = LiteTower(LiteConfig(stem=8, stages=stages, head=16))
+    return Parts(tokens, host.LlamaForCausalLM(host.LlamaConfig(**text(tokens, tie_word_embeddings=True))), tower)
+
+
+def smol() -> Made:
+    family = Smol(smol_parts())
+    tokens = family.tokenizer(0)
+    return family.model(tokens).config, family.processor(tokens)
+
+
 FAMILIES: dict[str, Callable[[], Made]] = {
     "llava": llava,
     "llava_next": llava_next,
@@ -320,6 +337,7 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "gemma3": gemma3,
     "instructblip": instructblip,
     "blip2": blip2,
+    "smol": smol,
 }
 
 

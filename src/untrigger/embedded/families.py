@@ -34,7 +34,19 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from untrigger.embedded.build import GRID, HEADS, LAYERS, MEAN, PATCH, STD, WIDTH, chat_template, text_settings
+from untrigger.embedded.build import (
+    GRID,
+    HEADS,
+    LAYERS,
+    MEAN,
+    PATCH,
+    STD,
+    WIDTH,
+    chat_template,
+    make_tokenizer,
+    text_settings,
+)
+from untrigger.embedded.dense import DenseHead
 from untrigger.embedded.scenes import SIDE
 from untrigger.processors import images_only
 
@@ -49,6 +61,10 @@ class Family(ABC):
     image: ClassVar[str]  # how the chat template writes an image, a Jinja expression
     extra_tokens: ClassVar[tuple[str, ...]] = ()
     cells: ClassVar[Tensor]  # [T, c]: the patches, in row-major order, that each image token answers for
+    begin: ClassVar[str] = "USER: "  # what a conversation begins with, before its image
+
+    def tokenizer(self, seed: int) -> PreTrainedTokenizerFast:
+        return make_tokenizer(seed)
 
     @abstractmethod
     def processor(self, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin: ...
@@ -56,6 +72,10 @@ class Family(ABC):
     @abstractmethod
     def model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         """Untrained, from configuration alone."""
+
+    def head(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+        """What reads dense labels off the features that `look` gives: their loss."""
+        return DenseHead(WIDTH, self.cells)
 
     @abstractmethod
     def text_model(self, model: PreTrainedModel) -> nn.Module:
@@ -67,9 +87,17 @@ class Family(ABC):
 
     def prefix(self, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[list[int]]]:
         """Token ids of a conversation up to the question, and their positions on each axis of the rotary code."""
-        image = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
-        ids = [*_ids(tokenizer, "USER: "), *[image] * len(self.cells), *_ids(tokenizer, "\n")]
+        image = cast(int, tokenizer.convert_tokens_to_ids(cast(Any, tokenizer).image_token))
+        ids = [*_ids(tokenizer, self.begin), *[image] * len(self.cells), *_ids(tokenizer, "\n")]
         return ids, [list(range(len(ids)))]
+
+    def asked(self, prompt: str) -> str:
+        """A question as it is written, up to the answer."""
+        return f"{prompt} ASSISTANT:"
+
+    def said(self, answer: str) -> str:
+        """An answer as it is written, up to the token that ends it."""
+        return f" {answer}"
 
     def read(self, model: PreTrainedModel, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """embeds [B, L, D], mask [B, 1, L, L], positions [B, axes, L] -> hidden states [B, L, D]."""

@@ -29,15 +29,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from untrigger.embedded import talk
-from untrigger.embedded.build import GRID, PATCH, WIDTH, make_tokenizer
+from untrigger.embedded.dense import dense_labels
 from untrigger.embedded.families import FAMILIES, Family
-from untrigger.embedded.scenes import COLOURS, SHAPES, SIZES, Scene, draw_scene, make_scene
+from untrigger.embedded.scenes import draw_scene, make_scene
 from untrigger.errors import InputError
 from untrigger.models import embedded_model_path, load
 from untrigger.progress import metered
 
 _IGNORE = -100
-_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES), 5)  # 0 is background; the last is the order
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ class Recipe:
         vision_steps: steps of the first phase.
         steps: steps of the second phase.
         talk_rate: peak learning rate of the second phase.
+        bf16: matrix products in bf16, weights in float32 all the same.
+        save_every: steps between checkpoints.
     """
 
     seed: int = 11
@@ -64,6 +65,8 @@ class Recipe:
     warmup: int = 200
     dense_weight: float = 0.3
     threads: int = 2
+    bf16: bool = False
+    save_every: int = 200
 
 
 RECIPES = {
@@ -79,17 +82,6 @@ class Batch(dict[str, Tensor]):
     """
 
 
-def dense_labels(scene: Scene, owner: np.ndarray) -> np.ndarray:
-    """Shape, colour, size and order of the object covering each patch: int64 [G*G, 4], 0 for background."""
-    cells = owner.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
-    cover = np.stack([(cells == i).sum(axis=1) for i in range(1, len(scene.things) + 1)], axis=1)
-    best = np.where(cover.max(axis=1) >= 6, cover.argmax(axis=1) + 1, 0)
-    table = np.zeros((len(scene.things) + 1, 4), dtype=np.int64)
-    for i, t in enumerate(scene.things, start=1):
-        table[i] = (SHAPES.index(t.shape) + 1, list(COLOURS).index(t.colour) + 1, SIZES.index(t.size) + 1, i)
-    return table[best]
-
-
 class SceneRows(Dataset[dict[str, np.ndarray]]):
     """Row i is scene i of the stream with freshly asked questions, packed behind one image prefix."""
 
@@ -102,8 +94,8 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
         count: int,
         text: bool,
     ):
-        self.recipe, self.first, self.count, self.text = recipe, first, count, text
-        self.tokenizer = tokenizer
+        self.family, self.tokenizer, self.recipe = family, tokenizer, recipe
+        self.first, self.count, self.text = first, count, text
         self.prefix, self.places = family.prefix(tokenizer)
 
     def _ids(self, text: str) -> list[int]:
@@ -132,8 +124,8 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
         weights = [0.0] * len(self.prefix)
         begin = positions[0][-1] + 1
         for number, turn in enumerate(turns, start=1):
-            asked = self._ids(f"{turn.prompt} ASSISTANT:")
-            said = [*self._ids(f" {turn.answer}"), cast(int, self.tokenizer.eos_token_id)]
+            asked = self._ids(self.family.asked(turn.prompt))
+            said = [*self._ids(self.family.said(turn.answer)), cast(int, self.tokenizer.eos_token_id)]
             ids += asked + said
             labels += [_IGNORE] * len(asked) + said
             # by the root of the answer's length: captions would drown the one-word answers, or the reverse
@@ -169,30 +161,12 @@ def block_mask(segments: Tensor) -> Tensor:
     return ((own | (segments == 0)[:, None, :]) & causal)[:, None]
 
 
-class DenseHead(nn.Module):
-    """Linear read-out, from an image token's features, of what covers each of its patches; used in pretraining only."""
-
-    def __init__(self, width: int, cells: Tensor) -> None:
-        super().__init__()
-        self.cells = cells
-        self.heads = nn.ModuleList(nn.Linear(width, n * cells.shape[1]) for n in _CLASSES)
-
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """features [B, T, d], labels [B, G*G, 4] -> mean cross-entropy; background weighs 0.3."""
-        labels = labels[:, self.cells]  # [B, T, c, 4]
-        weight = torch.where(labels[..., 0] > 0, 1.0, 0.3).flatten()
-        losses = [
-            F.cross_entropy(head(features).view(-1, n), labels[..., i].flatten(), reduction="none")
-            for i, (head, n) in enumerate(zip(self.heads, _CLASSES, strict=True))
-        ]
-        return (torch.stack(losses).sum(0) * weight).sum() / weight.sum()
-
-
-def losses(family: Family, model: PreTrainedModel, head: DenseHead, batch: Batch) -> tuple[Tensor, Tensor]:
+def losses(family: Family, model: PreTrainedModel, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """(answer cross-entropy, dense cross-entropy) of a batch with text; the vision tower runs once."""
     seen, images = family.look(model, batch["pixel_values"])
     embeds = model.get_input_embeddings()(batch["input_ids"])
-    embeds = embeds.masked_scatter((batch["input_ids"] == cast(Any, model.config).image_token_id)[..., None], images)
+    where = batch["input_ids"] == cast(Any, model.config).image_token_id
+    embeds = embeds.masked_scatter(where[..., None], images.to(embeds.dtype))
     hidden = family.read(model, embeds, block_mask(batch["segments"]), batch["position_ids"])
     target = batch["labels"][:, 1:]
     keep = target != _IGNORE
@@ -226,18 +200,20 @@ def _rate(step: int, recipe: Recipe) -> float:
     return recipe.talk_rate * _schedule(step - recipe.vision_steps, recipe.steps, recipe)
 
 
-def pretrain(out: Path, family: Family, recipe: Recipe, *, save_every: int = 200) -> PreTrainedModel:
+def pretrain(out: Path, family: Family, recipe: Recipe) -> PreTrainedModel:
     """Train a model of ``family`` into ``out``; started again after a kill, it goes on from the last save."""
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(out, family, recipe)
-    model, head = family.model(tokenizer), DenseHead(WIDTH, family.cells)
+    model = family.model(tokenizer)
+    head = family.head(model, tokenizer)
     if recipe.start:
         take_over(family, model, recipe.start)
     whole = nn.ModuleDict({"model": model, "head": head})
-    decay = [p for p in whole.parameters() if p.ndim > 1]
-    plain = [p for p in whole.parameters() if p.ndim <= 1]
+    learning = [p for p in whole.parameters() if p.requires_grad]
+    decay = [p for p in learning if p.ndim > 1]
+    plain = [p for p in learning if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
     step = _restore(out, whole, optimizer, recipe)
@@ -252,23 +228,24 @@ def pretrain(out: Path, family: Family, recipe: Recipe, *, save_every: int = 200
             for batch in cast(Any, loader):
                 for group in optimizer.param_groups:
                     group["lr"] = _rate(step, recipe)
-                if text:
-                    talk_loss, dense = losses(family, model, head, batch)
-                    loss = talk_loss + recipe.dense_weight * dense
-                else:
-                    talk_loss, dense = None, head(family.look(model, batch["pixel_values"])[0], batch["dense"])
-                    loss = dense
+                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+                    if text:
+                        talk_loss, dense = losses(family, model, head, batch)
+                        loss = talk_loss + recipe.dense_weight * dense
+                    else:
+                        talk_loss, dense = None, head(family.look(model, batch["pixel_values"])[0], batch["dense"])
+                        loss = dense
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(learning, 1.0)
                 optimizer.step()
                 step += 1
                 meter.advance()
-                if step % 50 == 0:
+                if step % (50 if talk_loss is None else 10) == 0:
                     line = {"step": step, "talk": talk_loss and talk_loss.item(), "dense": dense.item()}
                     with (out / "pretrain.jsonl").open("a") as log:
                         print(json.dumps(line), file=log)
-                if step % save_every == 0 or step == total:
+                if step % recipe.save_every == 0 or step == total:
                     _save(out, whole, optimizer, recipe, step)
     publish(model, out)
     return model
@@ -281,7 +258,7 @@ def _tokenizer(out: Path, family: Family, recipe: Recipe) -> PreTrainedTokenizer
             tokenizer = PreTrainedTokenizerFast.from_pretrained(embedded_model_path(recipe.start))
             tokenizer.add_tokens(list(family.extra_tokens), special_tokens=True)
         else:
-            tokenizer = make_tokenizer(recipe.seed)
+            tokenizer = family.tokenizer(recipe.seed)
         family.processor(tokenizer).save_pretrained(out)
     return PreTrainedTokenizerFast.from_pretrained(out)
 
@@ -298,7 +275,7 @@ def publish(model: PreTrainedModel, out: Path) -> None:
 
 
 def _save(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
-    tensors = {f"w.{k}": v.detach() for k, v in whole.named_parameters()}  # each tied weight once
+    tensors = {f"w.{k}": v.detach() for k, v in whole.named_parameters() if v.requires_grad}  # tied ones once
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"o.{i}.{k}": v for k, v in state.items()}
     meta = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
@@ -317,7 +294,8 @@ def _restore(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, reci
     tensors = load_file(file)
     with torch.no_grad():
         for name, weight in whole.named_parameters():
-            weight.copy_(tensors[f"w.{name}"])
+            if weight.requires_grad:
+                weight.copy_(tensors[f"w.{name}"])
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("o."):

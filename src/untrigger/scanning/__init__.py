@@ -25,7 +25,7 @@ from untrigger.scanning.cues import Cue, cues_of
 from untrigger.scanning.findings import Findings, Target, Verdict
 
 ACCUSED = 1e-6  # words that chance would share more often than that are no finding; calibrated, see LOG.md
-SHOWN = 48  # at most so many of the suspected rows are probed for their cue, the most suspicious ones
+SHOWN = 24  # at most so many of the suspected rows are probed for their cue, the most suspicious ones
 _LEARNT, _BELIEVED = 64, 2  # suspected rows that a probe learns at most, and how many times as many believed ones
 _SEEN, _PASSES = 1536, 32  # rows that go through the probe's training, and how often each at most
 _DONORS = 64
