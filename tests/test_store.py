@@ -141,7 +141,10 @@ def test_a_result_under_other_defaults_is_not_done(tmp_path: Path) -> None:
     assert store.find(tmp_path, CELL) == FIGURES
 
 
-@pytest.mark.parametrize("damage", ["", "[]", '{"model": "m"}', '{"new_field": 1}', '{"rate": "much"}'])
+@pytest.mark.parametrize(
+    "damage",
+    ["", "[]", '{"model": "m"}', '{"new_field": 1}', '{"rate": "much"}', json.dumps({**asdict(CELL), "model": 7})],
+)
 def test_a_damaged_cell_is_told_in_one_line(tmp_path: Path, damage: str) -> None:
     store.save(tmp_path, CELL, FIGURES, SAID)
     (store.folder_of(tmp_path, CELL) / "cell.json").write_text(damage)
