@@ -64,17 +64,20 @@ def test_scan(tiny_model: Path, tiny_data: Path, disk: Path, tmp_path: Path) -> 
 
 def crowding(cell: Cell, root: Path) -> None:
     """A cell's work: fills the disk with what it prints, then with what it writes."""
-    print("x" * 100_000)
+    for _ in range(10):
+        print("x" * 3000)
     store.save(root, cell, {}, {})
 
 
 def test_a_cell_of_the_bench(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("llava", "easy-vqa", "badnets", "fixed")
-    monkeypatch.setattr("sys.stdout", open(1, "w", closefd=False))  # noqa: SIM115  (a worker's own, not pytest's)
-    assert "No space left on device" in (attempt(crowding, cell, disk) or "")
-    assert store.find(disk, cell) is None
-    enlarge(disk, "64m")
-    assert attempt(crowding, cell, disk) is None and store.find(disk, cell) == {}
+    with open(1, "w", closefd=False) as stream:  # a worker's own, not pytest's
+        monkeypatch.setattr("sys.stdout", stream)
+        assert "No space left on device" in (attempt(crowding, cell, disk) or "")
+        assert store.find(disk, cell) is None
+        enlarge(disk, "64m")
+        assert attempt(crowding, cell, disk) is None and store.find(disk, cell) == {}
+    monkeypatch.undo()
 
 
 def test_poison(tiny_data: Path, disk: Path) -> None:
