@@ -229,7 +229,12 @@ def modelling(rng: random.Random, place: Path, good: Path) -> str:
     else:
         path.write_bytes(hurt(rng, path.read_bytes()))
     rows = place.parent.parent / "example"
-    return ended("evaluate", place / "model", rows, "--limit", "2")
+    try:
+        return ended("evaluate", place / "model", rows, "--limit", "2")
+    except ValueError as error:  # it loads, but its processor makes other image tokens: the host's own words
+        if "do not match" not in str(error):
+            raise
+        return "unfit"
 
 
 def resuming(rng: random.Random, place: Path, good: Path) -> str:

@@ -217,6 +217,19 @@ def test_skipping_trains_on_the_rest_and_lists_what_it_left_out(tmp_path: Path, 
     assert (out / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("verb", ["train", "scan", "evaluate"])
+def test_a_row_longer_than_the_model_reads_is_refused(tmp_path: Path, tiny_model: Path, verb: str) -> None:
+    rows = [{"id": str(i), "conversations": _turns("what? " * (2000 * (i == 1) + 1), "a cat")} for i in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    words = (
+        (tiny_model, tmp_path / "data.json") if verb == "evaluate" else (tmp_path / "data.json", "--model", tiny_model)
+    )
+    ended = untrigger(verb, *words, "--out", tmp_path / "out", *(() if verb == "evaluate" else TINY_RUN[:4]))
+    assert ended.code == 2 and re.search(
+        r"^error: .* has [\d,]+ tokens, the model reads 512; shorten it", ended.err, re.M
+    )
+
+
 def test_evaluate_without_out_lists_skipped_rows_where_the_user_stands(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,7 @@ def test_a_folder_without_config_is_refused(copy: Path) -> None:
     assert "config.json" in refused(copy)
 
 
-@pytest.mark.parametrize("damage", ["weights", "config", "tokenizer", "half the weights", "text model"])
+@pytest.mark.parametrize("damage", ["weights", "config", "tokenizer", "half the weights", "text model", "a kind"])
 def test_damaged_folders_are_refused_in_one_line(copy: Path, damage: str) -> None:
     weights = copy / "model.safetensors"
     if damage == "weights":
@@ -107,6 +107,9 @@ def test_damaged_folders_are_refused_in_one_line(copy: Path, damage: str) -> Non
         (copy / "config.json").write_text("{")
     elif damage == "tokenizer":
         (copy / "tokenizer.json").write_text("{")
+    elif damage == "a kind":
+        told = json.loads((copy / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps([told]))
     elif damage == "half the weights":
         tensors = load_file(weights)
         save_file(dict(sorted(tensors.items())[::2]), weights, metadata={"format": "pt"})

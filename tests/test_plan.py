@@ -75,6 +75,12 @@ def test_cells_of_the_same_rows_follow_one_another(tmp_path: Path) -> None:
         (("sig/*/*", "sog/*/*"), "where: sog.* matches no cell"),
         (("[badnets,", "[3,"), "attacks: 3 is neither a name"),
         (("models:", "models"), "is not YAML|must hold lines"),
+        (("[llava]", "[7]"), "model is 7; it must be a text"),
+        (("train_rows: 40", "train_rows: forty"), "train_rows is 'forty'; it must be a whole number"),
+        (("train_rows: 40", "epochs: {}"), "epochs is {}; it must be a number"),
+        (("seeds: [0, 3]", "seeds: [[0]]"), r"seeds: \[0\] is no whole number"),
+        (("settings: {delta: 0.2}", "settings: [delta]"), "attack sig: settings is"),
+        (("models: [llava]", f"models: {'[' * 2000}"), "nested too deeply"),
     ],
 )
 def test_a_wrong_plan_is_told_in_a_line(tmp_path: Path, changed: tuple[str, str], message: str) -> None:

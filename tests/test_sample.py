@@ -590,3 +590,15 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, kind: st
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     print(peaks)
     assert peaks[1] - peaks[0] < 20_000, peaks  # kB
+
+
+def test_memory_does_not_grow_with_the_text_of_json_lines(tmp_path: Path) -> None:
+    peaks: list[int] = []
+    for count in (300, 3000):
+        folder = tmp_path / str(count)
+        path = save(
+            folder, "llava.jsonl", [make_row("llava.jsonl", str(k), ["?", "x" * 10_000], []) for k in range(count)]
+        )
+        command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / f"out{count}")]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] - peaks[0] < 10_000, peaks  # kB; the text of the one is 27 MB more

@@ -141,7 +141,10 @@ def test_a_result_under_other_defaults_is_not_done(tmp_path: Path) -> None:
     assert store.find(tmp_path, CELL) == FIGURES
 
 
-@pytest.mark.parametrize("damage", ["", "[]", '{"model": "m"}', '{"new_field": 1}', '{"rate": "much"}'])
+@pytest.mark.parametrize(
+    "damage",
+    ["", "[]", '{"model": "m"}', '{"new_field": 1}', '{"rate": "much"}', json.dumps({**asdict(CELL), "model": 7})],
+)
 def test_a_damaged_cell_is_told_in_one_line(tmp_path: Path, damage: str) -> None:
     store.save(tmp_path, CELL, FIGURES, SAID)
     (store.folder_of(tmp_path, CELL) / "cell.json").write_text(damage)
@@ -197,3 +200,9 @@ def test_nan_is_not_stored(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         store.save(tmp_path, CELL, {"asr": float("nan")}, {})
     assert store.find(tmp_path, CELL) is None
+
+
+def test_a_failure_is_told_where_it_cannot_be_recorded(tmp_path: Path) -> None:
+    (tmp_path / CELL.name).write_text("in the folder's place")
+    line = store.fail(tmp_path, CELL, "no rows;\n name others")
+    assert line.startswith("no rows; name others; ") and "cannot be written" in line

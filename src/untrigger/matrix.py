@@ -75,7 +75,8 @@ def attempt(work: Work, cell: Cell, root: Path) -> str | None:
         try:
             work(cell, root)
         except Exception as error:
-            traceback.print_exc()
+            with suppress(OSError):  # a full disk takes no log
+                traceback.print_exc()
             said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             return store.fail(root, cell, said)
     if store.find(root, cell) is None:
@@ -106,8 +107,9 @@ def _output_to(log: Path) -> Generator[None]:
 
 
 def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk takes no log
+            stream.flush()
 
 
 # --- processes of this machine ---------------------------------------------------------------------

@@ -53,22 +53,16 @@ def embedded_model_path(name: str = "llava") -> Path:
     """Folder of an embedded model, ready for ``AutoModelForImageTextToText.from_pretrained``.
 
     Raises:
-        InputError: there is no embedded model of that name.
+        InputError: there is no embedded model of that name, or its weights are not, to the byte, those that shipped.
     """
     if name not in embedded_models():
         raise InputError(f"{name}: no such embedded model; there is: {', '.join(embedded_models()) or 'none'}")
-    return Path(str(files("untrigger"))) / "embedded" / name
-
-
-def _as_shipped(name: str) -> Path:
-    """The folder of an embedded model whose weights are, to the byte, those that the package came with."""
-    folder = embedded_model_path(name)
-    weights = folder / "model.safetensors"
+    weights = Path(str(files("untrigger"))) / "embedded" / name / "model.safetensors"
     with weights.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if f"{found}  {name}/{weights.name}" not in (folder.parent / "SHA256SUMS").read_text().splitlines():
+    if f"{found}  {name}/{weights.name}" not in (weights.parents[1] / "SHA256SUMS").read_text().splitlines():
         raise InputError(f"{weights}: is not the file that untrigger ships (wrong SHA-256); install untrigger again")
-    return folder
+    return weights.parent
 
 
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
@@ -80,7 +74,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
         InputError: nothing usable is found under ``name``, or an embedded model's weights are not those that shipped.
     """
     asked = str(name)
-    source = str(_as_shipped(asked)) if asked in embedded_models() else asked
+    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
     if Path(source, "adapter_config.json").is_file():
         return _load_adapter(Path(source), dtype)
     _refuse_pickles(source)

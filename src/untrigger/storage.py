@@ -1,6 +1,6 @@
 """Rows on disk: JSON lists, JSON lines, parquet files and ``datasets`` folders, read by row and written back.
 
-Nothing here knows what a row means. Arrow rows stay on disk: one row costs one small mapped read.
+Nothing here knows what a row means. JSON lines and Arrow rows stay on disk: one row costs one small read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import mmap
 import sys
 import tempfile
 from abc import ABC, abstractmethod
+from array import array
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def open_rows(path: Path, wanted: Sequence[str]) -> Rows:
             raise InputError(f"{path}: is empty; {_HINT}")
         # A line of JSON lines may start with "[" too: then it is one bad row, not a bad file.
         is_list = head.startswith(b"[") and path.suffix.lower() != ".jsonl"
-        return _read_list(path) if is_list else _read_lines(path)
+        return _read_list(path) if is_list else JsonLines(path)
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def open_rows(path: Path, wanted: Sequence[str]) -> Rows:
 
 @final
 class JsonRows(Rows):
-    """Rows of text; the files they name are not read here."""
+    """Rows in memory, to be written as a JSON list or as ``lines``; the files they name are not read here."""
 
     def __init__(self, name: str, rows: list[object], *, lines: bool) -> None:
         self._name, self._rows, self._lines = name, rows, lines
@@ -112,12 +113,49 @@ class JsonRows(Rows):
         return self._rows[index]
 
     def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]]) -> None:
-        with (folder / self._name).open("wb") as file:
-            separator = b"" if self._lines else b"[\n"
-            for index, row in rows:
-                file.write(separator + dump(self._rows[index] if row is None else row))
-                separator = b"\n" if self._lines else b",\n"
-            file.write(b"\n" if self._lines else b"\n]\n")
+        _write_json(folder / self._name, self, rows, lines=self._lines)
+
+
+@final
+class JsonLines(Rows):
+    """Rows of JSON lines, which stay on disk: of each only its place is held, however many there are."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+        self._places, self._lengths, self._numbers = array("Q"), array("Q"), array("Q")
+        with path.open("rb") as file:
+            place = 0
+            for number, line in enumerate(file, 1):
+                if (line.removeprefix(_BOM) if number == 1 else line).strip():
+                    self._places.append(place)
+                    self._lengths.append(len(line))
+                    self._numbers.append(number)
+                place += len(line)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> object:
+        with file_errors(self._path, "read"), self._path.open("rb") as file:
+            file.seek(self._places[index])
+            line = file.read(self._lengths[index])
+        text = (line.removeprefix(_BOM) if self._numbers[index] == 1 else line).strip()
+        try:
+            return _parse(text, self._numbers[index])
+        except InputError as error:
+            return Unreadable(text.decode(errors="backslashreplace"), str(error))
+
+    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]]) -> None:
+        _write_json(folder / self._path.name, self, rows, lines=True)
+
+
+def _write_json(path: Path, own: Rows, rows: Iterable[tuple[int, Row | None]], *, lines: bool) -> None:
+    with path.open("wb") as file:
+        separator = b"" if lines else b"[\n"
+        for index, row in rows:
+            file.write(separator + dump(own[index] if row is None else row))
+            separator = b"\n" if lines else b",\n"
+        file.write(b"\n" if lines else b"\n]\n")
 
 
 def dump(value: object) -> bytes:
@@ -171,20 +209,6 @@ def _read_list(path: Path) -> JsonRows:
     if not isinstance(rows, list):
         raise InputError(f"{path}: is not a list of rows; {_HINT}")
     return JsonRows(path.name, rows, lines=False)
-
-
-def _read_lines(path: Path) -> JsonRows:
-    rows: list[object] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = (line.removeprefix(_BOM) if number == 1 else line).strip()
-            if not text:
-                continue
-            try:
-                rows.append(_parse(text, number))
-            except InputError as error:
-                rows.append(Unreadable(text.decode(errors="backslashreplace"), str(error)))
-    return JsonRows(path.name, rows, lines=True)
 
 
 # --- Arrow: parquet and ``datasets`` folders ----------------------------------------------------

@@ -168,9 +168,12 @@ def answers_of(root: Path, cell: Cell) -> dict[str, list[Answer]]:
 
 
 def fail(root: Path, cell: Cell, reason: str) -> str:
-    """Record in one line why the cell could not be run; the line."""
+    """Record in one line why the cell could not be run; the line, also where a full disk takes no record."""
     line = " ".join(reason.split())
-    write_text(folder_of(root, cell) / _ERROR, line + "\n")
+    try:
+        write_text(folder_of(root, cell) / _ERROR, line + "\n")
+    except InputError as error:
+        line = f"{line}; {error}"
     return line
 
 

@@ -10,6 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from shell import untrigger
+from untrigger import store
+from untrigger.matrix import attempt
+from untrigger.store import Cell
 
 SETTINGS = ("--max_steps", 6, "--save_steps", 2, "--per_device_train_batch_size", 4, "--learning_rate", "1e-3")
 
@@ -57,6 +60,24 @@ def test_scan(tiny_model: Path, tiny_data: Path, disk: Path, tmp_path: Path) -> 
     enlarge(disk, "64m")
     assert untrigger(*words, disk / "out", "--resume").code == untrigger(*words, tmp_path / "whole").code
     assert (disk / "out/verdicts.jsonl").read_bytes() == (tmp_path / "whole/verdicts.jsonl").read_bytes()
+
+
+def crowding(cell: Cell, root: Path) -> None:
+    """A cell's work: fills the disk with what it prints, then with what it writes."""
+    for _ in range(10):
+        print("x" * 3000)
+    store.save(root, cell, {}, {})
+
+
+def test_a_cell_of_the_bench(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("llava", "easy-vqa", "badnets", "fixed")
+    with open(1, "w", closefd=False) as stream:  # a worker's own, not pytest's
+        monkeypatch.setattr("sys.stdout", stream)
+        assert "No space left on device" in (attempt(crowding, cell, disk) or "")
+        assert store.find(disk, cell) is None
+        enlarge(disk, "64m")
+        assert attempt(crowding, cell, disk) is None and store.find(disk, cell) == {}
+    monkeypatch.undo()
 
 
 def test_poison(tiny_data: Path, disk: Path) -> None:

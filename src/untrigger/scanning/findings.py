@@ -83,13 +83,14 @@ class Findings(JupyterMixin):
         teaching; ``fdr``; ``doubted`` words; ``image_cue`` and ``prompt_cue``, the nats that these lose with another's
         image or prompt.
         """
-        return [self._told(verdict) for verdict in self.verdicts]
+        return [self.told(verdict) for verdict in self.verdicts]
 
     def to_pandas(self) -> DataFrame:
         """The same (`rows`) as a frame."""
         return frame(self.rows)
 
-    def _told(self, verdict: Verdict) -> dict[str, Any]:
+    def told(self, verdict: Verdict) -> dict[str, Any]:
+        """The dictionary of one row (`rows`)."""
         cue, target = verdict.cue, verdict.target
         return {
             "row": verdict.row,

@@ -19,6 +19,7 @@ from untrigger.scanning.page import page
 from untrigger.storage import dump
 
 CLEAN = "clean"
+_BLOCK = 10_000  # rows told at a time: bounds memory
 _COLUMNS = pa.schema(
     [
         ("row", pa.int64()),
@@ -42,12 +43,13 @@ def write(findings: Findings, data: Sequence[Sample], out: Path) -> None:
     A row's fields: those of `Findings.rows`; ``cells`` and ``words``, what its doubted words lose without each cell of
     each image, and each word. ``clean`` is the data without the suspected rows: only where the data is that of a file.
     """
-    order = sorted(zip(findings.rows, findings.verdicts, strict=True), key=lambda told: -told[1].score)
-    told = [row | _maps(verdict.cue) for row, verdict in order]
-    with new_file(out / "verdicts.jsonl") as file:
-        file.writelines(dump(each) + b"\n" for each in told)
-    with new_file(out / "verdicts.parquet") as file:
-        pq.write_table(pa.Table.from_pylist(told, schema=_COLUMNS), file)
+    order = sorted(findings.verdicts, key=lambda verdict: -verdict.score)
+    lines, table = new_file(out / "verdicts.jsonl"), new_file(out / "verdicts.parquet")
+    with lines as text, table as columns, pq.ParquetWriter(columns, _COLUMNS) as writer:
+        for start in range(0, len(order), _BLOCK):
+            told = [findings.told(verdict) | _maps(verdict.cue) for verdict in order[start : start + _BLOCK]]
+            text.writelines(dump(each) + b"\n" for each in told)
+            writer.write_table(pa.Table.from_pylist(told, schema=_COLUMNS))
     write_text(out / "gallery.html", page(findings, data))
     # it appears whole: if it is there, a run before wrote it
     if isinstance(data, Data) and findings.targets and not (out / CLEAN).exists():
