@@ -12,6 +12,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from untrigger.attacks import load_trigger
 from untrigger.data import load as load_data
 from untrigger.defenses import Doubt, Plain
 from untrigger.files import write_text
-from untrigger.generate import answers
+from untrigger.generate import answers, looking_once
 from untrigger.goals import load_goal
 from untrigger.models import load
 from untrigger.poisoning import Attack, poison, stamped
@@ -58,8 +59,10 @@ def stages(folder: Path) -> Stages:
 
 
 def asked(rows: Sequence[Sample], batch_size: int) -> float:
+    """Seconds an answer: in batches as `untrigger.evaluate` asks, or in a loop around `generate`."""
     loaded = load("llava")
-    return seconds(lambda _: list(answers(loaded, rows, batch_size=batch_size))) / len(rows)
+    with looking_once(loaded.model) if batch_size > 1 else nullcontext():
+        return seconds(lambda _: list(answers(loaded, rows, batch_size=batch_size))) / len(rows)
 
 
 def main(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     return stand_in
 
 
-NOBODY: Loaded = None  # type: ignore[assignment]  # the oracle needs no model
+NOBODY: Any = SimpleNamespace(model=SimpleNamespace(base_model=None))  # the oracle needs no model
 
 
 def rows_of(folder: Path) -> dict[str, list[Answer]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from untrigger.generate import answers
-from untrigger.models import Loaded
+from untrigger import generate
+from untrigger.generate import answers, looking_once
+from untrigger.models import Loaded, base_model
 from untrigger.sample import Message, Sample, read
 
 
@@ -84,3 +86,28 @@ def test_answers_are_greedy_and_leave_no_gradient_behind(model: Loaded, samples:
 
 def test_no_samples_no_answers(model: Loaded) -> None:
     assert list(answers(model, [])) == []
+
+
+def test_an_image_is_looked_at_once(model: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    inner: Any = base_model(model.model).base_model
+    looked: list[int] = []
+
+    def count(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        looked.append(len(args[0]))
+
+    def said(rows: list[Sample]) -> list[str]:
+        looked.clear()
+        return list(answers(model, rows, batch_size=2, max_new_tokens=8))
+
+    handle = inner.vision_tower.register_forward_pre_hook(count)
+    alone, again = said(samples), said(samples[::-1])
+    images = {id(image) for sample in samples for image in sample.images}
+    assert sum(looked) > len(images)
+    with looking_once(model.model):
+        assert said(samples) == alone and sum(looked) == len(images)
+        assert said(samples[::-1]) == again and not looked
+        monkeypatch.setattr(generate, "_REMEMBERED", 0)
+        assert said(samples[:1]) == alone[:1] and not looked
+        assert said(samples[:1]) == alone[:1] and sum(looked) == 1  # forgotten when there was no room
+    assert said(samples[:1]) == alone[:1] and "get_image_features" not in vars(inner)
+    handle.remove()

@@ -15,7 +15,7 @@ from rich.table import Table
 from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.frames import frame
-from untrigger.generate import answers
+from untrigger.generate import answers, looking_once
 from untrigger.goals import Goal
 from untrigger.images import pixels_sha256, same
 from untrigger.metrics.score import Answer, score
@@ -135,13 +135,14 @@ def evaluate(
                 "evaluate: no row can show an attack: none has an image and a true answer that the goal would change; "
                 "give other rows or another --goal-text"
             )
-    clean = _ask(loaded, data, goal, f"{title}, clean")
-    kept = _untouched(data, stamps) if attack and attack.trigger.clean_label else frozenset[int]()
-    changed = LazyRows([row for row in stamps.numbers if row not in kept], stamps.make)
-    fresh = iter(_ask(loaded, changed, goal, f"{title}, triggered") if changed else ())
-    triggered = [clean[row] if row in kept else next(fresh) for row in stamps.numbers]
-    misses = {name: _ask(loaded, rows, goal, f"{title}, {name}") for name, rows in near.items()}
-    blind = _ask(loaded, wrong_images(data), goal, f"{title}, wrong image") if sight else []
+    with looking_once(loaded.model):
+        clean = _ask(loaded, data, goal, f"{title}, clean")
+        kept = _untouched(data, stamps) if attack and attack.trigger.clean_label else frozenset[int]()
+        changed = LazyRows([row for row in stamps.numbers if row not in kept], stamps.make)
+        fresh = iter(_ask(loaded, changed, goal, f"{title}, triggered") if changed else ())
+        triggered = [clean[row] if row in kept else next(fresh) for row in stamps.numbers]
+        misses = {name: _ask(loaded, rows, goal, f"{title}, {name}") for name, rows in near.items()}
+        blind = _ask(loaded, wrong_images(data), goal, f"{title}, wrong image") if sight else []
     return Evaluation(clean, triggered, blind, misses, untouched=bool(triggered) and not changed, attack=told)
 
 

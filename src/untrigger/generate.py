@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from hashlib import sha256
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from untrigger.collate import chat_message
 from untrigger.forward import evaluating
-from untrigger.models import Loaded
+from untrigger.models import Loaded, base_model
 from untrigger.processors import encoded, written
 from untrigger.sample import Sample
 from untrigger.views import to_rgb
+
+_REMEMBERED = 256 * 2**20  # bytes of what a vision tower gave
 
 
 @torch.inference_mode()
@@ -34,6 +41,57 @@ def answers(
             ids = model.generate(**inputs, **how, num_beams=1, max_new_tokens=max_new_tokens)
             new = ids[:, inputs["input_ids"].shape[1] :]
             yield from (text.strip() for text in processor.batch_decode(new, skip_special_tokens=True))
+
+
+@contextmanager
+def looking_once(model: nn.Module) -> Generator[None]:
+    """For a while what the vision tower gave for an image is remembered, and an equal image is not looked at again.
+
+    Only for a model that does not learn meanwhile. Up to 256 MiB are remembered, and the longest unasked is forgotten.
+    Nothing changes for families whose tower gives anything but one block of features for each image it is given, or
+    whose `generate` goes around `get_image_features` (BLIP-2).
+    """
+    inner: Any = base_model(model).base_model
+    look = getattr(inner, "get_image_features", None)
+    if look is None:
+        yield
+        return
+    known = dict[bytes, Tensor]()  # the longest unasked first
+    whole = False  # one tensor of all images is what the host gives, or a list of theirs
+
+    @wraps(look)
+    def once(pixel_values: Tensor, *args: Any, **how: Any) -> Any:
+        nonlocal whole
+        if pixel_values.ndim != 4 or any(isinstance(value, Tensor) for value in (*args, *how.values())):
+            return look(pixel_values, *args, **how)  # images in parts: which are whose, the host knows
+        keys = [sha256(image.numpy(force=True).tobytes()).digest() for image in pixel_values.float()]
+        new = {key: at for at, key in enumerate(keys) if key not in known}
+        if new:
+            found = look(pixel_values[list(new.values())], *args, **how)
+            blocks = found.pooler_output
+            if len(blocks) != len(new) or blocks[0].ndim != 2:
+                return found if len(new) == len(keys) else look(pixel_values, *args, **how)
+            whole = isinstance(blocks, Tensor)
+            known.update((key, block.clone()) for key, block in zip(new, blocks, strict=True))
+        asked = {key: known.pop(key) for key in dict.fromkeys(keys)}
+        known.update(asked)
+        _forget(known)
+        features = [asked[key] for key in keys]
+        told: Any = torch.stack(features) if whole else features
+        return BaseModelOutputWithPooling(pooler_output=told)
+
+    inner.get_image_features = once
+    try:
+        yield
+    finally:
+        del inner.get_image_features
+
+
+def _forget(known: dict[bytes, Tensor]) -> None:
+    """The longest unasked, until no more is remembered than may be."""
+    size = sum(block.nbytes for block in known.values())
+    while size > _REMEMBERED:
+        size -= known.pop(next(iter(known))).nbytes
 
 
 def questions(processor: Any, samples: Sequence[Sample]) -> Any:

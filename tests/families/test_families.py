@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from untrigger.defenses import CrossView, Doubt
 from untrigger.defenses.doubt import Guard, Judgement
 from untrigger.finetune import fine_tune
 from untrigger.forward import Tokens, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
-from untrigger.generate import answers
+from untrigger.generate import answers, looking_once
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import Sample, read
 from untrigger.scanning.run import scan
@@ -133,6 +134,18 @@ def test_no_answer_knows_what_comes_after_it_and_generation_sees_what_training_s
     firsts = [int((found.row == i).nonzero()[0]) for i in range(2)]
     likeliest = [cast(Any, loaded.processor).decode(found.logits[at].argmax()).strip() for at in firsts]
     assert list(answers(loaded, mixed, max_new_tokens=1)) == likeliest
+
+
+@families
+def test_answers_are_the_same_where_an_image_is_looked_at_once(
+    sharp: Callable[..., Loaded], folder: Folder, row: Row, name: str
+) -> None:
+    loaded = sharp(folder(name))
+    asked = [row("<image>\nwhat?", "no", (40, 52)), row("<image>\nand what is this?", "no", (40, 52))]
+    asked += [replace(asked[1], id="again")]
+    apart = list(answers(loaded, asked, max_new_tokens=4))
+    with looking_once(loaded.model):
+        assert [list(answers(loaded, asked, max_new_tokens=4)) for _ in range(2)] == [apart] * 2
 
 
 @families
