@@ -356,6 +356,17 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path, tiny_model: Path, tiny_da
     refused(untrigger("train", tiny_data, "--model", model, "--out", tmp_path / "out", *TINY_RUN), model)
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "train", "scan"])
+def test_a_model_with_anothers_processor(tmp_path: Path, tiny_model: Path, tiny_data: Path, verb: str) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    settings = json.loads((model / "processor_config.json").read_text())
+    (model / "processor_config.json").write_text(json.dumps(settings | {"patch_size": settings["patch_size"] // 2}))
+    words = (model, tiny_data) if verb == "evaluate" else (tiny_data, "--model", model)
+    more = () if verb == "evaluate" else (*TINY_RUN[:4], *(("--defense", "plain") if verb == "train" else ()))
+    ended = untrigger(verb, *words, "--out", tmp_path / "out", *more)
+    refused(ended._replace(err=ended.err.splitlines(keepends=True)[-1]), model, "do not belong together")
+
+
 @pytest.mark.parametrize("kind", ["base gone", "no weights", "pickled", "cut", "no base named", "no_json"])
 def test_an_adapter_that_cannot_be_loaded(tmp_path: Path, story: Story, tiny_data: Path, kind: str) -> None:
     adapter = tmp_path / "adapter"

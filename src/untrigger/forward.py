@@ -318,13 +318,32 @@ def on_device(batch: Mapping[str, Any], model: PreTrainedModel | PeftModel) -> d
 
 @contextmanager
 def evaluating(model: PreTrainedModel | PeftModel) -> Generator[PreTrainedModel | PeftModel]:
-    """The model in evaluation mode for a while."""
+    """The model in evaluation mode for a while.
+
+    Raises:
+        InputError: its processor is another model's.
+    """
     was_training = model.training
     model.eval()
     try:
-        yield model
+        with fitting(model):
+            yield model
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def fitting(model: nn.Module) -> Generator[None]:
+    """What the host raises where a processor gives an image other tokens than the model, as the user's error."""
+    try:
+        yield
+    except ValueError as error:
+        if "image tokens do not match" not in str(error):
+            raise
+        name = base_model(model).name_or_path
+        raise InputError(
+            f"{name}: its processor and its model do not belong together; get the folder anew ({error})"
+        ) from error
 
 
 def decoder(model: nn.Module) -> PreTrainedModel:

@@ -37,7 +37,7 @@ from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import StepDefense
 from untrigger.errors import InputError
 from untrigger.files import locked, write_text
-from untrigger.forward import Tokens, row_answers, row_tokens
+from untrigger.forward import Tokens, fitting, row_answers, row_tokens
 from untrigger.images import pixels_sha256
 from untrigger.models import Loaded, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.progress import TrainingProgress
@@ -206,7 +206,7 @@ class Stages:
         trainer.add_callback(progress)
         started = clock()
         try:
-            with _host_errors(folder, checkpoint):
+            with _host_errors(folder, checkpoint), fitting(loaded.model):
                 state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
                 if state and state.global_step >= state.max_steps:  # the host would train a step more
                     trainer._load_from_checkpoint(str(checkpoint))
