@@ -67,13 +67,13 @@ def test_the_oracle_sees_no_tampered_row(
 def test_settings_reach_the_training(tmp_path: Path, trained_on: list[tuple[list[Sample], Any]]) -> None:
     cell = Cell("some/model", "scenes-captions", "badnets", "fixed", defense="paper", train_rows=20, test_rows=2)
     cell = replace(cell, defense_settings={"margin": 0.2}, epochs=3, batch_size=5, learning_rate=1e-3, seed=7)
-    cell = replace(cell, tuning={"rank": 4})
+    cell = replace(cell, tuning={"rank": 4}, precision="bf16")
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell, tmp_path)
     model, defense, args, tuning = trained_on[0][1]
     assert (model, defense.margin, type(defense).__name__) == ("some/model", 0.2, "CrossView")
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (3, 5)
-    assert (args.learning_rate, args.seed, tuning.rank, tuning.full) == (1e-3, 7, 4, False)
+    assert (args.learning_rate, args.seed, tuning.rank, tuning.full, args.bf16) == (1e-3, 7, 4, False, True)
 
 
 @pytest.mark.parametrize(

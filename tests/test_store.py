@@ -95,6 +95,7 @@ def test_a_name_fits_into_a_file_system(letter: str, tmp_path: Path) -> None:
         {"test_rows": 200},
         {"epochs": 6},
         {"learning_rate": 1e-3},
+        {"precision": "bf16"},
         {"tuning": {"rank": 4}},
     ],
 )
@@ -108,6 +109,11 @@ def test_every_setting_is_in_the_name(changed: dict[str, Any]) -> None:
 def test_a_split_has_its_own_seeds(split: str, seed: int) -> None:
     with pytest.raises(InputError, match="split"):
         replace(CELL, split=split, seed=seed)
+
+
+def test_a_precision_that_is_none_is_refused() -> None:
+    with pytest.raises(InputError, match="precision is 'fp8'; it must be fp32 or bf16"):
+        replace(CELL, precision="fp8")
 
 
 def test_whole_numbers_are_the_same_as_fractions() -> None:

@@ -192,6 +192,7 @@ def _train(
             num_train_epochs=cell.epochs,
             per_device_train_batch_size=cell.batch_size,
             learning_rate=cell.learning_rate,
+            bf16=cell.precision == "bf16",
         )
         stages = Stages(cell.model, args, tuning, trusted=material.trusted, shelf=shelf)
         started = clock()

@@ -54,6 +54,7 @@ class Cell:
             its ``attack``, ``goal`` and ``settings``.
         trusted_rows: rows known to be clean, for the defences that ask for some.
         epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.settings.DEFAULTS`.
+        precision: ``fp32``, or ``bf16`` for training in mixed precision.
         tuning: fields of `untrigger.finetune.Tuning` that are not at their defaults.
     """
 
@@ -75,6 +76,7 @@ class Cell:
     epochs: float = 3.0
     batch_size: int = 16
     learning_rate: float = 3e-3
+    precision: str = "fp32"
     tuning: Mapping[str, Any] = field(default_factory=_no_settings)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class Cell:
             kind, value = _kind(f), getattr(self, f.name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise InputError(f"{f.name} is {value!r}; it must be {_KINDS[kind]}")
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"precision is {self.precision!r}; it must be fp32 or bf16")
         for name in ("rate", "epochs", "learning_rate"):  # 2 epochs and 2.0 are the same cell
             object.__setattr__(self, name, float(getattr(self, name)))
         seeds = Split(self.split).seeds

@@ -302,9 +302,14 @@ def environment(report: Report) -> list[tuple[str, list[str]]]:
         "seed": (str(cell.seed) for cell in cells),
         "poison rate": (f"{100 * cell.rate:g} %" for cell in cells),
         "rows": (f"{c.train_rows:,} to train on, {c.test_rows:,} to ask, {c.trusted_rows:,} trusted" for c in cells),
-        "training": (f"{c.epochs:g} epochs, batch {c.batch_size}, learning rate {c.learning_rate:g}" for c in cells),
+        "training": map(_training, cells),
     }
     return [(name, [_counted(*each) for each in sorted(Counter(of).items())]) for name, of in told.items()]
+
+
+def _training(c: Cell) -> str:
+    told = f"{c.epochs:g} epochs, batch {c.batch_size}, learning rate {c.learning_rate:g}"
+    return told if c.precision == "fp32" else f"{told}, {c.precision}"
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
