@@ -193,6 +193,7 @@ def _train(
             per_device_train_batch_size=cell.batch_size,
             learning_rate=cell.learning_rate,
             bf16=cell.precision == "bf16",
+            use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # the host wants to be told
         )
         stages = Stages(cell.model, args, tuning, trusted=material.trusted, shelf=shelf)
         started = clock()
