@@ -92,7 +92,7 @@ def run_cell(cell: Cell, root: Path) -> None:
         metrics["detection"] = detection(stages.scores, stages.flagged, {row.row for row in manifest.rows})
     poisoned = [material.data[entry.row] for entry in manifest.rows]
     if cell.defense == "plain" and poisoned and material.clean:
-        metrics["premise"] = premise(loaded, material.clean, poisoned, cell.seed)
+        metrics["premise"] = premise(loaded, material.clean[: cell.test_rows], poisoned, cell.seed)
     store.save(root, cell, metrics, evaluation.conditions)
 
 
