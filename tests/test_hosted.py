@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from untrigger.collate import ChatCollator, DoubtCollator, Rows, row_key
 from untrigger.defenses import Byorn, Doubt
 from untrigger.errors import InputError
 from untrigger.finetune import fine_tune
-from untrigger.hosted import JUDGED
+from untrigger.hosted import JUDGED, HostTraining
 from untrigger.models import add_lora, load
 from untrigger.sample import Sample
 from untrigger.settings import arguments
@@ -233,6 +235,24 @@ def test_batches_in_which_rows_cannot_be_judged_are_refused(host: Callable[..., 
     collate.processor = inner.processor  # type: ignore[attr-defined]
     trainer.data_collator = collate
     with pytest.raises(InputError, match=mend):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("version", "rank_0_alone", "refused"), [(2, False, False), (2, True, True), (1, False, True)])
+def test_only_fsdp2_with_the_whole_model_in_each_process_is_judged(
+    host: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, version: int, rank_0_alone: bool, refused: bool
+) -> None:
+    trainer = host()
+    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=rank_0_alone)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(InputError, match="version to 2, and cpu_ram") if refused else nullcontext():
+        HostTraining(trainer, EAGER, trainer.train)
+
+
+def test_deepspeed_is_refused_with_what_to_do(host: Callable[..., Any]) -> None:
+    trainer = host()
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(InputError, match=r"DeepSpeed.*untrigger scan"):
         trainer.train()
 
 

@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DefaultFlowCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
@@ -54,10 +55,16 @@ class HostTraining:
             raise InputError(
                 "defense: it trains twice, the second time from what was learnt; leave out optimizers and model_init"
             )
-        if host.is_fsdp_enabled or host.is_deepspeed_enabled:
+        if host.is_deepspeed_enabled:
             raise InputError(
-                "defense: it asks the model before that is sharded; clean the data with `untrigger scan`, and train "
-                "with defense=Plain()"
+                "defense: it asks the model before DeepSpeed has it; use FSDP2, or clean the data with `untrigger "
+                "scan` and train with defense=Plain()"
+            )
+        sharding = getattr(host.accelerator.state, "fsdp_plugin", None)
+        if sharding and (sharding.fsdp_version != 2 or sharding.cpu_ram_efficient_loading):
+            raise InputError(
+                "defense: each process asks the whole model before that is sharded; in fsdp_config set version to 2, "
+                "and cpu_ram_efficient_loading to false"
             )
         processor = host.processing_class or getattr(host.data_collator, "processor", None)
         if processor is None:
@@ -74,6 +81,8 @@ class HostTraining:
         if self._checkpoint:
             self._rest(self._read())
         else:
+            if self.host.is_fsdp_enabled:
+                self.host.model.to(self.host.args.device)  # the host leaves that to the sharding, which comes later
             self.doubt.fine_tune(numbers, self)
         return self._output
 
@@ -91,11 +100,15 @@ class HostTraining:
         numbers, args = cast(Sequence[int], rows), self.host.args
         parts: list[list[tuple[bytes, Tokens]]] = [[] for _ in range(args.world_size)]
         mine = parts[args.process_index]
-        loader = self._loader(numbers[args.process_index :: args.world_size])
+        # as many for each, some rows twice: sharded weights are gathered by all for each batch
+        each = -(-len(numbers) // args.world_size)
+        shares = [numbers[at % len(numbers)] for at in range(each * args.world_size)]
+        loader = self._loader(shares[args.process_index :: args.world_size])
         with evaluating(cast(PreTrainedModel, model.model)) as asked:
             for keys, batch in tracked(loader, f"judging, {name}", len(loader)):
                 _check(batch, asked)
                 mine += zip(keys, batch_tokens(asked, batch), strict=True)
+        _part_again(model.model)
         if args.world_size > 1:
             dist.all_gather_object(parts, mine)
         told = [parts[at % args.world_size][at // args.world_size] for at in range(len(numbers))]
@@ -233,6 +246,16 @@ class _Keyed:
             raise InputError("defense: the host takes all columns from the rows; set remove_unused_columns=False")
         keys = [row_key(row) for row in rows]  # first: some host collators write into the rows
         return keys, self.collate([dict(row) for row in rows])
+
+
+def _part_again(model: nn.Module) -> None:
+    """FSDP leaves the outermost weights whole after a forward pass without a backward one.
+
+    A new optimizer would hold these in the place of the shards, and train them in vain.
+    """
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _check(batch: Mapping[str, Any], model: Any) -> None:

@@ -169,19 +169,24 @@ def test_weights_parted_over_two_processes_have_the_gradients_of_one(
 @pytest.mark.slow
 def test_two_processes_of_a_host_doubt_and_learn_as_one(data: Path, tiny_model: Path, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launch, out, batch in (([], "one", 4), (torchrun, "two", 2)):
-        words = [Path(__file__).parent / "hosted.py", tiny_model, data, tmp_path / out, batch]
+    for launch, out, *told in (([], "one", 4), (torchrun, "two", 2), (torchrun, "sharded", 2, "fsdp")):
+        words = [Path(__file__).parent / "hosted.py", tiny_model, data, tmp_path / out, *told]
         command = [sys.executable, *launch, *map(str, words)]
         run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
         assert run.returncode == 0, run.stderr[-3000:]
-    one, two = (json.loads((tmp_path / out / "distrusted.json").read_text()) for out in ("one", "two"))
-    assert 0 < len(one["distrusted"]) < 16
-    assert [(row["row"], row["doubted"]) for row in one["distrusted"]] == [
-        (row["row"], row["doubted"]) for row in two["distrusted"]
-    ]
+    doubted = {
+        out: [
+            (row["row"], row["doubted"])
+            for row in json.loads((tmp_path / out / "distrusted.json").read_text())["distrusted"]
+        ]
+        for out in ("one", "two", "sharded")
+    }
+    assert 0 < len(doubted["one"]) < 16
     assert moved(tmp_path / "one") > 1e-2
-    assert gap(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-4
-    assert logged_gap(logs(tmp_path / "one"), logs(tmp_path / "two")) < 1e-4
+    for out in ("two", "sharded"):
+        assert doubted[out] == doubted["one"]
+        assert gap(weights(tmp_path / "one"), weights(tmp_path / out)) < 1e-4
+        assert logged_gap(logs(tmp_path / "one"), logs(tmp_path / out)) < 1e-4
 
 
 # --- killed and resumed -----------------------------------------------------------------------------
