@@ -55,17 +55,7 @@ class HostTraining:
             raise InputError(
                 "defense: it trains twice, the second time from what was learnt; leave out optimizers and model_init"
             )
-        if host.is_deepspeed_enabled:
-            raise InputError(
-                "defense: it asks the model before DeepSpeed has it; use FSDP2, or clean the data with `untrigger "
-                "scan` and train with defense=Plain()"
-            )
-        sharding = getattr(host.accelerator.state, "fsdp_plugin", None)
-        if sharding and (sharding.fsdp_version != 2 or sharding.cpu_ram_efficient_loading):
-            raise InputError(
-                "defense: each process asks the whole model before that is sharded; in fsdp_config set version to 2, "
-                "and cpu_ram_efficient_loading to false"
-            )
+        _check_parting(host.accelerator.state)
         processor = host.processing_class or getattr(host.data_collator, "processor", None)
         if processor is None:
             raise InputError("defense: it tells which words it does not believe; give processing_class=processor")
@@ -81,8 +71,8 @@ class HostTraining:
         if self._checkpoint:
             self._rest(self._read())
         else:
-            if self.host.is_fsdp_enabled:
-                self.host.model.to(self.host.args.device)  # the host leaves that to the sharding, which comes later
+            if self.host.is_fsdp_enabled or self.host.is_deepspeed_enabled:
+                self.host.model.to(self.host.args.device)  # the host leaves that to them, who come later
             self.doubt.fine_tune(numbers, self)
         return self._output
 
@@ -165,6 +155,9 @@ class HostTraining:
         finally:
             host.args, host.train_dataset, handler.callbacks = kept
             self._forget()
+        if host.is_deepspeed_enabled:  # an engine serves one training
+            host.model_wrapped.destroy()
+            host.model_wrapped = host.model
 
     def _rest(self, told: Sequence[Mapping[str, Any]]) -> None:
         host = self.host
@@ -246,6 +239,26 @@ class _Keyed:
             raise InputError("defense: the host takes all columns from the rows; set remove_unused_columns=False")
         keys = [row_key(row) for row in rows]  # first: some host collators write into the rows
         return keys, self.collate([dict(row) for row in rows])
+
+
+def _check_parting(state: Any) -> None:
+    """FSDP and DeepSpeed, which part weights or what belongs to them among the processes, must leave room for this."""
+    sharding, zero = (getattr(state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
+    if sharding and (sharding.fsdp_version != 2 or sharding.cpu_ram_efficient_loading):
+        raise InputError(
+            "defense: each process asks the whole model before that is sharded; in fsdp_config set version to 2, and "
+            "cpu_ram_efficient_loading to false"
+        )
+    if zero and zero.zero_stage > 2:
+        raise InputError(
+            "defense: each process asks the whole model, which ZeRO 3 never leaves whole; set stage to 2, or clean the "
+            "data with `untrigger scan` and train with defense=Plain()"
+        )
+    if zero and "scheduler" in zero.deepspeed_config:
+        raise InputError(
+            "defense: it trains twice, and DeepSpeed's scheduler would be set for the first time only; leave it out of "
+            "the DeepSpeed config, and set lr_scheduler_type"
+        )
 
 
 def _part_again(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Run by itself and by `torchrun`: the preset `default` in the host's own trainer.
 
-    hosted.py MODEL DATA OUT BATCH [fsdp]
+    hosted.py MODEL DATA OUT BATCH [fsdp|zero2]
 
 Leaves what the host leaves in OUT, and the adapter.
 """
@@ -37,11 +37,19 @@ def take_cpus_for_gpus() -> None:
     PartialState.__init__ = told_otherwise  # type: ignore[method-assign]
 
 
-def main(model: str, data: str, out: str, batch: str, sharded: str = "") -> None:
-    fsdp: dict[str, Any] = {}
-    if sharded:
+def parting(way: str) -> dict[str, Any]:
+    """The host's settings."""
+    if way == "fsdp":
         take_cpus_for_gpus()
-        fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+        return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    if way == "zero2":
+        auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        zero = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+        return {"deepspeed": zero | dict.fromkeys(auto, "auto")}
+    return {}
+
+
+def main(model: str, data: str, out: str, batch: str, way: str = "") -> None:
     sgd = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0}
     args = arguments(
         Path(out),
@@ -54,7 +62,7 @@ def main(model: str, data: str, out: str, batch: str, sharded: str = "") -> None
         per_device_eval_batch_size=1,
         use_cpu=True,
         **sgd,
-        **fsdp,
+        **parting(way),
     )
     set_seed(0)
     loaded = load(model, dtype=torch.float32)
@@ -67,7 +75,8 @@ def main(model: str, data: str, out: str, batch: str, sharded: str = "") -> None
         defense=defense,
     )
     trainer.train()
-    assert bool(sharded) == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    assert (way == "fsdp") == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    assert (way == "zero2") == (type(trainer.model_wrapped).__name__ == "DeepSpeedEngine")
     training = HostTraining(trainer, defense, trainer.train)
     assert len(training.tokens(training.reference(), range(3), "not as many a process")) == 3  # type: ignore[arg-type]
     trainer.save_model()
