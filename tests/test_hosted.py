@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from untrigger.collate import ChatCollator, DoubtCollator, Rows, row_key
 from untrigger.defenses import Byorn, Doubt
 from untrigger.errors import InputError
 from untrigger.finetune import fine_tune
-from untrigger.hosted import JUDGED
+from untrigger.hosted import JUDGED, _check_parting
 from untrigger.models import add_lora, load
 from untrigger.sample import Sample
 from untrigger.settings import arguments
@@ -234,6 +236,30 @@ def test_batches_in_which_rows_cannot_be_judged_are_refused(host: Callable[..., 
     trainer.data_collator = collate
     with pytest.raises(InputError, match=mend):
         trainer.train()
+
+
+def fsdp(version: int, rank_0_alone: bool) -> dict[str, Any]:
+    return {"fsdp_plugin": SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=rank_0_alone)}
+
+
+def zero(stage: int, **config: Any) -> dict[str, Any]:
+    return {"deepspeed_plugin": SimpleNamespace(zero_stage=stage, deepspeed_config=config)}
+
+
+@pytest.mark.parametrize(
+    ("parting", "mend"),
+    [
+        (fsdp(2, False), ""),
+        (fsdp(1, False), "set version to 2"),
+        (fsdp(2, True), "cpu_ram_efficient_loading to false"),
+        (zero(2, optimizer={}), ""),
+        (zero(3), "set stage to 2"),
+        (zero(1, scheduler={}), "set lr_scheduler_type"),
+    ],
+)
+def test_only_a_model_that_is_whole_when_it_is_asked_is_judged(parting: dict[str, Any], mend: str) -> None:
+    with pytest.raises(InputError, match=mend) if mend else nullcontext():
+        _check_parting(SimpleNamespace(**parting))
 
 
 def test_rows_are_known_by_what_they_hold(samples: list[Sample]) -> None:

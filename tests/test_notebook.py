@@ -8,14 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from transformers import TrainerCallback
-from transformers.integrations import integration_utils
 
 import untrigger
 from shell import untrigger as command
@@ -274,34 +272,3 @@ def test_a_model_on_the_screen_is_one_line(tiny_model: Path) -> None:
     assert repr(loaded) == f"Loaded: {tiny_model}, {family}, {count:,} parameters, float32"
     adapted = loaded._replace(model=add_lora(loaded.model))  # type: ignore[arg-type]
     assert f"{family}, with an adapter, " in repr(adapted)
-
-
-# --- the host's loggers -----------------------------------------------------------------------------
-
-
-class Logger(TrainerCallback):
-    """In the place of an integration of the host's: what reached it."""
-
-    logs: ClassVar[list[dict[str, float]]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        self.logs.append(dict(logs))
-
-
-@pytest.mark.parametrize("asked", [True, False])
-def test_the_terms_of_a_defence_reach_the_hosts_loggers_where_they_are_asked_for(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
-) -> None:
-    """The host tells what is installed; here all of it is, and all of it is the stub."""
-    monkeypatch.setattr(Logger, "logs", [])
-    names = integration_utils.INTEGRATION_TO_CALLBACK
-    monkeypatch.setattr(integration_utils, "INTEGRATION_TO_CALLBACK", dict.fromkeys(names, Logger))
-    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: [*names])
-    flags = ("--max_steps", 2, "--logging_steps", 1, "--per_device_train_batch_size", 2)
-    words = ("train", tiny_data, "--model", tiny_model, "--defense", "paper", "--out", tmp_path / "out", *flags)
-    told = command(*words, *(("--report_to", "tensorboard") if asked else ()))
-    assert told.code == 0, told.err
-    steps = [logs for logs in Logger.logs if "loss" in logs]
-    assert len(steps) == 2 * asked
-    for logs in steps:
-        assert {"defense/loss_ce", "defense/ce_view", "defense/js"} <= {*logs}, sorted(logs)

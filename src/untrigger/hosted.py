@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DefaultFlowCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
@@ -54,11 +55,7 @@ class HostTraining:
             raise InputError(
                 "defense: it trains twice, the second time from what was learnt; leave out optimizers and model_init"
             )
-        if host.is_fsdp_enabled or host.is_deepspeed_enabled:
-            raise InputError(
-                "defense: it asks the model before that is sharded; clean the data with `untrigger scan`, and train "
-                "with defense=Plain()"
-            )
+        _check_parting(host.accelerator.state)
         processor = host.processing_class or getattr(host.data_collator, "processor", None)
         if processor is None:
             raise InputError("defense: it tells which words it does not believe; give processing_class=processor")
@@ -74,6 +71,8 @@ class HostTraining:
         if self._checkpoint:
             self._rest(self._read())
         else:
+            if self.host.is_fsdp_enabled or self.host.is_deepspeed_enabled:
+                self.host.model.to(self.host.args.device)  # the host leaves that to them, who come later
             self.doubt.fine_tune(numbers, self)
         return self._output
 
@@ -91,11 +90,15 @@ class HostTraining:
         numbers, args = cast(Sequence[int], rows), self.host.args
         parts: list[list[tuple[bytes, Tokens]]] = [[] for _ in range(args.world_size)]
         mine = parts[args.process_index]
-        loader = self._loader(numbers[args.process_index :: args.world_size])
+        # as many for each, some rows twice: sharded weights are gathered by all for each batch
+        each = -(-len(numbers) // args.world_size)
+        shares = [numbers[at % len(numbers)] for at in range(each * args.world_size)]
+        loader = self._loader(shares[args.process_index :: args.world_size])
         with evaluating(cast(PreTrainedModel, model.model)) as asked:
             for keys, batch in tracked(loader, f"judging, {name}", len(loader)):
                 _check(batch, asked)
                 mine += zip(keys, batch_tokens(asked, batch), strict=True)
+        _part_again(model.model)
         if args.world_size > 1:
             dist.all_gather_object(parts, mine)
         told = [parts[at % args.world_size][at // args.world_size] for at in range(len(numbers))]
@@ -152,6 +155,9 @@ class HostTraining:
         finally:
             host.args, host.train_dataset, handler.callbacks = kept
             self._forget()
+        if host.is_deepspeed_enabled:  # an engine serves one training
+            host.model_wrapped.destroy()
+            host.model_wrapped = host.model
 
     def _rest(self, told: Sequence[Mapping[str, Any]]) -> None:
         host = self.host
@@ -233,6 +239,36 @@ class _Keyed:
             raise InputError("defense: the host takes all columns from the rows; set remove_unused_columns=False")
         keys = [row_key(row) for row in rows]  # first: some host collators write into the rows
         return keys, self.collate([dict(row) for row in rows])
+
+
+def _check_parting(state: Any) -> None:
+    """FSDP and DeepSpeed, which part weights or what belongs to them among the processes, must leave room for this."""
+    sharding, zero = (getattr(state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
+    if sharding and (sharding.fsdp_version != 2 or sharding.cpu_ram_efficient_loading):
+        raise InputError(
+            "defense: each process asks the whole model before that is sharded; in fsdp_config set version to 2, and "
+            "cpu_ram_efficient_loading to false"
+        )
+    if zero and zero.zero_stage > 2:
+        raise InputError(
+            "defense: each process asks the whole model, which ZeRO 3 never leaves whole; set stage to 2, or clean the "
+            "data with `untrigger scan` and train with defense=Plain()"
+        )
+    if zero and "scheduler" in zero.deepspeed_config:
+        raise InputError(
+            "defense: it trains twice, and DeepSpeed's scheduler would be set for the first time only; leave it out of "
+            "the DeepSpeed config, and set lr_scheduler_type"
+        )
+
+
+def _part_again(model: nn.Module) -> None:
+    """FSDP leaves the outermost weights whole after a forward pass without a backward one.
+
+    A new optimizer would hold these in the place of the shards, and train them in vain.
+    """
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _check(batch: Mapping[str, Any], model: Any) -> None:

@@ -13,14 +13,6 @@ from PIL import Image
 from untrigger.sample import Message, Sample
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _number_words() -> None:
-    """SmolVLM's processor spells out how many frames a video has: not asked for here, but wanted."""
-    from transformers.models.smolvlm import processing_smolvlm
-
-    processing_smolvlm.num2words = processing_smolvlm.num2words or str
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root, made = tmp_path_factory.mktemp("families"), dict[str, Path]()

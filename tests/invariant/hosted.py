@@ -1,6 +1,6 @@
 """Run by itself and by `torchrun`: the preset `default` in the host's own trainer.
 
-    hosted.py MODEL DATA OUT BATCH
+    hosted.py MODEL DATA OUT BATCH [fsdp|zero2]
 
 Leaves what the host leaves in OUT, and the adapter.
 """
@@ -9,18 +9,47 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
 from untrigger import defended, read
 from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import Doubt
+from untrigger.hosted import HostTraining
 from untrigger.models import add_lora, load
 from untrigger.settings import arguments
 
 
-def main(model: str, data: str, out: str, batch: str) -> None:
+def take_cpus_for_gpus() -> None:
+    """accelerate shards a model over accelerators only; over processes on a CPU it makes DDP of the same settings."""
+    init = PartialState.__init__
+
+    def told_otherwise(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = told_otherwise  # type: ignore[method-assign]
+
+
+def parting(way: str) -> dict[str, Any]:
+    """The host's settings."""
+    if way == "fsdp":
+        take_cpus_for_gpus()
+        return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    if way == "zero2":
+        auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        zero = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+        return {"deepspeed": zero | dict.fromkeys(auto, "auto")}
+    return {}
+
+
+def main(model: str, data: str, out: str, batch: str, way: str = "") -> None:
     sgd = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0}
     args = arguments(
         Path(out),
@@ -30,8 +59,10 @@ def main(model: str, data: str, out: str, batch: str) -> None:
         remove_unused_columns=False,
         save_strategy="no",
         logging_steps=1,
+        per_device_eval_batch_size=1,
         use_cpu=True,
         **sgd,
+        **parting(way),
     )
     set_seed(0)
     loaded = load(model, dtype=torch.float32)
@@ -44,6 +75,10 @@ def main(model: str, data: str, out: str, batch: str) -> None:
         defense=defense,
     )
     trainer.train()
+    assert (way == "fsdp") == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    assert (way == "zero2") == (type(trainer.model_wrapped).__name__ == "DeepSpeedEngine")
+    training = HostTraining(trainer, defense, trainer.train)
+    assert len(training.tokens(training.reference(), range(3), "not as many a process")) == 3  # type: ignore[arg-type]
     trainer.save_model()
     trainer.save_state()
 

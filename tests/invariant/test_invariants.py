@@ -166,22 +166,40 @@ def test_weights_parted_over_two_processes_have_the_gradients_of_one(
         assert count > 10 and gap < 1e-10
 
 
+Doubted = list[tuple[int, list[int]]]  # rows, and which of their answer tokens
+
+
+def hosted(model: Path, data: Path, out: Path, batch: int, way: str, *launch: str) -> Doubted:
+    """The preset `default` in the host's trainer, and what it doubts."""
+    words = [Path(__file__).parent / "hosted.py", model, data, out, batch, way]
+    command = [sys.executable, *launch, *map(str, words)]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads((out / "distrusted.json").read_text())["distrusted"]
+    return [(row["row"], row["doubted"]) for row in told]
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Doubted]:
+    """Of one process: its folder, and what it doubts."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    return out, hosted(tiny_model, data, out, 4, "")
+
+
 @pytest.mark.slow
-def test_two_processes_of_a_host_doubt_and_learn_as_one(data: Path, tiny_model: Path, tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launch, out, batch in (([], "one", 4), (torchrun, "two", 2)):
-        words = [Path(__file__).parent / "hosted.py", tiny_model, data, tmp_path / out, batch]
-        command = [sys.executable, *launch, *map(str, words)]
-        run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
-        assert run.returncode == 0, run.stderr[-3000:]
-    one, two = (json.loads((tmp_path / out / "distrusted.json").read_text()) for out in ("one", "two"))
-    assert 0 < len(one["distrusted"]) < 16
-    assert [(row["row"], row["doubted"]) for row in one["distrusted"]] == [
-        (row["row"], row["doubted"]) for row in two["distrusted"]
-    ]
-    assert moved(tmp_path / "one") > 1e-2
-    assert gap(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-4
-    assert logged_gap(logs(tmp_path / "one"), logs(tmp_path / "two")) < 1e-4
+@pytest.mark.parametrize("way", ["", "fsdp", "zero2"])
+def test_two_processes_of_a_host_doubt_and_learn_as_one(
+    data: Path, tiny_model: Path, tmp_path: Path, alone: tuple[Path, Doubted], way: str
+) -> None:
+    if way == "zero2":
+        pytest.importorskip("deepspeed")
+    one, doubted = alone
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert hosted(tiny_model, data, tmp_path, 2, way, *torchrun) == doubted
+    assert 0 < len(doubted) < 16
+    assert moved(one) > 1e-2
+    assert gap(weights(one), weights(tmp_path)) < 1e-4
+    assert logged_gap(logs(one), logs(tmp_path)) < 1e-4
 
 
 # --- killed and resumed -----------------------------------------------------------------------------
