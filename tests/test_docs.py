@@ -141,7 +141,6 @@ def desk(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.
     plan = {"models": ["llava"], "data": ["scenes-vqa"], "attacks": ["badnets"], "defenses": ["plain"], "rates": [0.2]}
     cell = {"train_rows": 10, "test_rows": 4, "epochs": 1}
     (tmp_path / "plans" / "paper.yaml").write_text(yaml.safe_dump({**plan, "split": "dev", "cell": cell}))
-    monkeypatch.setattr("untrigger.models._as_shipped", lambda _: tiny_model)
     monkeypatch.setattr("untrigger.models.embedded_model_path", lambda _: tiny_model)
     monkeypatch.setattr("untrigger.stages.embedded_model_path", lambda _: tiny_model)
     monkeypatch.setattr("untrigger.matrix.on_this_machine", lambda jobs: in_this_process)
