@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from untrigger import generate
 from untrigger.generate import answers, looking_once
@@ -86,6 +88,29 @@ def test_answers_are_greedy_and_leave_no_gradient_behind(model: Loaded, samples:
 
 def test_no_samples_no_answers(model: Loaded) -> None:
     assert list(answers(model, [])) == []
+
+
+class OwnFeatures(nn.Module):
+    """A model whose host reads more of what its tower gave than one block for each image."""
+
+    def __init__(self, found: BaseModelOutputWithPooling) -> None:
+        super().__init__()
+        self.base_model, self.found = self, found
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        return self.found
+
+
+def test_what_a_tower_gives_besides_is_left_as_it_is() -> None:
+    blocks = torch.zeros(2, 3, 4)
+    more = BaseModelOutputWithPooling(pooler_output=blocks)  # type: ignore[arg-type]
+    more["indicators"] = blocks
+    for found in (more, BaseModelOutputWithPooling(last_hidden_state=blocks)):  # type: ignore[arg-type]
+        model = OwnFeatures(found)
+        with looking_once(model), looking_once(model):
+            for _ in range(2):
+                assert model.get_image_features(torch.rand(2, 3, 8, 8)) is found
+        assert model.get_image_features(blocks) is found
 
 
 def test_an_image_is_looked_at_once(model: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:

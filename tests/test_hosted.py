@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -238,8 +239,9 @@ def test_batches_in_which_rows_cannot_be_judged_are_refused(host: Callable[..., 
         trainer.train()
 
 
-def fsdp(version: int, rank_0_alone: bool) -> dict[str, Any]:
-    return {"fsdp_plugin": SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=rank_0_alone)}
+def fsdp(version: int, rank_0_alone: bool = False, offload: OffloadPolicy = OffloadPolicy()) -> dict[str, Any]:  # noqa: B008
+    told = {"fsdp_version": version, "cpu_ram_efficient_loading": rank_0_alone, "cpu_offload": offload}
+    return {"fsdp_plugin": SimpleNamespace(**told)}
 
 
 def zero(stage: int, **config: Any) -> dict[str, Any]:
@@ -249,9 +251,10 @@ def zero(stage: int, **config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("parting", "mend"),
     [
-        (fsdp(2, False), ""),
-        (fsdp(1, False), "set version to 2"),
-        (fsdp(2, True), "cpu_ram_efficient_loading to false"),
+        (fsdp(2), ""),
+        (fsdp(1), "set version to 2"),
+        (fsdp(2, True), "cpu_ram_efficient_loading and offload_params to false"),
+        (fsdp(2, offload=CPUOffloadPolicy()), "offload_params to false"),
         (zero(2, optimizer={}), ""),
         (zero(3), "set stage to 2"),
         (zero(1, scheduler={}), "set lr_scheduler_type"),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,6 +34,7 @@ from untrigger.defenses import (
 from untrigger.defenses.abl import LocalAscent
 from untrigger.errors import InputError
 from untrigger.finetune import fine_tune
+from untrigger.forward import row_tokens
 from untrigger.models import Loaded, load
 from untrigger.sample import Message, Sample, read
 from untrigger.settings import arguments
@@ -64,6 +66,16 @@ def stages_of(model: Path, out: Path, shelf: Path | None = None, full: bool = Fa
     chosen |= {"per_device_train_batch_size": 4, "num_train_epochs": 2}
     args = arguments(out, **(chosen | settings))
     return Stages(str(model), args, Tuning(full=full, rank=4), shelf=shelf)
+
+
+def test_in_mixed_precision_too_a_kept_stage_is_asked_as_one_just_trained(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    told: list[list[Any]] = []
+    for _ in range(2):
+        stages = stages_of(tiny_model, tmp_path / "out", tmp_path / "shelf", bf16=True)
+        told.append(row_tokens(stages.fit(samples, Plain()), samples))
+    assert all(np.array_equal(a.nll, b.nll) for a, b in zip(*told, strict=True))
 
 
 def weights_of(loaded: Loaded) -> dict[str, Tensor]:

@@ -245,6 +245,18 @@ def test_the_datasets_library_reads_what_is_written(tmp_path: Path, kind: str) -
     assert again[1] == made[0]
 
 
+def test_json_lines_that_are_changed_while_in_use_are_no_longer_read(tmp_path: Path) -> None:
+    path, other = tmp_path / "data.jsonl", tmp_path / "other"
+    lines = [json.dumps({"id": str(n), "conversations": TALK}) + "\n" for n in range(3)]
+    path.write_text("".join(lines))
+    data = read(path)
+    other.write_text("".join(lines[::-1]))  # as long, line by line
+    other.replace(path)
+    for ask in (data.__getitem__, data.told, data.image_count):
+        with pytest.raises(InputError, match=r"data.jsonl.* was changed while it was in use; start again"):
+            ask(0)
+
+
 def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_file(tmp_path / "a/b") as file:
         file.write(b"x")

@@ -247,7 +247,7 @@ def row_tokens(
     """
     collate, data, found = ChatCollator(loaded.processor), Rows(rows), list[Tokens]()
     per_file = _SHARD * batch_size
-    with evaluating(loaded.model) as model:
+    with evaluating(loaded.model) as model, fitting(model):
         for batch in batches(len(data), batch_size, "scoring"):
             start = batch.start - batch.start % per_file
             file = kept and kept / f"{start}.safetensors"
@@ -318,23 +318,21 @@ def on_device(batch: Mapping[str, Any], model: PreTrainedModel | PeftModel) -> d
 
 @contextmanager
 def evaluating(model: PreTrainedModel | PeftModel) -> Generator[PreTrainedModel | PeftModel]:
-    """The model in evaluation mode for a while.
-
-    Raises:
-        InputError: its processor is another model's.
-    """
+    """The model in evaluation mode for a while."""
     was_training = model.training
     model.eval()
     try:
-        with fitting(model):
-            yield model
+        yield model
     finally:
         model.train(was_training)
 
 
 @contextmanager
 def fitting(model: nn.Module) -> Generator[None]:
-    """What the host raises where a processor gives an image other tokens than the model, as the user's error."""
+    """What the host raises where a processor gives an image other tokens than the model, as the user's error.
+
+    Only where the collator is ours: a host's own may have cut tokens off.
+    """
     try:
         yield
     except ValueError as error:

@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DefaultFlowCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
@@ -244,10 +244,14 @@ class _Keyed:
 def _check_parting(state: Any) -> None:
     """FSDP and DeepSpeed, which part weights or what belongs to them among the processes, must leave room for this."""
     sharding, zero = (getattr(state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
-    if sharding and (sharding.fsdp_version != 2 or sharding.cpu_ram_efficient_loading):
+    if sharding and (
+        sharding.fsdp_version != 2
+        or sharding.cpu_ram_efficient_loading
+        or isinstance(sharding.cpu_offload, CPUOffloadPolicy)
+    ):
         raise InputError(
             "defense: each process asks the whole model before that is sharded; in fsdp_config set version to 2, and "
-            "cpu_ram_efficient_loading to false"
+            "cpu_ram_efficient_loading and offload_params to false"
         )
     if zero and zero.zero_stage > 2:
         raise InputError(

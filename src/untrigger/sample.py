@@ -117,22 +117,24 @@ class Data(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | Data:
         if isinstance(index, slice):
             return Data(self.path, self.format, self.rows, self.numbers[index], self.skipped)
-        number = self.numbers[index]
-        with _blame(self.path, number):
-            entry = parse(self.rows[number], number, LAYOUTS[self.format])
+        entry = self._entry(index)
+        with _blame(self.path, self.numbers[index]):
             images = tuple(_open(picture, self.folder) for picture in entry.pictures)
         return Sample(entry.id, images, entry.messages)
 
     def image_count(self, index: int) -> int:
         """How many images a row shows; decodes none."""
-        number = self.numbers[index]
-        return len(parse(self.rows[number], number, LAYOUTS[self.format]).pictures)
+        return len(self._entry(index).pictures)
 
     def told(self, index: int) -> Sample:
         """A row's turns without its images: decodes none."""
-        number = self.numbers[index]
-        entry = parse(self.rows[number], number, LAYOUTS[self.format])
+        entry = self._entry(index)
         return Sample(entry.id, (), entry.messages)
+
+    def _entry(self, index: int) -> Entry:
+        number = self.numbers[index]
+        with _blame(self.path, number):
+            return parse(self.rows[number], number, LAYOUTS[self.format])
 
     @property
     def folder(self) -> Path:

@@ -216,6 +216,8 @@ class Stages:
         finally:
             progress.stop()
         seconds = clock() - started
+        # accelerate left the forward pass in mixed precision; weights that were kept are asked without it, these too
+        trainer.accelerator.unwrap_model(loaded.model, keep_fp32_wrapper=False)
         with _host_errors(folder, checkpoint):
             trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings stand in the record

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, final
+from typing import IO, BinaryIO, final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -124,6 +125,7 @@ class JsonLines(Rows):
         self._path = path.absolute()
         self._places, self._lengths, self._numbers = array("Q"), array("Q"), array("Q")
         with path.open("rb") as file:
+            self._state = _state(file)
             place = 0
             for number, line in enumerate(file, 1):
                 if (line.removeprefix(_BOM) if number == 1 else line).strip():
@@ -137,6 +139,8 @@ class JsonLines(Rows):
 
     def __getitem__(self, index: int) -> object:
         with file_errors(self._path, "read"), self._path.open("rb") as file:
+            if _state(file) != self._state:
+                raise InputError(f"{self._path}: was changed while it was in use; start again")
             file.seek(self._places[index])
             line = file.read(self._lengths[index])
         text = (line.removeprefix(_BOM) if self._numbers[index] == 1 else line).strip()
@@ -147,6 +151,12 @@ class JsonLines(Rows):
 
     def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]]) -> None:
         _write_json(folder / self._path.name, self, rows, lines=True)
+
+
+def _state(file: BinaryIO) -> tuple[int, int, int]:
+    """What changes when a file is written or replaced."""
+    told = os.fstat(file.fileno())
+    return told.st_size, told.st_mtime_ns, told.st_ino
 
 
 def _write_json(path: Path, own: Rows, rows: Iterable[tuple[int, Row | None]], *, lines: bool) -> None:
