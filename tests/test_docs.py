@@ -140,7 +140,8 @@ def desk(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "plans").mkdir()
     plan = {"models": ["llava"], "data": ["scenes-vqa"], "attacks": ["badnets"], "defenses": ["plain"], "rates": [0.2]}
     cell = {"train_rows": 10, "test_rows": 4, "epochs": 1}
-    (tmp_path / "plans" / "paper.yaml").write_text(yaml.safe_dump({**plan, "split": "dev", "cell": cell}))
+    for name in ("paper", "smol-vqa", "smol-captions"):
+        (tmp_path / "plans" / f"{name}.yaml").write_text(yaml.safe_dump({**plan, "split": "dev", "cell": cell}))
     monkeypatch.setattr("untrigger.models.embedded_model_path", lambda _: tiny_model)
     monkeypatch.setattr("untrigger.stages.embedded_model_path", lambda _: tiny_model)
     monkeypatch.setattr("untrigger.matrix.on_this_machine", lambda jobs: in_this_process)
