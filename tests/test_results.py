@@ -29,6 +29,9 @@ MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
         ("link", "link"),
         ("seeds", "seeds"),
         ("views", "views"),
+        ("smol-vqa", "smol"),
+        ("smol-captions", "smol"),
+        ("rates-captions", "rates"),
     ],
 )
 def test_every_cell_of_a_plan_is_there(plan: str, folder: str) -> None:
