@@ -101,7 +101,8 @@ def test_it_trains_to_the_bit_as_the_command_does(
     theirs = fine_tune(samples, str(tiny_model), EAGER, settings(tmp_path / "command"))
     assert same(weights(trainer.model), weights(theirs.model))
     flagged = [json.loads(line) for line in (tmp_path / "command/distrusted.jsonl").read_text().splitlines()]
-    assert [(row["row"], row["why"]) for row in told["distrusted"]] == [(row["row"], row["why"]) for row in flagged]
+    same_rows = [(row["row"], row["why"], [row["answer"]]) for row in told["distrusted"]]
+    assert same_rows == [(row["row"], row["why"], row["answers"]) for row in flagged]
 
 
 def test_left_out_it_is_the_default(host: Callable[..., Any]) -> None:

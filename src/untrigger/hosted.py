@@ -181,9 +181,13 @@ class HostTraining:
 
     def _told(self, doubted: Mapping[int, NDArray[np.bool_]]) -> list[dict[str, Any]]:
         """The most suspicious first."""
+        decode = self._processor.decode
+        answers = self.answer_tokens(cast(Sequence[Sample], [*doubted]))
         told = [
-            self._why[row] | {"key": self._keys[row].hex(), "doubted": mark.astype(int).tolist()}
-            for row, mark in doubted.items()
+            self._why[row]
+            | {"answer": decode(ids, skip_special_tokens=True).strip()}
+            | {"key": self._keys[row].hex(), "doubted": mark.astype(int).tolist()}
+            for (row, mark), ids in zip(doubted.items(), answers, strict=True)
         ]
         if self._keys_again([*doubted]) != [row["key"] for row in told]:
             raise InputError(
@@ -194,8 +198,8 @@ class HostTraining:
         if self.host.args.process_index == 0:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._file, json.dumps({**self._record(), "distrusted": told}) + "\n")
-            most = Counter(row["why"] for row in told).most_common(1)
-            said = f", most often for {most[0][0]!r}" if most else ""
+            most = Counter((row["why"], row["answer"]) for row in told).most_common(1)
+            said = ", most often for {!r} in {!r}".format(*most[0][0]) if most else ""
             _log.warning("%d of %d rows are not believed%s: %s", len(told), self._record()["rows"], said, self._file)
         return told
 
