@@ -95,7 +95,11 @@ class OwnFeatures(nn.Module):
 
     def __init__(self, found: BaseModelOutputWithPooling) -> None:
         super().__init__()
-        self.base_model, self.found = self, found
+        self.found = found
+
+    @property
+    def base_model(self) -> OwnFeatures:
+        return self
 
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         return self.found

@@ -60,16 +60,14 @@ def estimate(missing: Iterable[Cell], done: Iterable[Result]) -> float:
     return total
 
 
-def _fitted(cell: Cell) -> str:
-    return f"{cell.epochs} {cell.batch_size} {cell.learning_rate} {cell.precision} {cell.tuning}"
-
-
 def _rough(cell: Cell, shared: set[str] | None = None) -> float:
     """By the table; an oracle that the cells before have trained is not trained again."""
     training = _ROW * cell.train_rows * cell.epochs
     asking = _QUESTION[task_of(cell.data)] * cell.test_rows * _ASKED
     if cell.defense == ORACLE and shared is not None:
-        key = f"{cell.model} {cell.data} {cell.seed} {cell.rate} {cell.train_rows} {_fitted(cell)}"
+        rows = cell.data, cell.seed, cell.rate, cell.train_rows
+        fitted = cell.epochs, cell.batch_size, cell.learning_rate, cell.precision, cell.tuning
+        key = str((cell.model, rows, fitted))
         training *= key not in shared
         shared.add(key)
     return training * _TIMES.get(cell.defense, _AFTER.get(cell.defense, 1.0)) + asking

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput
 
 from untrigger.collate import chat_message
 from untrigger.forward import evaluating, fitting
@@ -20,7 +21,8 @@ from untrigger.sample import Sample
 from untrigger.views import to_rgb
 
 _REMEMBERED = 256 * 2**20  # bytes of what a vision tower gave
-_READ = {"pooler_output", "last_hidden_state", "hidden_states", "attentions"}  # the first is read, where it is there
+# Of what a tower gives; where the first is there no family reads the others.
+_READ = {"pooler_output", "last_hidden_state", "hidden_states", "attentions"}
 
 
 @torch.inference_mode()
@@ -69,9 +71,8 @@ def looking_once(model: nn.Module) -> Generator[None]:
         new = {key: at for at, key in enumerate(keys) if key not in known}
         if new:
             found = look(pixel_values[list(new.values())], *args, **how)
-            blocks = found.pooler_output
-            known_to_us = set(found) <= _READ  # what a family reads besides could not be given again
-            if not known_to_us or blocks is None or len(blocks) != len(new) or blocks[0].ndim != 2:
+            blocks = _blocks(found, len(new))
+            if blocks is None:
                 return found if len(new) == len(keys) else look(pixel_values, *args, **how)
             whole = isinstance(blocks, Tensor)
             known.update((key, block.clone()) for key, block in zip(new, blocks, strict=True))
@@ -90,6 +91,14 @@ def looking_once(model: nn.Module) -> Generator[None]:
         del inner.get_image_features
         if own is not None:
             inner.get_image_features = own
+
+
+def _blocks(found: ModelOutput, count: int) -> Tensor | list[Tensor] | None:
+    """A block of features [T, D] for each of ``count`` images, where that is all that a family reads of ``found``."""
+    blocks = found.get("pooler_output")
+    if not set(found) <= _READ or blocks is None or len(blocks) != count or blocks[0].ndim != 2:
+        return None
+    return blocks
 
 
 def _forget(known: dict[bytes, Tensor]) -> None:

@@ -181,15 +181,15 @@ class HostTraining:
 
     def _told(self, doubted: Mapping[int, NDArray[np.bool_]]) -> list[dict[str, Any]]:
         """The most suspicious first."""
-        decode = self._processor.decode
-        answers = self.answer_tokens(cast(Sequence[Sample], [*doubted]))
+        again, answers = list[bytes](), list[str]()
+        for keys, batch in self._loader([*doubted]):
+            again += keys
+            answers += [self._processor.decode(ids, skip_special_tokens=True).strip() for ids in batch_answers(batch)]
         told = [
-            self._why[row]
-            | {"answer": decode(ids, skip_special_tokens=True).strip()}
-            | {"key": self._keys[row].hex(), "doubted": mark.astype(int).tolist()}
-            for (row, mark), ids in zip(doubted.items(), answers, strict=True)
+            self._why[row] | {"answer": answer, "key": self._keys[row].hex(), "doubted": mark.astype(int).tolist()}
+            for (row, mark), answer in zip(doubted.items(), answers, strict=True)
         ]
-        if self._keys_again([*doubted]) != [row["key"] for row in told]:
+        if again != [self._keys[row] for row in doubted]:
             raise InputError(
                 "defense: a row is another each time that it is asked for, and would not be known again in training; "
                 "draw what is random in the collator"
