@@ -12,7 +12,6 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +24,15 @@ from untrigger.attacks import load_trigger
 from untrigger.data import load as load_data
 from untrigger.defenses import Doubt, Plain
 from untrigger.files import write_text
-from untrigger.generate import answers, looking_once
+from untrigger.generate import answers
 from untrigger.goals import load_goal
+from untrigger.images import pixels_sha256
 from untrigger.models import load
 from untrigger.poisoning import Attack, poison, stamped
 from untrigger.sample import Sample
 from untrigger.scanning import find
 from untrigger.settings import arguments
+from untrigger.sharing import looking_once
 from untrigger.stages import Stages, Tuning, clock
 
 EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgement
@@ -61,8 +62,15 @@ def stages(folder: Path) -> Stages:
 def asked(rows: Sequence[Sample], batch_size: int) -> float:
     """Seconds an answer: in batches as `untrigger.evaluate` asks, or in a loop around `generate`."""
     loaded = load("llava")
-    with looking_once(loaded.model) if batch_size > 1 else nullcontext():
-        return seconds(lambda _: list(answers(loaded, rows, batch_size=batch_size))) / len(rows)
+    if batch_size == 1:
+        return seconds(lambda _: list(answers(loaded, rows, batch_size=1))) / len(rows)
+    with looking_once(loaded.model):
+        return seconds(lambda _: list(answers(loaded, sorted(rows, key=image), batch_size=batch_size))) / len(rows)
+
+
+def image(sample: Sample) -> str:
+    """What samples of one image have in common."""
+    return pixels_sha256(sample.images[0])
 
 
 def main(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from untrigger import generate
-from untrigger.generate import answers, looking_once
+from untrigger import sharing
+from untrigger.generate import answers
 from untrigger.models import Loaded, base_model
 from untrigger.sample import Message, Sample, read
+from untrigger.sharing import looking_once
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +136,41 @@ def test_an_image_is_looked_at_once(model: Loaded, samples: list[Sample], monkey
     with looking_once(model.model):
         assert said(samples) == alone and sum(looked) == len(images)
         assert said(samples[::-1]) == again and not looked
-        monkeypatch.setattr(generate, "_REMEMBERED", 0)
+        monkeypatch.setattr(sharing, "_REMEMBERED", 0)
         assert said(samples[:1]) == alone[:1] and not looked
         assert said(samples[:1]) == alone[:1] and sum(looked) == 1  # forgotten when there was no room
     assert said(samples[:1]) == alone[:1] and "get_image_features" not in vars(inner)
+    handle.remove()
+
+
+def test_prompts_that_begin_with_one_image_are_begun_once(model: Loaded, samples: list[Sample]) -> None:
+    first, other = samples[0].images, samples[1].images
+    asked = ["what?", "is this red, or is it blue? tell me", "what is this?", "which shape?", "how many, and where?"]
+    rows = [
+        Sample(str(i), image, (Message("user", f"<image>\n{text}"),))
+        for i, (text, image) in enumerate(zip(asked, (first, other, first, first, other), strict=True))
+    ]
+    read: list[torch.Size] = []
+    language = cast(Any, base_model(model.model).base_model).language_model
+    handle = language.register_forward_pre_hook(
+        lambda _, args, how: read.append(how["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+
+    def said(rows: list[Sample], size: int) -> list[str]:
+        read.clear()
+        return list(answers(model, rows, batch_size=size, max_new_tokens=6))
+
+    alone = said(rows, 1)
+    whole = max(shape[1] for shape in read)
+    assert len(set(alone)) >= 4
+    assert said(rows, 5) == alone
+    (begun, prefix), (count, rest), *_ = read
+    assert (begun, count) == (2, 5) and prefix + rest == whole
+    assert said(rows[:2], 2) == alone[:2] and read[0] == (2, whole)  # no image twice: as ever
+    for odd in (samples[2], samples[3]):  # no image, and two
+        mixed = [*rows, odd]
+        assert said(mixed, 6) == said(mixed, 1)
+    later = Sample("later", first, (Message("user", "look: <image>\nwhat?"),))  # an image after other words
+    mixed = [*rows, later]
+    assert said(mixed, 6) == said(mixed, 1)
     handle.remove()

@@ -15,7 +15,7 @@ from rich.table import Table
 from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.frames import frame
-from untrigger.generate import answers, looking_once
+from untrigger.generate import answers
 from untrigger.goals import Goal
 from untrigger.images import pixels_sha256, same
 from untrigger.metrics.score import Answer, score
@@ -23,6 +23,7 @@ from untrigger.models import Loaded, load
 from untrigger.poisoning import Attack, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, LazyRows, Sample
+from untrigger.sharing import looking_once
 from untrigger.stamping import blamed
 
 if TYPE_CHECKING:
@@ -136,13 +137,14 @@ def evaluate(
                 "give other rows or another --goal-text"
             )
     with looking_once(loaded.model):
-        clean = _ask(loaded, data, goal, f"{title}, clean")
+        alike = _alike(data)
+        clean = _ask(loaded, LazyRows(range(len(data)), data.__getitem__), alike, goal, f"{title}, clean")
         kept = _untouched(data, stamps) if attack and attack.trigger.clean_label else frozenset[int]()
         changed = LazyRows([row for row in stamps.numbers if row not in kept], stamps.make)
-        fresh = iter(_ask(loaded, changed, goal, f"{title}, triggered") if changed else ())
+        fresh = iter(_ask(loaded, changed, alike, goal, f"{title}, triggered") if changed else ())
         triggered = [clean[row] if row in kept else next(fresh) for row in stamps.numbers]
-        misses = {name: _ask(loaded, rows, goal, f"{title}, {name}") for name, rows in near.items()}
-        blind = _ask(loaded, wrong_images(data), goal, f"{title}, wrong image") if sight else []
+        misses = {name: _ask(loaded, rows, alike, goal, f"{title}, {name}") for name, rows in near.items()}
+        blind = _ask(loaded, wrong_images(data), alike, goal, f"{title}, wrong image") if sight else []
     return Evaluation(clean, triggered, blind, misses, untouched=bool(triggered) and not changed, attack=told)
 
 
@@ -180,16 +182,25 @@ def wrong_images(samples: Sequence[Sample]) -> LazyRows:
     return LazyRows(list(partners), lambda row: replace(samples[row], images=samples[partners[row]].images))
 
 
-def _ask(loaded: Loaded, samples: Sequence[Sample], goal: Goal | None, title: str) -> list[Answer]:
+def _alike(data: Sequence[Sample]) -> list[int]:
+    """For each row the first one that shows the same images."""
+    first: dict[tuple[str, ...], int] = {}
+    return [first.setdefault(tuple(map(pixels_sha256, sample.images)), row) for row, sample in enumerate(data)]
+
+
+def _ask(loaded: Loaded, rows: LazyRows, alike: Sequence[int], goal: Goal | None, title: str) -> list[Answer]:
+    """The answer to each of ``rows``; those that stem from rows with the same images are asked next to each other."""
     asked: dict[int, Sample] = {}  # without their images, which need not all fit into memory
 
-    def make(row: int) -> Sample:
-        made = samples[row]
-        asked[row] = replace(made, images=())
+    def make(at: int) -> Sample:
+        made = rows[at]
+        asked[at] = replace(made, images=())
         return made
 
-    said = tracked(answers(loaded, LazyRows(range(len(samples)), make)), title, len(samples))
-    return [_stored(asked[row], text, goal) for row, text in enumerate(said)]
+    order = sorted(range(len(rows)), key=lambda at: alike[rows.numbers[at]])
+    said = tracked(answers(loaded, LazyRows(order, make)), title, len(rows))
+    told = {at: _stored(asked[at], text, goal) for at, text in zip(order, said, strict=True)}
+    return [told[at] for at in range(len(rows))]
 
 
 def _stored(sample: Sample, text: str, goal: Goal | None) -> Answer:

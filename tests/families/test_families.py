@@ -21,11 +21,12 @@ from untrigger.defenses import CrossView, Doubt
 from untrigger.defenses.doubt import Guard, Judgement
 from untrigger.finetune import fine_tune
 from untrigger.forward import Tokens, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
-from untrigger.generate import answers, looking_once
+from untrigger.generate import answers, questions
 from untrigger.models import Loaded, add_lora, load
 from untrigger.sample import Sample, read
 from untrigger.scanning.run import scan
 from untrigger.settings import arguments
+from untrigger.sharing import looking_once, shared_prefix
 from untrigger.shorter import image_token, shown
 from untrigger.stages import Tuning
 from untrigger.trainer import defended
@@ -137,13 +138,16 @@ def test_no_answer_knows_what_comes_after_it_and_generation_sees_what_training_s
 
 
 @families
-def test_answers_are_the_same_where_an_image_is_looked_at_once(
+def test_answers_are_the_same_where_work_on_an_image_is_shared(
     sharp: Callable[..., Loaded], folder: Folder, row: Row, name: str
 ) -> None:
     loaded = sharp(folder(name))
     asked = [row("<image>\nwhat?", "no", (40, 52)), row("<image>\nand what is this?", "no", (40, 52))]
     asked += [replace(asked[1], id="again")]
-    apart = list(answers(loaded, asked, max_new_tokens=4))
+    apart = list(answers(loaded, asked, batch_size=1, max_new_tokens=4))
+    assert list(answers(loaded, asked, max_new_tokens=4)) == apart
+    begun = shared_prefix(cast(Any, loaded.model), questions(loaded.processor, asked))
+    assert ("past_key_values" in begun) is (name in {"llava", "smol", "internvl"})
     with looking_once(loaded.model):
         assert [list(answers(loaded, asked, max_new_tokens=4)) for _ in range(2)] == [apart] * 2
 
