@@ -145,6 +145,16 @@ def test_pairs_are_originals_then_views_whose_labels_are_ignored(collate: ChatCo
     assert torch.all((batch["pixel_values"][:6] != batch["pixel_values"][6:]).flatten(1).any(1))
 
 
+def test_a_further_view_is_another_one_and_changes_nothing_of_the_first(collate: ChatCollator) -> None:
+    one, two = (PairCollator(collate, Mask(ratio=0.5), 0, views)(CONVERSATIONS) for views in (1, 2))
+    assert torch.equal(two["input_ids"], one["input_ids"][:4].repeat(3, 1))
+    assert torch.equal(two["labels"][:8], one["labels"]) and torch.all(two["labels"][8:] == IGNORE)
+    first, second = two["pixel_values"][6:12], two["pixel_values"][12:]
+    assert torch.equal(two["pixel_values"][:6], one["pixel_values"][:6])
+    assert torch.equal(first, one["pixel_values"][6:])
+    assert torch.all((first != second).flatten(1).any(1))
+
+
 @pytest.mark.parametrize("make", [lambda c: PairCollator(c, Erase(), 0), lambda c: AugmentCollator(c, Erase(), 0, 1.0)])
 def test_the_row_that_was_given_is_not_touched_even_by_a_host_that_writes_into_rows(
     make: Callable[[Any], Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -173,6 +173,13 @@ BAD: list[tuple[type[Defense], dict[str, Any]]] = [
 def test_fields_out_of_range_are_refused_by_name(cls: type[Defense], bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         cls(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"views": 0}, {"views": 2, "stop_gradient": True}, {"views": 2, "view": "drop"}])
+def test_several_views_are_for_where_each_has_a_whole_pass_with_gradients(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"views is \d; it must be at least 1, and 1 with stop_gradient or drop"):
+        _ = CrossView(**bad).dropped
+    assert cast(Any, CrossView(views=3).paired)[1] == 3
 
 
 @pytest.mark.parametrize("cls", [CrossView, TwoView, PatchAug])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from untrigger import forward, fused, objective
 from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
+from untrigger.defenses import CrossView
 from untrigger.errors import InputError
 from untrigger.forward import (
     Answers,
@@ -27,6 +29,7 @@ from untrigger.forward import (
     pair_losses,
     row_tokens,
 )
+from untrigger.fused import Losses
 from untrigger.models import Loaded, add_lora, embedded_models, load
 from untrigger.sample import Message, Sample, read
 from untrigger.views import Erase
@@ -94,6 +97,40 @@ def test_a_pair_is_the_answers_of_either_half(exact: Loaded, samples: list[Sampl
         torch.testing.assert_close(hidden, alone.hidden)
         assert torch.equal(pair.target, alone.target) and torch.equal(pair.row, alone.row)
     assert not torch.equal(pair.logits, pair.view_logits)
+
+
+def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(exact: Loaded, samples: list[Sample]) -> None:
+    rows, defense = Rows(samples[:4]), CrossView(margin=0.6, bound=-0.5, views=2)
+    batch = PairCollator(ChatCollator(exact.processor), Erase(), 0, views=2)([rows[i] for i in range(4)])
+    images = len(batch["pixel_values"]) // 3
+    learning = list(exact.model.parameters())
+
+    def found(inputs: dict[str, Any], step: CrossView) -> tuple[Losses, list[Tensor]]:
+        losses = step.step(exact.model, inputs)
+        losses.total.sum().backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in learning]
+        exact.model.zero_grad()
+        return losses, grads
+
+    def alone(view: int) -> dict[str, Any]:
+        """The batch with one of its views."""
+        each = {name: images if name == "pixel_values" else 4 for name in batch}
+        return {
+            name: torch.cat([value[: each[name]], value[view * each[name] : (view + 1) * each[name]]])
+            for name, value in batch.items()
+        }
+
+    both, grads = found(batch, defense)
+    (one, first), (other, second) = (found(alone(view), replace(defense, views=1)) for view in (1, 2))
+    assert not torch.equal(one.terms["separation"], other.terms["separation"])
+    for name, value in (both.terms | both.seen).items():
+        torch.testing.assert_close(
+            value, ((one.terms | one.seen)[name] + (other.terms | other.seen)[name]) / 2, atol=1e-6, rtol=1e-6
+        )
+    torch.testing.assert_close(both.total, (one.total + other.total) / 2, atol=1e-6, rtol=1e-6)
+    assert any(grad.any() for grad in grads)
+    for grad, a, b in zip(grads, first, second, strict=True):
+        torch.testing.assert_close(grad, (a + b) / 2, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])

@@ -96,7 +96,7 @@ def test_every_field_of_training_arguments_is_reachable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("preset", "cls"), PRESETS.items())
 def test_every_field_of_every_defence_is_a_flag(tmp_path: Path, preset: str, cls: type[Defense]) -> None:
-    other = {"view": "mask", "stop_gradient": "True", "most": "500"}
+    other = {"view": "mask", "views": "1", "stop_gradient": "True", "most": "500"}
     flags = {f.name: other.get(f.name, "0.125") for f in fields(cls)}
     if "entropy_high" in flags:
         flags["entropy_high"] = "0.75"

@@ -60,7 +60,7 @@ def trainer_of(
 
 def pair_of(loaded: Loaded, defense: Defense, data: list[Row]) -> dict[str, Tensor]:
     assert defense.paired is not None
-    return PairCollator(ChatCollator(loaded.processor), defense.paired, seed=42)(data)
+    return PairCollator(ChatCollator(loaded.processor), defense.paired[0], seed=42)(data)
 
 
 # --- the naive reference: two forwards, full logits, textbook formulas ---------------------------

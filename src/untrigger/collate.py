@@ -235,20 +235,27 @@ class _Viewer(DrawingCollator):
 
 
 class PairCollator(_Viewer):
-    """Originals, then their views, in one batch of twice the rows.
+    """Originals, then a view of each, then the next view of each, to so many ``views``: one batch [(1 + views) B, ...].
 
     The views' ``labels`` are IGNORE: the host then counts each answer token once, and the views' targets are
     those of the originals. Raises ValueError if a view's tokens differ from its original's: per-token
     divergences would compare different tokens.
     """
 
+    def __init__(self, collate: Collate, view: View, seed: int, views: int = 1) -> None:
+        super().__init__(collate, view, seed)
+        self.views = views
+
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         count = len(rows)
         originals = [_with_rgb(row) for row in rows]
+        drawn = [(row, self.rng(row)) for row in originals]
         # copies on both sides: some host collators write into the rows they are given
-        batch = self.collate([dict(r) for r in originals] + [self.viewed(r, self.rng(r)) for r in originals])
+        batch = self.collate(
+            [dict(row) for row in originals] + [self.viewed(*each) for _ in range(self.views) for each in drawn]
+        )
         ids = batch["input_ids"]
-        if not torch.equal(ids[:count], ids[count:]):
+        if not torch.equal(ids[:count].repeat(self.views, 1), ids[count:]):
             raise ValueError("a view changed its row's tokens: the view must keep the size of the image")
         batch["labels"] = batch["labels"].clone()
         batch["labels"][count:] = IGNORE

@@ -105,34 +105,49 @@ def pair_losses(
     inputs: dict[str, Any],
     loss: Callable[[Pair], tuple[Values, Values]],
     *,
+    views: int = 1,
     still: bool = False,
     drop: float = 0.0,
 ) -> tuple[Losses, Tensor]:
-    """The same over a PairCollator's batch [2B, ...], originals then views; also the row of each answer token [N].
+    """The same over a PairCollator's batch [(1 + views) B, ...]; also the row of each answer token [N].
+
+    With several ``views`` the terms are the means of those with each.
 
     Where a share of image tokens is to ``drop`` it is a DropCollator's batch [B, ...], and the view is the same rows
     without these tokens.
     With a view that is held ``still`` no gradient flows into it: it has a forward pass of its own, before the other,
     and adds no activations to it.
     """
-    labels = inputs["labels"] if drop else inputs["labels"].tensor_split(2)[0]
+    labels = inputs["labels"] if drop else inputs["labels"].tensor_split(1 + views)[0]
     target, row, keep = _answers(labels)
 
     def of_pair(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
-        view_logits = logits[1].detach() if still else logits[1]  # a trained head learns nothing from it either
-        return loss(Pair(target[part], logits[0], view_logits, hidden[0], hidden[1], row[part]))
+        pairs = [
+            # of a view held still a trained head learns nothing either
+            loss(Pair(target[part], logits[0], view.detach() if still else view, hidden[0], seen, row[part]))
+            for view, seen in zip(logits[1:], hidden[1:], strict=True)
+        ]
+        terms, known = ([found[i] for found in pairs] for i in (0, 1))
+        return _mean(terms), _mean(known)
 
     if not (still or drop):
-        return _losses(model, inputs, keep.repeat(2, 1), of_pair, views=2), row
+        return _losses(model, inputs, keep.repeat(1 + views, 1), of_pair, views=1 + views), row
     if drop:
-        originals = views = looked_at(model, {name: value for name, value in inputs.items() if name != "order"})
+        originals = seen = looked_at(model, {name: value for name, value in inputs.items() if name != "order"})
         positions = shown(inputs["input_ids"], inputs["order"], image_token(model), drop)
     else:
-        originals, views = ({name: value.tensor_split(2)[half] for name, value in inputs.items()} for half in (0, 1))
+        originals, seen = ({name: value.tensor_split(2)[half] for name, value in inputs.items()} for half in (0, 1))
         positions = torch.ones_like(keep)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not still):
-        view = _hidden(model, views, keep, positions)
+        view = _hidden(model, seen, keep, positions)
     return _losses(model, originals, keep, of_pair, view=view), row
+
+
+def _mean(values: Sequence[Values]) -> Values:
+    """Of the same names."""
+    if len(values) == 1:
+        return values[0]
+    return {name: torch.stack([each[name] for each in values]).mean(dim=0) for name in values[0]}
 
 
 def _answers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,7 +105,7 @@ class DefendedMixin(_Host):
         if self.defense.dropped:
             return DropCollator(inner, seed)
         if self.defense.paired is not None:
-            return PairCollator(inner, self.defense.paired, seed)
+            return PairCollator(inner, self.defense.paired[0], seed, self.defense.paired[1])
         if self.defense.replaced is not None:
             return AugmentCollator(inner, self.defense.replaced[0], seed, self.defense.replaced[1])
         return inner

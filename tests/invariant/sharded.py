@@ -31,7 +31,7 @@ WAYS = {
 
 
 def batch_of(defense: CrossView, collate: Collate, rows: Rows) -> dict[str, Any]:
-    made = DropCollator(collate, 0) if defense.paired is None else PairCollator(collate, defense.paired, 0)
+    made = DropCollator(collate, 0) if defense.paired is None else PairCollator(collate, defense.paired[0], 0)
     return made([rows[i] for i in range(len(rows))])
 
 

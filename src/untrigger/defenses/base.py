@@ -106,8 +106,8 @@ class StepDefense(Defense):
         return training.fit(rows, self)
 
     @property
-    def paired(self) -> View | None:
-        """The view that makes the second half of each training batch; None where there is no second half."""
+    def paired(self) -> tuple[View, int] | None:
+        """The view that follows the originals in each training batch, and how often; None where nothing follows."""
         return None
 
     @property
@@ -138,11 +138,13 @@ class PairedDefense(StepDefense):
         view, patch, ratio: which patch view, the side of a patch as a share of the image's shorter side, and the share
             of patches perturbed. ``mix`` draws a view per image; ``drop`` perturbs nothing and does not show the
             language model that share of an image's tokens, which makes its pass so much shorter.
+        views: how many views a row has in a step, each a forward and a backward pass; terms are means over them.
     """
 
     view: str = "mix"
     patch: float = 0.125
     ratio: float = 0.5
+    views: int = 1
 
     @property
     @abstractmethod
@@ -155,11 +157,15 @@ class PairedDefense(StepDefense):
         return False
 
     @property
-    def paired(self) -> View | None:
-        return patch_view(self.view, self.patch, self.ratio) if self.compares and self.view != _DROP else None
+    def paired(self) -> tuple[View, int] | None:
+        if not self.compares or self.view == _DROP:
+            return None
+        return patch_view(self.view, self.patch, self.ratio), self.views
 
     @property
     def dropped(self) -> float:
+        if self.views < 1 or (self.views > 1 and (self.still or self.view == _DROP)):
+            raise ValueError(f"views is {self.views}; it must be at least 1, and 1 with stop_gradient or drop")
         if not self.compares or self.view != _DROP:
             return 0.0
         if not 0 < self.ratio <= 1:
@@ -175,7 +181,9 @@ class PairedDefense(StepDefense):
         """Weighted terms [N] by name."""
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
-        return pair_losses(model, inputs, self._terms_and_views, still=self.still, drop=self.dropped)[0]
+        return pair_losses(model, inputs, self._terms_and_views, views=self.views, still=self.still, drop=self.dropped)[
+            0
+        ]
 
     def _terms_and_views(self, pair: Pair) -> tuple[Values, Values]:
         nll, view_nll, js, entropy = pair.compared
