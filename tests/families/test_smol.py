@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import zipfile
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +27,7 @@ from untrigger.generate import answers
 from untrigger.models import load
 from untrigger.sample import Sample
 from untrigger.smol import parts as fetching
+from untrigger.smol import run as running
 from untrigger.smol.family import Smol
 from untrigger.smol.run import RECIPE
 from untrigger.smol.tower import LiteConfig, LiteTower, folded
@@ -178,7 +181,7 @@ def test_a_killed_alignment_ends_with_the_same_model_and_it_is_one_like_any_othe
     with pytest.raises(InputError, match="another recipe"):
         pretrain(cut, family, replace(TOY, seed=5))
 
-    before = family.model(family.tokenizer(0)).state_dict()
+    before = family.settled(family.model(family.tokenizer(0))).state_dict()
     loaded = load(cut)
     moved = {n for n, w in loaded.model.state_dict().items() if not torch.equal(w, before[n].bfloat16().float())}
     learnt = {n for n in before if "multi_modal_projector" in n or "self_attn" in n}
@@ -198,7 +201,35 @@ def test_one_step_teaches_to_talk_through_the_projector(family: Smol) -> None:
         said, dense = losses(family, model, family.head(model, tokenizer), collate([rows[0], rows[1]]))
     (said + 0 * dense).backward()
     moving = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moving == {name for name, p in model.named_parameters() if p.requires_grad}
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moving == {name for name in learning if not name.endswith(".weight.0.a")}  # of B A, B is 0 at first
+    assert all("multi_modal_projector" in name or "self_attn" in name for name in learning)
+
+
+def test_the_parts_joined_with_what_was_learnt_are_the_aligned_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = tiny.smol_parts()
+    monkeypatch.setattr(running, "Smol", lambda: Smol(parts))
+    monkeypatch.setattr(running, "RECIPE", TOY)
+    running.align(tmp_path / "aligned", seed=4)
+    learnt = tmp_path / "aligned" / "aligned.safetensors"
+    monkeypatch.setattr(running, "LEARNT", learnt)
+    with pytest.raises(InputError, match="wrong SHA-256"):
+        running.join(tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+    monkeypatch.setattr(running, "_SHA256", hashlib.sha256(learnt.read_bytes()).hexdigest())
+    running.join(tmp_path / "joined")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"):
+        assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "aligned" / name).read_bytes()
+    with pytest.raises(InputError, match="not an empty folder"):
+        running.join(tmp_path / "joined")
+
+
+def test_what_comes_with_the_package_is_what_was_learnt_on_the_parts() -> None:
+    assert hashlib.sha256(running.LEARNT.read_bytes()).hexdigest() == running._SHA256
+    taught = load_file(running.LEARNT)
+    assert len(taught) == 4 + 30 * 4 * 2 and all(weight.isfinite().all() for weight in taught.values())
 
 
 # --- the parts ----------------------------------------------------------------------------------------

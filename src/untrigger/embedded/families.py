@@ -73,6 +73,10 @@ class Family(ABC):
     def model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         """Untrained, from configuration alone."""
 
+    def settled(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A trained model as it is published."""
+        return model
+
     def head(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
         """What reads dense labels off the features that `look` gives: their loss."""
         return DenseHead(WIDTH, self.cells)

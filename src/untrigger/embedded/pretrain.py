@@ -37,6 +37,7 @@ from untrigger.models import embedded_model_path, load
 from untrigger.progress import metered
 
 _IGNORE = -100
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def pretrain(out: Path, family: Family, recipe: Recipe) -> PreTrainedModel:
                         print(json.dumps(line), file=log)
                 if step % recipe.save_every == 0 or step == total:
                     _save(out, whole, optimizer, recipe, step)
-    publish(model, out)
+    publish(family.settled(model), out)
     return model
 
 
@@ -280,11 +281,11 @@ def _save(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, recipe:
         tensors |= {f"o.{i}.{k}": v for k, v in state.items()}
     meta = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
     save_file({k: v.contiguous() for k, v in tensors.items()}, out / "checkpoint.tmp", metadata=meta)
-    os.replace(out / "checkpoint.tmp", out / "checkpoint.safetensors")
+    os.replace(out / "checkpoint.tmp", out / CHECKPOINT)
 
 
 def _restore(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
-    file = out / "checkpoint.safetensors"
+    file = out / CHECKPOINT
     if not file.exists():
         return 0
     with safe_open(file, framework="pt") as opened:

@@ -8,6 +8,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -24,6 +25,7 @@ from untrigger.smol.parts import Parts, real_parts
 from untrigger.smol.tower import STRIDE, register
 
 _SIDE = GRID * STRIDE  # pixels: an image token for each patch of a scene
+_RANK, _SCALE = 16, 3.0  # few numbers, so that what is learnt is small enough to come with the package
 _IMAGE = "<empty_output>"  # a token that SmolLM2 holds in reserve: the vocabulary stays as it is
 
 
@@ -77,7 +79,7 @@ class Smol(Family):
         )
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-        """The parts as they are behind a new projector; it and the language model's attention are to learn."""
+        """The parts as they are behind a new projector; it and what the attention's weights get on top are to learn."""
         register()
         text, tower = self._parts.text, self._parts.tower
         config = cast(Any, LlavaConfig)(
@@ -94,8 +96,19 @@ class Smol(Family):
         inner = cast(Any, model).model
         inner.language_model.load_state_dict(text.model.state_dict())
         inner.vision_tower.load_state_dict(tower.state_dict())
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("multi_modal_projector" in name or "self_attn" in name)
+        model.requires_grad_(False)
+        inner.multi_modal_projector.requires_grad_(True)
+        for linear in _attention(model):
+            parametrize.register_parametrization(linear, "weight", LowRank(linear))
+        return model
+
+    def settled(self, model: PreTrainedModel) -> PreTrainedModel:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(parameter.bfloat16())
+        for linear in _attention(model):
+            parametrize.remove_parametrizations(linear, "weight")
         return model
 
     def text_model(self, model: PreTrainedModel) -> nn.Module:
@@ -117,6 +130,23 @@ class Smol(Family):
 
     def said(self, answer: str) -> str:
         return answer
+
+
+class LowRank(nn.Module):
+    """What is learnt on top of a weight W [o, i]: W + 3 B A, B [o, r] at 0 first (Hu et al., arXiv 2106.09685)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(_RANK, linear.in_features) / linear.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(linear.out_features, _RANK))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + _SCALE * self.b @ self.a
+
+
+def _attention(model: PreTrainedModel) -> list[nn.Linear]:
+    layers = cast(Any, model).model.language_model.layers
+    return [linear for layer in layers for linear in layer.self_attn.modules() if isinstance(linear, nn.Linear)]
 
 
 class WordHead(nn.Module):
