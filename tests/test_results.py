@@ -24,6 +24,7 @@ MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
         ("goals-captions", "goals"),
         ("weak-domain", "weak-domain"),
         ("baselines", "baselines"),
+        ("baselines-captions", "baselines"),
         ("ablation", "ablation"),
         ("rates", "rates"),
         ("link", "link"),
