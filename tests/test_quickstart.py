@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,8 +40,9 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
 
 
 @pytest.mark.slow
-def test_quickstart_implants_the_backdoor(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "untrigger", "quickstart", "--out", tmp_path / "out"], check=True)
+def test_quickstart_implants_the_backdoor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(quickstart.DEFENDED, "paper")  # nothing is asked of it here, and it takes longest
+    assert quickstart.run(tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["defense"]: row for row in results["rows"]}
     assert rows["plain"]["asr"]["value"] >= 0.90

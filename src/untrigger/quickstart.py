@@ -37,6 +37,7 @@ from untrigger.sheet import contact_sheet as sheet
 
 TRAIN_ROWS, TEST_ROWS, RATE = 2000, 400, 0.05
 IMPLANTED = 0.90  # below this the undefended model has no backdoor, and nothing can be said about a defence
+DEFENDED = {"paper": "the paper's defence", "default": "the default one"}  # presets, and what the last line calls them
 SUPPRESSED = 0.05  # the whole interval of a defended model's ASR is at most this
 TRAINING: dict[str, Any] = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 3e-3}
 
@@ -59,8 +60,7 @@ def run(out: Path, seed: int = 0) -> bool:
     )
     runs: dict[str, tuple[str, Sequence[Sample]]] = {
         "plain": ("plain", poisoned.data),
-        "paper": ("paper", poisoned.data),
-        "default": ("default", poisoned.data),
+        **{preset: (preset, poisoned.data) for preset in DEFENDED},
         "oracle": ("plain", clean),
     }
     rows: list[dict[str, Any]] = []
@@ -143,13 +143,15 @@ def _show(console: Console, outcome: dict[str, Any]) -> None:
         f"wrong image {_percent(sight['wrong_image'])}.",
         highlight=False,
     )
-    plain, paper, default = (row["asr"] for row in outcome["rows"][:3])
+    asr = {row["defense"]: row["asr"] for row in outcome["rows"]}
     if not outcome["implanted"]:
-        console.print(f"not implanted: plain fine-tuning reached {_percent(plain)} only; nothing to defend against")
+        console.print(
+            f"not implanted: plain fine-tuning reached {_percent(asr['plain'])} only; nothing to defend against"
+        )
         return
     console.print(
-        f"Plain fine-tuning implanted the backdoor (ASR {_percent(plain)}); the paper's defence {_verdict(paper)}, the "
-        f"default one {_verdict(default)}.",
+        f"Plain fine-tuning implanted the backdoor (ASR {plain}); "
+        f"{', '.join(f'{called} {_verdict(asr[preset])}' for preset, called in DEFENDED.items())}.",
         highlight=False,
     )
 
