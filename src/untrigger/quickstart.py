@@ -144,10 +144,9 @@ def _show(console: Console, outcome: dict[str, Any]) -> None:
         highlight=False,
     )
     asr = {row["defense"]: row["asr"] for row in outcome["rows"]}
+    plain = _percent(asr["plain"])
     if not outcome["implanted"]:
-        console.print(
-            f"not implanted: plain fine-tuning reached {_percent(asr['plain'])} only; nothing to defend against"
-        )
+        console.print(f"not implanted: plain fine-tuning reached {plain} only; nothing to defend against")
         return
     console.print(
         f"Plain fine-tuning implanted the backdoor (ASR {plain}); "
