@@ -20,7 +20,7 @@ from untrigger.data import load
 from untrigger.defenses import Doubt
 from untrigger.files import write_text
 from untrigger.metrics import Rate
-from untrigger.scanning import scan
+from untrigger.scanning import find
 from untrigger.settings import arguments
 from untrigger.stages import Stages, Tuning
 
@@ -31,7 +31,7 @@ def scanned(name: str, model: str, seed: int, rows: int) -> dict[str, Any]:
     """What is found in clean rows: targets, and rows that the preset would not believe."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(Path(folder), num_train_epochs=3, learning_rate=3e-3, save_strategy="no", seed=seed)
-        found = scan(load(name, "report", "train", rows, seed), Stages(model, args, Tuning()), Doubt())
+        found = find(load(name, "report", "train", rows, seed), Stages(model, args, Tuning()), Doubt())
     targets = [{"text": target.text, "rows": len(target.rows), "chance": target.chance} for target in found.targets]
     return {"targets": targets, "doubted": sum(bool(verdict.doubted) for verdict in found.verdicts)}
 

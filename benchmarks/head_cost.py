@@ -55,7 +55,7 @@ def products(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tenso
     """Logits of both views, and as much again backward; each is let go before the next."""
     with torch.no_grad():
         for states in hidden:
-            head(states) @ head.weight
+            _ = head(states) @ head.weight
     return hidden[0].sum()
 
 

@@ -103,7 +103,7 @@ def main(
     for name in ("what", "over", "ratio"):
         table.add_column(name)
     for row in found:
-        table.add_row(row["what"], row["over"], f"{row['ratio']:.2f}")
+        table.add_row(str(row["what"]), str(row["over"]), f"{row['ratio']:.2f}")
     Console().print(table)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     write_text(out, json.dumps({"device": device, "torch": torch.__version__, "rows": found}, indent=1) + "\n")

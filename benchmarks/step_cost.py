@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import typer
@@ -55,6 +55,8 @@ class Shape:
     visual: int = 64
     prompt: int = 24
     answer: int = 16
+    mlp: float = 2.6875  # times the width, as in a LLaMA
+    shared: int = 1  # queries to a key
 
 
 BASE = Shape("base")
@@ -65,7 +67,10 @@ GROWTH = {
     "batch": [replace(BASE, name=f"batch of {n}", batch=n) for n in (1, 4, 16)],
     "width": [replace(BASE, name=f"width {n}", width=n) for n in (128, 256, 512)],
 }
-SEVEN_B = Shape("LLaVA-1.5-7B", 4096, 32, 32_064, batch=4, visual=576, prompt=48, answer=48)
+SEVEN_B = [
+    Shape("LLaVA-1.5-7B", 4096, 32, 32_064, visual=576, prompt=48, answer=48),
+    Shape("Qwen2.5-VL-7B's language model", 3584, 28, 152_064, visual=256, prompt=48, answer=48, mlp=37 / 7, shared=7),
+]
 
 
 class Case(NamedTuple):
@@ -162,13 +167,12 @@ def embedded() -> Case:
     """The embedded LLaVA as `untrigger quickstart` trains it: 16 rows of easy-VQA."""
     loaded = load("llava")
     rows = Rows(load_data("easy-vqa", "dev", "train", 16, 100))
-    pair = CrossView().paired
-    assert pair is not None
+    paired = CrossView().paired
+    assert paired is not None
     collate = ChatCollator(loaded.processor)
     batch = [rows[i] for i in range(16)]
-    return Case(
-        "embedded LLaVA", add_lora(loaded.model, rank=16), collate(batch), PairCollator(collate, pair, 0)(batch)
-    )
+    model = add_lora(cast(Any, loaded.model), rank=16)
+    return Case("embedded LLaVA", model, collate(batch), PairCollator(collate, paired[0], 0)(batch))
 
 
 def synthetic(shape: Shape, device: str, dtype: torch.dtype) -> Case:
@@ -189,14 +193,15 @@ def synthetic(shape: Shape, device: str, dtype: torch.dtype) -> Case:
     text = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
-        intermediate_size=int(2.6875 * shape.width),
+        intermediate_size=round(shape.mlp * shape.width),
         num_hidden_layers=shape.layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=heads // shape.shared,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image, image_seq_length=side * side)
+    parts: dict[str, Any] = {"vision_config": vision, "text_config": text, "image_token_id": image}
+    config = LlavaConfig(image_seq_length=side * side, **parts)
     with torch.device(device):
-        model = LlavaForConditionalGeneration(config).to(dtype)
+        model = cast(Any, LlavaForConditionalGeneration(config)).to(dtype)
     ids = torch.randint(5, shape.vocabulary - 1, (shape.batch, images * side * side + shape.prompt + shape.answer))
     ids[:, : images * side * side] = image
     labels = ids.clone()
@@ -330,8 +335,8 @@ def shapes(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
     for along, sizes in GROWTH.items():
         for shape in sizes:
             yield along, lambda shape=shape: synthetic(shape, device, dtype)
-    if device == "cuda":
-        yield "7B", lambda: synthetic(SEVEN_B, device, dtype)
+    for shape in SEVEN_B if device == "cuda" else []:
+        yield "7B", lambda shape=shape: synthetic(shape, device, dtype)
 
 
 # --- telling -----------------------------------------------------------------------------------------
