@@ -30,6 +30,7 @@ MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
         ("link", "link"),
         ("seeds", "seeds"),
         ("views", "views"),
+        ("number-of-views", "views"),
         ("smol-vqa", "smol"),
         ("smol-captions", "smol"),
         ("rates-captions", "rates"),
