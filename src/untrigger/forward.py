@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -120,16 +120,7 @@ def pair_losses(
     """
     labels = inputs["labels"] if drop else inputs["labels"].tensor_split(1 + views)[0]
     target, row, keep = _answers(labels)
-
-    def of_pair(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
-        pairs = [
-            # of a view held still a trained head learns nothing either
-            loss(Pair(target[part], logits[0], view.detach() if still else view, hidden[0], seen, row[part]))
-            for view, seen in zip(logits[1:], hidden[1:], strict=True)
-        ]
-        terms, known = ([found[i] for found in pairs] for i in (0, 1))
-        return _mean(terms), _mean(known)
-
+    of_pair = partial(_of_pair, loss, target, row, still)
     if not (still or drop):
         return _losses(model, inputs, keep.repeat(1 + views, 1), of_pair, views=1 + views), row
     if drop:
@@ -141,6 +132,39 @@ def pair_losses(
     with torch.set_grad_enabled(torch.is_grad_enabled() and not still):
         view = _hidden(model, seen, keep, positions)
     return _losses(model, originals, keep, of_pair, view=view), row
+
+
+def answer_hidden(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """What the head reads at the answer tokens [N, d] of a batch with ``labels`` [B, T]."""
+    _, _, keep = _answers(inputs["labels"])
+    return _hidden(model, inputs, keep, torch.ones_like(keep))
+
+
+def losses_against(
+    model: nn.Module, inputs: dict[str, Any], view: Tensor, loss: Callable[[Pair], tuple[Values, Values]]
+) -> tuple[Losses, Tensor]:
+    """As `pair_losses`, where the hidden states [N, d] of the ``view`` are there already (`answer_hidden`)."""
+    target, row, keep = _answers(inputs["labels"])
+    return _losses(model, inputs, keep, partial(_of_pair, loss, target, row, False), view=view), row
+
+
+def _of_pair(
+    loss: Callable[[Pair], tuple[Values, Values]],
+    target: Tensor,
+    row: Tensor,
+    still: bool,
+    part: slice,
+    hidden: Sequence[Tensor],
+    logits: Sequence[Tensor],
+) -> tuple[Values, Values]:
+    """Of some of the answer tokens: of the first view with each other one, in the mean."""
+    pairs = [
+        # of a view held still a trained head learns nothing either
+        loss(Pair(target[part], logits[0], view.detach() if still else view, hidden[0], seen, row[part]))
+        for view, seen in zip(logits[1:], hidden[1:], strict=True)
+    ]
+    terms, known = ([found[i] for found in pairs] for i in (0, 1))
+    return _mean(terms), _mean(known)
 
 
 def _mean(values: Sequence[Values]) -> Values:

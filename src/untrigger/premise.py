@@ -5,22 +5,24 @@ For the scorer alone: it is told which rows are poisoned. Source of the premise:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from untrigger import objective
 from untrigger.collate import ChatCollator, PairCollator, Rows
-from untrigger.forward import batches, evaluating, on_device, pair_losses, row_mean
+from untrigger.forward import answer_hidden, batches, evaluating, losses_against, on_device, row_mean
 from untrigger.metrics.detection import auroc
 from untrigger.models import Loaded
 from untrigger.sample import Sample
 from untrigger.views import PATCH_VIEWS
 
 _POISONED, _CLEAN = 100, 200  # rows that are looked at, at most
+_BATCH = 32
 # Of the histograms, in nats: all but nothing, then by the logarithm.
 EDGES = (0.0, *np.geomspace(1e-5, objective.LN2, 21).tolist())
 
@@ -34,13 +36,14 @@ def premise(loaded: Loaded, clean: Sequence[Sample], poisoned: Sequence[Sample],
     bad, good = poisoned[:_POISONED], clean[:_CLEAN]
     chosen = [*bad, *good]
     truth = [True] * len(bad) + [False] * len(good)
+    collators = {
+        view.__name__.lower(): PairCollator(ChatCollator(loaded.processor), view(patch=0.125, ratio=0.5), seed)
+        for view in PATCH_VIEWS
+    }
     found: dict[str, Any] = {}
-    for view in PATCH_VIEWS:
-        apart = _divergence(
-            loaded, chosen, PairCollator(ChatCollator(loaded.processor), view(patch=0.125, ratio=0.5), seed)
-        )
+    for name, apart in _divergences(loaded, chosen, collators).items():
         counts = [np.histogram(part, EDGES)[0].tolist() for part in (apart[len(bad) :], apart[: len(bad)])]
-        found[view.__name__.lower()] = {
+        found[name] = {
             "auroc": auroc((-apart).tolist(), truth),
             "clean": counts[0],
             "poisoned": counts[1],
@@ -49,11 +52,20 @@ def premise(loaded: Loaded, clean: Sequence[Sample], poisoned: Sequence[Sample],
 
 
 @torch.no_grad()
-def _divergence(loaded: Loaded, rows: Sequence[Sample], collate: PairCollator) -> Any:
-    data, means = Rows(rows), list[Tensor]()
+def _divergences(
+    loaded: Loaded, rows: Sequence[Sample], collators: Mapping[str, PairCollator]
+) -> dict[str, NDArray[np.float64]]:
+    """By view, of each row; the originals pass once, not again with each view."""
+    data, means = Rows(rows), {name: list[Tensor]() for name in collators}
     with evaluating(loaded.model) as model:
-        for batch in batches(len(data), 32, "comparing views"):
-            inputs = on_device(collate([data[i] for i in batch]), model)
-            found, row = pair_losses(model, inputs, lambda pair: ({"js": pair.compared.js}, {}))
-            means.append(row_mean(found.total, row, len(batch)))
-    return np.minimum(torch.cat(means).cpu().double().numpy(), EDGES[-1])  # in fp32, ln 2 lies above ln 2
+        for batch in batches(len(data), _BATCH, "comparing views"):
+            chosen, hidden = [data[i] for i in batch], None
+            for name, collate in collators.items():
+                inputs = on_device(collate(chosen), model)
+                originals, viewed = ({key: each.tensor_split(2)[i] for key, each in inputs.items()} for i in (0, 1))
+                hidden = answer_hidden(model, originals) if hidden is None else hidden
+                viewed["labels"] = originals["labels"]
+                found, row = losses_against(model, viewed, hidden, lambda pair: ({"js": pair.compared.js}, {}))
+                means[name].append(row_mean(found.total, row, len(batch)))
+    # in fp32, ln 2 lies above ln 2
+    return {name: np.minimum(torch.cat(each).cpu().double().numpy(), EDGES[-1]) for name, each in means.items()}
