@@ -15,6 +15,7 @@ import pytest
 from untrigger import store
 from untrigger.errors import InputError
 from untrigger.matrix import on_this_machine, run_matrix
+from untrigger.models import weights_sha256
 from untrigger.store import Cell
 
 CELL = Cell("llava", "easy-vqa", "badnets", "fixed")
@@ -122,6 +123,23 @@ def test_failed_cells_are_tried_again(tmp_path: Path) -> None:
     store.fail(tmp_path, cells(1)[0], "the disk was full")
     assert run_matrix(cells(1), tmp_path, work=work) == []
     assert store.failure(tmp_path, cells(1)[0]) is None
+
+
+def test_cells_of_a_model_that_has_changed_are_run_again(tmp_path: Path) -> None:
+    """Figures of other weights under the same name would pass for the model's own."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"one")
+    changed, same = (replace(CELL, model=str(model), seed=seed) for seed in (1, 2))
+    now = weights_sha256(str(model))
+    store.save(tmp_path, changed, {"weights": "of another alignment"}, {})
+    store.save(tmp_path, same, {"weights": now}, {})
+    store.save(tmp_path, replace(CELL, seed=3), {}, {})  # by a release that kept no hash
+    store.save(tmp_path, replace(CELL, seed=4, model="hub/id"), {"weights": None}, {})
+    assert run_matrix([changed, same, *cells(3), replace(CELL, seed=4, model="hub/id")], tmp_path, work=work) == []
+    assert ran(tmp_path) == [1]
+    (model / "model.safetensors").write_bytes(b"two")
+    assert weights_sha256(str(model)) != now
 
 
 def test_workers_run_at_once_with_a_thread_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

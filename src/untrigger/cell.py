@@ -31,7 +31,7 @@ from untrigger.goals import load_goal
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
 from untrigger.metrics.similarity import psnr, ssim
-from untrigger.models import Loaded
+from untrigger.models import Loaded, weights_sha256
 from untrigger.poisoning import Attack, Poisoned, poison, stamped
 from untrigger.premise import premise
 from untrigger.sample import Sample
@@ -84,6 +84,7 @@ def run_cell(cell: Cell, root: Path) -> None:
         "poisoned": len(manifest.rows),
         "decoys": len(manifest.decoys),
         "seconds": {"training": round(training, 1), "asking": round(asking, 1)},
+        "weights": weights_sha256(cell.model),
         "machine": _machine(),
         "versions": _versions(),
         "examples": _examples(cell, material, root / SHARED / "examples"),

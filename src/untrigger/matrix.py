@@ -24,6 +24,7 @@ from untrigger import store
 from untrigger.cell import run_cell
 from untrigger.errors import InputError
 from untrigger.files import alone
+from untrigger.models import weights_sha256
 from untrigger.progress import console, metered
 from untrigger.store import Cell
 
@@ -46,7 +47,7 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
     failed: list[str] = []
     root.mkdir(parents=True, exist_ok=True)
     with alone(root), metered("cells", len(cells)) as meter:
-        todo = store.missing(root, cells)
+        todo = _todo(root, cells)
         meter.start_at(len(cells) - len(todo))
         for cell, reason in (runner or on_this_machine())(todo, root, work):
             failed += [f"{cell.name}: {reason}"] if reason else []
@@ -82,6 +83,18 @@ def attempt(work: Work, cell: Cell, root: Path) -> str | None:
     if store.find(root, cell) is None:
         return store.fail(root, cell, f"ended with no result; see {LOG} in its folder")
     return None
+
+
+def _todo(root: Path, cells: Sequence[Cell]) -> list[Cell]:
+    """Those that are missing, and those whose model has other weights than it had when they were run."""
+    todo = {cell.name for cell in store.missing(root, cells)}
+    weights = {name: weights_sha256(name) for name in {cell.model for cell in cells if cell.name not in todo}}
+    for cell in cells:
+        if cell.name not in todo:
+            kept = (store.find(root, cell) or {}).get("weights")
+            if kept and weights[cell.model] not in (None, kept):
+                todo.add(cell.name)
+    return [cell for cell in cells if cell.name in todo]
 
 
 def _told(cell: Cell, root: Path) -> str:

@@ -65,6 +65,17 @@ def embedded_model_path(name: str = "llava") -> Path:
     return weights.parent
 
 
+def weights_sha256(name: str) -> str | None:
+    """Of the weights of an embedded model or of a local folder, a model's or an adapter's; None of a hub id."""
+    folder = embedded_model_path(name) if name in embedded_models() else Path(name)
+    told = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
+            told.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n".encode())
+    return told.hexdigest() if files else None
+
+
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
 
