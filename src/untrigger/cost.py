@@ -10,6 +10,7 @@ from statistics import median
 
 from untrigger import store
 from untrigger.data import task_of
+from untrigger.matrix import unfinished
 from untrigger.store import ORACLE, Cell, Result
 
 # Seconds of one core for a row in one pass of plain training, and for a question; of the embedded models. Rough: told
@@ -23,7 +24,7 @@ _AFTER = {"crow": 0.3, "clean-tuning": 0.1, "fine-pruning": 0.2}
 
 def told(cells: Sequence[Cell], root: Path, jobs: int) -> str:
     """How many cells there are, are done and are missing, and how long these will take."""
-    missing = store.missing(root, cells)
+    missing = unfinished(root, cells)
     seconds = estimate(missing, store.results(root) if root.is_dir() else [])
     lines = [f"{len(cells):,} cells, {len(cells) - len(missing):,} of them done, {len(missing):,} to run"]
     for title, of in _AXES.items():

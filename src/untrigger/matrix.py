@@ -47,7 +47,7 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
     failed: list[str] = []
     root.mkdir(parents=True, exist_ok=True)
     with alone(root), metered("cells", len(cells)) as meter:
-        todo = _todo(root, cells)
+        todo = unfinished(root, cells)
         meter.start_at(len(cells) - len(todo))
         for cell, reason in (runner or on_this_machine())(todo, root, work):
             failed += [f"{cell.name}: {reason}"] if reason else []
@@ -85,16 +85,16 @@ def attempt(work: Work, cell: Cell, root: Path) -> str | None:
     return None
 
 
-def _todo(root: Path, cells: Sequence[Cell]) -> list[Cell]:
+def unfinished(root: Path, cells: Sequence[Cell]) -> list[Cell]:
     """Those that are missing, and those whose model has other weights than it had when they were run."""
-    todo = {cell.name for cell in store.missing(root, cells)}
-    weights = {name: weights_sha256(name) for name in {cell.model for cell in cells if cell.name not in todo}}
-    for cell in cells:
-        if cell.name not in todo:
-            kept = (store.find(root, cell) or {}).get("weights")
-            if kept and weights[cell.model] not in (None, kept):
-                todo.add(cell.name)
-    return [cell for cell in cells if cell.name in todo]
+    missing = {cell.name for cell in store.missing(root, cells)}
+    weights = {name: weights_sha256(name) for name in {cell.model for cell in cells if cell.name not in missing}}
+
+    def stands(cell: Cell) -> bool:
+        kept, now = (store.find(root, cell) or {}).get("weights"), weights[cell.model]
+        return not (kept and now) or kept == now  # a release that kept no hash, a hub id
+
+    return [cell for cell in cells if cell.name in missing or not stands(cell)]
 
 
 def _told(cell: Cell, root: Path) -> str:
