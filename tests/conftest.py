@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from untrigger.sample import Sample, read
 
 settings.register_profile("ci", deadline=None)  # machines are shared: a slow example is no failure
 settings.load_profile("ci")
+
+
+def pytest_configure() -> None:
+    # a shell lets what it starts with & ignore Ctrl-C, and so would the commands under test, which are sent one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
