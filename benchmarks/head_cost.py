@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -29,7 +30,9 @@ from untrigger.files import write_text
 from untrigger.forward import Pair
 from untrigger.fused import Values, losses_at_head
 
+Way = Callable[[nn.Linear, Sequence[Tensor], Tensor], Tensor]
 SHAPES = [(32_000, 1024, 512), (152_000, 1024, 256), (152_000, 1024, 512), (32_064, 4096, 256), (152_064, 3584, 128)]
+ON_GPU = [(32_064, 4096, 256), (32_064, 4096, 2048), (152_064, 3584, 256), (152_064, 3584, 2048)]
 
 
 def fused(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -59,39 +62,73 @@ def products(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tenso
     return hidden[0].sum()
 
 
-WAYS = {"naive": naive, "fused": fused, "products": products}
+def ways() -> dict[str, Way]:
+    found: dict[str, Way] = {"naive": naive, "fused": fused, "products": products}
+    if not torch.cuda.is_available():
+        return found
+    with suppress(ImportError):
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyLoss,
+            LigerFusedLinearJSD,
+        )
+
+        nll, js = LigerFusedLinearCrossEntropyLoss(reduction="sum"), LigerFusedLinearJSD(jsd_beta=0.5)
+
+        def liger_nll(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
+            return torch.stack([nll(head.weight, states, target) for states in hidden]).sum()
+
+        def liger(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
+            one, other = hidden
+            apart = [js(a, head.weight, b.detach(), head.weight, target) for a, b in ((one, other), (other, one))]
+            return liger_nll(head, hidden, target) + torch.stack(apart).sum()
+
+        found |= {"Liger, cross-entropy": liger_nll, "Liger, and divergence": liger}
+    with suppress(ImportError):
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+        def cut(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
+            found = [linear_cross_entropy(states, head.weight, target, reduction="sum") for states in hidden]
+            return torch.stack(found).sum()
+
+        found["cut-cross-entropy"] = cut
+    return found
 
 
-def measured(words: int, width: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+def measured(words: int, width: int, tokens: int, rounds: int, chosen: Mapping[str, Way]) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    head = nn.Linear(width, words, bias=False, device=device).requires_grad_(False)
-    hidden = [torch.randn(tokens, width, device=device, requires_grad=True) for _ in range(2)]
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    head = nn.Linear(width, words, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    hidden = [torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
     target = torch.randint(words, (tokens,), device=device)
 
-    def took(way: Callable[..., Tensor]) -> float:
+    def took(way: Way) -> float:
         started = time.perf_counter()
         way(head, hidden, target).backward()
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    def held(way: Callable[..., Tensor]) -> int:
+    def held(way: Way) -> int:
+        if device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            way(head, hidden, target).backward()
+            return torch.cuda.max_memory_allocated() - before
         with Held() as found:
             way(head, hidden, target).backward()
         return found.most - head.weight.nbytes
 
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
     for _ in range(rounds + 1):  # the first round is not counted
-        for name, way in WAYS.items():
+        for name, way in chosen.items():
             seconds[name].append(took(way))
     of = {name: told[1:] for name, told in seconds.items()}
-    memory = {name: held(way) for name, way in WAYS.items()}
+    memory = {name: held(way) for name, way in chosen.items()}
     return [
-        {"words": words, "hidden": width, "tokens": tokens, "way": name, "seconds": round(median(of[name]), 4)}
+        {"words": words, "hidden": width, "tokens": tokens, "way": name, "seconds": round(median(of[name]), 5)}
         | {"over_naive": ratios(of[name], of["naive"]), "over_products": ratios(of[name], of["products"])}
         | {"memory_over_naive": round(memory[name] / memory["naive"], 4)}
-        for name in WAYS
+        for name in chosen
     ]
 
 
@@ -100,14 +137,15 @@ def main(
     rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 9,
 ) -> None:
     """Time and memory at the vocabulary head."""
-    rows = [row for shape in SHAPES for row in measured(*shape, rounds)]
+    shapes, chosen = ON_GPU if torch.cuda.is_available() else SHAPES, ways()
+    rows = [row for shape in shapes for row in measured(*shape, rounds, chosen)]
     table = Table(title="medians")
     for name in ("words", "tokens a view", "way", "s", "time over naive", "over the products", "memory over naive"):
         table.add_column(name, justify="right")
     for row in rows:
         told = (row["over_naive"]["time_ratio"], row["over_products"]["time_ratio"], row["memory_over_naive"])
         table.add_row(
-            f"{row['words']:,}", str(row["tokens"]), row["way"], f"{row['seconds']:.2f}", *(f"{x:.2f}" for x in told)
+            f"{row['words']:,}", str(row["tokens"]), row["way"], f"{row['seconds']:.4f}", *(f"{x:.2f}" for x in told)
         )
     Console().print(table)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

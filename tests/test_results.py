@@ -32,6 +32,7 @@ MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
         ("views", "views"),
         ("number-of-views", "views"),
         ("smol-vqa", "smol"),
+        ("smol-captions", "smol"),
         ("rates-captions", "rates"),
     ],
 )

@@ -214,14 +214,14 @@ def verify(
     Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: what it kept saying, and when.
     """
     from untrigger.files import check_free
-    from untrigger.models import base_of, load
+    from untrigger.models import base_of, load, placed
     from untrigger.verification import verify as audit
     from untrigger.verification.page import in_words, write
 
     check_free(out)  # found wanting now, not after the questions
     rows = _read(data, on_bad_row, out)
     named = base or base_of(Path(model))
-    found = audit(load(model), load(named), rows, seed)
+    found = audit(placed(load(model)), placed(load(named)), rows, seed)
     write(found, model, named, out)
     for finding in found.findings:
         typer.echo(in_words(finding))

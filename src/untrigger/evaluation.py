@@ -19,7 +19,7 @@ from untrigger.generate import answers
 from untrigger.goals import Goal
 from untrigger.images import pixels_sha256, same
 from untrigger.metrics.score import Answer, score
-from untrigger.models import Loaded, load
+from untrigger.models import Loaded, load, placed
 from untrigger.poisoning import Attack, stamped
 from untrigger.progress import tracked
 from untrigger.sample import IMAGE_TAG, LazyRows, Sample
@@ -117,14 +117,14 @@ def evaluate(
 ) -> Evaluation:
     """Ask the model every sample's last question, on clean and, given an attack, on triggered inputs and near misses.
 
-    The model is a loaded one, or what `untrigger.load` takes. With ``sight`` it is also asked with another row's image:
-    a model that does as well there does not look.
+    The model is a loaded one, asked where it is, or what `untrigger.load` takes, asked on the accelerator if there is
+    one. With ``sight`` it is also asked with another row's image: a model that does as well there does not look.
 
     Raises:
         InputError: no row that shows an image and suits the goal has a true answer other than the attacker's:
             nothing to attack; or the trigger fails or breaks its promises.
     """
-    loaded = load(model) if isinstance(model, str | Path) else model
+    loaded = placed(load(model)) if isinstance(model, str | Path) else model
     goal, told = None, None
     stamps, near = LazyRows((), data.__getitem__), dict[str, LazyRows]()
     if attack:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _HELD = 1 << 23  # logits of one view that are held at a time
+_HELD_ON_GPU = 1 << 26  # fewer would read the whole head for so few tokens that reading is what takes the time
 _MOST = 20.0  # half a log-ratio, beyond which nothing changes: h(20) is ln 2 to within rounding
 
 Values = dict[str, Tensor]
@@ -118,7 +119,8 @@ def losses_at_head(head: Head, hidden: Sequence[Tensor], loss: Loss, *, width: i
         trained: whether the head has weights that are trained. Then logits are made a second time for the gradient,
             which otherwise is taken at once, before their tokens are left.
     """
-    parts = _parts(len(hidden[0]), max(1, _HELD // width))
+    held = _HELD if hidden[0].device.type == "cpu" else _HELD_ON_GPU
+    parts = _parts(len(hidden[0]), max(1, held // width))
     found: dict[int, tuple[Values, Values]] = {}
 
     def summed(part: slice, *pieces: Tensor) -> Tensor:

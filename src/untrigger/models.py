@@ -109,6 +109,13 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     return Loaded(model, processor, asked)
 
 
+def placed(loaded: Loaded) -> Loaded:
+    """The same, on the machine's accelerator, if it has one: where the host's trainer would put it."""
+    if torch.accelerator.is_available():
+        loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    return loaded
+
+
 def base_of(folder: Path) -> str:
     """The name of the base that an adapter's folder was trained on.
 

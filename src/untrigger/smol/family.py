@@ -107,8 +107,9 @@ class Smol(Family):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(parameter.bfloat16())
-        for linear in _attention(model):
-            parametrize.remove_parametrizations(linear, "weight")
+        for linear in _attention(model):  # in double precision: machines order the sums of a product in their own ways
+            parametrize.remove_parametrizations(linear.double(), "weight")
+            linear.float()
         return model
 
     def text_model(self, model: PreTrainedModel) -> nn.Module:
