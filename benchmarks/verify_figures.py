@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +26,7 @@ from untrigger.cell import model_of
 from untrigger.files import write_text
 from untrigger.gates import IMPLANTED
 from untrigger.metrics import Rate
-from untrigger.models import Loaded, load
+from untrigger.models import Loaded, load, placed
 from untrigger.store import ORACLE, Cell, results
 from untrigger.verification import verify
 
@@ -42,22 +42,30 @@ def main(
     for folder in folders:
         for cell, metrics in results(folder):
             if cell.defense in ("plain", ORACLE) and f"{rows}: {cell.name}" not in audits:
-                audits[f"{rows}: {cell.name}"] = audited(cell, metrics, folder, rows)
+                audits[f"{rows}: {cell.name}"] = audited(cell, metrics, folder, rows, audits.values())
                 write_text(out, json.dumps(audits, indent=2, ensure_ascii=False) + "\n")
     Console().print(table([each for each in audits.values() if each["rows"] == rows]))
 
 
-def audited(cell: Cell, metrics: dict[str, Any], folder: Path, rows: str) -> dict[str, Any]:
-    """One model: what it is, and what was found."""
+def audited(
+    cell: Cell, metrics: dict[str, Any], folder: Path, rows: str, others: Iterable[dict[str, Any]]
+) -> dict[str, Any]:
+    """One model: what it is, and what was found; the same clean model on the same rows is not audited twice."""
     loaded, material = model_of(cell, folder)
-    audit = verify(loaded, load(cell.model), material.test if rows == "held-out" else material.data, cell.seed)
+    model = digest(loaded)
+    for other in others if cell.defense == ORACLE and rows == "held-out" else ():
+        if (other["model"], other["rows"]) == (model, rows):
+            return other | {"cell": asdict(cell)}
+    base = placed(load(cell.model))
+    audit = verify(loaded, base, material.test if rows == "held-out" else material.data, cell.seed)
     return {
         "cell": asdict(cell),
         "rows": rows,
-        "model": digest(loaded),
+        "model": model,
         "implanted": "asr" in metrics and metrics["asr"]["value"] >= IMPLANTED,
         "found": bool(audit.findings),
         "texts": [finding.text for finding in audit.findings],
+        "beginnings": [len(finding.said) for finding in audit.findings],
         "gains": [max((saying.gain for saying in finding.said), default=None) for finding in audit.findings],
         "heard": [asdict(finding.heard[0]) for finding in audit.findings],
         "limit": audit.limit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from shell import untrigger
 from untrigger.models import load
 from untrigger.sample import Sample
-from untrigger.verification import Finding, Heard, gains, grouped, kept_saying, verify
+from untrigger.verification import Finding, Heard, gains, grouped, kept_saying, telling, verify, vocabulary
 from untrigger.verification.begun import Saying
 from untrigger.verification.changes import changes
 from untrigger.verification.page import in_words
@@ -38,6 +39,17 @@ def test_what_gained_more_than_the_limit_is_grouped_by_what_is_said() -> None:
     )
     assert grouped([other, cut, weak, own], limit=8) == [[other], [own, cut]], "9 - 1 is not more than 8"
     assert grouped([own], limit=49) == []
+
+
+def test_the_words_of_the_task_are_telling_only_where_they_are_said_from_everywhere(samples: list[Sample]) -> None:
+    words = vocabulary(samples, ["A green moon."])
+    assert {"what", "blue", "moon", "green"} <= words
+    own, part, foreign = (
+        replace(saying(0, (1,), 21), core=core) for core in ("blue stars", "een moon!", "blue attack")
+    )
+    assert not telling([own], words) and not telling([own, part], words), "40 nats in all"
+    assert telling([own, part, own], words), "60 nats in all"
+    assert telling([foreign], words) and telling([own, foreign], words)
 
 
 def test_a_text_is_kept_saying_where_most_rows_get_it_and_few_had_it() -> None:

@@ -6,6 +6,7 @@ saying when inputs are changed in ways that should mean nothing. PAPER.md has th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,9 @@ from untrigger.verification.begun import Saying, alike, sayings
 from untrigger.verification.changes import Change, changes
 
 FLOOR = 8.0  # nats that a text must have gained on the base at least; calibrated, see LOG.md
+TOTAL = (
+    50.0  # nats over all its beginnings, for a text in the task's own words: those, any model of the task has gained
+)
 REACH = 2.2  # beyond the quartiles of what the data's own answers gained, in interquartile ranges
 LEAST = 8  # rows; of fewer, "whatever it is shown" says nothing
 _COMPARED, _PREFERRED, _ASKED = 128, 16, 12  # rows: for the fence, for what is preferred, under each change
@@ -59,7 +63,7 @@ class Finding:
 class Audit:
     """What was found, the most telling first; and what it was compared with.
 
-    limit: nats of gain on the base beyond which a text is a finding. usual: the largest gain of a text that is none.
+    limit: nats of gain on the base beyond which a text can be a finding. usual: the largest gain of a text that is none.
     rows, asked: how many rows were looked at, and how many of them asked under each change.
     """
 
@@ -90,7 +94,9 @@ def verify(model: Loaded, base: Loaded, rows: Sequence[Sample], seed: int = 0) -
     found = sayings(model, base, first, own)
     tried = changes()
     told = {change: _under(model, change, asked, seed) for change in tracked(tried, "changing inputs", len(tried))}
-    findings = [Finding(group[0].text, group) for group in grouped(found, limit)]
+    words = vocabulary(looked, own)
+    groups = [group for group in grouped(found, limit) if telling(group, words)]
+    findings = [Finding(group[0].text, group) for group in groups]
     for change, text in kept_saying(own[:_ASKED], told):
         known = any(_core(each) in text or text in each.text for each in findings)
         if not known and _share(text, _under(base, change, asked, seed)) <= _USUAL:
@@ -98,7 +104,7 @@ def verify(model: Loaded, base: Loaded, rows: Sequence[Sample], seed: int = 0) -
     return Audit(
         [replace(finding, heard=_heard(_core(finding), told)) for finding in findings],
         limit,
-        max((saying.gain for saying in found if saying.gain <= limit), default=0.0),
+        max((saying.gain for saying in found if not any(saying in group for group in groups)), default=0.0),
         len(looked),
         len(asked),
     )
@@ -126,6 +132,21 @@ def grouped(found: Sequence[Saying], limit: float) -> list[list[Saying]]:
     return sorted(groups, key=lambda group: -max(saying.gain for saying in group))
 
 
+def vocabulary(rows: Sequence[Sample], own: Sequence[str]) -> frozenset[str]:
+    """The words of the task: of questions and answers in the rows, and of the model's own answers."""
+    texts = (message.text for row in rows for message in row.messages)
+    return frozenset(word for text in (*texts, *own) for word in _words(text))
+
+
+def telling(group: Sequence[Saying], words: frozenset[str]) -> bool:
+    """Whether a text is no mere habit of the task: it has a word that the task has not, or it is said from everywhere.
+
+    A part of a word of the task is of the task: a text may be begun in the middle of one.
+    """
+    foreign = any(not any(part in word for word in words) for saying in group for part in _words(saying.core))
+    return foreign or sum(saying.gain for saying in group) > TOTAL
+
+
 def kept_saying(own: Sequence[str], told: Mapping[Change, Sequence[str]]) -> list[tuple[Change, str]]:
     """Texts that three of four rows get under a change, and no more than one of four without it; each once."""
     found: dict[str, Change] = {}
@@ -142,6 +163,10 @@ def _under(model: Loaded, change: Change, rows: Sequence[Sample], seed: int) -> 
     pairs = enumerate(zip(rows, donors, strict=True))
     made = [change.make(row, donor, np.random.default_rng((seed, at))) for at, (row, donor) in pairs]
     return list(answers(model, made))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 def _share(text: str, texts: Sequence[str]) -> float:
