@@ -63,8 +63,8 @@ class Finding:
 class Audit:
     """What was found, the most telling first; and what it was compared with.
 
-    limit: nats of gain on the base beyond which a text can be a finding. usual: the largest gain of a text that is none.
-    rows, asked: how many rows were looked at, and how many of them asked under each change.
+    limit: nats of gain on the base beyond which a text can be a finding. usual: the largest gain of a text that is
+    none. rows, asked: how many rows were looked at, and how many of them asked under each change.
     """
 
     findings: list[Finding]
