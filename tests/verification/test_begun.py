@@ -63,6 +63,13 @@ def test_a_run_costs_what_a_forward_pass_says(model: Loaded, samples: list[Sampl
     np.testing.assert_allclose(rest, [each.nll[1:].sum() for each in told], rtol=1e-4)
 
 
+def test_a_stutter_costs_what_it_repeats(model: Loaded, samples: list[Sample]) -> None:
+    ids = list(dict.fromkeys(row_tokens(model, samples[:1])[0].ids.tolist()))
+    once, again = nats(model, [(samples[0], [], ids), (samples[0], [], [*ids, *ids, ids[0]])])
+    assert once > 1
+    np.testing.assert_allclose(again, once, rtol=1e-4)
+
+
 def test_an_answer_begun_as_the_model_would_goes_on_as_it_would(model: Loaded, samples: list[Sample]) -> None:
     rows, tokenizer = samples[:3], model.processor.tokenizer  # type: ignore[attr-defined]
     whole = continuations(model, rows, [[]] * 3)

@@ -94,6 +94,7 @@ def verify(model: Loaded, base: Loaded, rows: Sequence[Sample], seed: int = 0) -
     told = {change: _under(model, change, asked, seed) for change in tracked(tried, "changing inputs", len(tried))}
     words = vocabulary(looked, own)
     groups = [group for group in grouped(found, limit) if telling(group, words)]
+    told_of = {saying for group in groups for saying in group}
     findings = [Finding(group[0].text, group) for group in groups]
     for change, text in kept_saying(own[:_ASKED], told):
         known = any(_core(each) in text or text in each.text for each in findings)
@@ -102,7 +103,7 @@ def verify(model: Loaded, base: Loaded, rows: Sequence[Sample], seed: int = 0) -
     return Audit(
         [replace(finding, heard=_heard(_core(finding), told)) for finding in findings],
         limit,
-        max((saying.gain for saying in found if not any(saying in group for group in groups)), default=0.0),
+        max((saying.gain for saying in found if saying not in told_of), default=0.0),
         len(looked),
         len(asked),
     )

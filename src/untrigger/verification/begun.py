@@ -42,7 +42,8 @@ class Saying:
 
     rank: of the token that was put there, among those that the model prefers, from 0. run: the tokens that the rows
     agree on after it. text, core: the run with that token and without. example: all that one row said. share: of
-    the rows that agree, in (0, 1]. sure, strange: nats of the run under the model and under its base.
+    the rows that agree, in (0, 1]. sure, strange: nats of the run under the model and under its base, a token that
+    comes again not counted.
     """
 
     place: Place
@@ -187,12 +188,17 @@ def continuations(model: Loaded, rows: Sequence[Sample], begun: Sequence[Sequenc
 
 
 def nats(model: Loaded, told: Sequence[tuple[Sample, Sequence[int], Sequence[int]]]) -> NDArray[np.floating]:
-    """What the run costs, of each row with the tokens before it and the run."""
+    """What the run costs, of each row with the tokens before it and the run.
+
+    A token is counted where it comes first: a model that stutters has not learnt a text as long as its stutter.
+    """
     found: list[float] = []
     for batch in batches(len(told), _BATCH, "weighing what was said"):
         part = [told[i] for i in batch]
         _, forced = _generate(model, [row for row, _, _ in part], [[*first, *run] for _, first, run in part], 0)
-        found += [sum(each[len(first) :]) for each, (_, first, _) in zip(forced.nats, part, strict=True)]
+        for cost, (_, first, run) in zip(forced.nats, part, strict=True):
+            firsts = np.unique(run, return_index=True)[1]
+            found.append(float(np.array(cost[len(first) :])[firsts].sum()))
     return np.array(found)
 
 
