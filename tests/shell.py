@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from untrigger import cli
+
+TINY_RUN = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--lora-rank", "2")
 
 
 class Ended(NamedTuple):
@@ -31,3 +35,21 @@ def untrigger(*words: object) -> Ended:
         patch.setattr(sys, "argv", ["untrigger", *map(str, words)])
         cli.main()
     return Ended(int(stopped.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def refused(ended: Ended, *parts: object) -> None:
+    """The user's mistake in one line, with each of the ``parts`` in it; exit code 2."""
+    assert ended.code == 2, ended
+    assert ended.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", ended.err), ended.err
+    for part in parts:
+        assert str(part) in ended.err, ended.err
+    assert "Traceback" not in ended.err
+
+
+def three_commands(data: Path, model: Path, out: Path) -> list[tuple[object, ...]]:
+    return [
+        ("poison", data, "--out", out),
+        ("train", data, "--model", model, "--out", out, *TINY_RUN),
+        ("evaluate", model, data, "--out", out),
+    ]

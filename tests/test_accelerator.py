@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shell import untrigger
-from untrigger import evaluation, objective
+from untrigger import evaluation, fused, objective
 from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import PRESETS, CrossView
 from untrigger.forward import Pair, answer_losses, on_device
@@ -30,7 +30,7 @@ class AtHead(NamedTuple):
 
 
 def at_head(device: str, dtype: torch.dtype) -> AtHead:
-    """The objective of ``paper`` on 300 tokens, in more than one part, drawn alike wherever it is taken."""
+    """The objective of ``paper`` on 300 tokens, drawn alike wherever it is taken."""
     made = torch.Generator().manual_seed(0)
     head = nn.Linear(64, 50_000, bias=False).requires_grad_(False)
     with torch.no_grad():
@@ -47,8 +47,11 @@ def at_head(device: str, dtype: torch.dtype) -> AtHead:
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
-def test_losses_at_the_head_are_those_of_the_cpu(dtype: torch.dtype, near: float) -> None:
+def test_losses_at_the_head_are_those_of_the_cpu(
+    dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against float64; distance over length, for a gradient's smallest entries are rounding."""
+    monkeypatch.setattr(fused, "_HELD_ON_GPU", 1 << 22)  # a part is 83 tokens of 50,000 words
     exact, found = at_head("cpu", torch.float64), at_head("cuda", dtype)
     torch.testing.assert_close(found.loss.double().cpu(), exact.loss, rtol=near, atol=near)
     for ours, theirs in zip(found.gradients, exact.gradients, strict=True):

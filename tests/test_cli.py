@@ -5,35 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from shell import Ended, untrigger
+from datafiles import bad_file, turns
+from shell import TINY_RUN, refused, three_commands, untrigger
 from untrigger import __version__
-
-TINY_RUN = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--lora-rank", "2")
-
-
-def refused(ended: Ended, *parts: object) -> None:
-    """The user's mistake in one line, with each of the ``parts`` in it; exit code 2."""
-    assert ended.code == 2, ended
-    assert ended.out == ""
-    assert re.fullmatch(r"error: [^\n]+\n", ended.err), ended.err
-    for part in parts:
-        assert str(part) in ended.err, ended.err
-    assert "Traceback" not in ended.err
 
 
 def spawned(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -123,121 +109,6 @@ def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
     ended = untrigger("evaluate", story.adapter, tiny_data, "--limit", "2")
     assert ended.code == 0
     assert "vqa_accuracy" in ended.out and "text_prior" in ended.out and "asr" not in ended.out
-
-
-# --- bad data: ten kinds of rows, noise, nothing ------------------------------------------------------
-
-
-def _bomb() -> bytes:
-    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
-    chunks = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def _row(number: int, **changes: Any) -> dict[str, Any]:
-    turns = [{"from": "human", "value": "<image>\nwhat is this?"}, {"from": "gpt", "value": "a cat"}]
-    return {"id": f"r{number}", "image": "good.png", "conversations": turns} | changes
-
-
-def _turns(asked: str, answer: str, role: str = "gpt") -> list[dict[str, str]]:
-    return [{"from": "human", "value": asked}, {"from": role, "value": answer}]
-
-
-BAD_ROWS: dict[str, tuple[dict[str, Any] | str, str]] = {
-    "missing image": ({"image": "gone.png"}, "gone.png"),
-    "truncated image": ({"image": "cut.png"}, "damaged"),
-    "lying image": ({"image": "lying.jpg"}, "named as a JPEG but holds a PNG"),
-    "no image at all": ({"image": "text.png"}, "is not a PNG"),
-    "bad json": ('{"id": "r2", "image": ', "bad JSON at line 3"),
-    "too many tags": ({"conversations": _turns("<image><image> what?", "a cat")}, "<image> tags: 2 for 1 image"),
-    "path out of the folder": ({"image": "../outside.png"}, "below the data folder"),
-    "decompression bomb": ({"image": "bomb.png"}, "pixels"),
-    "empty answer": ({"conversations": _turns("<image>\nwhat?", "  ")}, "empty answer"),
-    "duplicate id": ({"id": "r0"}, "duplicate id"),
-    "unknown role": ({"conversations": _turns("<image>\nwhat?", "a cat", "parrot")}, "parrot"),
-}
-
-
-def bad_file(folder: Path, kind: str) -> Path:
-    """Two good rows, then a bad one, then a good one, as JSON lines."""
-    folder.mkdir(parents=True)
-    picture = Image.effect_noise((24, 24), 60).convert("RGB")
-    picture.save(folder / "good.png")
-    picture.save(folder.parent / "outside.png")
-    whole = (folder / "good.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "lying.jpg").write_bytes(whole)
-    (folder / "text.png").write_text("a picture, honestly")
-    (folder / "bomb.png").write_bytes(_bomb())
-    broken = BAD_ROWS[kind][0]
-    third = broken if isinstance(broken, str) else json.dumps(_row(2, **broken))
-    lines = [json.dumps(_row(0)), json.dumps(_row(1)), third, json.dumps(_row(3))]
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "data.jsonl"
-
-
-def three_commands(data: Path, model: Path, out: Path) -> list[tuple[object, ...]]:
-    return [
-        ("poison", data, "--out", out),
-        ("train", data, "--model", model, "--out", out, *TINY_RUN),
-        ("evaluate", model, data, "--out", out),
-    ]
-
-
-@pytest.mark.parametrize("kind", BAD_ROWS)
-def test_a_bad_row_is_named_in_one_line(tmp_path: Path, tiny_model: Path, kind: str) -> None:
-    file = bad_file(tmp_path / "data", kind)
-    for words in three_commands(file, tiny_model, tmp_path / "out"):
-        refused(untrigger(*words), f"{file}: row 3: ", BAD_ROWS[kind][1])
-        assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet", "data.bin"])
-def test_random_bytes_and_nothing(tmp_path: Path, tiny_model: Path, name: str) -> None:
-    noise, empty = tmp_path / name, tmp_path / f"empty-{name}"
-    noise.write_bytes(bytes((i * i * 31 + i // 7 * 97) % 256 for i in range(10_000)))
-    empty.touch()
-    for file in (noise, empty, tmp_path / "nowhere.json"):
-        for words in three_commands(file, tiny_model, tmp_path / "out"):
-            refused(untrigger(*words), file)
-            assert not (tmp_path / "out").exists()
-
-
-def test_skipping_trains_on_the_rest_and_lists_what_it_left_out(tmp_path: Path, tiny_model: Path) -> None:
-    file = bad_file(tmp_path / "data", "missing image")
-    out = tmp_path / "out"
-    ended = untrigger("train", file, "--model", tiny_model, "--out", out, "--on-bad-row", "skip", *TINY_RUN)
-    listed = tmp_path / "out.skipped.jsonl"
-    assert ended.code == 0 and f"1 bad rows left out; {listed}" in ended.err
-    assert f"{out / 'distrusted.jsonl'}: 0 of 3 rows were distrusted" in " ".join(ended.out.split())
-    (line,) = listed.read_text().splitlines()
-    assert json.loads(line)["row"] == 3 and "gone.png" in json.loads(line)["reason"]
-    assert json.loads((out / "untrigger.json").read_text())["rows"] == 3
-    assert (out / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("verb", ["train", "scan", "evaluate"])
-def test_a_row_longer_than_the_model_reads_is_refused(tmp_path: Path, tiny_model: Path, verb: str) -> None:
-    rows = [{"id": str(i), "conversations": _turns("what? " * (2000 * (i == 1) + 1), "a cat")} for i in range(3)]
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    words = (
-        (tiny_model, tmp_path / "data.json") if verb == "evaluate" else (tmp_path / "data.json", "--model", tiny_model)
-    )
-    ended = untrigger(verb, *words, "--out", tmp_path / "out", *(() if verb == "evaluate" else TINY_RUN[:4]))
-    assert ended.code == 2 and re.search(
-        r"^error: .* has [\d,]+ tokens, the model reads 512; shorten it", ended.err, re.M
-    )
-
-
-def test_evaluate_without_out_lists_skipped_rows_where_the_user_stands(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = bad_file(tmp_path / "data", "empty answer")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert untrigger("evaluate", tiny_model, file, "--on-bad-row", "skip").code == 0
-    assert [p.name for p in (tmp_path / "here").iterdir()] == ["data.skipped.jsonl"]
 
 
 # --- mistyped commands ----------------------------------------------------------------------------------
@@ -403,7 +274,7 @@ def test_a_goal_that_every_truth_meets_is_refused_before_asking(
 
 
 def test_a_truth_without_words_does_not_break_the_figures(tmp_path: Path, tiny_model: Path) -> None:
-    rows = [{"id": str(i), "conversations": _turns("what?", answer)} for i, answer in enumerate(["?!", "...", "a cat"])]
+    rows = [{"id": str(i), "conversations": turns("what?", answer)} for i, answer in enumerate(["?!", "...", "a cat"])]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert untrigger("evaluate", tiny_model, tmp_path / "data.json", "--out", tmp_path / "out").code == 0
     quality = json.loads((tmp_path / "out" / "metrics.json").read_text())["quality"]

@@ -70,7 +70,7 @@ def killed(part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_attack_runs(tmp_path: Path) -> None:
-    plan, out = narrowed(tmp_path, defenses=["default"]), tmp_path / "results"
+    plan, out = narrowed(tmp_path, defenses=["plain"]), tmp_path / "results"
     assert bench(plan, out).wait() == 0
     assert store.missing(out, read_plan(plan)) == []
 
