@@ -42,6 +42,7 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
 @pytest.mark.slow
 def test_quickstart_implants_the_backdoor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(quickstart.DEFENDED, "paper")  # nothing is asked of it here, and it takes longest
+    monkeypatch.setattr(quickstart, "TEST_ROWS", 120)
     assert quickstart.run(tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["defense"]: row for row in results["rows"]}
