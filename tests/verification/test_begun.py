@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from untrigger.forward import row_tokens
 from untrigger.generate import answers
 from untrigger.models import Loaded, load
 from untrigger.sample import Message, Sample
-from untrigger.verification.begun import PLACES, alike, common_run, continuations, nats, said, sayings
+from untrigger.verification.begun import PLACES, alike, common_run, continuations, nats, said, sayings, steps
 
 A, B, C, END = 5, 6, 7, 1
 
@@ -50,6 +53,29 @@ def test_another_last_answer(samples: list[Sample]) -> None:
     row = samples[0]
     assert said(row, "so").messages == (row.messages[0], Message("assistant", "so"))
     assert said(Sample("a", row.images, row.messages[:1]), "so").messages == said(row, "so").messages
+
+
+@pytest.mark.parametrize("strips", [False, True], ids=["byte-level", "as Llama's"])
+def test_the_second_word_is_found_in_any_tokenizer(strips: bool) -> None:
+    pieces = ["▁a", "▁re", "d", "▁circle", "</s>"]
+    tokenizer = Tokenizer(WordLevel({piece: at for at, piece in enumerate(pieces)}, unk_token="</s>"))
+    stripped = [decoders.Strip(" ", 1, 0)] if strips else []
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), *stripped])
+    host = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    assert steps(host, [0, 1, 2, 3, 4]) == (0, 1, 4)
+    assert steps(host, [1, 2, 3, 4]) == (0, 2, 3), "its first word is of two pieces"
+    assert steps(host, [1, 2, 4]) == (0, 2, 2) and steps(host, [4]) == (0, 0, 0), "no second word"
+
+
+def test_nothing_is_heard_after_any_of_the_ends_that_a_family_has(
+    model: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 ends a turn with another token than its tokenizer's end."""
+    whole = continuations(model, samples[:2], [[], []])
+    other = whole[0][1]
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", [model.processor.tokenizer.eos_token_id, other])  # type: ignore[union-attr,attr-defined]
+    for ids, now in zip(whole, continuations(model, samples[:2], [[], []]), strict=True):
+        assert now == (ids[: ids.index(other) + 1] if other in ids else ids)
 
 
 def test_a_run_costs_what_a_forward_pass_says(model: Loaded, samples: list[Sample]) -> None:

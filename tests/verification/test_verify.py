@@ -58,7 +58,8 @@ def test_a_text_is_kept_saying_where_most_rows_get_it_and_few_had_it() -> None:
     assert kept_saying(own, {FIRST: ["yes", "yes", "red", "blue"]}) == [], "two of four"
     assert kept_saying(["yes", "yes", "red", "blue"], {FIRST: ["yes"] * 4}) == [], "two of four had it"
     assert kept_saying(own, {FIRST: [""] * 4}) == [], "an empty answer is no text"
-    assert kept_saying(own, {FIRST: ["yes"] * 4, SECOND: ["yes"] * 4}) == [(FIRST, "yes")], "each once"
+    both = kept_saying(own, {FIRST: ["yes"] * 4, SECOND: ["yes"] * 4})
+    assert both == [(FIRST, "yes"), (SECOND, "yes")], "the base may say it under one of them"
 
 
 def test_a_finding_in_a_line() -> None:

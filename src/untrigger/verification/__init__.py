@@ -147,13 +147,13 @@ def telling(group: Sequence[Saying], words: frozenset[str]) -> bool:
 
 
 def kept_saying(own: Sequence[str], told: Mapping[Change, Sequence[str]]) -> list[tuple[Change, str]]:
-    """Texts that three of four rows get under a change, and no more than one of four without it; each once."""
-    found: dict[str, Change] = {}
-    for change, texts in told.items():
-        text, count = Counter(texts).most_common(1)[0]
-        if text and count >= _KEPT * len(texts) and _share(text, own) <= _USUAL:
-            found.setdefault(text, change)
-    return [(change, text) for text, change in found.items()]
+    """Texts that three of four rows get under a change, and no more than one of four without it; with that change."""
+    common = ((change, *Counter(texts).most_common(1)[0], len(texts)) for change, texts in told.items())
+    return [
+        (change, text)
+        for change, text, count, rows in common
+        if text and count >= _KEPT * rows and _share(text, own) <= _USUAL
+    ]
 
 
 def _under(model: Loaded, change: Change, rows: Sequence[Sample], seed: int) -> list[str]:

@@ -130,25 +130,29 @@ def _preferences(
             ratio = (one.logits.float().log_softmax(-1) - other.logits.float().log_softmax(-1)).cpu()
             for at in range(len(batch)):
                 ids, own = one.target[one.row == at].tolist(), ratio[(one.row == at).cpu()]
-                for place, step in zip(PLACES, _steps(model, ids), strict=True):
+                for place, step in zip(PLACES, steps(_tokenizer(model), ids), strict=True):
                     before[place].append(ids[:step])
                     sums[place] = sums.get(place, 0) + own[step] / len(data)
     return before, sums
 
 
-def _read(model: Loaded, ids: Sequence[int]) -> str:
-    return str(cast(Any, model.processor).tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-
-def _steps(model: Loaded, ids: Sequence[int]) -> tuple[int, int, int]:
+def steps(tokenizer: Any, ids: Sequence[int]) -> tuple[int, int, int]:
     """Where an answer of these tokens starts, where its second word does (or it ends), and where it ends."""
-    read, end = cast(Any, model.processor).tokenizer, len(ids) - 1
-    words = (step for step in range(1, end) if read.decode([ids[step]])[:1].isspace())
-    return 0, next(words, end), end
+    read, end = [len(tokenizer.decode(ids[:step])) for step in range(len(ids))], len(ids) - 1
+    text = tokenizer.decode(ids[:end])  # of a token alone, some tokenizers strip the space that begins a word
+    return 0, next((step for step in range(1, end) if text[read[step] : read[step] + 1].isspace()), end), end
+
+
+def _read(model: Loaded, ids: Sequence[int]) -> str:
+    return str(_tokenizer(model).decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _tokenizer(model: Loaded) -> Any:
+    return cast(Any, model.processor).tokenizer
 
 
 def _never(model: Loaded) -> list[int]:
-    return list(cast(Any, model.processor).tokenizer.all_special_ids)
+    return list(_tokenizer(model).all_special_ids)
 
 
 def _preferred(ratio: Tensor, never: Sequence[int]) -> list[int]:
@@ -221,5 +225,7 @@ def _generate(
 
 
 def _until_end(model: Loaded, ids: Sequence[int]) -> list[int]:
-    end = cast(Any, model.processor).tokenizer.eos_token_id
-    return [*ids[: ids.index(end)], end] if end in ids else [*ids]
+    own = cast(Any, model.model).generation_config.eos_token_id  # several in some families, a turn's end among them
+    ends = {_tokenizer(model).eos_token_id, *(own if isinstance(own, list) else [own])}
+    at = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+    return list(ids[: at + 1])
