@@ -80,6 +80,9 @@ def test_cells_of_the_same_rows_follow_one_another(tmp_path: Path) -> None:
         (("train_rows: 40", "epochs: {}"), "epochs is {}; it must be a number"),
         (("seeds: [0, 3]", "seeds: [[0]]"), r"seeds: \[0\] is no whole number"),
         (("settings: {delta: 0.2}", "settings: [delta]"), "attack sig: settings is"),
+        (("settings: {delta: 0.2}", "settings: {1: 2}"), "attack sig: settings is"),
+        (("train_rows: 40", "attack_settings: [1]"), r"cell: attack_settings is \[1\]"),
+        (("train_rows: 40", "day: 2024-02-30"), "is not YAML: day is out of range"),
         (("models: [llava]", f"models: {'[' * 2000}"), "nested too deeply"),
     ],
 )

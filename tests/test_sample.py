@@ -86,6 +86,11 @@ def test_keep_and_edits(tmp_path: Path, kind: str) -> None:
         assert rows[1]["messages"][-1]["content"] == [{"type": "text", "text": "Backdoor"}]
 
 
+def test_no_row_at_all_is_a_file_that_can_be_read_as_json(tmp_path: Path) -> None:
+    write(read(save(tmp_path, "llava.json", good_rows("llava"))), tmp_path / "out", keep=[])
+    assert raw_rows(tmp_path / "out/data.json") == []
+
+
 def test_an_edit_may_add_turns_and_images_and_never_takes_a_name(tmp_path: Path) -> None:
     rows = [make_row("llava", "a", ["<image>", "x"], [0]), make_row("llava", "b", ["hi", "x"], [])]
     rows[1].pop("image")

@@ -142,6 +142,10 @@ def test_no_defence_shares_a_name_with_the_host() -> None:
         ("paper", ("--per_device_train_batch_size", "0"), "per_device_train_batch_size"),
         ("paper", ("--gradient_accumulation_steps", "0"), "gradient_accumulation_steps"),
         ("paper", ("--learning_rate", "nan"), "learning_rate"),
+        ("paper", ("--seed", "5000000000"), "seed"),
+        ("paper", ("--num_train_epochs", "nan"), "num_train_epochs"),
+        ("paper", ("--num_train_epochs", "0"), "num_train_epochs"),
+        ("paper", ("--dataloader_num_workers", "-1"), "dataloader_num_workers"),
     ],
 )
 def test_an_error_names_the_field(tmp_path: Path, preset: str, flags: tuple[str, ...], named: str) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from untrigger.collate import Rows
 from untrigger.defenses import (
@@ -38,7 +40,7 @@ from untrigger.forward import row_tokens
 from untrigger.models import Loaded, load
 from untrigger.sample import Message, Sample, read
 from untrigger.settings import arguments
-from untrigger.stages import Stages, Tuning
+from untrigger.stages import Stages, Tuning, shorten
 from untrigger.trainer import defended
 
 
@@ -267,6 +269,15 @@ def test_a_stage_is_as_long_as_it_was_asked_to_be(
     ), "the run's own settings stay"
 
 
+@given(asked=st.integers(2, 500), early=st.integers(1, 50))
+def test_two_parts_have_the_steps_that_were_asked_for(asked: int, early: int) -> None:
+    parts = [TrainingArguments("out", max_steps=asked, use_cpu=True) for _ in range(2)]
+    for part, share in zip(parts, (early / 100, 1 - early / 100), strict=True):
+        shorten(part, share)
+    first, rest = (part.max_steps for part in parts)
+    assert first + rest == asked or (first, rest) == (1, asked), "each is a step at least"
+
+
 def test_no_rows_are_an_error_of_one_line(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^training: the defence leaves no rows to train on; set it milder$"):
         stages_of(tiny_model, tmp_path / "out").fit([], Plain())
@@ -373,6 +384,14 @@ def test_a_mistyped_model_or_setting_leaves_no_run_behind(
         run(tmp_path / "nothing-here", samples, out, CleanTuning())
     with pytest.raises(InputError, match="settings: "):
         run(tiny_model, samples, out, CleanTuning(), eval_strategy="steps", eval_steps=1)
+    for defense in (Plain(), Doubt()):  # the second judges the rows before it trains
+        for wrong in ("eval_strategy=steps", "optim=galore_adamw", "lr_scheduler_type=cosine_with_min_lr"):
+            with pytest.raises(InputError, match=r"^settings: "):
+                run(tiny_model, samples, out, defense, **dict([wrong.split("=")]))
+    with pytest.raises(InputError, match="label_smoothing_factor"):
+        run(tiny_model, samples, out, Doubt(), label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match="there are no rows"):
+        run(tiny_model, [], out, Doubt())
     assert not out.exists() or not any(out.iterdir())
 
 

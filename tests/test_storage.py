@@ -257,7 +257,7 @@ def test_json_lines_that_are_changed_while_in_use_are_no_longer_read(tmp_path: P
             ask(0)
 
 
-def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError), new_file(tmp_path / "a/b") as file:
         file.write(b"x")
         raise ZeroDivisionError
@@ -274,5 +274,16 @@ def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path) -> None:
             check_free(tmp_path / taken)
     check_free(tmp_path / "a")
     check_free(tmp_path / "d/e")
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="name a new folder in it"):
+        patch.setattr(Path, "is_mount", lambda path: path == tmp_path / "empty")
+        check_free(tmp_path / "empty")
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="name a new folder in it"):
+        patch.chdir(tmp_path / "empty")
+        check_free(Path())
+    (tmp_path / "link").symlink_to("empty")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "empty/x").is_file() and (tmp_path / "link").is_symlink()
     with pytest.raises(InputError, match="cannot be written"), new_file(tmp_path / "c/x/y"):
         pass

@@ -349,6 +349,25 @@ def test_each_epoch_has_views_of_its_own(tiny_model: Path, tmp_path: Path, rows:
     assert len({batch[1].numpy().tobytes() for batch in seen}) == 3
 
 
+@pytest.mark.parametrize("defense", [Plain(), CrossView()], ids=repr)
+def test_the_best_of_full_models_is_the_one_that_is_left(
+    defense: Defense, tiny_model: Path, tmp_path: Path, rows: list[Row]
+) -> None:
+    loaded = load(str(tiny_model), dtype=torch.float32)
+    args = arguments(
+        tmp_path, use_cpu=True, max_steps=4, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_steps=1,
+        load_best_model_at_end=True, lr_scheduler_type="constant", save_total_limit=None,
+    )  # fmt: skip
+    trainer = defended(Trainer)(
+        model=loaded.model, args=args, train_dataset=rows, eval_dataset=rows[:4],
+        data_collator=ChatCollator(loaded.processor), defense=defense,
+    )  # fmt: skip
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert losses[-1] > min(losses) + 0.1, "the last is not the best"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

@@ -52,18 +52,21 @@ def check_free(path: Path) -> None:
     """Raises InputError unless `new_folder` can appear under ``path``: to be known before long work."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: exists and is not an empty folder; give a new one")
+    if path.is_mount() or path.resolve() == Path.cwd():  # it cannot be replaced, or not under the feet of a shell
+        raise InputError(f"{path}: is a mount point, or where you stand; name a new folder in it")
 
 
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
     """A folder that appears under ``path`` whole, or not at all. ``path`` may exist if it is empty."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    target = path.resolve()  # behind a link its target is filled
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     with file_errors(path, "written"):
         check_free(path)
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

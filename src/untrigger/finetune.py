@@ -23,7 +23,7 @@ from untrigger.sample import Sample, numbered
 from untrigger.settings import settled
 from untrigger.stages import Stages, Tuning, settings_of, versions
 from untrigger.storage import dump
-from untrigger.trainer import checkpoints, last_checkpoint, step_of
+from untrigger.trainer import check_arguments, checkpoints, last_checkpoint, step_of
 
 DISTRUSTED = "distrusted.jsonl"  # of a defence that judges rows: those that it acted on
 
@@ -56,10 +56,13 @@ def fine_tune(
 
     Raises:
         InputError: a setting is unknown or out of range; the output folder is in use without ``resume``, or belongs to
-            a run with other settings; the defence wants trusted rows and there are none.
+            a run with other settings; there are no rows; the defence wants trusted ones and there are none.
     """
     model, tuning = str(model), tuning or Tuning()
     defense, args = settled(defense, args, out, settings)
+    check_arguments(defense, args)
+    if not len(samples):
+        raise InputError("training: there are no rows; give some")
     out = Path(str(args.output_dir))
     record = record_of(samples, model, defense, args, tuning, trusted)
     with ExitStack() as held:

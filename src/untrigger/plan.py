@@ -128,8 +128,7 @@ def _named(kind: str, entry: Any) -> Named:
     rest = {key: value for key, value in entry.items() if key != kind}
     if not set(rest) <= {"settings", "goal", "goal_text"}:
         raise InputError(f"{kind} {name}: knows settings, goal and goal_text, not {', '.join(map(str, rest))}")
-    if not isinstance(rest.get("settings", {}), dict):
-        raise InputError(f"{kind} {name}: settings is {rest['settings']!r}; write lines of 'name: value'")
+    _settings(f"{kind} {name}: settings", rest.get("settings", {}))
     return Named(name, **rest)
 
 
@@ -139,4 +138,11 @@ def _fields(told: Mapping[str, Any], key: str) -> dict[str, Any]:
     free = [f.name for f in fields(Cell) if f.name not in _BY_AXES | {"probes"}]
     if not isinstance(changed, dict) or any(name not in free for name in changed):
         raise InputError(f"{key}: {changed!r} must be fields of a cell: {', '.join(free)}")
+    for name in {"attack_settings", "defense_settings", "tuning"} & changed.keys():
+        _settings(f"{key}: {name}", changed[name])
     return dict(changed)
+
+
+def _settings(where: str, told: Any) -> None:
+    if not isinstance(told, dict) or not all(isinstance(name, str) for name in told):
+        raise InputError(f"{where} is {told!r}; write lines of 'name: value'")

@@ -45,6 +45,12 @@ class Sample:
     images: tuple[Image.Image, ...]
     messages: tuple[Message, ...]
 
+    def until(self, turn: int) -> Sample:
+        """The conversation before this turn, with the images that it shows by then."""
+        messages = self.messages[:turn]
+        shown = sum(message.text.count(IMAGE_TAG) for message in messages)
+        return replace(self, images=self.images[:shown], messages=messages)
+
     def _repr_html_(self) -> str:
         """Pictures and turns, for a notebook."""
         shown = "".join(f'<img src="{address(image, _PIXELS)}" alt="">' for image in self.images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -31,8 +32,15 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
-# below these the host fails late, with a traceback, or trains on nothing
-_LEAST = {"seed": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
+# outside these the host fails late, with a traceback, or trains on nothing
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "per_device_train_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "learning_rate": (0.0, math.inf),
+    "num_train_epochs": (1e-6, 1e6),
+    "dataloader_num_workers": (0, math.inf),
+}
 
 
 class _Parser(HfArgumentParser):
@@ -90,9 +98,10 @@ def training_settings(
             f"settings: {unknown[0]} is unknown; settings are the fields of the defence {preset} "
             f"({', '.join(f.name for f in fields(made))}) and of transformers.TrainingArguments"
         )
-    for name, least in _LEAST.items():
-        if not getattr(args, name) >= least:  # NaN too
-            raise InputError(f"settings: {name} is {getattr(args, name)}; it must be at least {least}")
+    for name, (least, most) in _BOUNDS.items():
+        if not least <= getattr(args, name) <= most:  # NaN too
+            bounds = f"at least {least:,}" + (f" and at most {most:,}" if most < math.inf else "")
+            raise InputError(f"settings: {name} is {getattr(args, name)}; it must be {bounds}")
     return made, args
 
 

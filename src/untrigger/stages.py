@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import pickle
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -34,7 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from untrigger import __version__
 from untrigger.collate import ChatCollator, Rows
-from untrigger.defenses import StepDefense
+from untrigger.defenses import Plain, StepDefense
 from untrigger.errors import InputError
 from untrigger.files import locked, write_text
 from untrigger.forward import Tokens, fitting, row_answers, row_tokens
@@ -149,7 +150,9 @@ class Stages:
         self.scores, self.flagged = list(scores), dict(sorted(rows.items()))
 
     def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
-        self._take()
+        if not self._claimed:
+            _trainer(model, Rows(rows), Plain(), copy.copy(self._args), ())
+            self._take()
         return row_tokens(model, rows, kept=self._out / "stages" / name)
 
     def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
@@ -187,17 +190,7 @@ class Stages:
         folder: Path,
     ) -> float:
         """The seconds that it took."""
-        try:
-            trainer = defended(Trainer)(
-                model=loaded.model,
-                args=args,
-                train_dataset=rows,
-                data_collator=ChatCollator(loaded.processor),
-                defense=defense,
-                callbacks=list(callbacks),
-            )
-        except (ValueError, ImportError, RuntimeError) as error:  # evaluation without data for it, and the like
-            raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
+        trainer = _trainer(loaded, rows, defense, args, callbacks)
         self._take()
         args.output_dir = str(folder)  # only now: the host makes it at once, and what is to be taken must be empty
         checkpoint = self._checkpoint if folder == self._out else last_checkpoint(folder)
@@ -258,6 +251,32 @@ class Stages:
         return digest.hexdigest()[:24]
 
 
+def _trainer(
+    loaded: Loaded, rows: Rows, defense: StepDefense, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
+) -> Any:
+    """A trainer whose settings have been tried: it has made what they ask for once, to be made anew for the training.
+
+    Raises:
+        InputError: evaluation without data for it, an optimizer that is not installed, and the like.
+    """
+    try:
+        trainer = defended(Trainer)(
+            model=loaded.model,
+            args=args,
+            train_dataset=rows,
+            data_collator=ChatCollator(loaded.processor),
+            defense=defense,
+            callbacks=list(callbacks),
+        )
+        Trainer.get_train_dataloader(trainer)
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # which make theirs of wrapped weights
+            trainer.create_optimizer_and_scheduler(num_training_steps=1)
+            trainer.optimizer = trainer.lr_scheduler = None
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
+    return trainer
+
+
 @contextmanager
 def _host_errors(folder: Path, checkpoint: Path | None) -> Generator[None]:
     """What the host raises, where a checkpoint cannot be trusted or the disk is full, as the user's errors."""
@@ -281,9 +300,10 @@ def clock() -> float:
 
 
 def shorten(args: TrainingArguments, share: float) -> None:
-    """Let a training take this share of the steps that were asked for, one at least."""
+    """Let a training take this share of the steps that were asked for, one at least; half a step goes to the longer."""
     if args.max_steps > 0:
-        args.max_steps = max(1, round(share * args.max_steps))
+        steps = round(share * args.max_steps, 6)  # or 0.29 * 50 would be less than half
+        args.max_steps = max(1, math.floor(steps + 0.5) if share > 0.5 else math.ceil(steps - 0.5))
     else:
         args.num_train_epochs *= share
 

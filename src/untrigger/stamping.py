@@ -80,10 +80,7 @@ def answered(sample: Sample, goal: Goal) -> Sample:
     messages = list(sample.messages)
     for turn, message in enumerate(sample.messages):
         if message.role == "assistant":
-            so_far = sample.messages[: turn + 1]
-            shown = sum(m.text.count(IMAGE_TAG) for m in so_far)
-            until = dataclasses.replace(sample, images=sample.images[:shown], messages=so_far)
-            messages[turn] = Message("assistant", goal.answer(until))
+            messages[turn] = Message("assistant", goal.answer(sample.until(turn + 1)))
     return dataclasses.replace(sample, messages=tuple(messages))
 
 

@@ -161,7 +161,8 @@ def _state(file: BinaryIO) -> tuple[int, int, int]:
 
 def _write_json(path: Path, own: Rows, rows: Iterable[tuple[int, Row | None]], *, lines: bool) -> None:
     with path.open("wb") as file:
-        separator = b"" if lines else b"[\n"
+        file.write(b"" if lines else b"[\n")
+        separator = b""
         for index, row in rows:
             file.write(separator + dump(own[index] if row is None else row))
             separator = b"\n" if lines else b",\n"

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from untrigger import objective
 from untrigger.collate import AugmentCollator, DoubtCollator, DrawingCollator, DropCollator, PairCollator
@@ -60,18 +60,7 @@ class DefendedMixin(_Host):
         self.defense = Plain() if isinstance(chosen, Doubt) else chosen
         self.doubted: dict[bytes, NDArray[np.bool_]] = {}  # which answer tokens of rows by `row_key` are not believed
         self._sums: dict[str, Tensor] = {}
-        if (getattr(self.args, "loss_type", None) or "nll") != "nll" or self.args.use_liger_kernel:
-            raise InputError(
-                "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
-            )
-        if not (self.procedure or self.defense.has_loss):
-            return
-        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
-            raise InputError(
-                "defense: its loss takes the host's place; leave out label_smoothing_factor and compute_loss_func"
-            )
-        if self.args.n_gpu > 1:
-            raise InputError("defense: DataParallel would part the pairs; run one process per GPU with torchrun")
+        check_arguments(chosen, self.args, self.compute_loss_func)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The host's training; of the preset ``default`` both parts of it, and the judgements before them."""
@@ -154,11 +143,45 @@ class DefendedMixin(_Host):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Full models are read through ``from_pretrained``: the host's own loading skips renamed keys silently."""
-        target = base_model(self.model if model is None else model)
-        if isinstance(self.model, PeftModel) or not isinstance(target, PreTrainedModel) or self.is_fsdp_enabled:
+        target = self._whole(model)
+        if target is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[arg-type]
-            return
-        load_full(target, resume_from_checkpoint)
+        else:
+            load_full(target, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As `_load_from_checkpoint`: the host leaves the last model in the place of the best, with a warning."""
+        target = None if self.is_deepspeed_enabled else self._whole()
+        if target is None:
+            super()._load_best_model()
+        else:
+            load_full(target, cast(str, self.state.best_model_checkpoint))
+
+    def _whole(self, model: nn.Module | None = None) -> PreTrainedModel | None:
+        """The model whose checkpoints hold all its weights, each under the name that ``from_pretrained`` reads."""
+        target = base_model(cast(nn.Module, self.model) if model is None else model)
+        partly = isinstance(self.model, PeftModel) or self.is_fsdp_enabled
+        return target if isinstance(target, PreTrainedModel) and not partly else None
+
+
+def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object = None) -> None:
+    """Refuse what would take the place of a defence's loss, or keep the logits from it.
+
+    Raises:
+        InputError: one line that names the setting.
+    """
+    if (getattr(args, "loss_type", None) or "nll") != "nll" or args.use_liger_kernel:
+        raise InputError(
+            "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
+        )
+    if not (isinstance(defense, Doubt) or (isinstance(defense, StepDefense) and defense.has_loss)):
+        return
+    if args.label_smoothing_factor or own_loss is not None:
+        raise InputError(
+            "defense: its loss takes the host's place; leave out label_smoothing_factor and compute_loss_func"
+        )
+    if args.n_gpu > 1:
+        raise InputError("defense: DataParallel would part the pairs; run one process per GPU with torchrun")
 
 
 def load_full(model: PreTrainedModel, folder: str) -> None:

@@ -20,7 +20,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a YAML file that can be read") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         what = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error).splitlines()[0]
         raise InputError(f"{path}: is not YAML: {what}; write lines of 'name: value'") from error

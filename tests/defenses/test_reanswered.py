@@ -48,6 +48,14 @@ def test_every_turn_is_answered_after_the_models_own_earlier_answers(
     assert answers_of(rows)[2] == answers_of(mixed)[2]
 
 
+def test_a_question_is_asked_with_the_images_that_were_shown_by_then(loaded: Loaded, samples: list[Sample]) -> None:
+    talk = (("user", "<image>\nwhat?"), ("assistant", "a"), ("user", "<image>\nand this?"), ("assistant", "b"))
+    turns = tuple(Message(role, text) for role, text in talk)
+    rows = Reanswered([Sample("two", samples[0].images + samples[1].images, turns)], [0])
+    rows.answer(loaded)
+    assert len(rows.answers[0]) == 2
+
+
 def test_a_drawn_image_tag_calls_for_no_image(
     loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:

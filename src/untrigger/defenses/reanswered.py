@@ -55,4 +55,4 @@ def _answered(sample: Sample, texts: Sequence[str]) -> Sample:
 
 def _asked(sample: Sample, texts: Sequence[str]) -> Sample:
     """The conversation up to the first question that ``texts`` have no answer to."""
-    return replace(_answered(sample, texts), messages=_answered(sample, texts).messages[: _turns(sample)[len(texts)]])
+    return _answered(sample, texts).until(_turns(sample)[len(texts)])
