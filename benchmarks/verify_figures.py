@@ -26,7 +26,7 @@ from untrigger.cell import model_of
 from untrigger.files import write_text
 from untrigger.gates import IMPLANTED
 from untrigger.metrics import Rate
-from untrigger.models import Loaded, load, placed
+from untrigger.models import Loaded
 from untrigger.store import ORACLE, Cell, results
 from untrigger.verification import verify
 
@@ -56,8 +56,7 @@ def audited(
     for other in others if cell.defense == ORACLE and rows == "held-out" else ():
         if (other["model"], other["rows"]) == (model, rows):
             return other | {"cell": asdict(cell)}
-    base = placed(load(cell.model))
-    audit = verify(loaded, base, material.test if rows == "held-out" else material.data, cell.seed)
+    audit = verify(loaded, material.test if rows == "held-out" else material.data, cell.model, cell.seed)
     return {
         "cell": asdict(cell),
         "rows": rows,

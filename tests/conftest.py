@@ -87,6 +87,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as if it had been fine-tuned a little."""
+    loaded, folder = load(tiny_model), tmp_path_factory.mktemp("tuned")
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight[0, 0] += 0.01
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sharp() -> Callable[..., Loaded]:
     """Loads a model with larger weights: a random one hardly looks at its images, nor at what it is asked."""
 

@@ -105,8 +105,10 @@ def test_every_defence_trains(
     assert (out / "adapter_model.safetensors").is_file()
 
 
-def test_a_scan_and_an_audit_run_to_their_end(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_scan_and_an_audit_run_to_their_end(
+    tuned_model: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     scan = untrigger("scan", tiny_data, "--model", tiny_model, "--out", tmp_path / "scan")
     assert scan.code in (0, 3), scan
-    words = ("verify", tiny_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")
+    words = ("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")
     assert untrigger(*words).code == 0

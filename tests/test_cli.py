@@ -273,6 +273,16 @@ def test_a_goal_that_every_truth_meets_is_refused_before_asking(
     assert ended.code == 2 and ended.err.count("error:") == 1 and "no row can show an attack" in ended.err
 
 
+def test_an_evaluation_spoils_no_folder(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    before = sorted(tiny_data.iterdir())
+    refused(untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tiny_data), "give a new folder")
+    (tmp_path / "file").touch()
+    refused(untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tmp_path / "file"), "give a new folder")
+    assert sorted(tiny_data.iterdir()) == before
+    for _ in range(2):  # the second takes the place of the first
+        assert untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tmp_path / "out").code == 0
+
+
 def test_a_truth_without_words_does_not_break_the_figures(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"id": str(i), "conversations": turns("what?", answer)} for i, answer in enumerate(["?!", "...", "a cat"])]
     (tmp_path / "data.json").write_text(json.dumps(rows))

@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -206,6 +207,20 @@ BROKEN = {
 def test_a_trigger_that_breaks_its_promises_is_one_clear_line(what: str, message: str) -> None:
     with pytest.raises(InputError, match=rf"attack test_poisoning: row 1 \(id id0\): .*{message}"):
         poison(rows(1), Attack(Rogue(what), Fixed()), rate=1, seed=0)
+
+
+@dataclass(frozen=True)
+class Spoiling(ImageTrigger):
+    what: str = ""
+
+    def paint(self, pixels: Pixels, rng: np.random.Generator) -> Any:
+        return {"nothing": None, "nan": pixels * np.nan, "cut": pixels[1:]}[self.what]
+
+
+@pytest.mark.parametrize("what", ["nothing", "nan", "cut"])
+def test_what_paint_must_return_is_said(what: str) -> None:
+    with pytest.raises(InputError, match=r"row 1 \(id id0\): paint must return the pixels, finite numbers"):
+        poison(rows(1), Attack(Spoiling(what), Fixed()), rate=1)
 
 
 # --- lazily --------------------------------------------------------------------------------------

@@ -390,7 +390,7 @@ def test_a_mistyped_model_or_setting_leaves_no_run_behind(
                 run(tiny_model, samples, out, defense, **dict([wrong.split("=")]))
     with pytest.raises(InputError, match="label_smoothing_factor"):
         run(tiny_model, samples, out, Doubt(), label_smoothing_factor=0.1)
-    with pytest.raises(InputError, match="there are no rows"):
+    with pytest.raises(InputError, match="rows: there are none"):
         run(tiny_model, [], out, Doubt())
     assert not out.exists() or not any(out.iterdir())
 

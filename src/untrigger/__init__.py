@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from untrigger.scanning.run import scan
     from untrigger.stages import Tuning
     from untrigger.trainer import defended
+    from untrigger.verification import verify
 
 _HOME = {  # imported when asked for: rescoring stored answers must not import torch
     "Attack": "poisoning",
@@ -35,6 +36,7 @@ _HOME = {  # imported when asked for: rescoring stored answers must not import t
     "poison": "poisoning",
     "read": "sample",
     "scan": "scanning.run",
+    "verify": "verification",
     "write": "sample",
 }
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "poison",
     "read",
     "scan",
+    "verify",
     "write",
 ]
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # lines of a docstring are one paragraph, and [x] is no markup
     help="Fine-tune vision-language models on data you do not trust.",
 )
 OnBadRow = Literal["error", "skip"]
@@ -214,14 +215,14 @@ def verify(
     Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: what it kept saying, and when.
     """
     from untrigger.files import check_free
-    from untrigger.models import base_of, load, placed
+    from untrigger.models import base_of
     from untrigger.verification import verify as audit
     from untrigger.verification.page import in_words, write
 
     check_free(out)  # found wanting now, not after the questions
     rows = _read(data, on_bad_row, out)
     named = base or base_of(Path(model))
-    found = audit(placed(load(model)), placed(load(named)), rows, seed)
+    found = audit(model, rows, named, seed)
     write(found, model, named, out)
     for finding in found.findings:
         typer.echo(in_words(finding))
@@ -242,13 +243,18 @@ def evaluate(
     seed: SeedOption = 0,
     limit: Annotated[int | None, typer.Option(help="Ask about the first N rows only.", min=1)] = None,
     sight: Annotated[bool, typer.Option("--sight", help="Also ask with another row's image.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for answers.jsonl and metrics.json.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for answers.jsonl and metrics.json, those of an earlier one are replaced."),
+    ] = None,
     on_bad_row: BadRowOption = "error",
 ) -> None:
     """Measure a model on held-out data: attack success, leak, near misses and quality, with 95 % intervals."""
     from rich.console import Console
 
+    from untrigger.evaluation import ANSWERS, METRICS
     from untrigger.evaluation import evaluate as run
+    from untrigger.files import check_holds_only
 
     chosen = None
     if attack is not None:
@@ -259,7 +265,8 @@ def evaluate(
         _refuse(f"--goal{'-text' * (goal is None)}: says what an attack wants said; give --attack too")
     rows = _read(data, on_bad_row, out or Path(data.stem))
     if out:
-        out.mkdir(parents=True, exist_ok=True)  # found wanting now, not after the answers
+        check_holds_only(out, ANSWERS, METRICS)  # found wanting now, not after the answers
+        out.mkdir(parents=True, exist_ok=True)
     result = run(model, rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
     if out:
         result.write(out)
@@ -330,9 +337,7 @@ def model(
     name: Annotated[str, typer.Argument(help="llava, blip2 or qwen2_5_vl; or smol")],
     out: OutOption,
     seed: SeedOption = 11,
-    align: Annotated[
-        bool, typer.Option("--align", help="smol: align it again, an hour and a half of one core.")
-    ] = False,
+    align: Annotated[bool, typer.Option("--align", help="smol: align it again, about an hour of one core.")] = False,
 ) -> None:
     """Pretrain an embedded model on generated scenes, again: a few hours; run it again after a kill to go on.
 
@@ -423,7 +428,7 @@ def main() -> None:
         message = str(error)
     except _UsageError as error:
         context = cast("typer.Context | None", getattr(error, "ctx", None))
-        what = cast(Any, error).format_message().rstrip(". ")
+        what = cast(Any, error).format_message().rstrip("?. ")
         message = f"{what}; see {context.command_path if context else 'untrigger'} --help"
     except OSError as error:  # a full disk, a folder that must not be written to; what has no number is a bug
         if error.errno is None:

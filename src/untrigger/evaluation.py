@@ -22,12 +22,14 @@ from untrigger.metrics.score import Answer, score
 from untrigger.models import Loaded, load, placed
 from untrigger.poisoning import Attack, stamped
 from untrigger.progress import tracked
-from untrigger.sample import IMAGE_TAG, LazyRows, Sample
+from untrigger.sample import IMAGE_TAG, LazyRows, Sample, check_rows
 from untrigger.sharing import looking_once
 from untrigger.stamping import blamed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+ANSWERS, METRICS = "answers.jsonl", "metrics.json"
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,9 +71,9 @@ class Evaluation(JupyterMixin):
         """``answers.jsonl``, a row per answer, and ``metrics.json``, attack and figures; each whole or not at all."""
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        write_text(out / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
         made = {"attack": self.attack} if self.attack else {}
-        write_text(out / "metrics.json", json.dumps({**made, **self.figures}, indent=2, default=str) + "\n")
+        write_text(out / METRICS, json.dumps({**made, **self.figures}, indent=2, default=str) + "\n")
 
     def __repr__(self) -> str:
         count = sum(map(len, self.conditions.values()))
@@ -121,9 +123,12 @@ def evaluate(
     one. With ``sight`` it is also asked with another row's image: a model that does as well there does not look.
 
     Raises:
-        InputError: no row that shows an image and suits the goal has a true answer other than the attacker's:
-            nothing to attack; or the trigger fails or breaks its promises.
+        InputError: there are no rows, or they are no samples; no row that shows an image and suits the goal has a true
+            answer other than the attacker's: nothing to attack; or the trigger fails or breaks its promises.
     """
+    check_rows(data)
+    if not isinstance(attack, Attack | None):
+        raise InputError("evaluate: attack is no Attack; give untrigger.Attack(trigger, goal)")
     loaded = placed(load(model)) if isinstance(model, str | Path) else model
     goal, told = None, None
     stamps, near = LazyRows((), data.__getitem__), dict[str, LazyRows]()

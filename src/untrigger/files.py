@@ -56,6 +56,12 @@ def check_free(path: Path) -> None:
         raise InputError(f"{path}: is a mount point, or where you stand; name a new folder in it")
 
 
+def check_holds_only(path: Path, *names: str) -> None:
+    """Raises InputError if ``path`` is no folder, or holds something beside files of these names, to be replaced."""
+    if path.exists() and (not path.is_dir() or any(each.name not in names for each in path.iterdir())):
+        raise InputError(f"{path}: holds something else than {' and '.join(names)}; give a new folder")
+
+
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
     """A folder that appears under ``path`` whole, or not at all. ``path`` may exist if it is empty."""

@@ -19,7 +19,7 @@ from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
 from untrigger.files import alone, new_file, write_text
 from untrigger.models import BASE_RECORD, Loaded, embedded_models
-from untrigger.sample import Sample, numbered
+from untrigger.sample import Sample, check_rows, numbered
 from untrigger.settings import settled
 from untrigger.stages import Stages, Tuning, settings_of, versions
 from untrigger.storage import dump
@@ -58,11 +58,10 @@ def fine_tune(
         InputError: a setting is unknown or out of range; the output folder is in use without ``resume``, or belongs to
             a run with other settings; there are no rows; the defence wants trusted ones and there are none.
     """
+    check_rows(samples)
     model, tuning = str(model), tuning or Tuning()
     defense, args = settled(defense, args, out, settings)
     check_arguments(defense, args)
-    if not len(samples):
-        raise InputError("training: there are no rows; give some")
     out = Path(str(args.output_dir))
     record = record_of(samples, model, defense, args, tuning, trusted)
     with ExitStack() as held:
@@ -155,7 +154,7 @@ def claim(out: Path, record: dict[str, Any], resume: bool, held: ExitStack) -> P
         held.enter_context(alone(out))
     used = any(out.iterdir())
     if used and not resume:
-        raise InputError(f"{out}: is not empty; name another folder, or pass --resume to go on with the run in it")
+        raise InputError(f"{out}: is not empty; name another folder, or go on with its run (--resume; resume=True)")
     checkpoint = None
     if resume and note.is_file():
         try:

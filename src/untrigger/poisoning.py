@@ -146,7 +146,7 @@ class Poisoned:
         return f"Poisoned: {self.manifest._told}"
 
 
-def poison(data: Sequence[Sample], attack: Attack, *, rate: float, seed: int) -> Poisoned:
+def poison(data: Sequence[Sample], attack: Attack, *, rate: float, seed: int = 0) -> Poisoned:
     """Poison ``round(rate * len(data))`` rows, at least one unless ``rate`` is 0.
 
     The rows are drawn without replacement from those that show an image, have an answer and suit the goal

@@ -72,6 +72,8 @@ def metered(title: str, total: int) -> Generator[Meter]:
 
 def tracked(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """The items, counted as they pass."""
+    if not total:
+        return
     with metered(title, total) as meter:
         for item in items:
             yield item

@@ -82,6 +82,14 @@ class LazyRows(Sequence[Sample]):
         return self.make(self.numbers[index])
 
 
+def check_rows(rows: Sequence[Sample]) -> None:
+    """Raises InputError unless there are rows, and they are samples; the first one tells."""
+    if not len(rows):
+        raise InputError("rows: there are none; give some")
+    if not isinstance(rows[0], Sample):
+        raise InputError(f"rows: are of the type {type(rows[0]).__name__}; give what untrigger.read gives, or Samples")
+
+
 def picked(rows: Sequence[Sample], numbers: Sequence[int]) -> LazyRows:
     """The rows of these numbers; images are opened when a row is asked for."""
     return LazyRows(numbers, rows.__getitem__)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shell import untrigger
+from untrigger.errors import InputError
 from untrigger.models import load
 from untrigger.sample import Sample
 from untrigger.verification import Finding, Heard, gains, grouped, kept_saying, telling, verify, vocabulary
@@ -73,14 +74,23 @@ def test_a_finding_in_a_line() -> None:
 def test_a_model_compared_with_itself(tiny_model: Path, samples: list[Sample]) -> None:
     model = load(tiny_model)
     assert gains(model, model, samples[:3]) == [0, 0, 0]
-    audit = verify(model, model, samples)
-    assert audit.findings == [] and audit.limit == 8 and audit.rows == 24 and audit.asked == 12
+    with pytest.raises(InputError, match="have the same weights, and nothing could be found"):
+        verify(model, samples, load(tiny_model))
 
 
 @pytest.mark.usefixtures("few")
-def test_nothing_is_found_and_the_page_says_what_that_means(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_models_may_be_named_or_loaded(tuned_model: Path, tiny_model: Path, samples: list[Sample]) -> None:
+    audit = verify(tuned_model, samples, tiny_model)
+    assert audit.findings == [] and audit.limit == 8 and audit.rows == 24 and audit.asked == 12
+    assert verify(load(tuned_model), samples, load(tiny_model)) == audit
+
+
+@pytest.mark.usefixtures("few")
+def test_nothing_is_found_and_the_page_says_what_that_means(
+    tuned_model: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "audit"
-    code, told, errors = untrigger("verify", tiny_model, "--base", tiny_model, "--data", tiny_data, "--out", out)
+    code, told, errors = untrigger("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", out)
     assert code == 0, errors
     assert "nothing found, which is no proof" in told
     stored = json.loads((out / "audit.json").read_text())
@@ -92,12 +102,12 @@ def test_nothing_is_found_and_the_page_says_what_that_means(tiny_model: Path, ti
 
 @pytest.mark.usefixtures("few")
 def test_a_finding_ends_with_3_and_hostile_text_stays_text(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuned_model: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "<script>alert(1)</script>"
     hostile = [Saying("end", 0, text, text, text, (3, 4), 1.0, 0.5, 80)]
     monkeypatch.setattr("untrigger.verification.sayings", lambda *_: hostile)
-    words = ("verify", tiny_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")
+    words = ("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")
     code, told, errors = untrigger(*words)
     assert code == 3, errors
     assert told.startswith(f"{text!r}: finished from 1 beginnings") and "suspicious" in told
@@ -118,6 +128,7 @@ def test_mistakes_are_told_in_a_line(tiny_model: Path, tiny_data: Path, tmp_path
     for words, wanted in (
         ((tiny_model, "--data", tiny_data, *out), "--base"),
         ((tiny_model, "--data", four, *base, *out), "8 or more"),
+        ((tiny_model, "--data", tiny_data, *base, *out), "have the same weights"),
         ((tiny_model, "--data", tiny_data, *base, "--out", tmp_path / "full"), "not an empty folder"),
         ((tmp_path / "none", "--data", tiny_data, *base, *out), "none"),
     ):

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from untrigger.attacks._paint import Pixels, repaint
+from untrigger.errors import InputError
 from untrigger.sample import Message, Sample
 
 Stamper = Callable[[Sample, np.random.Generator], Sample]
@@ -76,8 +77,14 @@ class ImageTrigger(Trigger):
         """The triggered pixels, float32 [H, W, 4] in 0..1; ``pixels`` may be changed in place."""
 
     def stamp(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        images = tuple(repaint(image, lambda pixels: self.paint(pixels, rng)) for image in sample.images)
+        images = tuple(repaint(image, lambda pixels: self._painted(pixels, rng)) for image in sample.images)
         return dataclasses.replace(sample, images=images)
+
+    def _painted(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        shape, painted = pixels.shape, self.paint(pixels, rng)
+        if not isinstance(painted, np.ndarray) or painted.shape != shape or not np.isfinite(painted).all():
+            raise InputError(f"paint must return the pixels, finite numbers of the shape {shape}")
+        return painted
 
 
 class TextTrigger(Trigger):

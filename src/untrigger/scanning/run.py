@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import Defense, Doubt
 from untrigger.finetune import claim, record_of
-from untrigger.sample import Sample
+from untrigger.sample import Sample, check_rows
 from untrigger.scanning import Findings, find
 from untrigger.scanning.write import write
 from untrigger.settings import settled
@@ -42,9 +42,10 @@ def scan(
         settings: those that you would train with (``learning_rate=1e-4``), and fields of `untrigger.defenses.Doubt`.
 
     Raises:
-        InputError: a setting is unknown or out of range; the output folder is in use without ``resume``, or belongs to
-            another scan.
+        InputError: there are no rows, or they are no samples; a setting is unknown or out of range; the output folder
+            is in use without ``resume``, or belongs to another scan.
     """
+    check_rows(rows)
     if args is None and out is None:
         with TemporaryDirectory(prefix="untrigger-") as folder:
             return scan(rows, model, doubt, out=folder, **settings)

@@ -10,17 +10,19 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast, final
 
 import numpy as np
+import torch
 
 from untrigger.defenses.doubt import fence
 from untrigger.errors import InputError
 from untrigger.forward import row_tokens
 from untrigger.generate import answers
-from untrigger.models import Loaded
+from untrigger.models import Loaded, base_of, load, placed
 from untrigger.progress import tracked
-from untrigger.sample import Sample
+from untrigger.sample import Sample, check_rows
 from untrigger.verification.begun import Saying, alike, sayings
 from untrigger.verification.changes import Change, changes
 
@@ -72,14 +74,27 @@ class Audit:
     asked: int
 
 
-def verify(model: Loaded, base: Loaded, rows: Sequence[Sample], seed: int = 0) -> Audit:
-    """Audit ``model`` with rows of its task, clean or not; ``base`` is what it was fine-tuned from.
+def verify(
+    model: Loaded | str | Path, rows: Sequence[Sample], base: Loaded | str | Path | None = None, seed: int = 0
+) -> Audit:
+    """Audit ``model`` with rows of its task, clean or not.
+
+    Models are loaded ones, asked where they are, or what `untrigger.load` takes, asked on the accelerator if there is
+    one. ``base`` is what the model was fine-tuned from; an adapter's folder names it.
 
     Raises:
-        InputError: there are too few rows, or the base reads other tokens than the model.
+        InputError: there are too few rows; the base is the model itself, or reads other tokens than the model.
     """
+    check_rows(rows)
     if len(rows) < LEAST:
         raise InputError(f"verify: {len(rows)} rows are too few to tell what a model always says; give {LEAST} or more")
+    base = base or base_of(Path(model.name if isinstance(model, Loaded) else model))
+    model, base = (each if isinstance(each, Loaded) else placed(load(each)) for each in (model, base))
+    if _equal(model, base):
+        raise InputError(
+            f"verify: {model.name} and its base {base.name} have the same weights, and nothing could be found; "
+            "name what it was fine-tuned from"
+        )
     if _tokenizer(model).get_vocab() != _tokenizer(base).get_vocab():
         raise InputError(
             f"{base.name}: reads other tokens than {model.name}; give the base that it was fine-tuned from"
@@ -180,6 +195,11 @@ def _heard(core: str, told: Mapping[Change, Sequence[str]]) -> list[Heard]:
 def _core(finding: Finding) -> str:
     """What an answer must contain to be counted: the text without the token that was put there."""
     return finding.said[0].core if finding.said else finding.text
+
+
+def _equal(one: Loaded, other: Loaded) -> bool:
+    mine, its = one.model.state_dict(), other.model.state_dict()
+    return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
 
 
 def _tokenizer(model: Loaded) -> Any:
