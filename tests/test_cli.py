@@ -142,6 +142,13 @@ def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
         (("train", "DATA", "--out", "OUT", "--lora-rank", "0"), ("--lora-rank",)),
         (("train", "DATA", "--out", "OUT", "--config", "gone.yaml"), ("gone.yaml", "No such file")),
         (("train", "DATA", "--out", "OUT", "--config", "BAD_YAML"), ("bad.yaml", "line 3")),
+        (("train", "DATA", "--out", "OUT", "--config", "OWN_YAML"), ("own.yaml: lora_rank", "command: --lora-rank")),
+        (("train", "DATA", "--out", "OUT", "--lora_rank", "0"), ("--lora-rank",)),
+        (("train", "gone.json", "--out", "OUT", "--model", "lava"), ("lava: no such folder", "did you mean llava?")),
+        (("scan", "gone.json", "--out", "OUT", "--model", "lava"), ("lava: no such folder", "did you mean llava?")),
+        (("evaluate", "./gone", "gone.json"), ("./gone: no such folder",)),
+        (("verify", "lava", "--data", "gone.json", "--out", "OUT"), ("lava: no such folder",)),
+        (("verify", "MODEL", "--data", "gone.json", "--out", "OUT", "--base", "lava"), ("lava: no such folder",)),
         (("train", "--early", "0.2", "DATA", "--out", "OUT"), ("--early comes too early",)),
         (("evaluate", "MODEL", "DATA", "--side", "0.1"), ("--side: no such option", "--attack")),
         (("evaluate", "MODEL", "DATA", "--attack", "nope"), ("attack 'nope' is unknown",)),
@@ -163,7 +170,9 @@ def test_a_mistyped_command_is_one_line(
     parts: tuple[str, ...],
 ) -> None:
     (tmp_path / "bad.yaml").write_text("margin: 0.2\nratio: [\n")
+    (tmp_path / "own.yaml").write_text("lora_rank: 8\n")
     places = {"DATA": tiny_data, "OUT": tmp_path / "out", "MODEL": tiny_model, "BAD_YAML": tmp_path / "bad.yaml"}
+    places["OWN_YAML"] = tmp_path / "own.yaml"
     refused(untrigger(*(places.get(word, word) for word in words)), *parts)
     assert not (tmp_path / "out").exists()
 

@@ -34,7 +34,16 @@ def test_the_card_tells_what_was_tuned(
 ) -> None:
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
     fine_tune(read(tiny_data), str(tiny_model), Plain(), args, tuning=tuning)
-    assert f"Base model `{tiny_model}`, {told} of data" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert f"Base model `{tiny_model}`, {told} of data" in card
+    assert "|" not in card and "rely on it.\n\nSeed 42, " in card, "a table of a log that such a short run has not"
+
+
+def test_the_card_has_the_last_log(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=2, save_strategy="no")
+    fine_tune(read(tiny_data), str(tiny_model), Plain(), args)
+    assert "\n\n| at the last log | value |\n|---|---|\n| loss | " in (tmp_path / "README.md").read_text()
+    assert " |\n\nSeed 42, " in (tmp_path / "README.md").read_text()
 
 
 def test_what_was_distrusted_is_told_with_the_word_the_worst_first(

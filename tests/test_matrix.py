@@ -111,10 +111,24 @@ def test_failures_are_told_in_a_line_and_stop_nothing(tmp_path: Path, capfd: pyt
     assert store.find(tmp_path, cells(1)[0]) is not None
     shown = capfd.readouterr()
     assert "this is cell" not in shown.out + shown.err, "what a cell prints goes to its log"
+    for line in failed:
+        assert shown.err.count(f"failed: {line}\n") == 1
     for cell, line in zip(cells(13, 14, 15, 16), sorted(failed), strict=False):
         assert line.partition(": ")[2] == store.failure(tmp_path, cell)
     assert "Traceback" in (store.folder_of(tmp_path, cells(14)[0]) / "log.txt").read_text()
     assert "this is cell 1\n" in (store.folder_of(tmp_path, cells(1)[0]) / "log.txt").read_text()
+
+
+def test_a_model_that_is_not_there_is_told_before_the_first_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gone, root = replace(CELL, model="smol"), tmp_path / "results"
+    with pytest.raises(InputError, match="models: smol: no such folder"):
+        run_matrix([*cells(1), gone], root, work=work)
+    assert not root.exists()
+    store.save(root, gone, {"weights": "those that it had"}, {})
+    assert run_matrix([*cells(1), gone], root, work=work) == [], "what is done needs its model no more"
 
 
 def test_failed_cells_are_tried_again(tmp_path: Path) -> None:

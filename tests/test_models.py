@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 from untrigger.errors import InputError
 from untrigger.models import (
     BASE_RECORD,
+    absence,
     add_lora,
     base_model,
     embedded_model_path,
@@ -132,6 +134,54 @@ def test_nothing_is_fetched_offline_and_the_answer_is_one_line(monkeypatch: pyte
     assert "/no/such/folder" in refused("/no/such/folder")
 
 
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("lava", "did you mean llava?"),
+        ("BLIP-2", "did you mean blip2?"),
+        ("llama-nonsense", "a hub id is OWNER/NAME"),
+        ("./nofolder", "a hub id is OWNER/NAME"),
+        ("/nofolder", "a hub id is OWNER/NAME"),
+        ("~/nofolder", "a hub id is OWNER/NAME"),
+        ("my/model/folder", "a hub id is OWNER/NAME"),
+    ],
+)
+def test_what_can_be_no_models_name_is_told_without_asking_the_hub(
+    name: str, mend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("untrigger.models.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    there = ", ".join(embedded_models())
+    assert refused(name) == f"{name}: no such folder, and no embedded model (there are {there}); {mend}"
+
+
+def test_what_may_be_a_models_name_is_let_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("llava", "mine", "./mine", str(tmp_path / "mine"), "no-such-org/no-such-model"):
+        assert absence(name) is None, name
+    assert absence("gpt2") is not None
+    kept = tmp_path / "hub" / "models--gpt2"
+    for part, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/config.json", "{}")):
+        (kept / part).parent.mkdir(parents=True)
+        (kept / part).write_text(text)
+    assert absence("gpt2") is None, "an old hub id, in the hub's cache"
+
+
+def test_retries_of_the_hub_are_not_shown(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def ask(*_: Any, **__: Any) -> Any:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s [Retry 5/5].")
+        raise OSError("no such thing\non the hub")
+
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    monkeypatch.setattr(hub, "propagate", True)
+    monkeypatch.setattr("untrigger.models.AutoConfig.from_pretrained", ask)
+    assert refused("no-such-org/no-such-model").endswith(": no such thing")
+    assert caplog.records == [] and hub.level == level
+
+
 # --- adapters ---------------------------------------------------------------------------------------
 
 
@@ -171,7 +221,9 @@ def test_an_adapter_without_our_record_is_found_by_pefts_own(adapter: Path) -> N
 def test_broken_adapters_are_refused_in_one_line(adapter: Path) -> None:
     record, weights = adapter / BASE_RECORD, adapter / "adapter_model.safetensors"
     whole = record.read_text()
-    for text in ("{", "[]", "{}", '{"base": "/no/such/base"}', f'{{"base": "{adapter}"}}'):
+    record.write_text('{"base": "/no/such/base"}')
+    assert refused(adapter).startswith(f"{adapter}: its base /no/such/base: no such folder")
+    for text in ("{", "[]", "{}", f'{{"base": "{adapter}"}}'):
         record.write_text(text)
         refused(adapter)
     record.write_text(whole)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from shell import untrigger
+from shell import refused, untrigger
 from untrigger import cli, store
 from untrigger.cost import estimate, told
 from untrigger.defenses import PRESETS
 from untrigger.errors import InputError
 from untrigger.gallery import plan
+from untrigger.matrix import Done
 from untrigger.models import embedded_models
 from untrigger.plan import read_plan
+from untrigger.progress import console
 from untrigger.store import ORACLE, Cell, Result
 
 PLANS = Path(__file__).parents[1] / "plans"
@@ -128,10 +133,17 @@ def test_cost_is_told_from_what_is_done(tmp_path: Path) -> None:
         (["bench", "p.yaml", "--ray"], ["bench", "p.yaml", "--ray=local"]),
         (["bench", "p.yaml", "--ray", "--jobs", "2"], ["bench", "p.yaml", "--ray=local", "--jobs", "2"]),
         (["bench", "p.yaml", "--ray", "auto"], ["bench", "p.yaml", "--ray", "auto"]),
+        (["train", "d", "--lora_rank", "8"], ["train", "d", "--lora-rank", "8"]),
+        (
+            ["poison", "d", "--goal_text=a_b", "--on_bad_row=skip"],
+            ["poison", "d", "--goal-text=a_b", "--on-bad-row=skip"],
+        ),
+        (["train", "a/lora_rank", "--learning_rate", "1"], ["train", "a/lora_rank", "--learning_rate", "1"]),
         ([], []),
     ],
 )
-def test_ray_may_stand_alone(words: list[str], meant: list[str]) -> None:
+def test_what_the_words_of_a_command_mean(words: list[str], meant: list[str]) -> None:
+    """``--ray`` may stand alone; options may be spelled as settings are, which keep their own names."""
     assert cli._completed(words) == meant
 
 
@@ -141,3 +153,25 @@ def test_a_dry_run_tells_and_runs_nothing(tmp_path: Path) -> None:
     assert ended.code == 0
     assert ended.out.startswith("12 cells, 0 of them done, 12 to run")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_is_not_there_is_a_warning_of_the_dry_run(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(SMALL.replace("[llava]", "[lava, llava]"))
+    words = ("bench", tmp_path / "plan.yaml", "--out", tmp_path / "runs")
+    ended = untrigger(*words, "--dry-run")
+    assert ended.code == 0 and ended.out.startswith("24 cells, 0 of them done, 24 to run")
+    assert ended.out.count("warning: ") == 1 and ended.out.endswith("did you mean llava?\n")
+    refused(untrigger(*words), "models: lava: no such folder", "did you mean llava?")
+
+
+def test_a_failure_is_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int, todo: Sequence[Cell], *__: object) -> Done:
+        yield from ((cell, "the disk was full") for cell in todo)
+
+    (tmp_path / "plan.yaml").write_text(SMALL)
+    monkeypatch.setattr("untrigger.matrix._locally", fail)
+    with redirect_stderr(StringIO()) as shown:  # where the console writes, whatever the command's own is
+        monkeypatch.setattr(console, "file", shown)
+        ended = untrigger("bench", tmp_path / "plan.yaml", "--out", tmp_path / "runs")
+    assert ended.code == 1 and ended.out.startswith(f"{tmp_path / 'runs'}: 0 of 12 cells")
+    assert (ended.err + shown.getvalue()).count("the disk was full") == 12

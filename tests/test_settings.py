@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import PRESETS, CrossView, Defense, PatchAug, Plain, TwoView
 from untrigger.errors import InputError
-from untrigger.settings import DEFAULTS, training_settings
+from untrigger.settings import DEFAULTS, command_settings, training_settings
 from untrigger.yaml_file import read_mapping
 
 
@@ -146,12 +146,44 @@ def test_no_defence_shares_a_name_with_the_host() -> None:
         ("paper", ("--num_train_epochs", "nan"), "num_train_epochs"),
         ("paper", ("--num_train_epochs", "0"), "num_train_epochs"),
         ("paper", ("--dataloader_num_workers", "-1"), "dataloader_num_workers"),
+        ("paper", ("--max_steps", "0"), "max_steps is 0; it must be at least 1, or -1"),
+        ("paper", ("--report_to", "foo"), "report_to: foo is not supported, only "),
     ],
 )
 def test_an_error_names_the_field(tmp_path: Path, preset: str, flags: tuple[str, ...], named: str) -> None:
     with pytest.raises(InputError) as caught:
         settings(tmp_path, *flags, preset=preset)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert "for the names" not in str(caught.value)
+
+
+def test_a_negative_number_of_steps_and_every_logger_are_let_pass(tmp_path: Path) -> None:
+    assert settings(tmp_path, "--max_steps", "-1")[1].max_steps == -1
+    assert settings(tmp_path, "--report_to", "wandb")[1].report_to == ["wandb"]
+    assert settings(tmp_path, "--report_to", "none")[1].report_to == []
+    settings(tmp_path, "--report_to", "all")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "says"),
+    [
+        ("learning_rate: fast", (), "c.yaml: argument --learning_rate"),
+        ("learning_rate: fast", ("--early", "0.2"), "c.yaml: argument --learning_rate"),
+        ("learning_rate: 1", ("--learning_rate", "fast"), "settings: argument --learning_rate"),
+        ("max_steps: 0", (), "c.yaml: max_steps is 0"),
+        ("nope: 3", (), "c.yaml: --nope=3 is unknown"),
+        ("nope: 3", ("--nope", "4"), "c.yaml: --nope=3 is unknown"),
+        ("early: 0.2", ("--nope", "4"), "settings: --nope is unknown"),
+        ("lora_rank: 8", (), "c.yaml: lora_rank is an option of the command: --lora-rank; give it there"),
+        ("lora-rank: 8", (), "c.yaml: lora-rank is an option of the command: --lora-rank; give it there"),
+    ],
+)
+def test_whose_fault_it_is(tmp_path: Path, text: str, flags: tuple[str, ...], says: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        command_settings("default", tmp_path / "out", file, flags, {"lora_rank", "defense"})
+    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(says)
 
 
 def test_weights_of_zero_are_legal(tmp_path: Path) -> None:

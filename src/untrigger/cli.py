@@ -137,8 +137,9 @@ def scan(
     from untrigger.scanning.run import scan as run
     from untrigger.scanning.write import CLEAN
 
-    doubt, args = _settings("default", out, config, context.args)
+    doubt, args = _settings(scan, "default", out, config, context.args)
     check_idle(out)  # found wanting now, not after the reading
+    _check_model(model)
     rows = _read(data, on_bad_row, out)
     findings = run(rows, model, doubt, args, resume=resume)
     for target in findings.targets:
@@ -181,13 +182,14 @@ def train(
     from untrigger.files import check_idle
     from untrigger.finetune import DISTRUSTED, Tuning, fine_tune, leads
 
-    chosen, args = _settings(defense, out, config, context.args)
+    chosen, args = _settings(train, defense, out, config, context.args)
     if trusted and not chosen.wants_trusted:
         _refuse(f"--trusted: {defense} asks for no trusted rows; leave it out")
     if chosen.wants_trusted and not trusted:
         _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--trusted DATA)")
     if leads():
         check_idle(out)  # found wanting now, not after the reading
+    _check_model(model)
     rows, clean = _read(data, on_bad_row, out), _read(trusted, "error", out) if trusted else ()
     tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
     fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
@@ -220,8 +222,10 @@ def verify(
     from untrigger.verification.page import in_words, write
 
     check_free(out)  # found wanting now, not after the questions
-    rows = _read(data, on_bad_row, out)
+    for name in filter(None, (model, base)):
+        _check_model(name)
     named = base or base_of(Path(model))
+    rows = _read(data, on_bad_row, out)
     found = audit(model, rows, named, seed)
     write(found, model, named, out)
     for finding in found.findings:
@@ -263,6 +267,7 @@ def evaluate(
         _refuse(f"{context.args[0]}: no such option; the trigger's settings go with --attack")
     elif goal is not None or goal_text is not None:
         _refuse(f"--goal{'-text' * (goal is None)}: says what an attack wants said; give --attack too")
+    _check_model(model)
     rows = _read(data, on_bad_row, out or Path(data.stem))
     if out:
         check_holds_only(out, ANSWERS, METRICS)  # found wanting now, not after the answers
@@ -301,8 +306,6 @@ def bench(
     from untrigger.matrix import on_this_machine, run_matrix
 
     failed = run_matrix(cells, out, on_ray(ray, jobs) if ray else on_this_machine(jobs))
-    for line in failed:
-        typer.echo(f"failed: {line}", err=True)
     typer.echo(f"{out}: {len(cells) - len(failed)} of {len(cells)} cells; untrigger report {out} --out report.html")
     if failed:
         raise typer.Exit(1)
@@ -372,11 +375,17 @@ def _read(data: Path, on_bad_row: OnBadRow, out: Path):
     return rows
 
 
-def _settings(preset: str, out: Path, config: Path | None, flags: list[str]):
-    from untrigger.settings import training_settings
-    from untrigger.yaml_file import read_mapping
+def _check_model(name: str) -> None:
+    from untrigger.models import absence
 
-    return training_settings(preset, out, read_mapping(config) if config else {}, flags)
+    if why := absence(name):
+        _refuse(why)
+
+
+def _settings(command: Callable[..., None], preset: str, out: Path, config: Path | None, flags: list[str]):
+    from untrigger.settings import command_settings
+
+    return command_settings(preset, out, config, flags, _options(command))
 
 
 def _attack(name: str, extra: list[str], goal: str | None, goal_text: str | None) -> Attack:
@@ -414,7 +423,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _completed(words: list[str]) -> list[str]:
-    """``--ray`` may stand alone: it means a cluster on this machine, for this run."""
+    """Options may be spelled as settings are (``--lora_rank``); ``--ray`` alone means a cluster here, for this run."""
+    if any(word.startswith("--") and "_" in word for word in words):
+        own = _options(*(command.callback for command in app.registered_commands if command.callback))
+        spelled = {f"--{name}": f"--{name.replace('_', '-')}" for name in own}
+        parts = [word.partition("=") for word in words]
+        words = [spelled.get(name, name) + equals + value for name, equals, value in parts]
     return ["--ray=local" if w == "--ray" and n.startswith("-") else w for w, n in pairwise([*words, "-"])]
 
 

@@ -10,7 +10,7 @@ from statistics import median
 
 from untrigger import store
 from untrigger.data import task_of
-from untrigger.matrix import unfinished
+from untrigger.matrix import absent_models, unfinished
 from untrigger.store import ORACLE, Cell, Result
 
 # Seconds of one core for a row in one pass of plain training, and for a question; of the embedded models. Rough: told
@@ -32,6 +32,7 @@ def told(cells: Sequence[Cell], root: Path, jobs: int) -> str:
         lines.append(f"  {title}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     clock = timedelta(seconds=round(seconds / jobs))
     lines.append(f"about {timedelta(seconds=round(seconds))} of one core; with {jobs} at a time done in {clock}")
+    lines += [f"warning: {why}" for why in absent_models(root, cells)]  # it may be made before the plan is run
     return "\n".join(lines)
 
 

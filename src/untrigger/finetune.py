@@ -177,8 +177,9 @@ def claim(out: Path, record: dict[str, Any], resume: bool, held: ExitStack) -> P
 
 def _card(record: dict[str, Any], adapter: bool, history: list[dict[str, float]]) -> str:
     last = next((h for h in reversed(history) if "loss" in h), {})
-    rows = {k: v for k, v in last.items() if k == "loss" or k.startswith("defense/")}
-    measured = "\n".join(f"| {k} | {v:.4g} |" for k, v in rows.items())
+    rows = [f"| {k} | {v:.4g} |\n" for k, v in last.items() if k == "loss" or k.startswith("defense/")]
+    # a run shorter than `logging_steps` has no log
+    measured = "".join(["| at the last log | value |\n|---|---|\n", *rows, "\n"]) if rows else ""
     tuning = record["tuning"]
     tuned = "all weights" if tuning["full"] else f"LoRA of rank {tuning['rank']}"
     tuned += "" if tuning["vision"] else ", the vision tower frozen"
@@ -194,10 +195,7 @@ Defence: `{json.dumps(record["defense"])}`.
 
 A defence lowers the odds of a backdoor; it does not prove that there is none. Evaluate before you rely on it.
 
-| at the last log | value |
-|---|---|
-{measured}
-
-Seed {record["seed"]}, learning rate {record["learning_rate"]:g}, batch {record["batch"]} x {record["accumulation"]};
-every setting stands in `{BASE_RECORD}`. Versions: {", ".join(f"{k} {v}" for k, v in record["versions"].items())}.
+{measured}Seed {record["seed"]}, learning rate {record["learning_rate"]:g},
+batch {record["batch"]} x {record["accumulation"]}; every setting stands in `{BASE_RECORD}`.
+Versions: {", ".join(f"{k} {v}" for k, v in record["versions"].items())}.
 """

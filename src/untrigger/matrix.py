@@ -24,7 +24,7 @@ from untrigger import store
 from untrigger.cell import run_cell
 from untrigger.errors import InputError
 from untrigger.files import alone
-from untrigger.models import weights_sha256
+from untrigger.models import absence, weights_sha256
 from untrigger.progress import console, metered
 from untrigger.store import Cell
 
@@ -38,12 +38,14 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
     """Run the missing cells; the ``runner`` says where (`on_this_machine`, `untrigger.cluster.on_ray`).
 
     Returns:
-        A line for each cell that failed: its name and why.
+        A line for each cell that failed: its name and why. It was printed too.
 
     Raises:
-        InputError: another matrix is at work in ``root``.
+        InputError: a missing cell's model is not there; another matrix is at work in ``root``.
     """
     cells = list({cell.name: cell for cell in cells}.values())
+    if absent := absent_models(root, cells):
+        raise InputError(f"models: {absent[0]}")
     failed: list[str] = []
     root.mkdir(parents=True, exist_ok=True)
     with alone(root), metered("cells", len(cells)) as meter:
@@ -51,7 +53,7 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
         meter.start_at(len(cells) - len(todo))
         for cell, reason in (runner or on_this_machine())(todo, root, work):
             failed += [f"{cell.name}: {reason}"] if reason else []
-            said = f"{cell.name}: {reason or _told(cell, root)}"
+            said = f"failed: {cell.name}: {reason}" if reason else f"{cell.name}: {_told(cell, root)}"
             console.print(said, soft_wrap=True, highlight=False, markup=False)
             meter.advance()
     return failed
@@ -95,6 +97,12 @@ def unfinished(root: Path, cells: Sequence[Cell]) -> list[Cell]:
         return not (kept and now) or kept == now  # a release that kept no hash, a hub id
 
     return [cell for cell in cells if cell.name in missing or not stands(cell)]
+
+
+def absent_models(root: Path, cells: Sequence[Cell]) -> list[str]:
+    """A line for each model that a missing cell names and that is not there; what is done needs its model no more."""
+    names = dict.fromkeys(cell.model for cell in store.missing(root, cells))
+    return [why for name in names if (why := absence(name))]
 
 
 def _told(cell: Cell, root: Path) -> str:

@@ -8,11 +8,14 @@ import logging
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -65,6 +68,26 @@ def embedded_model_path(name: str = "llava") -> Path:
     return weights.parent
 
 
+def absence(name: str) -> str | None:
+    """Why no model can have this name, a line; None where it has one, or the hub would have to be asked.
+
+    The hub has old ids without an owner; hardly one of them is a vision-language model, and many a slip of the
+    keyboard looks like one: they count if the hub's cache holds them.
+    """
+    if name in embedded_models() or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+        if "/" in name or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+    except HFValidationError:
+        pass  # a path, or no name at all
+    near = get_close_matches(name.lower(), embedded_models(), n=1)
+    mend = f"did you mean {near[0]}?" if near else "a hub id is OWNER/NAME"
+    there = ", ".join(embedded_models()) or "none"
+    return f"{name}: no such folder, and no embedded model (there are {there}); {mend}"
+
+
 def weights_sha256(name: str) -> str | None:
     """Of the weights of an embedded model or of a local folder, a model's or an adapter's; None of a hub id."""
     folder = embedded_model_path(name) if name in embedded_models() else Path(name)
@@ -76,6 +99,19 @@ def weights_sha256(name: str) -> str | None:
     return told.hexdigest() if files else None
 
 
+@contextmanager
+def _quiet_hub() -> Generator[None]:
+    """Keep the hub's retries off the terminal: what comes of them is one error, or none."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+
+
+@_quiet_hub()
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
 
@@ -85,6 +121,8 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
         InputError: nothing usable is found under ``name``, or an embedded model's weights are not those that shipped.
     """
     asked = str(name)
+    if why := absence(asked):
+        raise InputError(why)
     source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
     if Path(source, "adapter_config.json").is_file():
         return _load_adapter(Path(source), dtype)
@@ -140,6 +178,8 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
     base = base_of(folder)
     if Path(str(base), "adapter_config.json").is_file():
         raise InputError(f"{folder}: its base {base} is an adapter as well; merge that one into its base first")
+    if why := absence(base):
+        raise InputError(f"{folder}: its base {why}")
     loaded = load(base, dtype=dtype)
     try:
         model = PeftModel.from_pretrained(loaded.model, str(folder))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from untrigger.defenses import PRESETS, Defense, StepDefense, preset_of
 from untrigger.errors import InputError
+from untrigger.yaml_file import read_mapping
 
 # Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
 # the collator reads, and pinning memory without an accelerator only warns.
@@ -45,7 +47,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"settings: {message}; see --help and transformers.TrainingArguments for the names")
+        raise InputError(f"settings: {message}")
 
 
 def arguments(out: Path, **overrides: Any) -> TrainingArguments:
@@ -102,7 +104,42 @@ def training_settings(
         if not least <= getattr(args, name) <= most:  # NaN too
             bounds = f"at least {least:,}" + (f" and at most {most:,}" if most < math.inf else "")
             raise InputError(f"settings: {name} is {getattr(args, name)}; it must be {bounds}")
+    if args.max_steps == 0:  # a negative one, as is the host's default, leaves it to the epochs
+        raise InputError("settings: max_steps is 0; it must be at least 1, or -1 for what num_train_epochs says")
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise InputError(f"settings: report_to: {error}") from error
     return made, args
+
+
+def command_settings(
+    preset: str, out: Path, config: Path | None, flags: Sequence[str], options: Collection[str]
+) -> tuple[Defense, TrainingArguments]:
+    """As `training_settings`, of a YAML file and of the flags that are none of the command's own ``options``.
+
+    Raises:
+        InputError: as `training_settings`, with the file's name where it is the file's fault; the file has an option.
+    """
+    given = read_mapping(config) if config else {}
+    if own := [name for name in given if name.replace("-", "_") in options]:
+        flag = f"--{own[0].replace('_', '-')}"
+        raise InputError(f"{config}: {own[0]} is an option of the command: {flag}; give it there, not in the file")
+    try:
+        return training_settings(preset, out, given, flags)
+    except InputError as error:
+        if not config or _refusal(preset, out, flags) == str(error):
+            raise
+        raise InputError(f"{config}: {str(error).removeprefix('settings: ')}") from error
+
+
+def _refusal(preset: str, out: Path, flags: Sequence[str]) -> str | None:
+    """What the flags are refused with when they stand alone."""
+    try:
+        training_settings(preset, out, {}, flags)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _known(preset: str) -> str:
