@@ -17,6 +17,7 @@ from untrigger import __version__
 from untrigger.errors import InputError
 
 if TYPE_CHECKING:
+    from untrigger.lengths import Lengths
     from untrigger.poisoning import Attack
 
 # heavy modules are imported inside the commands: --help and a mistyped flag answer at once
@@ -138,7 +139,7 @@ def scan(
 
     doubt, args = _settings("default", out, config, context.args)
     check_idle(out)  # found wanting now, not after the reading
-    rows = _read(data, on_bad_row, out)
+    rows = _read(data, on_bad_row, out, _fits(model))
     findings = run(rows, model, doubt, args, resume=resume)
     for target in findings.targets:
         told = f"{len(target.rows):,} rows say {target.text!r} (chance {chance(target.chance)})"
@@ -187,7 +188,8 @@ def train(
         _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--trusted DATA)")
     if leads():
         check_idle(out)  # found wanting now, not after the reading
-    rows, clean = _read(data, on_bad_row, out), _read(trusted, "error", out) if trusted else ()
+    fits = _fits(model)
+    rows, clean = _read(data, on_bad_row, out, fits), _read(trusted, "error", out, fits) if trusted else ()
     tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
     fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
     if leads():
@@ -219,7 +221,7 @@ def verify(
     from untrigger.verification.page import in_words, write
 
     check_free(out)  # found wanting now, not after the questions
-    rows = _read(data, on_bad_row, out)
+    rows = _read(data, on_bad_row, out, _fits(model))
     named = base or base_of(Path(model))
     found = audit(placed(load(model)), placed(load(named)), rows, seed)
     write(found, model, named, out)
@@ -257,7 +259,7 @@ def evaluate(
         _refuse(f"{context.args[0]}: no such option; the trigger's settings go with --attack")
     elif goal is not None or goal_text is not None:
         _refuse(f"--goal{'-text' * (goal is None)}: says what an attack wants said; give --attack too")
-    rows = _read(data, on_bad_row, out or Path(data.stem))
+    rows = _read(data, on_bad_row, out or Path(data.stem), _fits(model, asking=True))
     if out:
         out.mkdir(parents=True, exist_ok=True)  # found wanting now, not after the answers
     result = run(model, rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
@@ -357,11 +359,18 @@ def model(
     write_card(out, FAMILIES[name], f"`untrigger model {name} --seed {seed}`: {recipe}.")
 
 
-def _read(data: Path, on_bad_row: OnBadRow, out: Path):
+def _fits(model: str, *, asking: bool = False):
+    from untrigger.lengths import Lengths
+    from untrigger.models import processor_of
+
+    return Lengths(processor_of(model), asking=asking)
+
+
+def _read(data: Path, on_bad_row: OnBadRow, out: Path, fits: Lengths | None = None):
     from untrigger.sample import read
 
     skipped_to = out.resolve().with_name(f"{out.resolve().name}.skipped.jsonl")
-    rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to)
+    rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to, fits=fits)
     if rows.skipped:
         typer.echo(f"{rows.skipped:,} bad rows left out; {skipped_to} says which and why", err=True)
     return rows

@@ -76,6 +76,34 @@ def weights_sha256(name: str) -> str | None:
     return told.hexdigest() if files else None
 
 
+def processor_of(name: str | Path) -> ProcessorMixin:
+    """The processor that `load` gives, without the model's weights.
+
+    Raises:
+        InputError: nothing usable is found under ``name``.
+    """
+    asked = str(name)
+    if Path(asked, "adapter_config.json").is_file():
+        return processor_of(base_of(Path(asked)))
+    source = _source(asked)
+    try:
+        return load_processor(source)
+    except (*_UNUSABLE, ImportError) as error:
+        raise _no_model(asked, error) from error
+
+
+def _source(asked: str) -> str:
+    """The folder or hub id of a model that is no adapter, ready to be loaded."""
+    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
+    _refuse_pickles(source)
+    register()
+    return source
+
+
+def _no_model(asked: str, error: BaseException) -> InputError:
+    return InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}")
+
+
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
 
@@ -85,11 +113,9 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
         InputError: nothing usable is found under ``name``, or an embedded model's weights are not those that shipped.
     """
     asked = str(name)
-    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
-    if Path(source, "adapter_config.json").is_file():
-        return _load_adapter(Path(source), dtype)
-    _refuse_pickles(source)
-    register()
+    if Path(asked, "adapter_config.json").is_file():
+        return _load_adapter(Path(asked), dtype)
+    source = _source(asked)
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
@@ -102,7 +128,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
                 source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except (*_UNUSABLE, ImportError) as error:
-        raise InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}") from error
+        raise _no_model(asked, error) from error
     if report["missing_keys"]:  # the host would fill them with random numbers
         first = min(report["missing_keys"])
         raise InputError(f"{asked}: {len(report['missing_keys'])} weights are missing, {first} first; save it again")
