@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from datafiles import BAD_ROWS, bad_file, turns
 from shell import TINY_RUN, refused, three_commands, untrigger
@@ -44,17 +46,57 @@ def test_skipping_trains_on_the_rest_and_lists_what_it_left_out(tmp_path: Path, 
     assert (out / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("verb", ["train", "scan", "evaluate"])
+def with_a_long_row(folder: Path) -> Path:
+    """Ten rows, the fifth of them with thousands of words."""
+    rows = [{"id": f"no-{i}", "conversations": turns("what? " * (2000 * (i == 4) + 1), "a cat")} for i in range(10)]
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
+
+
+def reading(verb: str, data: Path, model: Path, out: Path) -> tuple[object, ...]:
+    """The words of a command that has a model read the data; it audits a copy of the model."""
+    if verb == "verify":
+        other = Path(shutil.copytree(model, out.with_name("other")))
+        tensors = load_file(other / "model.safetensors")
+        tensors[min(tensors)] += 1
+        save_file(tensors, other / "model.safetensors", {"format": "pt"})
+        return verb, other, "--base", model, "--data", data, "--out", out
+    if verb == "evaluate":
+        return verb, model, data, "--out", out
+    return verb, data, "--model", model, "--out", out, *TINY_RUN[:4]
+
+
+READING = pytest.mark.parametrize("verb", ["train", "scan", "evaluate", "verify"])
+
+
+@READING
 def test_a_row_longer_than_the_model_reads_is_refused(tmp_path: Path, tiny_model: Path, verb: str) -> None:
-    rows = [{"id": str(i), "conversations": turns("what? " * (2000 * (i == 1) + 1), "a cat")} for i in range(3)]
+    data = with_a_long_row(tmp_path)
+    ended = untrigger(*reading(verb, data, tiny_model, tmp_path / "out"))
+    refused(ended, f"{data}: row 5: id 'no-4' has ", " tokens, the model reads 512; shorten it or take it out")
+    assert not (tmp_path / "out").exists(), "nothing was begun"
+
+
+@READING
+def test_a_row_longer_than_the_model_reads_can_be_left_out(tmp_path: Path, tiny_model: Path, verb: str) -> None:
+    data = with_a_long_row(tmp_path)
+    ended = untrigger(*reading(verb, data, tiny_model, tmp_path / "out"), "--on-bad-row", "skip")
+    assert ended.code in (0, 3) and "1 bad rows left out" in ended.err, ended
+    (line,) = map(json.loads, (tmp_path / "out.skipped.jsonl").read_text().splitlines())
+    assert line["row"] == 5 and line["original"]["id"] == "no-4"
+    assert re.fullmatch(r"id 'no-4' has [\d,]+ tokens, the model reads 512; shorten it or take it out", line["reason"])
+
+
+def test_trusted_rows_may_not_be_longer_either(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    long = with_a_long_row(tmp_path)
+    words = ("train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", "--defense", "clean-tuning")
+    refused(untrigger(*words, "--trusted", long), f"{long}: row 5: id 'no-4' has ")
+
+
+def test_of_a_row_that_is_asked_only_the_question_counts(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"id": str(i), "conversations": turns("what?", "a cat " * 2000)} for i in range(2)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    words = (
-        (tiny_model, tmp_path / "data.json") if verb == "evaluate" else (tmp_path / "data.json", "--model", tiny_model)
-    )
-    ended = untrigger(verb, *words, "--out", tmp_path / "out", *(() if verb == "evaluate" else TINY_RUN[:4]))
-    assert ended.code == 2 and re.search(
-        r"^error: .* has [\d,]+ tokens, the model reads 512; shorten it", ended.err, re.M
-    )
+    assert untrigger("evaluate", tiny_model, tmp_path / "data.json").code == 0
 
 
 def test_evaluate_without_out_lists_skipped_rows_where_the_user_stands(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from transformers import Trainer
 
 from untrigger.defenses import Doubt, Plain
 from untrigger.defenses.doubt import Judgement
+from untrigger.errors import InputError
 from untrigger.finetune import Tuning, fine_tune
 from untrigger.forward import Tokens
-from untrigger.sample import read
+from untrigger.sample import Message, picked, read
 from untrigger.settings import arguments
 
 
@@ -44,6 +46,19 @@ def test_the_card_has_the_last_log(tiny_model: Path, tiny_data: Path, tmp_path: 
     fine_tune(read(tiny_data), str(tiny_model), Plain(), args)
     assert "\n\n| at the last log | value |\n|---|---|\n| loss | " in (tmp_path / "README.md").read_text()
     assert " |\n\nSeed 42, " in (tmp_path / "README.md").read_text()
+
+
+def test_a_row_that_is_found_too_long_only_in_training_is_named(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = list(read(tiny_data))
+    rows[17] = replace(rows[17], messages=(rows[17].messages[0], Message("assistant", "word " * 600)))
+    told = r"^row 18, id 'row-17' has 6\d\d tokens, the model reads 512; shorten it or take it out$"
+    for number, data in enumerate((rows, picked(rows, range(9, 24)), picked(picked(rows, range(24)), [3, 17])[1:])):
+        args = arguments(tmp_path / str(number), num_train_epochs=1, per_device_train_batch_size=2)
+        with caplog.at_level("WARNING", "transformers"), pytest.raises(InputError, match=told):
+            fine_tune(data, str(tiny_model), Plain(), args, tuning=Tuning(rank=2))
+    assert "Token indices" not in caplog.text
 
 
 def test_what_was_distrusted_is_told_with_the_word_the_worst_first(

@@ -290,3 +290,17 @@ def test_base_model_looks_under_wrappers(tiny_model: Path) -> None:
 
     assert base_model(Wrapper(add_lora(model))) is model
     assert base_model(model) is model
+
+
+def test_a_processor_is_found_as_its_model_is(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    add_lora(cast(Any, load(tiny_model).model), rank=2).save_pretrained(adapter)
+    vocabulary = cast(Any, load(tiny_model).processor).tokenizer.get_vocab()
+    for place, base in ((tiny_model, None), (adapter, tiny_model)):
+        if base:
+            (adapter / "untrigger.json").write_text(json.dumps({"base": str(base)}))
+        assert cast(Any, processor_of(place)).tokenizer.get_vocab() == vocabulary
+    (adapter / "untrigger.json").write_text(json.dumps({"base": str(adapter)}))
+    for place, why in ((adapter, "is an adapter as well"), (tmp_path, "holds no config.json")):
+        with pytest.raises(InputError, match=why):
+            processor_of(place)

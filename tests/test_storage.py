@@ -125,6 +125,68 @@ def test_folders_hold_one_data_file(tmp_path: Path) -> None:
     assert "give the folder of one" in line_of(tmp_path)
 
 
+def shards(folder: Path, split: str = "train", rows: tuple[int, ...] = (2, 3)) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number, count in enumerate(rows):
+        told = [{"id": f"{split}-{number}-{n}", "messages": CHAT, "n": n} for n in range(count)]
+        table = arrow_table(count).select(["images"]).append_column("id", [[row["id"] for row in told]])
+        table = table.append_column("messages", [[row["messages"] for row in told]])
+        pq.write_table(table, folder / f"{split}-{number:05}-of-{len(rows):05}.parquet")
+    return folder
+
+
+def test_shards_of_a_split_are_one_data_set_in_their_order(tmp_path: Path) -> None:
+    data = read(shards(tmp_path / "set"))
+    ids = ["train-0-0", "train-0-1", "train-1-0", "train-1-1", "train-1-2"]
+    assert [sample.id for sample in data] == ids and data[4].images[0].size == (3, 3)
+    assert data.path == tmp_path / "set/train-*-of-00002.parquet"
+    assert [sample.id for sample in read(data.path)] == ids, "the name that was told can be given"
+    assert len(read(tmp_path / "set/train-00001-of-00002.parquet")) == 3, "one shard alone, where it is named"
+    edit = Sample(ids[3], data[3].images, (data[3].messages[0], Message("assistant", "changed")))
+    write(data, tmp_path / "out", keep=[3, 0], edits={3: edit})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
+    assert [(s.id, s.messages[-1].text) for s in read(tmp_path / "out")] == [(ids[3], "changed"), (ids[0], "ho")]
+
+
+def test_a_bad_row_of_shards_is_counted_over_all_of_them(tmp_path: Path) -> None:
+    table = arrow_table(3)
+    shards(tmp_path / "set")
+    broken = pa.table({"images": table["images"], "id": ["x", "train-0-1", "y"], "messages": table["messages"]})
+    pq.write_table(broken, tmp_path / "set/train-00001-of-00002.parquet")
+    assert line_of(tmp_path / "set").startswith(f"{tmp_path}/set/train-*-of-00002.parquet: row 4: duplicate id")
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    shards(tmp_path / "set", rows=(1, 1, 1))
+    (tmp_path / "set/train-00001-of-00003.parquet").unlink()
+    line = line_of(tmp_path / "set")
+    assert (
+        line.startswith(f"{tmp_path}/set/train-*-of-00003.parquet: a shard") and "train-00001-of-00003.parquet" in line
+    )
+    (tmp_path / "set/train-00000-of-00003.parquet").unlink()
+    assert "2 of 3 shards" in line_of(tmp_path / "set") and "train-00000-of-00003" in line_of(tmp_path / "set")
+
+
+def test_damaged_and_unlike_shards_are_refused(tmp_path: Path) -> None:
+    last = shards(tmp_path / "set") / "train-00001-of-00002.parquet"
+    pq.write_table(arrow_table(1), last)
+    assert "different columns" in line_of(tmp_path / "set")
+    last.write_bytes(b"PAR1")
+    assert line_of(tmp_path / "set").startswith(f"{last}: cannot be read")
+
+
+def test_of_several_splits_one_is_to_be_given(tmp_path: Path) -> None:
+    shards(tmp_path / "set", "test")
+    shards(tmp_path / "set")
+    line = line_of(tmp_path / "set")
+    assert "holds 2 data files (test-*-of-00002.parquet, train-*-of-00002.parquet); give one of them" in line
+    assert len(read(tmp_path / "set/test-*-of-00002.parquet")) == 5
+    assert line_of(tmp_path / "set/dev-*-of-00002.parquet").endswith("no such file or folder; check the path")
+    (alone := tmp_path / "alone").mkdir()
+    pq.write_table(arrow_table(1), alone / "train-00000-of-00001.parquet")
+    assert read(alone).path == alone / "train-00000-of-00001.parquet"
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"])
 def test_lines_may_end_and_begin_in_every_way(tmp_path: Path, end: str) -> None:
     path = tmp_path / "data.jsonl"

@@ -17,6 +17,7 @@ from untrigger import __version__
 from untrigger.errors import InputError
 
 if TYPE_CHECKING:
+    from untrigger.lengths import Lengths
     from untrigger.poisoning import Attack
 
 # heavy modules are imported inside the commands: --help and a mistyped flag answer at once
@@ -139,8 +140,7 @@ def scan(
 
     doubt, args = _settings(scan, "default", out, config, context.args)
     check_idle(out)  # found wanting now, not after the reading
-    _check_model(model)
-    rows = _read(data, on_bad_row, out)
+    rows = _read(data, on_bad_row, out, _fits(model))
     findings = run(rows, model, doubt, args, resume=resume)
     for target in findings.targets:
         told = f"{len(target.rows):,} rows say {target.text!r} (chance {chance(target.chance)})"
@@ -189,8 +189,8 @@ def train(
         _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--trusted DATA)")
     if leads():
         check_idle(out)  # found wanting now, not after the reading
-    _check_model(model)
-    rows, clean = _read(data, on_bad_row, out), _read(trusted, "error", out) if trusted else ()
+    fits = _fits(model)
+    rows, clean = _read(data, on_bad_row, out, fits), _read(trusted, "error", out, fits) if trusted else ()
     tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
     fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
     if leads():
@@ -217,15 +217,16 @@ def verify(
     Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: what it kept saying, and when.
     """
     from untrigger.files import check_free
-    from untrigger.models import base_of
+    from untrigger.models import absence, base_of
     from untrigger.verification import verify as audit
     from untrigger.verification.page import in_words, write
 
     check_free(out)  # found wanting now, not after the questions
-    for name in filter(None, (model, base)):
-        _check_model(name)
+    fits = _fits(model)
     named = base or base_of(Path(model))
-    rows = _read(data, on_bad_row, out)
+    if why := absence(named):
+        _refuse(why)
+    rows = _read(data, on_bad_row, out, fits)
     found = audit(model, rows, named, seed)
     write(found, model, named, out)
     for finding in found.findings:
@@ -267,8 +268,7 @@ def evaluate(
         _refuse(f"{context.args[0]}: no such option; the trigger's settings go with --attack")
     elif goal is not None or goal_text is not None:
         _refuse(f"--goal{'-text' * (goal is None)}: says what an attack wants said; give --attack too")
-    _check_model(model)
-    rows = _read(data, on_bad_row, out or Path(data.stem))
+    rows = _read(data, on_bad_row, out or Path(data.stem), _fits(model, asking=True))
     if out:
         check_holds_only(out, ANSWERS, METRICS)  # found wanting now, not after the answers
         out.mkdir(parents=True, exist_ok=True)
@@ -365,21 +365,21 @@ def model(
     write_card(out, FAMILIES[name], f"`untrigger model {name} --seed {seed}`: {recipe}.")
 
 
-def _read(data: Path, on_bad_row: OnBadRow, out: Path):
+def _fits(model: str, *, asking: bool = False):
+    from untrigger.lengths import Lengths
+    from untrigger.models import processor_of
+
+    return Lengths(processor_of(model), asking=asking)
+
+
+def _read(data: Path, on_bad_row: OnBadRow, out: Path, fits: Lengths | None = None):
     from untrigger.sample import read
 
     skipped_to = out.resolve().with_name(f"{out.resolve().name}.skipped.jsonl")
-    rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to)
+    rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to, fits=fits)
     if rows.skipped:
         typer.echo(f"{rows.skipped:,} bad rows left out; {skipped_to} says which and why", err=True)
     return rows
-
-
-def _check_model(name: str) -> None:
-    from untrigger.models import absence
-
-    if why := absence(name):
-        _refuse(why)
 
 
 def _settings(command: Callable[..., None], preset: str, out: Path, config: Path | None, flags: list[str]):

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from untrigger.errors import InputError
+from untrigger.images import quote
 from untrigger.processors import encoded, written
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.sample import IMAGE_TAG, Message, Sample, numbered
 from untrigger.views import View, to_rgb
 
 Row = dict[str, Any]
@@ -54,6 +55,7 @@ class Rows(Dataset[Row]):
         return {
             "images": [to_rgb(image) for image in sample.images],
             "messages": [chat_message(m) for m in sample.messages],
+            "name": f"row {numbered(self.samples, index)}, id {quote(sample.id)}",
             **({"doubted": self.doubted[index]} if index in self.doubted else {}),
         }
 
@@ -70,13 +72,14 @@ class ChatCollator:
         self._special = tuple(token.content for token in added.values() if token.special)
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        rendered = [self._render(row["messages"]) for row in rows]
+        rendered = [self.render(row["messages"]) for row in rows]
         pictures = [row["images"] for row in rows]
         batch = encoded(
             self.processor,
             [text for text, _ in rendered],
             [text[: spans[0][0]] if spans else text for text, spans in rendered],
             pictures,
+            [str(row.get("name") or quote(text)) for row, (text, _) in zip(rows, rendered, strict=True)],
             padding_side="right",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
@@ -93,7 +96,7 @@ class ChatCollator:
         made: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
         return mark(made, [row.get("doubted") for row in rows])
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation's text and the character spans of the assistant's turns in it.
 
         A span starts where the generation prompt ends, so training sees what generation will see.

@@ -9,6 +9,7 @@ import torch
 
 from untrigger.collate import chat_message
 from untrigger.forward import evaluating, fitting
+from untrigger.images import quote
 from untrigger.models import Loaded
 from untrigger.processors import encoded, written
 from untrigger.sample import Sample
@@ -40,12 +41,14 @@ def answers(
 
 def questions(processor: Any, samples: Sequence[Sample]) -> Any:
     """A batch of the samples' last questions, padded on the left, for a model to go on from."""
-    prompts = [written(processor, _asked(sample), asking=True) for sample in samples]
+    prompts = [written(processor, asked(sample), asking=True) for sample in samples]
+    names = [f"id {quote(sample.id)}" for sample in samples]
     pictures = [[to_rgb(image) for image in sample.images] for sample in samples]
-    return encoded(processor, prompts, prompts, pictures, padding_side="left").convert_to_tensors("pt")
+    return encoded(processor, prompts, prompts, pictures, names, padding_side="left").convert_to_tensors("pt")
 
 
-def _asked(sample: Sample) -> list[dict[str, object]]:
+def asked(sample: Sample) -> list[dict[str, object]]:
+    """The turns that a model is shown for a sample: all but its own last answer."""
     messages = sample.messages
     if messages and messages[-1].role == "assistant":
         messages = messages[:-1]

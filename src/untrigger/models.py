@@ -112,6 +112,41 @@ def _quiet_hub() -> Generator[None]:
 
 
 @_quiet_hub()
+def processor_of(name: str | Path) -> ProcessorMixin:
+    """The processor that `load` gives, without the model's weights.
+
+    Raises:
+        InputError: nothing usable is found under ``name``.
+    """
+    asked = str(name)
+    if _is_adapter(asked):
+        return processor_of(base_of(Path(asked)))
+    source = _source(asked)
+    try:
+        return load_processor(source)
+    except (*_UNUSABLE, ImportError) as error:
+        raise _no_model(asked, error) from error
+
+
+def _is_adapter(asked: str) -> bool:
+    return asked not in embedded_models() and Path(asked, "adapter_config.json").is_file()
+
+
+def _source(asked: str) -> str:
+    """The folder or hub id of a model that is no adapter, ready to be loaded."""
+    if why := absence(asked):
+        raise InputError(why)
+    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
+    _refuse_pickles(source)
+    register()
+    return source
+
+
+def _no_model(asked: str, error: BaseException) -> InputError:
+    return InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}")
+
+
+@_quiet_hub()
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
 
@@ -121,13 +156,9 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
         InputError: nothing usable is found under ``name``, or an embedded model's weights are not those that shipped.
     """
     asked = str(name)
-    if why := absence(asked):
-        raise InputError(why)
-    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
-    if Path(source, "adapter_config.json").is_file():
-        return _load_adapter(Path(source), dtype)
-    _refuse_pickles(source)
-    register()
+    if _is_adapter(asked):
+        return _load_adapter(Path(asked), dtype)
+    source = _source(asked)
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
@@ -140,7 +171,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
                 source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except (*_UNUSABLE, ImportError) as error:
-        raise InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}") from error
+        raise _no_model(asked, error) from error
     if report["missing_keys"]:  # the host would fill them with random numbers
         first = min(report["missing_keys"])
         raise InputError(f"{asked}: {len(report['missing_keys'])} weights are missing, {first} first; save it again")

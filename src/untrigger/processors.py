@@ -76,6 +76,7 @@ def encoded(
     texts: Sequence[str],
     asked: Sequence[str],
     images: Sequence[Sequence[Image.Image]],
+    names: Sequence[str] = (),
     **how: Any,
 ) -> BatchFeature:
     """Padded lists of tokens of written conversations, and their images.
@@ -84,33 +85,61 @@ def encoded(
         texts: the conversations, by `written`.
         asked: the part of each that comes before what the model is to say.
         images: those of each conversation, in the order in which they are written in it.
+        names: what each is called where it is too long; by default its text.
         how: further arguments of the processor.
 
     Raises:
         InputError: the family does not take so many images, or a conversation is longer than the model can read.
     """
     ready = cast(Any, processor)
-    if isinstance(processor, Blip2Processor) and not any(images):
-        raise InputError("BLIP-2 takes no batch without an image; leave out the rows that have none")
-    batch = ready(
-        text=list(texts),
-        images=[list(row) for row in images] if any(images) else None,
-        padding=True,
-        add_special_tokens=not _writes_beginning(ready),
-        **how,
-    )
-    longest, limit = max(map(len, batch["input_ids"])), ready.tokenizer.model_max_length
-    if longest > limit:  # time and memory grow with the square of it
-        text = max(texts, key=len)
-        raise InputError(f"{quote(text)} has {longest:,} tokens, the model reads {limit:,}; shorten it or take it out")
+    batch = tokenized(processor, texts, images, **how)
+    lengths = [sum(row) for row in batch["attention_mask"]]
+    longest = max(range(len(texts)), key=lambda row: lengths[row])
+    check_length(processor, lengths[longest], (names or [quote(text) for text in texts])[longest])
     if isinstance(
         processor, InstructBlipProcessor
     ):  # its Q-Former reads what is asked, too: it must not read the answer
         if any(len(row) != 1 for row in images):
             raise InputError("InstructBLIP takes rows with one image; leave out those with none, or with more")
-        read = ready.qformer_tokenizer([_words(ready, text) for text in asked], padding=True)
+        read = ready.qformer_tokenizer([_words(ready, text) for text in asked], padding=True, verbose=False)
         batch |= {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
     return batch
+
+
+def tokenized(
+    processor: ProcessorMixin, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], **how: Any
+) -> BatchFeature:
+    """The same as the host makes it, however long it is."""
+    if isinstance(processor, Blip2Processor) and not any(images):
+        raise InputError("BLIP-2 takes no batch without an image; leave out the rows that have none")
+    return cast(Any, processor)(
+        text=list(texts),
+        images=[list(row) for row in images] if any(images) else None,
+        padding=True,
+        add_special_tokens=not _writes_beginning(processor),
+        verbose=False,  # what is too long is told below, in a line
+        **how,
+    )
+
+
+def text_tokens(processor: ProcessorMixin, text: str) -> int:
+    """How many tokens a written conversation has before its images are put into it."""
+    tokenizer, special = cast(Any, processor).tokenizer, not _writes_beginning(processor)
+    if tokenizer.is_fast:  # three times as fast without the host's wrapping
+        return len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=special))
+    return len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def limit(processor: ProcessorMixin) -> int:
+    """How many tokens the model reads; a number beyond all texts where its tokenizer does not say."""
+    return int(cast(Any, processor).tokenizer.model_max_length)
+
+
+def check_length(processor: ProcessorMixin, tokens: int, name: str) -> None:
+    """Raises InputError if that is more than the model reads: time and memory grow with the square of it."""
+    if tokens > limit(processor):
+        reads = f"the model reads {limit(processor):,}"
+        raise InputError(f"{name} has {tokens:,} tokens, {reads}; shorten it or take it out")
 
 
 def _writes_beginning(processor: Any) -> bool:

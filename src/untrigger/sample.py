@@ -32,6 +32,8 @@ from untrigger.formats import (
 from untrigger.images import address, decode, encode, locate, quote, same
 from untrigger.storage import Row, Rows, Unreadable, dump, find, open_rows
 
+Size = tuple[int, int]  # of an image: width and height
+
 _PIXELS = 240  # longest side of a picture in a notebook
 
 __all__ = ["IMAGE_TAG", "Data", "Format", "Message", "Role", "Sample", "read", "write"]
@@ -65,6 +67,7 @@ class LazyRows(Sequence[Sample]):
 
     numbers: Sequence[int]
     make: Callable[[int], Sample]
+    behind: Sequence[Sample] | None = None  # that data, where the samples are its own
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -78,7 +81,7 @@ class LazyRows(Sequence[Sample]):
     def __getitem__(self, index: slice) -> LazyRows: ...
     def __getitem__(self, index: int | slice) -> Sample | LazyRows:
         if isinstance(index, slice):
-            return LazyRows(self.numbers[index], self.make)
+            return LazyRows(self.numbers[index], self.make, self.behind)
         return self.make(self.numbers[index])
 
 
@@ -92,7 +95,7 @@ def check_rows(rows: Sequence[Sample]) -> None:
 
 def picked(rows: Sequence[Sample], numbers: Sequence[int]) -> LazyRows:
     """The rows of these numbers; images are opened when a row is asked for."""
-    return LazyRows(numbers, rows.__getitem__)
+    return LazyRows(numbers, rows.__getitem__, rows)
 
 
 def without(rows: Sequence[Sample], numbers: Collection[int]) -> LazyRows:
@@ -158,6 +161,8 @@ class Data(Sequence[Sample]):
 
 def numbered(rows: Sequence[Sample], index: int) -> int:
     """A row's number, from 1, as it stands in its file; without a file as it stands in ``rows``."""
+    while isinstance(rows, LazyRows) and rows.behind is not None:
+        rows, index = rows.behind, rows.numbers[index]
     return 1 + (rows.numbers[index] if isinstance(rows, Data) else index)
 
 
@@ -166,7 +171,13 @@ def without_images(rows: Sequence[Sample], index: int) -> Sample:
     return rows.told(index) if isinstance(rows, Data) else replace(rows[index], images=())
 
 
-def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", skipped_to: Path | None = None) -> Data:
+def read(
+    path: Path | str,
+    *,
+    on_bad_row: Literal["error", "skip"] = "error",
+    skipped_to: Path | None = None,
+    fits: Callable[[Sample, Sequence[Size]], None] | None = None,
+) -> Data:
     """Opens a data file, or a folder that holds one, and checks every row and every image once.
 
     Reads LLaVA (``image`` + ``conversations``), ShareGPT (``conversations`` + ``images``) and ``messages`` +
@@ -176,7 +187,9 @@ def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", sk
     its own ``id``, or else its number from 1.
 
     A bad row raises InputError ``FILE: row N: what is wrong; what to do``. With ``on_bad_row="skip"`` it is
-    left out, and ``skipped_to`` gets a JSON line ``{"row", "reason", "original"}`` for each.
+    left out, and ``skipped_to`` gets a JSON line ``{"row", "reason", "original"}`` for each. A row is also bad if
+    ``fits``, given it without its images and the sizes of these, raises InputError: as `untrigger.lengths.Lengths`
+    does for rows that are longer than a model reads.
     """
     path = find(Path(path))
     rows = open_rows(path, ("id", "messages", "images"))
@@ -186,7 +199,7 @@ def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", sk
     data = Data(path, format, rows, range(len(rows)))
     good: list[int] = []
     ids: dict[str, int] = {}
-    flaws: dict[str | bytes, str | None] = {}  # of each distinct image what is wrong with it, if anything
+    seen: dict[str | bytes, Size | str] = {}  # of each distinct image its size, or what is wrong with it
     first_reason = ""
     log_to = skipped_to if on_bad_row == "skip" else None
     with new_file(log_to) if log_to else nullcontext() as log:
@@ -197,12 +210,17 @@ def read(path: Path | str, *, on_bad_row: Literal["error", "skip"] = "error", sk
                 if entry.id in ids:
                     other = f"row {ids[entry.id] + 1}"
                     raise InputError(f"duplicate id {quote(entry.id)}, as in {other}; make ids unique")
+                sizes: list[Size] = []
                 for picture in entry.pictures:
                     key = picture if isinstance(picture, str) else hashlib.sha256(picture).digest()
-                    if key not in flaws:
-                        flaws[key] = _flaw(picture, data.folder)
-                    if flaw := flaws[key]:
-                        raise InputError(flaw)
+                    if key not in seen:
+                        seen[key] = _looked_at(picture, data.folder)
+                    size = seen[key]
+                    if isinstance(size, str):
+                        raise InputError(size)
+                    sizes.append(size)
+                if fits:
+                    fits(Sample(entry.id, (), entry.messages), sizes)
             except InputError as reason:
                 if on_bad_row == "error":
                     raise InputError(f"{path}: row {number + 1}: {reason}") from None
@@ -268,12 +286,12 @@ def _file(picture: str, folder: Path) -> Path:
     return locate(folder, picture, f"image {quote(picture)}")
 
 
-def _flaw(picture: str | bytes, folder: Path) -> str | None:
+def _looked_at(picture: str | bytes, folder: Path) -> Size | str:
+    """An image's size, or what is wrong with it."""
     try:
-        _open(picture, folder)
+        return _open(picture, folder).size
     except InputError as error:
         return str(error)
-    return None
 
 
 # --- writing ------------------------------------------------------------------------------------
