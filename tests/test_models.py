@@ -7,7 +7,7 @@ import logging
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub.constants
 import pytest
@@ -26,6 +26,7 @@ from untrigger.models import (
     embedded_models,
     is_vision,
     load,
+    processor_of,
     train_all,
 )
 

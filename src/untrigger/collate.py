@@ -55,7 +55,7 @@ class Rows(Dataset[Row]):
         return {
             "images": [to_rgb(image) for image in sample.images],
             "messages": [chat_message(m) for m in sample.messages],
-            "name": f"row {numbered(self.samples, index)}, id {quote(sample.id)}",
+            "row_name": f"row {numbered(self.samples, index)}, id {quote(sample.id)}",
             **({"doubted": self.doubted[index]} if index in self.doubted else {}),
         }
 
@@ -79,7 +79,7 @@ class ChatCollator:
             [text for text, _ in rendered],
             [text[: spans[0][0]] if spans else text for text, spans in rendered],
             pictures,
-            [str(row.get("name") or quote(text)) for row, (text, _) in zip(rows, rendered, strict=True)],
+            [str(row.get("row_name") or quote(text)) for row, (text, _) in zip(rows, rendered, strict=True)],
             padding_side="right",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,

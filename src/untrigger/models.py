@@ -119,9 +119,7 @@ def processor_of(name: str | Path) -> ProcessorMixin:
         InputError: nothing usable is found under ``name``.
     """
     asked = str(name)
-    if _is_adapter(asked):
-        return processor_of(base_of(Path(asked)))
-    source = _source(asked)
+    source = _source(_base_under(Path(asked)) if _is_adapter(asked) else asked)
     try:
         return load_processor(source)
     except (*_UNUSABLE, ImportError) as error:
@@ -202,8 +200,12 @@ def base_of(folder: Path) -> str:
         raise InputError(f"{told}: names no base model; write the adapter again") from error
 
 
-def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
-    """The base named in the adapter's folder, with the adapter on it."""
+def _base_under(folder: Path) -> str:
+    """The name of the base that an adapter goes onto.
+
+    Raises:
+        InputError: the adapter is pickled or names no base, or its base is an adapter.
+    """
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: adapter_model.safetensors is missing; pickled adapters are not loaded")
     base = base_of(folder)
@@ -211,6 +213,12 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
         raise InputError(f"{folder}: its base {base} is an adapter as well; merge that one into its base first")
     if why := absence(base):
         raise InputError(f"{folder}: its base {why}")
+    return base
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
+    """The base named in the adapter's folder, with the adapter on it."""
+    base = _base_under(folder)
     loaded = load(base, dtype=dtype)
     try:
         model = PeftModel.from_pretrained(loaded.model, str(folder))
