@@ -159,10 +159,12 @@ def test_a_bad_row_of_shards_is_counted_over_all_of_them(tmp_path: Path) -> None
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shards(tmp_path / "set", rows=(1, 1, 1))
     (tmp_path / "set/train-00001-of-00003.parquet").unlink()
+    line = line_of(tmp_path / "set")
     told = "train-00001-of-00003.parquet is missing, one of 3 shards; put it beside the others"
-    assert line_of(tmp_path / "set") == f"{tmp_path}/set/train-*-of-00003.parquet: {told}"
-    (tmp_path / "set/train-00000-of-00003.parquet").unlink()
-    assert "train-00000-of-00003.parquet is missing" in line_of(tmp_path / "set")
+    assert line == f"{tmp_path}/set/train-*-of-00003.parquet: {told}"
+    (tmp_path / "many").mkdir()
+    pq.write_table(arrow_table(1), tmp_path / f"many/train-1-of-{10**18}.parquet")
+    assert "is missing, one of 1,000,000,000,000,000,000 shards" in line_of(tmp_path / "many")
 
 
 def test_damaged_and_unlike_shards_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import json
 import math
 import mmap
 import os
-import re
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -29,14 +28,12 @@ from pyarrow import ipc
 from untrigger.errors import InputError
 from untrigger.files import file_errors
 from untrigger.images import locate, quote
+from untrigger.shards import joined, shards, whole
 
 Row = dict[str, object]
 
 _BOM = b"\xef\xbb\xbf"  # some editors begin UTF-8 with it
 _SUFFIXES = (".json", ".jsonl", ".parquet")
-_SHARD = re.compile(
-    r"(.+)-([0-9]+)-of-([0-9]+)\.parquet", re.DOTALL
-)  # one of the files of a split, as the hub has them
 _READ_ROWS = 64  # of a parquet file at a time
 _GROUP_ROWS, _GROUP_BYTES = 1000, 2**24  # written at a time, whichever comes first: bounds memory
 _HINT = "a data file is a JSON list of rows, one JSON row per line, or parquet"
@@ -72,7 +69,7 @@ def find(path: Path) -> Path:
     The shards of a split are one data file, ``train-*-of-00002.parquet``.
     """
     with file_errors(path, "read"):
-        if path.is_file() or ("*" in path.name and _shards(path)):
+        if path.is_file() or ("*" in path.name and shards(path)):
             return path
         if not path.is_dir():
             raise InputError(f"{path}: no such file or folder; check the path")
@@ -81,7 +78,7 @@ def find(path: Path) -> Path:
         if (path / "dataset_dict.json").is_file():
             raise InputError(f"{path}: holds several splits; give the folder of one, as {path / 'train'}")
         names = {p.name for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file()}
-        found = sorted({_whole(name) for name in names})
+        found = sorted({whole(name) for name in names})
     if not found:
         raise InputError(f"{path}: holds no data file; {_HINT}")
     if len(found) > 1:
@@ -89,41 +86,13 @@ def find(path: Path) -> Path:
     return path / found[0]
 
 
-def _whole(name: str) -> str:
-    """What a shard is one of, ``train-*-of-00002.parquet``; any other name as it is."""
-    shard = _SHARD.fullmatch(name)
-    return f"{shard[1]}-*-of-{shard[3]}.parquet" if shard and int(shard[3]) > 1 else name
-
-
-def _shards(whole: Path) -> list[Path]:
-    """The files of such a whole, in their order; none if there is none of them.
-
-    Raises:
-        InputError: some are there, and not all.
-    """
-    found = dict[int, Path]()
-    for path in sorted(whole.parent.glob("*.parquet")):
-        shard = _SHARD.fullmatch(path.name)
-        if shard and _whole(path.name) == whole.name:
-            found[int(shard[2])] = path
-    if not found:
-        return []
-    begin, _, end = whole.name.rpartition("*")
-    count = end.removeprefix("-of-").removesuffix(".parquet")
-    missing = next((number for number in range(int(count)) if number not in found), None)
-    if missing is not None:
-        name = f"{begin}{missing:0{len(count)}}{end}"
-        raise InputError(f"{whole}: {name} is missing, one of {int(count):,} shards; put it beside the others")
-    return [found[number] for number in range(int(count))]
-
-
 def open_rows(path: Path, wanted: Sequence[str]) -> Rows:
     """Opens what ``find`` found; the content says which kind it is. ``wanted``: columns, if it is Arrow."""
     with file_errors(path, "read"):
         if path.is_dir():
             return _open_folder(path, wanted)
-        if not path.is_file() and (shards := _shards(path)):
-            return _open_parquet(path, shards, wanted)
+        if not path.is_file() and (parts := shards(path)):
+            return _open_parquet(path, parts, wanted)
         with path.open("rb") as file:
             head = file.read(4096).removeprefix(_BOM).lstrip()
         if head.startswith(b"PAR1"):
@@ -324,8 +293,7 @@ class ArrowRows(Rows):
     def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]]) -> None:
         tables = self._tables(rows)
         if not self._path.is_dir():
-            name = re.sub(r"-\*-of-\d+(?=\.parquet$)", "", self._path.name)  # what came in shards is written as one
-            with pq.ParquetWriter(folder / name, self.schema) as writer:
+            with pq.ParquetWriter(folder / joined(self._path.name), self.schema) as writer:
                 for table in tables:
                     writer.write_table(table)
             return
