@@ -82,10 +82,13 @@ def test_every_defence_runs_in_spite_of_kills(killed: Path, part: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_changes_no_figure(killed: Path, part: Path, tmp_path: Path) -> None:
-    assert bench(part, tmp_path).wait() == 0
-    cells = read_plan(part)
-    assert figures(tmp_path, cells) == figures(killed, cells)
+def test_a_kill_changes_no_figure(killed: Path, tmp_path: Path) -> None:
+    """One defence of each kind; those that are left out work like one of these, or are run on the cluster below."""
+    defenses = ["two-view", "abl", "byorn", "crow", "fine-pruning", "oracle"]
+    plan, out = narrowed(tmp_path, attacks=["badnets"], defenses=defenses), tmp_path / "results"
+    assert bench(plan, out).wait() == 0
+    cells = read_plan(plan)
+    assert figures(out, cells) == figures(killed, cells)
 
 
 @pytest.mark.slow
