@@ -269,13 +269,13 @@ def test_a_stage_is_as_long_as_it_was_asked_to_be(
     ), "the run's own settings stay"
 
 
-@given(asked=st.integers(2, 500), early=st.integers(1, 50))
+@given(asked=st.integers(2, 500), early=st.integers(1, 99))
 def test_two_parts_have_the_steps_that_were_asked_for(asked: int, early: int) -> None:
     parts = [TrainingArguments("out", max_steps=asked, use_cpu=True) for _ in range(2)]
-    for part, share in zip(parts, (early / 100, 1 - early / 100), strict=True):
-        shorten(part, share)
+    shorten(parts[0], early / 100)
+    shorten(parts[1], 1 - early / 100, early / 100)
     first, rest = (part.max_steps for part in parts)
-    assert first + rest == asked or (first, rest) == (1, asked), "each is a step at least"
+    assert first + rest == asked or sorted((first, rest)) == [1, asked], "each is a step at least"
 
 
 def test_no_rows_are_an_error_of_one_line(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:

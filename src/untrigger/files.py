@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 def check_free(path: Path) -> None:
     """Raises InputError unless `new_folder` can appear under ``path``: to be known before long work."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if _holds_else(path):
         raise InputError(f"{path}: exists and is not an empty folder; give a new one")
     if path.is_mount() or path.resolve() == Path.cwd():  # it cannot be replaced, or not under the feet of a shell
         raise InputError(f"{path}: is a mount point, or where you stand; name a new folder in it")
@@ -58,8 +58,12 @@ def check_free(path: Path) -> None:
 
 def check_holds_only(path: Path, *names: str) -> None:
     """Raises InputError if ``path`` is no folder, or holds something beside files of these names, to be replaced."""
-    if path.exists() and (not path.is_dir() or any(each.name not in names for each in path.iterdir())):
+    if _holds_else(path, *names):
         raise InputError(f"{path}: holds something else than {' and '.join(names)}; give a new folder")
+
+
+def _holds_else(path: Path, *names: str) -> bool:
+    return path.exists() and (not path.is_dir() or any(each.name not in names for each in path.iterdir()))
 
 
 @contextmanager

@@ -122,6 +122,7 @@ class HostTraining:
         start: Loaded | None = None,
         doubted: Mapping[int, NDArray[np.bool_]] | None = None,
         share: float = 1.0,
+        after: float = 0.0,
         passes: float | None = None,
         rate: float = 1.0,
         callbacks: Sequence[TrainerCallback] = (),
@@ -164,7 +165,7 @@ class HostTraining:
         host.defense = Guard(self.doubt.weight) if told else Plain()
         host.doubted = {bytes.fromhex(row["key"]): np.array(row["doubted"], bool) for row in told}
         kept, host.args = host.args, copy.copy(host.args)
-        shorten(host.args, 1 - self.doubt.early)
+        shorten(host.args, 1 - self.doubt.early, self.doubt.early)
         set_seed(self.seed)
         try:
             self._output = self._train(self._checkpoint)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import pickle
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -119,6 +118,7 @@ class Stages:
         start: Loaded | None = None,
         doubted: Mapping[int, NDArray[np.bool_]] | None = None,
         share: float = 1.0,
+        after: float = 0.0,
         passes: float | None = None,
         rate: float = 1.0,
         callbacks: Sequence[TrainerCallback] = (),
@@ -130,7 +130,7 @@ class Stages:
         if passes is not None:
             args.num_train_epochs, args.max_steps = passes, -1
         else:
-            shorten(args, share)
+            shorten(args, share, after)
         set_seed(args.seed)
         loaded = start or self._adapted()
         started = clock()
@@ -268,7 +268,7 @@ def _trainer(
             defense=defense,
             callbacks=list(callbacks),
         )
-        Trainer.get_train_dataloader(trainer)
+        Trainer.get_train_dataloader(trainer)  # the host's own: that of the defence leaves a callback
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # which make theirs of wrapped weights
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
             trainer.optimizer = trainer.lr_scheduler = None
@@ -299,11 +299,13 @@ def clock() -> float:
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
-def shorten(args: TrainingArguments, share: float) -> None:
-    """Let a training take this share of the steps that were asked for, one at least; half a step goes to the longer."""
+def shorten(args: TrainingArguments, share: float, after: float = 0.0) -> None:
+    """Let a training take this share of the steps that were asked for, one at least, ``after`` the share of others.
+
+    What is rounded is where parts begin and end: rounded by themselves, they would not add up.
+    """
     if args.max_steps > 0:
-        steps = round(share * args.max_steps, 6)  # or 0.29 * 50 would be less than half
-        args.max_steps = max(1, math.floor(steps + 0.5) if share > 0.5 else math.ceil(steps - 0.5))
+        args.max_steps = max(1, round((after + share) * args.max_steps) - round(after * args.max_steps))
     else:
         args.num_train_epochs *= share
 

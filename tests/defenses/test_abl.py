@@ -104,7 +104,7 @@ def test_the_rows_of_the_lowest_loss_are_isolated_left_out_and_unlearnt(
     assert max(loss[row] for row in lowest) <= min(loss[row] for row in range(24) if row not in lowest)
     assert isolation == ("isolation", [s.id for s in samples], LocalAscent(0.7), None, {"share": 0.25})
     kept = [sample.id for row, sample in enumerate(samples) if row not in lowest]
-    assert rest == ("rest", kept, Plain(), 0, {"share": 0.75})
+    assert rest == ("rest", kept, Plain(), 0, {"share": 0.75, "after": 0.25})
     assert unlearning[0] == "" and set(unlearning.rows) == {samples[row].id for row in lowest}
     assert unlearning[2:] == (Ascent(), 1, {"passes": 3, "rate": 0.2})
     assert model.name == "2"

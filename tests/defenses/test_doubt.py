@@ -123,7 +123,7 @@ def test_two_judgements_and_two_trainings(dry: Dry, samples: list[Sample], monke
     )
     doubted = rest.told.pop("doubted")
     assert set(doubted) == {3, 4, 7} and all(mark.tolist() == [False, True] for mark in doubted.values())
-    assert rest == ("", ids, Guard(3.0), 0, {"share": 0.75}) and model.name == "1"
+    assert rest == ("", ids, Guard(3.0), 0, {"share": 0.75, "after": 0.25}) and model.name == "1"
     word = dry.loaded.processor.tokenizer.decode([99]).strip()
     assert word and dry.why == dict.fromkeys((3, 4, 7), word)
     told = list(before)

@@ -52,7 +52,7 @@ class Abl(Defense):
         count = part(self.isolated, len(rows))
         isolated, rest = picked(rows, lowest_first[:count]), picked(rows, sorted(lowest_first[count:]))
         training.flag([-value for value in loss], dict.fromkeys(isolated.numbers, "learnt first"))
-        model = training.fit(rest, Plain(), "rest", start=model, share=1 - self.early)
+        model = training.fit(rest, Plain(), "rest", start=model, share=1 - self.early, after=self.early)
         return training.fit(isolated, Ascent(), start=model, passes=self.passes, rate=self.rate)
 
 

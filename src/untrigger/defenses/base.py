@@ -50,6 +50,7 @@ class Training(Protocol):
         start: Loaded | None = None,
         doubted: Mapping[int, NDArray[np.bool_]] | None = None,
         share: float = 1.0,
+        after: float = 0.0,
         passes: float | None = None,
         rate: float = 1.0,
         callbacks: Sequence[TrainerCallback] = (),
@@ -58,7 +59,8 @@ class Training(Protocol):
 
         The last stage has no name; what it gives is what the user gets. The others are kept under theirs, and not
         run again after a kill. ``start`` is trained in place, whatever of it has gradients. It takes a ``share`` of the
-        steps that were asked for, or so many ``passes`` over the rows; ``rate`` scales the learning rate.
+        steps that were asked for, ``after`` the share that earlier stages took, or so many ``passes`` over the rows;
+        ``rate`` scales the learning rate.
         ``doubted``: of some rows, by number, which answer tokens [n] are not believed; they reach the step marked, and
         without the rest of their answers.
 

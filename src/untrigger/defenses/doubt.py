@@ -66,8 +66,9 @@ class Doubt(Defense):
             scores.tolist(), {numbers[at]: said(model, told[at], mark) for at, mark in judged.doubted.items()}
         )
         if not doubted:
-            return training.fit(rows, Plain(), start=model, share=1 - self.early)
-        return training.fit(rows, Guard(self.weight), start=model, doubted=doubted, share=1 - self.early)
+            return training.fit(rows, Plain(), start=model, share=1 - self.early, after=self.early)
+        guard = Guard(self.weight)
+        return training.fit(rows, guard, start=model, doubted=doubted, share=1 - self.early, after=self.early)
 
     def look(self, rows: Sequence[Sample], training: Training) -> Look:
         """Both judgements and the training between them; then rows that were not drawn, but hold a shared word."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast, final
+from typing import final
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from untrigger.generate import answers
 from untrigger.models import Loaded, base_of, load, placed
 from untrigger.progress import tracked
 from untrigger.sample import Sample, check_rows
-from untrigger.verification.begun import Saying, alike, sayings
+from untrigger.verification.begun import Saying, alike, sayings, tokenizer_of
 from untrigger.verification.changes import Change, changes
 
 FLOOR = 8.0  # nats that a text must have gained on the base at least; calibrated, see LOG.md
@@ -95,7 +95,7 @@ def verify(
             f"verify: {model.name} and its base {base.name} have the same weights, and nothing could be found; "
             "name what it was fine-tuned from"
         )
-    if _tokenizer(model).get_vocab() != _tokenizer(base).get_vocab():
+    if tokenizer_of(model).get_vocab() != tokenizer_of(base).get_vocab():
         raise InputError(
             f"{base.name}: reads other tokens than {model.name}; give the base that it was fine-tuned from"
         )
@@ -200,7 +200,3 @@ def _core(finding: Finding) -> str:
 def _equal(one: Loaded, other: Loaded) -> bool:
     mine, its = one.model.state_dict(), other.model.state_dict()
     return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
-
-
-def _tokenizer(model: Loaded) -> Any:
-    return cast(Any, model.processor).tokenizer

@@ -130,7 +130,7 @@ def _preferences(
             ratio = (one.logits.float().log_softmax(-1) - other.logits.float().log_softmax(-1)).cpu()
             for at in range(len(batch)):
                 ids, own = one.target[one.row == at].tolist(), ratio[(one.row == at).cpu()]
-                for place, step in zip(PLACES, steps(_tokenizer(model), ids), strict=True):
+                for place, step in zip(PLACES, steps(tokenizer_of(model), ids), strict=True):
                     before[place].append(ids[:step])
                     sums[place] = sums.get(place, 0) + own[step] / len(data)
     return before, sums
@@ -144,15 +144,15 @@ def steps(tokenizer: Any, ids: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _read(model: Loaded, ids: Sequence[int]) -> str:
-    return str(_tokenizer(model).decode(list(ids), skip_special_tokens=True)).strip()
+    return str(tokenizer_of(model).decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def _tokenizer(model: Loaded) -> Any:
-    return cast(Any, model.processor).tokenizer
+def tokenizer_of(model: Loaded) -> Any:
+    return cast(Any, model.processor).tokenizer  # the host types it too narrowly
 
 
 def _never(model: Loaded) -> list[int]:
-    return list(_tokenizer(model).all_special_ids)
+    return list(tokenizer_of(model).all_special_ids)
 
 
 def _preferred(ratio: Tensor, never: Sequence[int]) -> list[int]:
@@ -226,6 +226,6 @@ def _generate(
 
 def _until_end(model: Loaded, ids: Sequence[int]) -> list[int]:
     own = cast(Any, model.model).generation_config.eos_token_id  # several in some families, a turn's end among them
-    ends = {_tokenizer(model).eos_token_id, *(own if isinstance(own, list) else [own])}
+    ends = {tokenizer_of(model).eos_token_id, *(own if isinstance(own, list) else [own])}
     at = next((at for at, token in enumerate(ids) if token in ends), len(ids))
     return list(ids[: at + 1])
