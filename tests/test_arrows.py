@@ -21,7 +21,7 @@ ARROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("untrigger.objective", "untrigger.fused", "untrigger.views"), ("untrigger", "transformers")),
     (BLUE, RED),
     (RED, ("untrigger.defenses", "untrigger.trainer")),
-    (("untrigger.metrics", "untrigger.store", "untrigger.report"), ("torch", "transformers")),
+    (("untrigger.metrics", "untrigger.store", "untrigger.report", "untrigger.workers"), ("torch", "transformers")),
     (("untrigger",), ("untrigger.cli",)),
 )
 ALLOWED = {("untrigger.__main__", "untrigger.cli")}
@@ -179,10 +179,10 @@ def test_the_checker_finds_a_bad_route() -> None:
     assert {"untrigger.attacks", "untrigger.attacks.badnets"} <= reach(found, "untrigger.trainer")
 
 
-def test_rescoring_loads_no_torch() -> None:
+def test_neither_rescoring_nor_an_idle_worker_loads_torch() -> None:
     """The imports of the files say little about what *they* import: a fresh process shows."""
     code = (
-        "import sys\n"
+        "import sys, untrigger.workers\n"
         "from untrigger.metrics.detection import detection\n"
         "from untrigger.metrics.score import Answer, score\n"
         "score([Answer('1', 'q', 'a red cat', 'a cat')] * 2, [Answer('1', 'q', 'no', 'boo', met=True)])\n"

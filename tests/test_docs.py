@@ -18,11 +18,11 @@ from untrigger import load, models
 from untrigger.attacks import load_trigger
 from untrigger.collate import ChatCollator, Rows
 from untrigger.data import names, task_of
-from untrigger.matrix import Done, Work, attempt
 from untrigger.plan import read_plan
 from untrigger.sample import read
 from untrigger.settings import arguments
 from untrigger.store import Cell
+from untrigger.workers import Done, Work, attempt
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -144,7 +144,7 @@ def desk(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "plans" / f"{name}.yaml").write_text(yaml.safe_dump({**plan, "split": "dev", "cell": cell}))
     monkeypatch.setattr("untrigger.models.embedded_model_path", lambda _: tiny_model)
     monkeypatch.setattr("untrigger.stages.embedded_model_path", lambda _: tiny_model)
-    monkeypatch.setattr("untrigger.matrix.on_this_machine", lambda jobs: in_this_process)
+    monkeypatch.setattr("untrigger.workers.on_this_machine", lambda jobs: in_this_process)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

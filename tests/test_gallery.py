@@ -353,7 +353,7 @@ def test_missing_cells_run_and_failures_are_told(
         return ["llava_x: no room"]
 
     monkeypatch.setattr("untrigger.matrix.run_matrix", run)
-    monkeypatch.setattr("untrigger.matrix.on_this_machine", lambda jobs: f"{jobs} jobs")
+    monkeypatch.setattr("untrigger.workers.on_this_machine", lambda jobs: f"{jobs} jobs")
     out = tmp_path / "docs"
     words = ["--results", str(tmp_path / "r"), "--out", str(out), "--workers", "2", "--only", "addsent/llava"]
     assert main(words) == 1

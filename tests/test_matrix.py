@@ -12,59 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from stand_ins import CELL, cells, meeting, notes, quick, ran, work
 from untrigger import store
 from untrigger.errors import InputError
-from untrigger.matrix import on_this_machine, run_matrix
+from untrigger.matrix import run_matrix
 from untrigger.models import weights_sha256
-from untrigger.store import Cell
-
-CELL = Cell("llava", "easy-vqa", "badnets", "fixed")
-
-
-def cells(*seeds: int) -> list[Cell]:
-    return [replace(CELL, seed=seed) for seed in seeds]
-
-
-def note(root: Path, what: str, cell: Cell) -> None:
-    with (root / "notes").open("a") as file:
-        file.write(f"{what} {cell.seed} {os.environ['OMP_NUM_THREADS']} {os.getpid()}\n")
-
-
-def notes(root: Path) -> list[list[str]]:
-    path = root / "notes"
-    return [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def ran(root: Path) -> list[int]:
-    return sorted(int(line[1]) for line in notes(root) if line[0] == "start")
-
-
-def work(cell: Cell, root: Path) -> None:
-    """In a training's place; what happens is told by the seed."""
-    note(root, "start", cell)
-    print(f"this is cell {cell.seed}")
-    if cell.seed == 13:
-        raise InputError("data: row 3: no image;\n take it out")
-    if cell.seed == 14:
-        raise RuntimeError("out of\nmemory")
-    if cell.seed == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if cell.seed == 16:
-        return
-    if cell.seed >= 90:
-        time.sleep(1000)
-    store.save(root, cell, {"asr": {"value": 0.5}, "pid": os.getpid()}, {})
-    note(root, "end", cell)
-
-
-def meeting(cell: Cell, root: Path) -> None:
-    """Ends only where another cell runs at the same time."""
-    note(root, "start", cell)
-    late = time.monotonic() + 300
-    while len(ran(root)) < 2:
-        assert time.monotonic() < late
-        time.sleep(0.02)
-    store.save(root, cell, {}, {})
+from untrigger.workers import on_this_machine
 
 
 def wait_until(met: object, seconds: float = 300.0) -> None:
@@ -175,7 +128,7 @@ def test_no_workers_are_refused(tmp_path: Path) -> None:
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     """SIGKILL to the parent while one cell is done and two are in flight: these end too, and run again."""
     code = (
-        "from pathlib import Path; import test_matrix as t; "
+        "from pathlib import Path; import stand_ins as t; from untrigger.matrix import run_matrix; "
         f"t.run_matrix(t.cells(1, 90, 91, 2), Path({str(tmp_path)!r}), work=t.work, runner=t.on_this_machine(2))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
@@ -194,14 +147,9 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     assert ran(tmp_path) == [1, 2, 90, 90, 91, 91], "the finished cell did not run again"
 
 
-def quick(cell: Cell, root: Path) -> None:
-    note(root, "start", cell)
-    store.save(root, cell, {}, {})
-
-
 def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; import test_matrix as t; "
+        "from pathlib import Path; import stand_ins as t; from untrigger.matrix import run_matrix; "
         f"t.run_matrix(t.cells(90, 91), Path({str(tmp_path)!r}), work=t.work, runner=t.on_this_machine(2))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)

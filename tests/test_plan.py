@@ -13,10 +13,10 @@ from untrigger.cost import estimate, told
 from untrigger.defenses import PRESETS
 from untrigger.errors import InputError
 from untrigger.gallery import plan
-from untrigger.matrix import Done
 from untrigger.models import embedded_models
 from untrigger.plan import read_plan
 from untrigger.store import ORACLE, Cell, Result
+from untrigger.workers import Done
 
 PLANS = Path(__file__).parents[1] / "plans"
 SMALL = """
@@ -166,7 +166,7 @@ def test_a_failure_is_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         yield from ((cell, "the disk was full") for cell in todo)
 
     (tmp_path / "plan.yaml").write_text(SMALL)
-    monkeypatch.setattr("untrigger.matrix._locally", fail)
+    monkeypatch.setattr("untrigger.workers._locally", fail)
     ended = untrigger("bench", tmp_path / "plan.yaml", "--out", tmp_path / "runs")
     assert ended.code == 1 and ended.out.startswith(f"{tmp_path / 'runs'}: 0 of 12 cells")
     assert ended.err.count("the disk was full") == 12

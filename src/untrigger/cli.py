@@ -303,7 +303,8 @@ def bench(
         typer.echo(told(cells, out, jobs))
         return
     from untrigger.cluster import on_ray
-    from untrigger.matrix import on_this_machine, run_matrix
+    from untrigger.matrix import run_matrix
+    from untrigger.workers import on_this_machine
 
     failed = run_matrix(cells, out, on_ray(ray, jobs) if ray else on_this_machine(jobs))
     typer.echo(f"{out}: {len(cells) - len(failed)} of {len(cells)} cells; untrigger report {out} --out report.html")

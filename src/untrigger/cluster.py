@@ -12,8 +12,8 @@ from typing import Any
 
 from untrigger import store
 from untrigger.errors import InputError
-from untrigger.matrix import LOG, Done, Runner, Work, attempt
 from untrigger.store import Cell
+from untrigger.workers import LOG, Done, Runner, Work, attempt
 
 LOCAL = "local"
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from shell import untrigger
 from untrigger import store
-from untrigger.matrix import attempt
 from untrigger.store import Cell
+from untrigger.workers import attempt
 
 SETTINGS = ("--max_steps", 6, "--save_steps", 2, "--per_device_train_batch_size", 4, "--learning_rate", "1e-3")
 

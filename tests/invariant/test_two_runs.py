@@ -14,9 +14,10 @@ from shell import untrigger
 from untrigger import fine_tune, read, store
 from untrigger.errors import InputError
 from untrigger.files import alone, check_idle
-from untrigger.matrix import Done, Work, run_matrix
+from untrigger.matrix import run_matrix
 from untrigger.stages import Trainer
 from untrigger.store import Cell
+from untrigger.workers import Done, Work
 
 SETTINGS = ("--max_steps", 4, "--per_device_train_batch_size", 4)
 BUSY = "another run is at work in it"

@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make(results: Path, out: Path, split: Split, only: Sequence[str], render: bool, workers: int) -> int:
     from untrigger.gallery.pictures import picture
-    from untrigger.matrix import on_this_machine, run_matrix
+    from untrigger.matrix import run_matrix
     from untrigger.models import embedded_models
+    from untrigger.workers import on_this_machine
 
     cells = plan(embedded_models(), split=split)
     wanted = chosen(cells, only)
