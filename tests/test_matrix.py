@@ -128,8 +128,8 @@ def test_no_workers_are_refused(tmp_path: Path) -> None:
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     """SIGKILL to the parent while one cell is done and two are in flight: these end too, and run again."""
     code = (
-        "from pathlib import Path; import stand_ins as t; from untrigger.matrix import run_matrix; "
-        f"t.run_matrix(t.cells(1, 90, 91, 2), Path({str(tmp_path)!r}), work=t.work, runner=t.on_this_machine(2))"
+        "from pathlib import Path; from test_matrix import *; "
+        f"run_matrix(cells(1, 90, 91, 2), Path({str(tmp_path)!r}), on_this_machine(2), work)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
     try:
@@ -149,8 +149,8 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; import stand_ins as t; from untrigger.matrix import run_matrix; "
-        f"t.run_matrix(t.cells(90, 91), Path({str(tmp_path)!r}), work=t.work, runner=t.on_this_machine(2))"
+        "from pathlib import Path; from stand_ins import *; from untrigger.workers import on_this_machine; "
+        f"list(on_this_machine(2)(cells(90, 91), Path({str(tmp_path)!r}), work))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
     wait_until(lambda: ran(tmp_path) == [90, 91] or parent.poll() is not None)
