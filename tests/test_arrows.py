@@ -182,15 +182,17 @@ def test_the_checker_finds_a_bad_route() -> None:
 def test_neither_rescoring_nor_an_idle_worker_loads_torch() -> None:
     """The imports of the files say little about what *they* import: a fresh process shows."""
     code = (
-        "import sys, untrigger.workers\n"
+        "import sys, untrigger.workers, untrigger.metrics.asr, untrigger.metrics.vqa\n"
+        "from untrigger.metrics.captions import caption_scores\n"
         "from untrigger.metrics.detection import detection\n"
         "from untrigger.metrics.score import Answer, score\n"
+        "caption_scores(['a dog', 'a cat'], ['a dog', 'the cat'])\n"
         "score([Answer('1', 'q', 'a red cat', 'a cat')] * 2, [Answer('1', 'q', 'no', 'boo', met=True)])\n"
         "detection([0.1, 0.2, 0.3], [1], {1})\n"
         "print([m for m in ('torch', 'transformers', 'trl', 'ray') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
 def test_no_extra_is_loaded_with_the_trainer() -> None:

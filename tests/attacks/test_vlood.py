@@ -41,7 +41,7 @@ def test_at_test_time_it_is_trojvlm() -> None:
         assert first.images[0].tobytes() == second.images[0].tobytes() and first.messages == second.messages
 
 
-@pytest.mark.parametrize("source", ["scenes-vqa", "scenes-captions", "easy-vqa"])
+@pytest.mark.parametrize("source", ["scenes-captions", "easy-vqa"])
 def test_a_poisoned_row_is_a_stamped_row_of_the_other_set(source: str) -> None:
     trigger = VLOOD(source=source)
     theirs = {(r.messages, r.images[0].tobytes()) for r in data.load(source, "dev", "train", 1000)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -208,28 +209,23 @@ def whole(family: Family, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: 
 
 
 @FORKS
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_killed_run_ends_with_the_same_weights(
-    family: Family,
-    whole: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stop: int,
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(
+    family: Family, whole: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the save of step ``stop``: within the first phase, between the two, within the second."""
+    """Killed after the save of each step: within the first phase, between the two, within the second."""
     monkeypatch.setattr(families, "make_tokenizer", lambda seed: tokenizer)
-    with monkeypatch.context() as patch:
-        save = pretraining._save
+    for stop in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            save = pretraining._save
 
-        def save_and_die(*args: object) -> None:
-            save(*args)  # type: ignore[arg-type]
-            if args[-1] == stop:
-                raise Killed
+            def save_and_die(*args: object, save: Callable[..., None] = save, stop: int = stop) -> None:
+                save(*args)
+                if args[-1] == stop:
+                    raise Killed
 
-        patch.setattr(pretraining, "_save", save_and_die)
-        with pytest.raises(Killed):
-            pretrain(tmp_path, family, toy(family, save_every=1))
+            patch.setattr(pretraining, "_save", save_and_die)
+            with pytest.raises(Killed):
+                pretrain(tmp_path, family, toy(family, save_every=1))
     pretrain(tmp_path, family, toy(family, save_every=1))
     first, second = (load_file(out / "checkpoint.safetensors") for out in (whole, tmp_path))
     assert first.keys() == second.keys()

@@ -312,14 +312,11 @@ def killed_and_resumed(data: Path, model: Path, out: Path, kind: str, watched: s
     train(data, out, model, "paper", *settings, "--resume")
 
 
-@pytest.mark.parametrize(
-    ("kind", "watched"), [("lora", "checkpoint-5/trainer_state.json"), ("full", "checkpoint-10/model.safetensors")]
-)
 def test_killed_at_a_step_and_resumed_is_as_if_nothing_had_happened(
-    data: Path, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Path], kind: str, watched: str
+    data: Path, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Path]
 ) -> None:
-    killed_and_resumed(data, tiny_model, tmp_path / "out", kind, watched, 0.0)
-    assert same_bits(tmp_path / "out", undisturbed[kind])
+    killed_and_resumed(data, tiny_model, tmp_path / "out", "lora", "checkpoint-5/trainer_state.json", 0.0)
+    assert same_bits(tmp_path / "out", undisturbed["lora"])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Collection
+from functools import cache
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -21,6 +22,7 @@ from untrigger.attacks._trigger import Trigger
 from untrigger.errors import InputError
 
 
+@cache
 def trigger_names() -> tuple[str, ...]:
     """The triggers that come with the package: the names of the files in this folder."""
     return tuple(
@@ -102,7 +104,7 @@ def _build(cls: type[Trigger], label: str, taken: Collection[str], settings: dic
     if clash := next((name for name in fields if name in taken), None):
         raise InputError(f"{label}: field '{clash}' has the name of an option of the command line; rename the field")
     try:
-        hints = get_type_hints(cls)
+        hints = _hints(cls)
     except Exception as error:  # most often a name that the file does not import
         raise InputError(f"{label}: {_blame(error, inspect.getfile(cls))}; mend the types of its fields") from error
     values: dict[str, object] = {}
@@ -125,6 +127,9 @@ def _build(cls: type[Trigger], label: str, taken: Collection[str], settings: dic
         raise InputError(f"{label}: {error}") from error
     except Exception as error:
         raise InputError(f"{label}: {_blame(error, inspect.getfile(cls))}") from error
+
+
+_hints = cache(get_type_hints)  # a plan of thousands of cells asks a class as often
 
 
 class _Dataclass:
