@@ -243,6 +243,12 @@ def test_an_evaluation_on_the_screen() -> None:
     assert repr(Evaluation([], [], [])) == "Evaluation: 0 answers"
 
 
+def test_a_figure_that_cannot_be_had_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("untrigger.metrics.captions._wordnet", lambda: None)
+    shown = printed(Evaluation([Answer("a", "q", "a red cat sits", "a red cat sits on a mat")], [], []))
+    assert "python -m nltk.downloader wordnet" in shown and "needs references that differ" in shown
+
+
 @pytest.mark.parametrize(("result", "word"), [(FOUND, "&lt;b&gt;Attack"), (ASKED, "vqa_accuracy")])
 def test_a_notebook_shows_the_table(result: Any, word: str) -> None:
     shown = result._repr_mimebundle_([], [])["text/html"]

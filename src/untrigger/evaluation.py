@@ -85,13 +85,17 @@ class Evaluation(JupyterMixin):
         table = Table("figure", "value", "95 % interval", "n")
         for name, value in _flat(self.figures):
             if value is None:
-                table.add_row(name, "not available", "", "")
+                table.add_row(name, "not available", _LACKS.get(name.rpartition(" ")[2], ""), "")
             else:
                 interval = f"{value['low']:.3f} to {value['high']:.3f}"
                 table.add_row(name, f"{value['value']:.3f}", interval, str(value["n"]))
         return table
 
 
+_LACKS = {
+    "meteor": "needs WordNet: python -m nltk.downloader wordnet",
+    "cider": "needs references that differ",
+}
 _HEADLINE = {"asr": "attack success", "leak": "leak", "vqa_accuracy": "accuracy", "cider": "CIDEr"}
 
 
