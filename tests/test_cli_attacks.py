@@ -11,6 +11,7 @@ import pytest
 from shell import untrigger
 from untrigger import cli
 from untrigger.attacks import load_trigger, trigger_names
+from untrigger.flags import option_names
 
 OWN = """
 from dataclasses import dataclass, replace
@@ -71,7 +72,7 @@ def test_a_field_with_the_name_of_an_option_is_refused(
 
 def test_no_attack_of_the_package_has_such_a_field() -> None:
     for name in trigger_names():
-        load_trigger(name, cli._options(cli.poison, cli.evaluate))  # pyright: ignore[reportPrivateUsage]
+        load_trigger(name, option_names(cli.poison, cli.evaluate))
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
-from typer.models import OptionInfo
 
 from untrigger import __version__
 from untrigger.errors import InputError
+from untrigger.flags import as_settings, option_names, spelled_out
 
 if TYPE_CHECKING:
     from untrigger.lengths import Lengths
@@ -386,7 +385,7 @@ def _read(data: Path, on_bad_row: OnBadRow, out: Path, fits: Lengths | None = No
 def _settings(command: Callable[..., None], preset: str, out: Path, config: Path | None, flags: list[str]):
     from untrigger.settings import command_settings
 
-    return command_settings(preset, out, config, flags, _options(command))
+    return command_settings(preset, out, config, flags, option_names(command))
 
 
 def _attack(name: str, extra: list[str], goal: str | None, goal_text: str | None) -> Attack:
@@ -394,51 +393,21 @@ def _attack(name: str, extra: list[str], goal: str | None, goal_text: str | None
     from untrigger.goals import load_goal
     from untrigger.poisoning import Attack
 
-    trigger = load_trigger(name, _options(poison, evaluate), **_flags(extra))
+    trigger = load_trigger(name, option_names(poison, evaluate), **as_settings(extra))
     return Attack(trigger, load_goal(goal or trigger.usual_goal, goal_text))
-
-
-def _options(*commands: Callable[..., None]) -> set[str]:
-    """The names that commands take for themselves: a setting of such a name would never see its flag."""
-    hints = (item for command in commands for item in get_type_hints(command, include_extras=True).items())
-    return {"help"} | {name for name, hint in hints if any(isinstance(n, OptionInfo) for n in get_args(hint)[1:])}
-
-
-def _flags(extra: list[str]) -> dict[str, str]:
-    """``--side 0.1 --random`` as settings; a flag without a value is "true"."""
-    settings: dict[str, str] = {}
-    rest = list(extra)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            _refuse(f"{flag}: not expected here; settings are given as --name value")
-        name, has_value, value = flag[2:].partition("=")
-        if not has_value:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        settings[name.replace("-", "_")] = value
-    return settings
 
 
 def _refuse(message: str) -> NoReturn:
     raise InputError(message)
 
 
-def _completed(words: list[str]) -> list[str]:
-    """Options may be spelled as settings are (``--lora_rank``); ``--ray`` alone means a cluster here, for this run."""
-    if any(word.startswith("--") and "_" in word for word in words):
-        own = _options(*(command.callback for command in app.registered_commands if command.callback))
-        spelled = {f"--{name}": f"--{name.replace('_', '-')}" for name in own}
-        parts = [word.partition("=") for word in words]
-        words = [spelled.get(name, name) + equals + value for name, equals, value in parts]
-    return ["--ray=local" if w == "--ray" and n.startswith("-") else w for w, n in pairwise([*words, "-"])]
-
-
 def main() -> None:
     """Entry point: one clear line and exit code 2 for what the user can mend."""
     # the hosts tell each other of renamed properties; the user can mend none of it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    own = option_names(*(command.callback for command in app.registered_commands if command.callback))
     try:
-        sys.exit(app(_completed(sys.argv[1:]) or ["--help"], prog_name="untrigger", standalone_mode=False))
+        sys.exit(app(spelled_out(sys.argv[1:], own) or ["--help"], prog_name="untrigger", standalone_mode=False))
     except InputError as error:
         message = str(error)
     except _UsageError as error:

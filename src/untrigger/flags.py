@@ -1,0 +1,44 @@
+"""Words of a command line that are no option of its command: settings, and other spellings of options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
+from typing import get_args, get_type_hints
+
+from typer.models import OptionInfo
+
+from untrigger.errors import InputError
+
+
+def option_names(*commands: Callable[..., None]) -> set[str]:
+    """The names that commands take for themselves: a setting of such a name would never see its flag."""
+    hints = (item for command in commands for item in get_type_hints(command, include_extras=True).items())
+    return {"help"} | {name for name, hint in hints if any(isinstance(n, OptionInfo) for n in get_args(hint)[1:])}
+
+
+def as_settings(words: Sequence[str]) -> dict[str, str]:
+    """``--side 0.1 --random`` as settings; a flag without a value is "true".
+
+    Raises:
+        InputError: a word that is neither a flag nor its value.
+    """
+    settings: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise InputError(f"{flag}: not expected here; settings are given as --name value")
+        name, has_value, value = flag[2:].partition("=")
+        if not has_value:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        settings[name.replace("-", "_")] = value
+    return settings
+
+
+def spelled_out(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """Options may be spelled as settings are (``--lora_rank``); ``--ray`` alone means a cluster here, for this run."""
+    spelled = {f"--{name}": f"--{name.replace('_', '-')}" for name in options}
+    parts = [word.partition("=") for word in words]
+    words = [spelled.get(name, name) + equals + value for name, equals, value in parts]
+    return ["--ray=local" if w == "--ray" and n.startswith("-") else w for w, n in pairwise([*words, "-"])]
