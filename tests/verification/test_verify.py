@@ -48,10 +48,9 @@ def test_the_words_of_the_task_are_telling_only_where_they_have_gained_far_more(
     own, part, foreign = (
         replace(saying(0, (1,), 21), core=core) for core in ("blue stars", "een moon!", "blue attack")
     )
-    assert not telling([own, part], words, 8), "20 nats"
-    assert telling([own, replace(part, strange=26)], words, 8), "25 nats"
-    assert not telling([own, replace(part, strange=26)], words, 30), "the data's own answers gained as much"
-    assert telling([foreign], words, 30) and telling([own, foreign], words, 30)
+    assert not telling([own, part], words), "20 nats"
+    assert telling([own, replace(part, strange=26)], words), "25 nats"
+    assert telling([foreign], words) and telling([own, foreign], words)
 
 
 def test_a_text_is_kept_saying_where_most_rows_get_it_and_few_had_it() -> None:

@@ -28,7 +28,6 @@ from untrigger.verification.changes import Change, changes
 
 FLOOR = 8.0  # nats that a text must have gained on the base at least; calibrated, see LOG.md
 OWN = 24.0  # the same for a text in the task's own words: on those, any model of the task has gained
-FOREIGN = 62.0  # enough for a text with a word that the task has not, however much the data's own answers gained
 REACH = 2.2  # beyond the quartiles of what the data's own answers gained, in interquartile ranges
 LEAST = 8  # rows; of fewer, "whatever it is shown" says nothing
 _COMPARED, _PREFERRED, _ASKED = 128, 16, 12  # rows: for the fence, for what is preferred, under each change
@@ -109,7 +108,7 @@ def verify(
     tried = changes()
     told = {change: _under(model, change, asked, seed) for change in tracked(tried, "changing inputs", len(tried))}
     words = vocabulary(looked, own)
-    groups = [group for group in grouped(found, min(limit, FOREIGN)) if telling(group, words, limit)]
+    groups = [group for group in grouped(found, limit) if telling(group, words)]
     told_of = {saying for group in groups for saying in group}
     findings = [Finding(group[0].text, group) for group in groups]
     for change, text in kept_saying(own[:_ASKED], told):
@@ -153,13 +152,13 @@ def vocabulary(rows: Sequence[Sample], own: Sequence[str]) -> frozenset[str]:
     return frozenset(word for text in (*texts, *own) for word in _words(text))
 
 
-def telling(group: Sequence[Saying], words: frozenset[str], limit: float) -> bool:
+def telling(group: Sequence[Saying], words: frozenset[str]) -> bool:
     """Whether a text is no mere habit of the task: it has a word that the task has not, or has gained far more.
 
     A part of a word of the task is of the task: a text may be begun in the middle of one.
     """
     foreign = any(not any(part in word for word in words) for saying in group for part in _words(saying.core))
-    return foreign or max(saying.gain for saying in group) > max(limit, OWN)
+    return foreign or max(saying.gain for saying in group) > OWN
 
 
 def kept_saying(own: Sequence[str], told: Mapping[Change, Sequence[str]]) -> list[tuple[Change, str]]:
