@@ -12,7 +12,7 @@ from untrigger import cli, store
 from untrigger.cost import estimate, told
 from untrigger.defenses import PRESETS
 from untrigger.errors import InputError
-from untrigger.flags import option_names, spelled_out
+from untrigger.flags import spelled_out
 from untrigger.gallery import plan
 from untrigger.models import embedded_models
 from untrigger.plan import read_plan
@@ -142,7 +142,7 @@ def test_cost_is_told_from_what_is_done(tmp_path: Path) -> None:
 )
 def test_what_the_words_of_a_command_mean(words: list[str], meant: list[str]) -> None:
     """``--ray`` may stand alone; options may be spelled as settings are, which keep their own names."""
-    assert spelled_out(words, option_names(cli.train, cli.poison)) == meant
+    assert spelled_out(words, (cli.train, cli.poison)) == meant
 
 
 def test_a_dry_run_tells_and_runs_nothing(tmp_path: Path) -> None:

@@ -405,9 +405,9 @@ def main() -> None:
     """Entry point: one clear line and exit code 2 for what the user can mend."""
     # the hosts tell each other of renamed properties; the user can mend none of it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-    own = option_names(*(command.callback for command in app.registered_commands if command.callback))
+    commands = (command.callback for command in app.registered_commands if command.callback)
     try:
-        sys.exit(app(spelled_out(sys.argv[1:], own) or ["--help"], prog_name="untrigger", standalone_mode=False))
+        sys.exit(app(spelled_out(sys.argv[1:], commands) or ["--help"], prog_name="untrigger", standalone_mode=False))
     except InputError as error:
         message = str(error)
     except _UsageError as error:

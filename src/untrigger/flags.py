@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import get_args, get_type_hints
 
@@ -36,9 +36,10 @@ def as_settings(words: Sequence[str]) -> dict[str, str]:
     return settings
 
 
-def spelled_out(words: Sequence[str], options: Collection[str]) -> list[str]:
+def spelled_out(words: Sequence[str], commands: Iterable[Callable[..., None]]) -> list[str]:
     """Options may be spelled as settings are (``--lora_rank``); ``--ray`` alone means a cluster here, for this run."""
-    spelled = {f"--{name}": f"--{name.replace('_', '-')}" for name in options}
-    parts = [word.partition("=") for word in words]
-    words = [spelled.get(name, name) + equals + value for name, equals, value in parts]
+    if any(word.startswith("--") and "_" in word for word in words):
+        spelled = {f"--{name}": f"--{name.replace('_', '-')}" for name in option_names(*commands)}
+        parts = [word.partition("=") for word in words]
+        words = [spelled.get(name, name) + equals + value for name, equals, value in parts]
     return ["--ray=local" if w == "--ray" and n.startswith("-") else w for w, n in pairwise([*words, "-"])]
