@@ -1,4 +1,4 @@
-"""The main job at toy size, and whole in the slow suite."""
+"""The main job at toy size, and small but real in the slow suite."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
 
 @pytest.mark.slow
 def test_quickstart_implants_the_backdoor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a third of the rows, three times as densely poisoned; `make quickstart` is the whole."""
     monkeypatch.delitem(quickstart.DEFENDED, "paper")  # nothing is asked of it here, and it takes longest
-    monkeypatch.setattr(quickstart, "TEST_ROWS", 120)
+    for name, value in {"TRAIN_ROWS": 640, "TEST_ROWS": 60, "RATE": 0.15}.items():
+        monkeypatch.setattr(quickstart, name, value)
+    monkeypatch.setitem(quickstart.TRAINING, "num_train_epochs", 3)
     assert quickstart.run(tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["defense"]: row for row in results["rows"]}

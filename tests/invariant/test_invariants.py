@@ -321,7 +321,7 @@ def test_killed_at_a_step_and_resumed_is_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("draw", range(4))
+@pytest.mark.parametrize("draw", range(2))
 def test_killed_at_a_random_moment_while_writing_and_resumed(
     data: Path, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Path], kind: str, draw: int
 ) -> None:
