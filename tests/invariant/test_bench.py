@@ -70,7 +70,7 @@ def killed(part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_kind_of_attack_runs(tmp_path: Path) -> None:
-    """Those that need settings, and one in the text alone: the rest go the way of badnets, under every defence below."""
+    """Those that need settings, and one in the text; the rest go the way of badnets, under every defence below."""
     attacks = [attack for attack in yaml.safe_load(SMOKE.read_text())["attacks"] if not isinstance(attack, str)]
     few = {"train_rows": 20, "test_rows": 4, "epochs": 1, "batch_size": 10}
     plan, out = narrowed(tmp_path, attacks=[*attacks, "addsent"], defenses=["plain"], cell=few), tmp_path / "results"
