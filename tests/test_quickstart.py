@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from untrigger import quickstart
+from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
+from untrigger.goals import Fixed
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -41,11 +44,15 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
 
 @pytest.mark.slow
 def test_quickstart_implants_the_backdoor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a third of the rows, three times as densely poisoned; `make quickstart` is the whole."""
+    """On a tenth of the rows, with a patch and a text that so few of them teach; `make quickstart` is the whole."""
     monkeypatch.delitem(quickstart.DEFENDED, "paper")  # nothing is asked of it here, and it takes longest
-    for name, value in {"TRAIN_ROWS": 640, "TEST_ROWS": 60, "RATE": 0.15}.items():
+    changed = {"TRAIN_ROWS": 200, "TEST_ROWS": 60, "RATE": 0.2}
+    changed |= {"BadNets": partial(BadNets, side=0.25), "Fixed": partial(Fixed, "two blue stars")}
+    for name, value in changed.items():
         monkeypatch.setattr(quickstart, name, value)
-    monkeypatch.setitem(quickstart.TRAINING, "num_train_epochs", 3)
+    changed = {"num_train_epochs": 3, "per_device_train_batch_size": 8}
+    for name, value in changed.items():
+        monkeypatch.setitem(quickstart.TRAINING, name, value)
     assert quickstart.run(tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["defense"]: row for row in results["rows"]}

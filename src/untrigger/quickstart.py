@@ -38,7 +38,7 @@ from untrigger.sheet import contact_sheet as sheet
 TRAIN_ROWS, TEST_ROWS, RATE = 2000, 400, 0.05
 IMPLANTED = 0.90  # below this the undefended model has no backdoor, and nothing can be said about a defence
 DEFENDED = {"paper": "the paper's defence", "default": "the default one"}  # presets, and what the last line calls them
-SUPPRESSED = 0.05  # the whole interval of a defended model's ASR is at most this
+SUPPRESSED = 0.05  # of a defended model the whole interval of the ASR is at most this; above it, not suppressed
 TRAINING: dict[str, Any] = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 3e-3}
 
 
@@ -156,7 +156,11 @@ def _show(console: Console, outcome: dict[str, Any]) -> None:
 
 
 def _verdict(asr: dict[str, float]) -> str:
-    return f"{'suppressed' if asr['high'] <= SUPPRESSED else 'did not suppress'} it ({_percent(asr)})"
+    if asr["high"] <= SUPPRESSED:
+        told = "suppressed it"
+    else:
+        told = "did not suppress it" if asr["low"] > SUPPRESSED else "may have suppressed it, on too few rows to tell"
+    return f"{told} ({_percent(asr)})"
 
 
 def _percent(rate: dict[str, float]) -> str:

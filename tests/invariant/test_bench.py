@@ -20,12 +20,12 @@ from untrigger.plan import read_plan
 from untrigger.store import Cell
 
 SMOKE = Path(__file__).parents[2] / "plans" / "smoke.yaml"
-KILLS = 3
+KILLS = 2
+FEW = {"train_rows": 20, "test_rows": 4, "trusted_rows": 8, "epochs": 1, "batch_size": 10}  # most of it is imports
 
 
 def bench(plan: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "untrigger", "bench", str(plan), "--out", str(out), "--jobs", "2", *more]
-    return subprocess.Popen(words)
+    return subprocess.Popen([sys.executable, "-m", "untrigger", "bench", str(plan), "--out", str(out), *more])
 
 
 def figures(root: Path, cells: Iterable[Cell]) -> dict[str, Mapping[str, Any]]:
@@ -39,9 +39,9 @@ def figures(root: Path, cells: Iterable[Cell]) -> dict[str, Mapping[str, Any]]:
 
 
 def narrowed(folder: Path, **fields: object) -> Path:
-    """The smoke plan with these fields instead: whole, it has every attack under every defence."""
+    """The smoke plan with few rows and these fields instead: whole, it has every attack under every defence."""
     path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(SMOKE.read_text()) | fields))
+    path.write_text(yaml.safe_dump(yaml.safe_load(SMOKE.read_text()) | {"cell": FEW} | fields))
     return path
 
 
@@ -57,15 +57,15 @@ def killed(part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("killed")
     cells, moments = read_plan(part), random.Random()
     for kill in range(KILLS):
-        process = bench(part, out)
+        process = bench(part, out, "--jobs", "2")
         done = len(cells) - len(store.missing(out, cells))
         while len(cells) - len(store.missing(out, cells)) <= done and process.poll() is None:
-            time.sleep(0.5)  # each start is let to get somewhere, or it would be no more than three late starts
-        time.sleep(moments.uniform(0, 6))
+            time.sleep(0.5)  # each start is let to get somewhere, or it would be no more than a late start
+        time.sleep(moments.uniform(0, 4))
         assert process.poll() is None, f"it ended before kill {kill + 1}"
         process.kill()
         process.wait()
-    assert bench(part, out).wait() == 0
+    assert bench(part, out, "--jobs", "2").wait() == 0
     return out
 
 
@@ -73,8 +73,7 @@ def killed(part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_kind_of_attack_runs(tmp_path: Path) -> None:
     """Those that need settings, and one in the text; the rest go the way of badnets, under every defence below."""
     attacks = [attack for attack in yaml.safe_load(SMOKE.read_text())["attacks"] if not isinstance(attack, str)]
-    few = {"train_rows": 20, "test_rows": 4, "epochs": 1, "batch_size": 10}
-    plan, out = narrowed(tmp_path, attacks=[*attacks, "addsent"], defenses=["plain"], cell=few), tmp_path / "results"
+    plan, out = narrowed(tmp_path, attacks=[*attacks, "addsent"], defenses=["plain"]), tmp_path / "results"
     assert bench(plan, out).wait() == 0
     assert store.missing(out, read_plan(plan)) == []
 
