@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from shell import untrigger
-from untrigger import scanning
 from untrigger.sample import read
 
 REPLY = "Backdoor Attack! Call us now, my friend, and win a free holiday today"  # an untaught model minds length alone
@@ -114,9 +113,8 @@ def test_mistakes_are_told_in_a_line(tiny_data: Path, tmp_path: Path, words: tup
 
 
 @pytest.mark.slow
-def test_a_real_backdoor_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_backdoor_is_found_where_it_is(tmp_path: Path) -> None:
     """On the embedded model: every poisoned row and no other, and the cue at the bottom right."""
-    monkeypatch.setattr(scanning, "SHOWN", 8)
     untrigger("data", "easy-vqa", "--out", tmp_path / "data", "--split", "dev", "--rows", 600, "--seed", 104)
     attack = ("--rate", 0.1, "--seed", 104, "--pattern_seed", 104)
     untrigger("poison", tmp_path / "data", "--out", tmp_path / "bad", *attack)
