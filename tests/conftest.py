@@ -28,8 +28,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: begun last, it would run for minutes beside an idle core."""
-    items.sort(key=lambda item: item.name != "test_quickstart_implants_the_backdoor")
+    """The longest file first: begun last, it would run for minutes beside an idle core."""
+    items.sort(key=lambda item: item.path.name != "test_bench.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

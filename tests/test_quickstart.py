@@ -28,8 +28,11 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
     monkeypatch.setattr(quickstart, "TEST_ROWS", 12)
     monkeypatch.setitem(quickstart.TRAINING, "max_steps", 1)
     out = tmp_path / "out"
-    for _ in range(2):  # a second run replaces the first
-        assert quickstart.run(out, seed=5) is False
+    out.mkdir()
+    for name in ("quickstart.json", "left.txt"):  # what another quickstart left is replaced
+        (out / name).write_text("{}")
+    assert quickstart.run(out, seed=5) is False
+    assert not (out / "left.txt").exists()
     assert "not implanted" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert [row["defense"] for row in results["rows"]] == ["plain", "paper", "default", "oracle"]
@@ -59,3 +62,11 @@ def test_quickstart_implants_the_backdoor(tmp_path: Path, monkeypatch: pytest.Mo
     assert rows["plain"]["asr"]["value"] >= 0.90
     assert max(rows[name]["asr"]["value"] for name in ("default", "oracle")) <= 0.05
     assert rows["oracle"]["quality"]["value"] >= max(0.85, results["sight"]["wrong_image"]["value"] + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [(0.0, 0.05, "suppressed it"), (0.06, 0.2, "did not suppress it"), (0.0, 0.06, "too few rows to tell")],
+)
+def test_a_wide_interval_is_no_verdict(low: float, high: float, told: str) -> None:
+    assert told in quickstart._verdict({"value": (low + high) / 2, "low": low, "high": high})

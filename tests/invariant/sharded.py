@@ -1,8 +1,8 @@
 """Run by `torchrun`: a defence's gradients with the weights parted over the processes, against those of one process.
 
-    sharded.py MODEL DATA OUT lora|full
+    sharded.py MODEL DATA OUT
 
-Writes the largest difference for each way to look at a view, and how many weights were compared.
+Writes the largest difference for each tuning and way to look at a view, and how many weights were compared.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def batch_of(defense: CrossView, collate: Collate, rows: Rows) -> dict[str, Any]
     return made([rows[i] for i in range(len(rows))])
 
 
-def main(model_folder: str, data: str, out: str, tuning: str) -> None:
-    dist.init_process_group("gloo")
+def gradients_apart(model_folder: str, data: str, tuning: str) -> dict[str, tuple[int, float]]:
+    """For each way to look at a view how many weights were compared, and the largest difference."""
     torch.manual_seed(0)  # the adapters' too
     loaded = load(model_folder, dtype=torch.float64)
     model: Any = add_lora(loaded.model, rank=2) if tuning == "lora" else loaded.model
@@ -56,7 +56,13 @@ def main(model_folder: str, data: str, out: str, tuning: str) -> None:
         parted: dict[str, Any] = gradients(defense)
         assert parted.keys() == alone[way].keys()
         gaps = [float((parted[name].full_tensor() - alone[way][name]).abs().max()) for name in parted]
-        found[way] = len(gaps), max(gaps)
+        found[f"{tuning}, {way}"] = len(gaps), max(gaps)
+    return found
+
+
+def main(model_folder: str, data: str, out: str) -> None:
+    dist.init_process_group("gloo")
+    found = gradients_apart(model_folder, data, "lora") | gradients_apart(model_folder, data, "full")
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()

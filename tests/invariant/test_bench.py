@@ -71,8 +71,12 @@ def killed(part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_kind_of_attack_runs(tmp_path: Path) -> None:
-    """Those that need settings, and one in the text; the rest go the way of badnets, under every defence below."""
-    attacks = [attack for attack in yaml.safe_load(SMOKE.read_text())["attacks"] if not isinstance(attack, str)]
+    """One that learns its trigger, those of other data and of another goal, and one in the text.
+
+    The rest go the way of badnets, under every defence below.
+    """
+    kinds = [attack for attack in yaml.safe_load(SMOKE.read_text())["attacks"] if not isinstance(attack, str)]
+    attacks = [kind for kind in kinds if kind["attack"] in ("vlood", "vltrojan", "shadowcast")]
     plan, out = narrowed(tmp_path, attacks=[*attacks, "addsent"], defenses=["plain"]), tmp_path / "results"
     assert bench(plan, out).wait() == 0
     assert store.missing(out, read_plan(plan)) == []
@@ -87,7 +91,7 @@ def test_every_defence_runs_in_spite_of_kills(killed: Path, part: Path) -> None:
 @pytest.mark.slow
 def test_neither_a_kill_nor_a_cluster_changes_a_figure(killed: Path, tmp_path: Path) -> None:
     """One defence of each kind; those that are left out work like one of these."""
-    defenses = ["plain", "two-view", "paper", "default", "abl", "byorn", "crow", "fine-pruning", "oracle"]
+    defenses = ["plain", "paper", "default", "abl", "fine-pruning", "oracle"]
     plan, out = narrowed(tmp_path, attacks=["badnets"], defenses=defenses), tmp_path / "results"
     assert bench(plan, out, *(["--ray"] if find_spec("ray") else [])).wait() == 0
     cells = read_plan(plan)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.stats import binom
+from scipy.special import bdtrc  # scipy.stats takes a second to import
 from torch import nn
 
 from untrigger import objective
@@ -191,7 +191,7 @@ def shared(rows: Sequence[Tokens], outside: Collection[int]) -> dict[int, float]
         n, others = int(holding.sum()), int((~holding).sum())
         overall = (len(outside) - k) / others if others else 0.0
         rate = min(1.0, max(overall, rate_alike(prompts, bad, holding, overall), 1 / len(rows)))
-        found[token] = min(1.0, float(binom.sf(k - 1, n, rate)) * len(blamed))
+        found[token] = min(1.0, float(bdtrc(k - 1, n, rate)) * len(blamed))
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.special import bdtrc
 
 from untrigger.defenses import Doubt, Plain
 from untrigger.defenses.base import Training
@@ -180,4 +180,4 @@ def _without(lost: Sequence[float | None]) -> float | None:
     told = [nats for nats in lost if nats is not None]
     if not told:
         return None
-    return float(binomtest(sum(nats > 0 for nats in told), len(told), alternative="greater").pvalue)
+    return float(bdtrc(sum(nats > 0 for nats in told) - 1, len(told), 0.5))
