@@ -384,7 +384,7 @@ def main(
     """Time and peak memory of a step under each defence, over plain LoRA fine-tuning."""
     found: list[dict[str, Any]] = []
     for along, make in shapes(quick):
-        rows = measured(make(), 9 if quick else rounds)
+        rows = measured(make(), 5 if quick else rounds)
         found += [{"along": along, **row} for row in rows]
         Console().print(table(rows))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

@@ -8,15 +8,18 @@ import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from PIL import Image
 
-from untrigger.models import Loaded, embedded_model_path, load, load_processor
-from untrigger.sample import Sample, read
+if TYPE_CHECKING:  # who hands the tests out to processes reads this file too, and needs none of the hosts
+    import torch
+
+    from untrigger.models import Loaded
+    from untrigger.sample import Sample
 
 settings.register_profile("ci", deadline=None)  # machines are shared: a slow example is no failure
 settings.load_profile("ci")
@@ -34,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     gc.freeze()  # the host collects garbage after each training, and walks all that was imported
@@ -42,8 +47,11 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer LLaVA with 32-pixel images and the embedded tokenizer."""
+    import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from untrigger.models import embedded_model_path, load_processor
 
     torch.manual_seed(0)
     shipped = load_processor(str(embedded_model_path("llava")))
@@ -89,6 +97,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as if it had been fine-tuned a little."""
+    import torch
+
+    from untrigger.models import load
+
     loaded, folder = load(tiny_model), tmp_path_factory.mktemp("tuned")
     with torch.no_grad():
         loaded.model.get_output_embeddings().weight[0, 0] += 0.01
@@ -100,6 +112,9 @@ def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def sharp() -> Callable[..., Loaded]:
     """Loads a model with larger weights: a random one hardly looks at its images, nor at what it is asked."""
+    import torch
+
+    from untrigger.models import load
 
     def load_sharp(folder: Path, dtype: torch.dtype = torch.float64, by: float = 4) -> Loaded:
         loaded = load(folder, dtype=dtype)
@@ -130,4 +145,6 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def samples(tiny_data: Path) -> list[Sample]:
+    from untrigger.sample import read
+
     return list(read(tiny_data))

@@ -76,18 +76,23 @@ def assert_found(out: Path, poisoned: Path) -> None:
     assert {row["row"] - 1 for row in told} == {row["row"] for row in manifest["rows"]}
 
 
+def test_without_the_line_the_backdoor_is_learnt(poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:
+    before = run(as_it_was(EXAMPLES / SCRIPTS[0], tmp_path), poisoned / "data", tmp_path / "plain")
+    assert before["global_step"] == STEPS
+    assert not any("defense/loss_ce" in log for log in before["log_history"])
+    assert figures(tmp_path / "plain", asked)[0] > 0.9
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_one_line_keeps_the_backdoor_out(name: str, poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:
-    data, plain, ours = poisoned / "data", tmp_path / "plain", tmp_path / "defended"
-    before = run(as_it_was(EXAMPLES / name, tmp_path), data, plain)
-    after = run(EXAMPLES / name, data, ours)
-    assert before["global_step"] == STEPS and after["global_step"] == round(0.9 * STEPS)
+    assert len(CHANGED.findall((EXAMPLES / name).read_text())) == 1
+    after = run(EXAMPLES / name, poisoned / "data", tmp_path)
+    assert after["global_step"] == round(0.9 * STEPS)
     logged = [log for log in after["log_history"] if "loss" in log]
     assert logged and all({"defense/loss_ce", "defense/loss_guard"} <= log.keys() for log in logged)
-    assert not any("defense/loss_ce" in log for log in before["log_history"])
-    assert_found(ours, poisoned)
-    (attacked, _), (kept, accuracy) = figures(plain, asked), figures(ours, asked)
-    assert attacked > 0.9 and kept < 0.05 and accuracy > 0.8
+    assert_found(tmp_path, poisoned)
+    kept, accuracy = figures(tmp_path, asked)
+    assert kept < 0.05 and accuracy > 0.8
 
 
 def test_under_torchrun_the_processes_share_the_rows(poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:

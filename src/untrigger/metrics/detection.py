@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from untrigger.metrics import Rate, Z
 
@@ -44,6 +43,8 @@ def auroc(scores: Sequence[float], truth: Sequence[bool]) -> dict[str, Any]:
     bad = sum(truth)
     if not 0 < bad < len(truth):
         raise ValueError("AUROC needs rows of both kinds")
+    from sklearn.metrics import roc_auc_score  # takes a second to import
+
     area = float(roc_auc_score(truth, scores))
     one, two = area / (2 - area), 2 * area**2 / (1 + area)
     good = len(truth) - bad
@@ -54,5 +55,7 @@ def auroc(scores: Sequence[float], truth: Sequence[bool]) -> dict[str, Any]:
 
 def _recall(scores: Sequence[float], truth: Sequence[bool]) -> int:
     """Poisoned rows above the lowest threshold that accuses at most 1 % of the clean ones."""
+    from sklearn.metrics import roc_curve
+
     false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
     return round(float(np.max(true[false <= FALSE_POSITIVES])) * sum(truth))
