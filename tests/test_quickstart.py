@@ -66,7 +66,11 @@ def test_quickstart_implants_the_backdoor(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("low", "high", "told"),
-    [(0.0, 0.05, "suppressed it"), (0.06, 0.2, "did not suppress it"), (0.0, 0.06, "too few rows to tell")],
+    [
+        (0.0, 0.05, "suppressed it"),
+        (0.06, 0.2, "did not suppress it"),
+        (0.0, 0.06, "may have suppressed it, on too few rows"),
+    ],
 )
 def test_a_wide_interval_is_no_verdict(low: float, high: float, told: str) -> None:
-    assert told in quickstart._verdict({"value": (low + high) / 2, "low": low, "high": high})
+    assert quickstart._verdict({"value": (low + high) / 2, "low": low, "high": high}).startswith(told)

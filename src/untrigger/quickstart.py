@@ -158,8 +158,10 @@ def _show(console: Console, outcome: dict[str, Any]) -> None:
 def _verdict(asr: dict[str, float]) -> str:
     if asr["high"] <= SUPPRESSED:
         told = "suppressed it"
+    elif asr["low"] > SUPPRESSED:
+        told = "did not suppress it"
     else:
-        told = "did not suppress it" if asr["low"] > SUPPRESSED else "may have suppressed it, on too few rows to tell"
+        told = "may have suppressed it, on too few rows to tell"
     return f"{told} ({_percent(asr)})"
 
 
