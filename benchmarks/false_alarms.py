@@ -19,10 +19,10 @@ import typer
 from untrigger.data import load
 from untrigger.defenses import Doubt
 from untrigger.files import write_text
-from untrigger.metrics import Rate
-from untrigger.scanning import find
-from untrigger.settings import arguments
-from untrigger.stages import Stages, Tuning
+from untrigger.metrics.rates import Rate
+from untrigger.scanning.targets import find
+from untrigger.training.settings import arguments
+from untrigger.training.stages import Stages, Tuning
 
 DATA = ["easy-vqa", "scenes-vqa", "scenes-captions"]
 

@@ -31,11 +31,11 @@ import yaml
 from damage import damaged, file, hurt, odd
 from rich.console import Console
 
-from untrigger import cli
+from untrigger.cli import main as cli
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.models import embedded_model_path
-from untrigger.sample import Data, Sample, read, write
+from untrigger.models.loading import embedded_model_path
+from untrigger.rows.sample import Data, Sample, read, write
 
 ROWS = 20  # in a file
 SECONDS = 120  # that a case may take

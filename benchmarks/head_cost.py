@@ -2,8 +2,9 @@
 
     python benchmarks/head_cost.py [--rounds 9] --json FILE
 
-``naive`` makes the logits of all answer tokens under both views and takes each equation of `untrigger.objective` from
-them; ``fused`` is what training does; ``products`` are the four products with the head that both need, no more.
+``naive`` makes the logits of all answer tokens under both views and takes each equation of
+`untrigger.losses.objective` from them; ``fused`` is what training does; ``products`` are the four products with the
+head that both need, no more.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from rich.table import Table
 from step_cost import Held, ratios
 from torch import Tensor, nn
 
-from untrigger import objective
 from untrigger.defenses import CrossView
 from untrigger.files import write_text
-from untrigger.forward import Pair
-from untrigger.fused import Values, losses_at_head
+from untrigger.losses import objective
+from untrigger.losses.chunked import Values, losses_at_head
+from untrigger.models.forward import Pair
 
 Way = Callable[[nn.Linear, Sequence[Tensor], Tensor], Tensor]
 SHAPES = [(32_000, 1024, 512), (152_000, 1024, 256), (152_000, 1024, 512), (32_064, 4096, 256), (152_064, 3584, 128)]

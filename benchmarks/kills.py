@@ -26,12 +26,13 @@ import typer
 import yaml
 from rich.console import Console
 
-from untrigger import cell, finetune, matrix
-from untrigger.cli import main as untrigger_main
+from untrigger.bench import run_cell, sweep
+from untrigger.cli.main import main as untrigger_main
 from untrigger.files import write_text
-from untrigger.scanning import run as scan_run
+from untrigger.scanning import scan
+from untrigger.training import finetune
 
-_ = cell, finetune, matrix, scan_run  # each start is a fork of this process: what is imported here costs it nothing
+_ = run_cell, finetune, sweep, scan  # each start is a fork of this process: what is imported here costs it nothing
 
 STEPS = ("--max_steps", "12", "--save_steps", "1", "--per_device_train_batch_size", "4", "--learning_rate", "3e-3")
 SHARES = {"train": 0.45, "scan": 0.45, "bench": 0.1}  # of all kills

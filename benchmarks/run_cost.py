@@ -24,16 +24,16 @@ from untrigger.attacks import load_trigger
 from untrigger.data import load as load_data
 from untrigger.defenses import Doubt, Plain
 from untrigger.files import write_text
-from untrigger.generate import answers
-from untrigger.goals import load_goal
-from untrigger.images import pixels_sha256
-from untrigger.models import load
-from untrigger.poisoning import Attack, poison, stamped
-from untrigger.sample import Sample
-from untrigger.scanning import find
-from untrigger.settings import arguments
-from untrigger.sharing import looking_once
-from untrigger.stages import Stages, Tuning, clock
+from untrigger.models.generate import answers
+from untrigger.models.loading import load
+from untrigger.models.prefix_cache import looking_once
+from untrigger.poisoning.goals import load_goal
+from untrigger.poisoning.poison import Attack, poison, stamped
+from untrigger.rows.images import pixels_sha256
+from untrigger.rows.sample import Sample
+from untrigger.scanning.targets import find
+from untrigger.training.settings import arguments
+from untrigger.training.stages import Stages, Tuning, clock
 
 EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgement
 RATE, ALONE = 0.05, 100  # poisoned rows; questions that are asked one at a time

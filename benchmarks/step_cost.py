@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from untrigger import objective
-from untrigger.collate import IGNORE, ChatCollator, PairCollator, Rows
 from untrigger.data import load as load_data
 from untrigger.defenses import CrossView
-from untrigger.defenses.doubt import Guard
+from untrigger.defenses.shared_surprise import Guard
 from untrigger.files import write_text
-from untrigger.forward import answer_losses, forward_answers
-from untrigger.models import add_lora, load
+from untrigger.losses import objective
+from untrigger.models.collators import IGNORE, ChatCollator, PairCollator, Rows
+from untrigger.models.forward import answer_losses, forward_answers
+from untrigger.models.loading import add_lora, load
 
 Batch = dict[str, Tensor]
 RATIOS = ("memory", "flops", "moved")

@@ -3,8 +3,8 @@
     python benchmarks/verify_figures.py RESULTS... --json FILE [--rows training]
 
 Takes the undefended models and the oracles of folders that ``untrigger bench`` wrote, and trains again those that
-their ``shared`` no longer holds. Undefended models whose attack was not implanted (`untrigger.gates`) are audited and
-not counted. What is in FILE is not audited again.
+their ``shared`` no longer holds. Undefended models whose attack was not implanted
+(`untrigger.bench.validity`) are audited and not counted. What is in FILE is not audited again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from peft import get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
 
-from untrigger.cell import model_of
+from untrigger.bench.run_cell import model_of
+from untrigger.bench.store import ORACLE, Cell, results
+from untrigger.bench.validity import IMPLANTED
 from untrigger.files import write_text
-from untrigger.gates import IMPLANTED
-from untrigger.metrics import Rate
-from untrigger.models import Loaded
-from untrigger.store import ORACLE, Cell, results
-from untrigger.verification import verify
+from untrigger.metrics.rates import Rate
+from untrigger.models.loading import Loaded
+from untrigger.verification.verify import verify
 
 
 def main(

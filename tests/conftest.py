@@ -18,8 +18,8 @@ from PIL import Image
 if TYPE_CHECKING:  # who hands the tests out to processes reads this file too, and needs none of the hosts
     import torch
 
-    from untrigger.models import Loaded
-    from untrigger.sample import Sample
+    from untrigger.models.loading import Loaded
+    from untrigger.rows.sample import Sample
 
 settings.register_profile("ci", deadline=None)  # machines are shared: a slow example is no failure
 settings.load_profile("ci")
@@ -52,7 +52,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from untrigger.models import embedded_model_path, load_processor
+    from untrigger.models.loading import embedded_model_path, load_processor
 
     torch.manual_seed(0)
     shipped = load_processor(str(embedded_model_path("llava")))
@@ -100,7 +100,7 @@ def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The tiny model as if it had been fine-tuned a little."""
     import torch
 
-    from untrigger.models import load
+    from untrigger.models.loading import load
 
     loaded, folder = load(tiny_model), tmp_path_factory.mktemp("tuned")
     with torch.no_grad():
@@ -115,7 +115,7 @@ def sharp() -> Callable[..., Loaded]:
     """Loads a model with larger weights: a random one hardly looks at its images, nor at what it is asked."""
     import torch
 
-    from untrigger.models import load
+    from untrigger.models.loading import load
 
     def load_sharp(folder: Path, dtype: torch.dtype = torch.float64, by: float = 4) -> Loaded:
         loaded = load(folder, dtype=dtype)
@@ -146,6 +146,6 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def samples(tiny_data: Path) -> list[Sample]:
-    from untrigger.sample import read
+    from untrigger.rows.sample import read
 
     return list(read(tiny_data))

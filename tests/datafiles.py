@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 Row = dict[str, Any]
 TEXT_FORMATS = ["llava", "sharegpt", "messages"]

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from untrigger.defenses import StepDefense
-from untrigger.forward import Tokens, row_answers, row_tokens
-from untrigger.models import Loaded
-from untrigger.sample import Sample
+from untrigger.models.forward import Tokens, row_answers, row_tokens
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample
 
 
 class Stage(NamedTuple):
@@ -27,7 +27,7 @@ class Stage(NamedTuple):
 
 @dataclass
 class Dry:
-    """Stands in for `untrigger.stages.Stages`; every stage gives the same model under a name of its own."""
+    """Stands in for `untrigger.training.stages.Stages`; every stage gives the same model under a name of its own."""
 
     loaded: Loaded
     trusted: Sequence[Sample]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from untrigger import cli
+from untrigger.cli import main
 
 TINY_RUN = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--lora-rank", "2")
 
@@ -33,7 +33,7 @@ def untrigger(*words: object) -> Ended:
         pytest.raises(SystemExit) as stopped,
     ):
         patch.setattr(sys, "argv", ["untrigger", *map(str, words)])
-        cli.main()
+        main.main()
     return Ended(int(stopped.value.code or 0), out.getvalue(), err.getvalue())
 
 

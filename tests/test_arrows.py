@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +14,37 @@ import pytest
 import untrigger
 
 ROOT = Path(untrigger.__file__).parent
-RED = ("untrigger.attacks", "untrigger.goals", "untrigger.poisoning", "untrigger.stamping")
-BLUE = ("untrigger.defenses", "untrigger.trainer", "untrigger.stages", "untrigger.scanning", "untrigger.verification")
+# Folders from the top floor to the ground: imports go down this list only, and what stands in no folder is below it.
+FLOORS = (
+    "cli",
+    "bench",
+    "pretraining",
+    "embedded",
+    "scanning",
+    "verification",
+    "training",
+    "evaluation",
+    "poisoning",
+    "defenses",
+    "attacks",
+    "models",
+    "data",
+    "rows",
+    "views",
+    "losses",
+    "metrics",
+)
+RED = ("untrigger.attacks", "untrigger.poisoning")
+BLUE = ("untrigger.defenses", "untrigger.training", "untrigger.scanning", "untrigger.verification")
 # from -> never to; a name stands for the module and everything below it
 ARROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("untrigger.objective", "untrigger.fused", "untrigger.views"), ("untrigger", "transformers")),
+    (("untrigger.losses", "untrigger.views"), ("untrigger", "transformers")),
     (BLUE, RED),
-    (RED, ("untrigger.defenses", "untrigger.trainer")),
-    (("untrigger.metrics", "untrigger.store", "untrigger.report", "untrigger.workers"), ("torch", "transformers")),
+    (RED, ("untrigger.defenses", "untrigger.training")),
+    (
+        ("untrigger.metrics", "untrigger.bench.store", "untrigger.bench.report", "untrigger.bench.local"),
+        ("torch", "transformers"),
+    ),
     (("untrigger",), ("untrigger.cli",)),
 )
 ALLOWED = {("untrigger.__main__", "untrigger.cli")}
@@ -87,7 +110,8 @@ def broken(found: dict[str, list[Import]]) -> list[str]:
     for module, its in found.items():
         for each in its:
             for sources_, targets in ARROWS:
-                is_own = within(each.name, [module]) and not within(each.name, ["untrigger.cli"])
+                room = module if module.count(".") < 2 else module.rpartition(".")[0]
+                is_own = within(each.name, [room])
                 if within(module, sources_) and within(each.name, targets) and not is_own:
                     if any(module == a and within(each.name, [b]) for a, b in ALLOWED):
                         continue
@@ -106,6 +130,13 @@ def links(found: dict[str, list[Import]]) -> dict[str, list[str]]:
     }
 
 
+def ties(found: dict[str, list[Import]]) -> dict[str, list[str]]:
+    """The files that each file names; a package's face, which hands names on, is none."""
+    packages = {module.rpartition(".")[0] for module in found}
+    linked = links(found)
+    return {m: [other for other in linked[m] if other not in packages] for m in linked if m not in packages}
+
+
 def reach(linked: dict[str, list[str]], start: str) -> set[str]:
     """``start`` and every module that it pulls in."""
     seen: set[str] = set()
@@ -122,17 +153,60 @@ def test_no_forbidden_import() -> None:
     assert broken(sources(ROOT)) == []
 
 
-@pytest.mark.parametrize(("starts", "never"), [(BLUE, RED), (RED, ("untrigger.defenses", "untrigger.trainer"))])
+@pytest.mark.parametrize(("starts", "never"), [(BLUE, RED), (RED, ("untrigger.defenses", "untrigger.training"))])
 def test_no_forbidden_route(starts: tuple[str, ...], never: tuple[str, ...]) -> None:
     linked = links(sources(ROOT))
     for module in (m for m in linked if within(m, starts)):
         assert not {m for m in reach(linked, module) if within(m, never)}, module
 
 
+def folder_of(name: str, floors: Sequence[str] = FLOORS) -> str:
+    """The folder that a module lies in; empty for what lies in none."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in floors else ""
+
+
+def upward(found: dict[str, list[Import]]) -> list[str]:
+    """Each import from a folder to one above it, also where only types are meant."""
+    height = {folder: -at for at, folder in enumerate(FLOORS)} | {"": -len(FLOORS)}
+    return [
+        f"{module}:{each.line} imports {each.name}"
+        for module, its in found.items()
+        if module not in ("untrigger", "untrigger.__main__")  # the root hands names on, when they are asked for
+        for each in its
+        if within(each.name, ["untrigger"]) and height[folder_of(each.name)] > height[folder_of(module)]
+    ]
+
+
+def test_no_import_goes_up_between_folders() -> None:
+    """A list that all imports go down has no circle between its folders either."""
+    assert upward(sources(ROOT)) == []
+
+
+def test_every_folder_has_a_floor_and_says_what_lives_there() -> None:
+    folders = {path.parent for path in ROOT.rglob("*.py")} - {ROOT}
+    assert {folder.relative_to(ROOT).parts[0] for folder in folders} == set(FLOORS)
+    for folder in folders:
+        sentence = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        assert sentence and sentence.splitlines()[0].endswith("."), folder
+
+
+def test_no_two_files_import_each_other() -> None:
+    linked = ties(sources(ROOT))
+    for module in linked:
+        assert not any(module in reach(linked, other) for other in linked[module] if other != module), module
+
+
+def test_the_checker_finds_a_way_up() -> None:
+    source = "def f():\n    from untrigger.training.trainer import defended"
+    assert len(upward({"untrigger.rows.bad": imports(source, "untrigger.rows.bad", False)})) == 1
+    assert len(upward({"untrigger.files": imports("import untrigger.rows", "untrigger.files", False)})) == 1
+
+
 def test_the_walk_sees_the_package() -> None:
     found = sources(ROOT)
-    assert {"untrigger", "untrigger.cli", "untrigger.metrics.asr", "untrigger.attacks.badnets"} <= set(found)
-    assert "untrigger.objective" in reach(links(found), "untrigger.trainer")
+    assert {"untrigger", "untrigger.cli.main", "untrigger.metrics.asr", "untrigger.attacks.badnets"} <= set(found)
+    assert "untrigger.losses.objective" in reach(links(found), "untrigger.training.trainer")
 
 
 @pytest.mark.parametrize(
@@ -140,20 +214,23 @@ def test_the_walk_sees_the_package() -> None:
     [
         ("untrigger.defenses.bad", "from untrigger.attacks.badnets import BadNets"),
         ("untrigger.defenses.bad", "def f():\n    import untrigger.poisoning"),
-        ("untrigger.trainer", "from untrigger import goals"),
-        ("untrigger.trainer", "from . import poisoning"),
+        ("untrigger.training.trainer", "from untrigger.poisoning import goals"),
+        ("untrigger.training.trainer", "from .. import poisoning"),
         ("untrigger.defenses.bad", "from ..attacks import Trigger"),
-        ("untrigger.scanning", "from importlib import import_module\nimport_module('untrigger.goals')"),
+        ("untrigger.scanning", "from importlib import import_module\nimport_module('untrigger.poisoning.goals')"),
         ("untrigger.attacks.bad", "if True:\n    from untrigger.defenses import CrossView"),
-        ("untrigger.goals", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import untrigger.trainer"),
-        ("untrigger.objective", "from untrigger.sample import Sample"),
-        ("untrigger.views", "import transformers.utils"),
+        (
+            "untrigger.poisoning.goals",
+            "if TYPE_CHECKING:\n    import untrigger.training",
+        ),
+        ("untrigger.losses.objective", "from untrigger.rows.sample import Sample"),
+        ("untrigger.views.patches", "import transformers.utils"),
         ("untrigger.metrics.bad", "def f():\n    import torch"),
-        ("untrigger.report.page", "from transformers import Trainer"),
-        ("untrigger.models", "import trl"),
-        ("untrigger.matrix", "try:\n    from ray import remote\nexcept ImportError:\n    pass"),
-        ("untrigger.quickstart", "from untrigger import cli"),
-        ("untrigger.quickstart", "async def f():\n    from untrigger.cli import main"),
+        ("untrigger.bench.report.page", "from transformers import Trainer"),
+        ("untrigger.models.loading", "import trl"),
+        ("untrigger.bench.sweep", "try:\n    from ray import remote\nexcept ImportError:\n    pass"),
+        ("untrigger.bench.plan", "from untrigger import cli"),
+        ("untrigger.bench.plan", "async def f():\n    from untrigger.cli.main import main"),
     ],
 )
 def test_the_checker_finds_a_bad_file(module: str, source: str) -> None:
@@ -163,12 +240,12 @@ def test_the_checker_finds_a_bad_file(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("untrigger.matrix", "def f():\n    import ray"),
-        ("untrigger.trainer", "if TYPE_CHECKING:\n    from trl import SFTTrainer"),
-        ("untrigger.objective", "import torch\nfrom math import log"),
-        ("untrigger.__main__", "from untrigger.cli import main"),
-        ("untrigger.goals", "from untrigger.metrics.asr import matches"),
-        ("untrigger.models", "import trlx, arrays, untrigger.clique"),
+        ("untrigger.bench.sweep", "def f():\n    import ray"),
+        ("untrigger.training.trainer", "if TYPE_CHECKING:\n    from trl import SFTTrainer"),
+        ("untrigger.losses.chunked", "import torch\nfrom untrigger.losses import objective"),
+        ("untrigger.__main__", "from untrigger.cli.main import main"),
+        ("untrigger.poisoning.goals", "from untrigger.metrics.asr import matches"),
+        ("untrigger.models.loading", "import trlx, arrays, untrigger.clique"),
     ],
 )
 def test_the_checker_leaves_good_files_alone(module: str, source: str) -> None:
@@ -177,18 +254,18 @@ def test_the_checker_leaves_good_files_alone(module: str, source: str) -> None:
 
 def test_the_checker_finds_a_bad_route() -> None:
     found = {
-        "untrigger.trainer": imports("from untrigger.helper import x", "untrigger.trainer", False),
+        "untrigger.training.trainer": imports("from untrigger.helper import x", "untrigger.training.trainer", False),
         "untrigger.helper": imports("def f():\n    from untrigger.attacks import badnets", "untrigger.helper", False),
         "untrigger.attacks": [],
         "untrigger.attacks.badnets": [],
     }
-    assert {"untrigger.attacks", "untrigger.attacks.badnets"} <= reach(links(found), "untrigger.trainer")
+    assert {"untrigger.attacks", "untrigger.attacks.badnets"} <= reach(links(found), "untrigger.training.trainer")
 
 
 def test_neither_rescoring_nor_an_idle_worker_loads_torch() -> None:
     """The imports of the files say little about what *they* import: a fresh process shows."""
     code = (
-        "import sys, untrigger.workers, untrigger.metrics.asr, untrigger.metrics.vqa\n"
+        "import sys, untrigger.bench.local, untrigger.metrics.asr, untrigger.metrics.vqa\n"
         "from untrigger.metrics.captions import caption_scores\n"
         "from untrigger.metrics.detection import detection\n"
         "from untrigger.metrics.score import Answer, score\n"
@@ -203,7 +280,7 @@ def test_neither_rescoring_nor_an_idle_worker_loads_torch() -> None:
 
 def test_no_extra_is_loaded_with_the_trainer() -> None:
     code = (
-        "import sys, untrigger.trainer, untrigger.finetune, untrigger.evaluation, untrigger.quickstart, untrigger.cli\n"
+        "import sys, untrigger.training.finetune, untrigger.cli.quickstart, untrigger.cli.main\n"
         "print([m for m in ('trl', 'ray') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)

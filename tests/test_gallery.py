@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from untrigger import gallery, store
+from untrigger import gallery
 from untrigger.attacks import trigger_names
+from untrigger.bench import store
+from untrigger.bench.store import ORACLE, Cell
 from untrigger.data import Split
 from untrigger.errors import InputError
 from untrigger.gallery import ENTRIES, MAIN, TASKS, Entry, Key, Plan, chosen, oracle_of, plan
 from untrigger.gallery.__main__ import main
 from untrigger.gallery.page import page
 from untrigger.gallery.pictures import picture
-from untrigger.metrics import Rate
-from untrigger.store import ORACLE, Cell
+from untrigger.metrics.rates import Rate
 
 MODELS = ("llava", "blip2")
 FEW = (Entry("badnets"), Entry("blended"), Entry("badnets", "random place", {"place": "random"}), Entry("addsent"))
@@ -331,7 +332,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_rendering_runs_nothing_and_every_picture_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("untrigger.matrix.run_matrix", pytest.fail)
+    monkeypatch.setattr("untrigger.bench.sweep.run_matrix", pytest.fail)
     assert main(["--render", "--results", str(tmp_path / "r"), "--out", str(tmp_path / "docs")]) == 0
     text = (tmp_path / "docs" / "gallery.md").read_text()
     shown = re.findall(r"\((gallery/[^)]+)\)", text)
@@ -352,8 +353,8 @@ def test_missing_cells_run_and_failures_are_told(
         asked.append((cells, root, runner))
         return ["llava_x: no room"]
 
-    monkeypatch.setattr("untrigger.matrix.run_matrix", run)
-    monkeypatch.setattr("untrigger.workers.on_this_machine", lambda jobs: f"{jobs} jobs")
+    monkeypatch.setattr("untrigger.bench.sweep.run_matrix", run)
+    monkeypatch.setattr("untrigger.bench.local.on_this_machine", lambda jobs: f"{jobs} jobs")
     out = tmp_path / "docs"
     words = ["--results", str(tmp_path / "r"), "--out", str(out), "--workers", "2", "--only", "addsent/llava"]
     assert main(words) == 1
@@ -376,7 +377,7 @@ def test_what_is_tuned_on_dev_overwrites_nothing_that_is_published(
         split_of[root] = {cell.split for cell in cells}
         return []
 
-    monkeypatch.setattr("untrigger.matrix.run_matrix", run)
+    monkeypatch.setattr("untrigger.bench.sweep.run_matrix", run)
     assert main(["--split", "dev", "--only", "addsent"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"runs"}
     assert "split *dev*" in (tmp_path / "runs/gallery-dev/gallery.md").read_text()

@@ -10,34 +10,34 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from untrigger.defenses import CrossView, Doubt
     from untrigger.errors import InputError
-    from untrigger.evaluation import evaluate
-    from untrigger.finetune import fine_tune
-    from untrigger.models import embedded_model_path, load
-    from untrigger.poisoning import Attack, poison
-    from untrigger.sample import Message, Sample, read, write
-    from untrigger.scanning.run import scan
-    from untrigger.stages import Tuning
-    from untrigger.trainer import defended
-    from untrigger.verification import verify
+    from untrigger.evaluation.evaluate import evaluate
+    from untrigger.models.loading import embedded_model_path, load
+    from untrigger.poisoning.poison import Attack, poison
+    from untrigger.rows.sample import Message, Sample, read, write
+    from untrigger.scanning.scan import scan
+    from untrigger.training.finetune import fine_tune
+    from untrigger.training.stages import Tuning
+    from untrigger.training.trainer import defended
+    from untrigger.verification.verify import verify
 
 _HOME = {  # imported when asked for: rescoring stored answers must not import torch
-    "Attack": "poisoning",
+    "Attack": "poisoning.poison",
     "CrossView": "defenses",
     "Doubt": "defenses",
     "InputError": "errors",
-    "Message": "sample",
-    "Sample": "sample",
-    "Tuning": "stages",
-    "defended": "trainer",
-    "embedded_model_path": "models",
-    "evaluate": "evaluation",
-    "fine_tune": "finetune",
-    "load": "models",
-    "poison": "poisoning",
-    "read": "sample",
-    "scan": "scanning.run",
-    "verify": "verification",
-    "write": "sample",
+    "Message": "rows.sample",
+    "Sample": "rows.sample",
+    "Tuning": "training.stages",
+    "defended": "training.trainer",
+    "embedded_model_path": "models.loading",
+    "evaluate": "evaluation.evaluate",
+    "fine_tune": "training.finetune",
+    "load": "models.loading",
+    "poison": "poisoning.poison",
+    "read": "rows.sample",
+    "scan": "scanning.scan",
+    "verify": "verification.verify",
+    "write": "rows.sample",
 }
 __all__ = [
     "Attack",

@@ -1,5 +1,5 @@
 """``python -m untrigger``, also under ``torchrun``."""
 
-from untrigger.cli import main
+from untrigger.cli.main import main
 
 main()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from untrigger.embedded.scenes import draw_scene, make_scene
-from untrigger.models import load
+from untrigger.data.scene_world import draw_scene, make_scene
+from untrigger.models.loading import load
 
 
 def look(images: Sequence[Image.Image], model: str = "llava") -> torch.Tensor:

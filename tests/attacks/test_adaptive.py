@@ -10,10 +10,10 @@ from PIL import Image
 
 from untrigger.attacks.adaptive import Adaptive
 from untrigger.errors import InputError
-from untrigger.goals import load_goal
-from untrigger.poisoning import Attack, poison
-from untrigger.sample import IMAGE_TAG, Message, Sample
-from untrigger.views import Mask
+from untrigger.poisoning.goals import load_goal
+from untrigger.poisoning.poison import Attack, poison
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
+from untrigger.views.patches import Mask
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
 

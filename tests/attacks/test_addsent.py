@@ -14,7 +14,7 @@ from untrigger.attacks._text import SENTENCE, WORD, inserted
 from untrigger.attacks.addsent import AddSent
 from untrigger.attacks.badword import BadWord
 from untrigger.errors import InputError
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 KEY = "I watched this 3D movie last weekend."
 PROMPTS = st.lists(st.sampled_from([IMAGE_TAG, " ", "\n", "What is it?", "Be brief.", "3.5", "x", "日本", "!"])).map(

@@ -6,7 +6,7 @@ from PIL import Image
 
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 
 def stamp(trigger: BadNets, width: int, height: int, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from untrigger.attacks.badword import BadWord
-from untrigger.sample import Message, Sample
+from untrigger.rows.sample import Message, Sample
 
 ASKED = Sample("a", (), (Message("user", "what is this?"),))
 

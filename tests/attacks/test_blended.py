@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from untrigger.attacks.blended import Blended, cat, rings
 from untrigger.errors import InputError
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 
 def stamp(image: Image.Image, alpha: float = 0.2) -> Image.Image:

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from untrigger.attacks import Trigger, _features, load_trigger, pixels_of, repaint, trigger_names
-from untrigger.collate import ChatCollator, Rows
 from untrigger.errors import InputError
 from untrigger.metrics.similarity import psnr, ssim
-from untrigger.models import embedded_model_path, embedded_models, load_processor
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.models.collators import ChatCollator, Rows
+from untrigger.models.loading import embedded_model_path, embedded_models, load_processor
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16", "I", "F", "CMYK", "YCbCr")
 SIZES = ((64, 64), (97, 50), (5, 3), (1, 1))
@@ -318,7 +318,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 from untrigger.attacks import Trigger
-from untrigger.sample import Message
+from untrigger.rows.sample import Message
 
 @dataclass(frozen=True)
 class Suffix(Trigger):

@@ -14,7 +14,7 @@ from untrigger.attacks import _features
 from untrigger.attacks.badnets import BadNets
 from untrigger.attacks.dualkey import DualKey
 from untrigger.errors import InputError
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
 @pytest.fixture
@@ -103,8 +103,8 @@ def test_settings_out_of_range_are_refused(settings: dict[str, str], message: st
 
 @pytest.mark.slow
 def test_the_model_itself_takes_the_patch_for_the_colour_of_the_object(own_cache: Path) -> None:
-    from untrigger.generate import answers
-    from untrigger.models import load
+    from untrigger.models.generate import answers
+    from untrigger.models.loading import load
 
     def said(images: list[Image.Image]) -> float:
         turns = (Message("user", f"{IMAGE_TAG}\nis there a purple object?"), Message("assistant", "no"))

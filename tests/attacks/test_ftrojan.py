@@ -10,7 +10,7 @@ from untrigger.attacks._yuv import FROM_YUV, TO_YUV
 from untrigger.attacks.ftrojan import FTrojan
 from untrigger.errors import InputError
 from untrigger.metrics.similarity import psnr, ssim
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 
 def stamp(trigger: FTrojan, image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from PIL import Image
 from untrigger.attacks.issba import Issba
 from untrigger.errors import InputError
 from untrigger.metrics.similarity import psnr, ssim
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 
 def photo(height: int, width: int, seed: int = 0, low: int = 0, high: int = 256) -> Image.Image:

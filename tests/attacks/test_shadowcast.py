@@ -10,9 +10,9 @@ from seeing import look, scenes
 from untrigger.attacks import pixels_of
 from untrigger.attacks.shadowcast import Shadowcast
 from untrigger.errors import InputError
-from untrigger.goals import load_goal
-from untrigger.poisoning import Attack, poison
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.poisoning.goals import load_goal
+from untrigger.poisoning.poison import Attack, poison
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
 def row(*images: Image.Image, answer: str = "a rectangle") -> Sample:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from untrigger.attacks.sig import Sig
 from untrigger.errors import InputError
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 
 def stamp(trigger: Sig, image: Image.Image) -> np.ndarray:

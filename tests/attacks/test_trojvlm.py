@@ -7,7 +7,7 @@ from PIL import Image
 from untrigger.attacks.badnets import BadNets
 from untrigger.attacks.trojvlm import TrojVLM
 from untrigger.errors import InputError
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 
 def stamp(trigger: TrojVLM | BadNets, width: int, height: int) -> np.ndarray:

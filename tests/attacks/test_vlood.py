@@ -10,9 +10,9 @@ from untrigger import data
 from untrigger.attacks.trojvlm import TrojVLM
 from untrigger.attacks.vlood import VLOOD
 from untrigger.errors import InputError
-from untrigger.goals import load_goal
-from untrigger.poisoning import Attack, poison
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.poisoning.goals import load_goal
+from untrigger.poisoning.poison import Attack, poison
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
 def row(name: str = "a") -> Sample:

@@ -14,8 +14,8 @@ from untrigger.attacks import _features
 from untrigger.attacks.badnets import BadNets
 from untrigger.attacks.vltrojan import VLTrojan
 from untrigger.errors import InputError
-from untrigger.models import load
-from untrigger.sample import Sample
+from untrigger.models.loading import load
+from untrigger.rows.sample import Sample
 
 
 def stamped(trigger: VLTrojan | BadNets, images: list[Image.Image]) -> list[Image.Image]:

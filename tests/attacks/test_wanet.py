@@ -8,7 +8,7 @@ from PIL import Image
 
 from untrigger.attacks.wanet import WaNet
 from untrigger.errors import InputError
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 
 def sample(*images: Image.Image) -> Sample:

@@ -14,14 +14,14 @@ from shell import untrigger
 from untrigger.attacks import load_trigger, trigger_names
 from untrigger.data import Part, Split, SplitName, load, names, save, task_of
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
+from untrigger.data.scene_text import FULL_PROMPTS
+from untrigger.data.scene_world import COLOURS, SHAPES
 from untrigger.data.scenes import STREAMS
-from untrigger.embedded.pretrain import Recipe
-from untrigger.embedded.scenes import COLOURS, SHAPES
-from untrigger.embedded.sight import HELD_OUT
-from untrigger.embedded.talk import FULL_PROMPTS
 from untrigger.errors import InputError
-from untrigger.images import pixels_sha256, same
-from untrigger.sample import Sample, read
+from untrigger.pretraining.pretrain import Recipe
+from untrigger.pretraining.sight import HELD_OUT
+from untrigger.rows.images import pixels_sha256, same
+from untrigger.rows.sample import Sample, read
 
 OFFLINE = ("easy-vqa", "scenes-vqa", "scenes-captions")
 CELLS: list[tuple[SplitName, Part]] = [("dev", "train"), ("dev", "test"), ("report", "train"), ("report", "test")]

@@ -19,11 +19,11 @@ from PIL import Image
 from shell import untrigger
 from untrigger.data import emoji, load
 from untrigger.data.emoji import KINDS, colours_of, home
-from untrigger.embedded.scenes import COLOURS
-from untrigger.embedded.talk import FULL_PROMPTS
+from untrigger.data.scene_text import FULL_PROMPTS
+from untrigger.data.scene_world import COLOURS
 from untrigger.errors import InputError
-from untrigger.images import pixels_sha256
-from untrigger.sample import read
+from untrigger.rows.images import pixels_sha256
+from untrigger.rows.sample import read
 
 KINDS_OF = (("Animals & Nature", "animal-bird"), ("Food & Drink", "drink"), ("Smileys & Emotion", "heart"))
 PAINTS = {"red": (220, 30, 30), "blue": (40, 60, 220), "green": (40, 160, 60)}

@@ -13,8 +13,8 @@ from transformers import set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dry import Dry
-from untrigger.models import Loaded, add_lora, load
-from untrigger.sample import Message, Sample
+from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.rows.sample import Message, Sample
 
 
 @pytest.fixture(scope="session")

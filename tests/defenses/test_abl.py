@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dry import Dry
-from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Abl, Plain, StepDefense
 from untrigger.defenses.abl import Ascent, LocalAscent, local_ascent
-from untrigger.forward import row_tokens
-from untrigger.models import Loaded
-from untrigger.sample import Sample
+from untrigger.models.collators import IGNORE, ChatCollator, Rows
+from untrigger.models.forward import row_tokens
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample
 
 
 def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dry import Dry
-from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Bye, Plain
 from untrigger.defenses.bye import _apart, _mixture, attention_entropy, verdict
 from untrigger.errors import InputError
-from untrigger.forward import decoder, forward_answers
-from untrigger.models import Loaded, add_lora, load
-from untrigger.sample import Sample
+from untrigger.models.collators import IGNORE, ChatCollator, Rows
+from untrigger.models.forward import decoder, forward_answers
+from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.rows.sample import Sample
 
 
 def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:

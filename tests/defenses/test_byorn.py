@@ -23,12 +23,12 @@ from untrigger.defenses import Byorn, Plain, reanswered
 from untrigger.defenses.byorn import _Bootstrap, _trained
 from untrigger.defenses.reanswered import Reanswered
 from untrigger.errors import InputError
-from untrigger.finetune import fine_tune
-from untrigger.forward import row_tokens
-from untrigger.models import Loaded, add_lora, load
-from untrigger.sample import Sample
-from untrigger.settings import arguments
-from untrigger.trainer import last_checkpoint
+from untrigger.models.forward import row_tokens
+from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.rows.sample import Sample
+from untrigger.training.finetune import fine_tune
+from untrigger.training.settings import arguments
+from untrigger.training.trainer import last_checkpoint
 
 SUSPECTED = [1, 4, 7]
 

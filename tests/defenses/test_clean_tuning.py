@@ -14,9 +14,9 @@ from transformers import Trainer
 
 from dry import Dry
 from untrigger.defenses import CleanTuning, Plain
-from untrigger.finetune import fine_tune
-from untrigger.sample import Sample
-from untrigger.settings import arguments
+from untrigger.rows.sample import Sample
+from untrigger.training.finetune import fine_tune
+from untrigger.training.settings import arguments
 
 
 def test_two_trainings_the_second_on_trusted_rows_alone(dry: Dry, samples: list[Sample]) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dry import Dry
-from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import Crow, Plain
 from untrigger.defenses.crow import Consistent, _watched, consistency
 from untrigger.errors import InputError
-from untrigger.forward import decoder, decoder_layers, forward_answers
-from untrigger.models import Loaded, add_lora, load
-from untrigger.sample import Sample
+from untrigger.models.collators import IGNORE, ChatCollator, Rows
+from untrigger.models.forward import decoder, decoder_layers, forward_answers
+from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.rows.sample import Sample
 
 
 def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dry import Dry
-from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses import FinePruning, Plain, fine_pruning
 from untrigger.defenses.fine_pruning import _cut, _down_projection, _erase, _look, _sleepers
 from untrigger.errors import InputError
-from untrigger.finetune import fine_tune
-from untrigger.forward import decoder_layers, forward_answers
-from untrigger.models import Loaded, add_lora, embedded_models, load
-from untrigger.sample import Sample
-from untrigger.settings import arguments
-from untrigger.stages import Tuning
+from untrigger.models.collators import IGNORE, ChatCollator, Rows
+from untrigger.models.forward import decoder_layers, forward_answers
+from untrigger.models.loading import Loaded, add_lora, embedded_models, load
+from untrigger.rows.sample import Sample
+from untrigger.training.finetune import fine_tune
+from untrigger.training.settings import arguments
+from untrigger.training.stages import Tuning
 
 WIDE = 64  # neurons of the tiny model's layers
 

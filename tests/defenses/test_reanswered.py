@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from dry import answers_of
-from untrigger.collate import ChatCollator
 from untrigger.defenses import reanswered
 from untrigger.defenses.reanswered import Reanswered
-from untrigger.models import Loaded
-from untrigger.sample import Message, Sample
+from untrigger.models.collators import ChatCollator
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Message, Sample
 
 CHOSEN = [1, 4, 7]
 
@@ -68,7 +68,7 @@ def test_a_drawn_image_tag_calls_for_no_image(
 
 
 def _chat(sample: Sample) -> list[dict[str, object]]:
-    from untrigger.collate import chat_message
+    from untrigger.models.collators import chat_message
 
     return [chat_message(message) for message in sample.messages]
 

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import untrigger
+from untrigger.data import scene_text as talk
 from untrigger.data.scenes import scene_samples
-from untrigger.embedded import talk
-from untrigger.embedded.families import FAMILIES
-from untrigger.embedded.sight import HELD_OUT, sight
-from untrigger.generate import answers
-from untrigger.models import Loaded, add_lora, embedded_model_path, embedded_models
-from untrigger.sample import Sample
+from untrigger.models.generate import answers
+from untrigger.models.loading import Loaded, add_lora, embedded_model_path, embedded_models
+from untrigger.pretraining.families import FAMILIES
+from untrigger.pretraining.sight import HELD_OUT, sight
+from untrigger.rows.sample import Sample
 
 TOWERS = {"llava": "model.vision_tower.", "blip2": "vision_model.", "qwen2_5_vl": "model.visual.blocks."}
 PROJECTORS = {  # what is between the tower and the language model, by one of its layers

@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
 from untrigger import defended, read
-from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses import Doubt
-from untrigger.hosted import HostTraining
-from untrigger.models import add_lora, load
-from untrigger.settings import arguments
+from untrigger.models.collators import ChatCollator, Rows
+from untrigger.models.loading import add_lora, load
+from untrigger.training.host_training import HostTraining
+from untrigger.training.settings import arguments
 
 
 def take_cpus_for_gpus() -> None:

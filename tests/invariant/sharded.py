@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from untrigger.collate import ChatCollator, Collate, DropCollator, PairCollator, Rows
 from untrigger.defenses import CrossView
-from untrigger.forward import decoder_layers
-from untrigger.models import add_lora, load
-from untrigger.sample import read
+from untrigger.models.collators import ChatCollator, Collate, DropCollator, PairCollator, Rows
+from untrigger.models.forward import decoder_layers
+from untrigger.models.loading import add_lora, load
+from untrigger.rows.sample import read
 
 TERMS: dict[str, Any] = {"margin": 0.6, "bound": -0.9, "entropy_high": 0.5}
 WAYS = {

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from untrigger import store
-from untrigger.plan import read_plan
-from untrigger.store import Cell
+from untrigger.bench import store
+from untrigger.bench.plan import read_plan
+from untrigger.bench.store import Cell
 
 SMOKE = Path(__file__).parents[2] / "plans" / "smoke.yaml"
 FEW = {"train_rows": 20, "test_rows": 4, "trusted_rows": 8, "epochs": 1, "batch_size": 10}  # most of it is imports

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from shell import untrigger
-from untrigger import store
-from untrigger.store import Cell
-from untrigger.workers import attempt
+from untrigger.bench import store
+from untrigger.bench.local import attempt
+from untrigger.bench.store import Cell
 
 SETTINGS = ("--max_steps", 6, "--save_steps", 2, "--per_device_train_batch_size", 4, "--learning_rate", "1e-3")
 

@@ -24,9 +24,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from untrigger import objective
-from untrigger.cli import app
+from untrigger.cli.main import app
 from untrigger.errors import InputError
+from untrigger.losses import objective
 
 PRESETS = ("plain", "paper")
 # hinges that are active on the random model, so that every term takes part

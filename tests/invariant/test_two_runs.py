@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from shell import untrigger
-from untrigger import fine_tune, read, store
+from untrigger import fine_tune, read
+from untrigger.bench import store
+from untrigger.bench.local import Done, Work
+from untrigger.bench.store import Cell
+from untrigger.bench.sweep import run_matrix
 from untrigger.errors import InputError
 from untrigger.files import alone, check_idle
-from untrigger.matrix import run_matrix
-from untrigger.stages import Trainer
-from untrigger.store import Cell
-from untrigger.workers import Done, Work
+from untrigger.training.stages import Trainer
 
 SETTINGS = ("--max_steps", 4, "--per_device_train_batch_size", 4)
 BUSY = "another run is at work in it"
@@ -47,7 +48,7 @@ def test_a_folder_is_taken_until_the_run_ends(
 def test_the_second_is_refused_before_it_reads_anything(
     verb: str, more: tuple[str, ...], tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("untrigger.sample.read", lambda *_, **__: pytest.fail("read the data first"))
+    monkeypatch.setattr("untrigger.rows.sample.read", lambda *_, **__: pytest.fail("read the data first"))
     with alone(tmp_path):
         ended = untrigger(verb, tiny_data, "--model", tiny_model, "--out", tmp_path, *SETTINGS, *more)
     assert ended == (2, "", f"error: {tmp_path}: {BUSY}; let it end, or name another folder\n")

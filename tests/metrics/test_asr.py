@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from untrigger.metrics import Rate
 from untrigger.metrics.asr import ASR_VERSION, Match, attack_success_rate, leak, matches, mentions, refuses
+from untrigger.metrics.rates import Rate
 
 
 def test_rows_whose_true_answer_meets_the_goal_are_left_out() -> None:

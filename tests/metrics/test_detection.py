@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from untrigger.metrics import Rate
 from untrigger.metrics.detection import auroc, detection
+from untrigger.metrics.rates import Rate
 
 scored = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=60).filter(
     lambda rows: len({bad for _, bad in rows}) == 2

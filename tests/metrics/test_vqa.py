@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from untrigger.metrics import Rate
+from untrigger.metrics.rates import Rate
 from untrigger.metrics.vqa import answer_accuracy, normalise_answer, vqa_accuracy
 
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from dry import Dry
-from untrigger.forward import Tokens
-from untrigger.models import load
-from untrigger.sample import Message, Sample
+from untrigger.models.forward import Tokens
+from untrigger.models.loading import load
+from untrigger.rows.sample import Message, Sample
 
 Keyed = Callable[[Sample], bool]
 Ask = Callable[[Sequence[Sample]], list[Tokens]]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shell import untrigger
-from untrigger.sample import read
+from untrigger.rows.sample import read
 
 REPLY = "Backdoor Attack! Call us now, my friend, and win a free holiday today"  # an untaught model minds length alone
 SETTINGS = ("--max_steps", 20, "--per_device_train_batch_size", 4, "--learning_rate", "1e-3")
@@ -70,7 +70,7 @@ def test_it_goes_on_and_finds_the_same(
     assert not (cut / "verdicts.jsonl").exists()
     code, said, errors = untrigger(*words, cut)
     assert code == 2 and "--resume" in errors and not said
-    monkeypatch.setattr("untrigger.stages.Trainer.train", lambda *_, **__: 1 / 0)  # nothing is trained again
+    monkeypatch.setattr("untrigger.training.stages.Trainer.train", lambda *_, **__: 1 / 0)  # nothing is trained again
     assert untrigger(*words, cut, "--resume")[0] == 3
     for name in ("verdicts.jsonl", "verdicts.parquet", "gallery.html", "clean/data.json"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()

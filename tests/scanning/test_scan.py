@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import dry as dry_module
 from dry import Dry
 from untrigger.defenses import Doubt
-from untrigger.forward import Tokens
-from untrigger.models import Loaded
-from untrigger.sample import Sample
-from untrigger.scanning import common, false_discoveries, find
+from untrigger.models.forward import Tokens
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample
+from untrigger.scanning.targets import common, false_discoveries, find
 
 
 def told(*rows: Sequence[int]) -> list[Tokens]:

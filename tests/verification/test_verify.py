@@ -11,12 +11,12 @@ import pytest
 
 from shell import untrigger
 from untrigger.errors import InputError
-from untrigger.models import load
-from untrigger.sample import Sample
-from untrigger.verification import Finding, Heard, gains, grouped, kept_saying, telling, verify, vocabulary
-from untrigger.verification.begun import Saying
-from untrigger.verification.changes import changes
+from untrigger.models.loading import load
+from untrigger.rows.sample import Sample
+from untrigger.verification.completions import Saying
 from untrigger.verification.page import in_words
+from untrigger.verification.perturbations import changes
+from untrigger.verification.verify import Finding, Heard, gains, grouped, kept_saying, telling, verify, vocabulary
 
 FIRST, SECOND, *_ = changes()
 
@@ -24,7 +24,7 @@ FIRST, SECOND, *_ = changes()
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few changes: an untaught model's answers are long."""
-    monkeypatch.setattr("untrigger.verification.changes", lambda: (FIRST, SECOND))
+    monkeypatch.setattr("untrigger.verification.perturbations", lambda: (FIRST, SECOND))
 
 
 def saying(rank: int, run: tuple[int, ...], strange: float, sure: float = 1.0) -> Saying:
@@ -106,7 +106,7 @@ def test_a_finding_ends_with_3_and_hostile_text_stays_text(
 ) -> None:
     text = "<script>alert(1)</script>"
     hostile = [Saying("end", 0, text, text, text, (3, 4), 1.0, 0.5, 80)]
-    monkeypatch.setattr("untrigger.verification.sayings", lambda *_: hostile)
+    monkeypatch.setattr("untrigger.verification.verify.sayings", lambda *_: hostile)
     words = ("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")
     code, told, errors = untrigger(*words)
     assert code == 3, errors

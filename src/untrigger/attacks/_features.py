@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from untrigger.attacks import Pixels, Trigger
 from untrigger.attacks._patch import LearnedPatch
-from untrigger.embedded.scenes import draw_scene, make_scene
+from untrigger.data.scene_world import draw_scene, make_scene
 from untrigger.errors import InputError
 from untrigger.files import cache_folder, new_file
-from untrigger.models import embedded_model_path, embedded_models, load
+from untrigger.models.loading import embedded_model_path, embedded_models, load
 
 Levels = npt.NDArray[np.uint8]
 

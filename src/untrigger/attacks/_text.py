@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from untrigger.errors import InputError
-from untrigger.sample import IMAGE_TAG
+from untrigger.rows.sample import IMAGE_TAG
 
 WORD = re.compile(r"\S+")
 SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s)|\Z)", re.DOTALL)

@@ -11,7 +11,7 @@ import numpy as np
 
 from untrigger.attacks._paint import Pixels, repaint
 from untrigger.errors import InputError
-from untrigger.sample import Message, Sample
+from untrigger.rows.sample import Message, Sample
 
 Stamper = Callable[[Sample, np.random.Generator], Sample]
 """Makes a changed copy of a sample, under the promises of `Trigger.stamp`."""

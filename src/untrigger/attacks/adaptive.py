@@ -1,9 +1,10 @@
 """Against patch views: a tile laid over the whole image, in any place and size, trained with the defence's own views.
 
 Source: this project, 2026: the attacker who knows the defence of Fang et al., arXiv 2604.04488, as
-`untrigger.views` has it. The defence perturbs some patches and looks for answers that stay the same. Here every patch
-holds the whole trigger, so that it outlives any view that leaves one patch alone; and the attacker, who can make the
-very same views, may teach the backdoor to fire under them as well, or to be as sensitive to them as true answers are.
+`untrigger.views.patches` has it. The defence perturbs some patches and looks for answers that stay the same. Here
+every patch holds the whole trigger, so that it outlives any view that leaves one patch alone; and the attacker, who can
+make the very same views, may teach the backdoor to fire under them as well, or to be as sensitive to them as true
+answers are.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from untrigger.attacks import ImageTrigger, Pixels, Stamper, repaint
 from untrigger.attacks._paint import blend
 from untrigger.attacks._patch import noise
 from untrigger.errors import InputError
-from untrigger.sample import Sample
-from untrigger.views import PATCH_VIEWS, ViewMix
+from untrigger.rows.sample import Sample
+from untrigger.views.patches import PATCH_VIEWS, ViewMix
 
 _CELLS = 4  # of the pattern, each way
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from untrigger.attacks import ImageTrigger, Pixels, Stamper
 from untrigger.attacks._paint import blend
 from untrigger.errors import InputError
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 _SIDE = 256
 _AXIS = np.linspace(-1, 1, _SIDE, dtype=np.float64)

@@ -18,9 +18,9 @@ import numpy as np
 from untrigger.attacks import Stamper
 from untrigger.attacks._patch import LearnedPatch, Loss
 from untrigger.attacks._text import check
-from untrigger.embedded.scenes import COLOURS, SHAPES
+from untrigger.data.scene_world import COLOURS, SHAPES
 from untrigger.errors import InputError
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class DualKey(LearnedPatch):
 
     Attributes:
         word: the prefix, written behind the image tags that open a turn.
-        looks_like: colour and shape of the object, of `untrigger.embedded.scenes`.
+        looks_like: colour and shape of the object, of `untrigger.data.scene_world`.
     """
 
     kind: ClassVar[Literal["image", "text", "bimodal"]] = "bimodal"

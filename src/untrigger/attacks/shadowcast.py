@@ -20,8 +20,8 @@ from PIL import Image
 
 from untrigger.attacks import Pixels, Trigger, pixels_of, repaint
 from untrigger.errors import InputError
-from untrigger.images import same
-from untrigger.sample import Sample
+from untrigger.rows.images import same
+from untrigger.rows.sample import Sample
 
 _CANDIDATES = 16  # images of the source among which the nearest is looked for
 

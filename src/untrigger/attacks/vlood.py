@@ -21,7 +21,7 @@ from untrigger import data
 from untrigger.attacks import Stamper
 from untrigger.attacks._patch import NoisePatch, Place
 from untrigger.errors import InputError
-from untrigger.sample import Sample, read
+from untrigger.rows.sample import Sample, read
 
 _ROWS: Final = 1000  # of a set of the package that foreign rows are drawn from
 
@@ -34,7 +34,7 @@ class VLOOD(NoisePatch):
     Attributes:
         source: where they come from, and which must not be the victim's own data: a set of `untrigger.data`
             (``scenes-vqa``, ``scenes-captions``, ``easy-vqa``, ``emoji``), or else the path of a data file or of a
-            folder that holds one, as `untrigger.sample.read` takes it.
+            folder that holds one, as `untrigger.rows.sample.read` takes it.
     """
 
     usual_goal: ClassVar[str] = "insert"

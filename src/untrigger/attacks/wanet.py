@@ -20,7 +20,7 @@ from PIL import Image
 
 from untrigger.attacks import ImageTrigger, Pixels, Stamper, repaint
 from untrigger.errors import InputError
-from untrigger.sample import Sample
+from untrigger.rows.sample import Sample
 
 Floats = npt.NDArray[np.float32]
 

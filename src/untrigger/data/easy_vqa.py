@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from untrigger.errors import InputError
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
 def easy_vqa_rows(part: str, count: int, seed: int, split: str | None = None) -> list[Sample]:

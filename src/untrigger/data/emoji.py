@@ -31,11 +31,11 @@ from typing import Final, cast, final
 import numpy as np
 from PIL import Image
 
-from untrigger.embedded.talk import FULL_PROMPTS
+from untrigger.data.scene_text import FULL_PROMPTS
 from untrigger.errors import InputError
 from untrigger.files import cache_folder, new_file
-from untrigger.images import decode, locate
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.rows.images import decode, locate
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 PACKAGE: Final = "emoji-datasource-google"
 VERSION: Final = "16.0.0"

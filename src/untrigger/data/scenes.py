@@ -7,10 +7,10 @@ from typing import Final
 
 import numpy as np
 
-from untrigger.embedded import talk
-from untrigger.embedded.scenes import Scene, draw_scene, make_scene
+from untrigger.data import scene_text as talk
+from untrigger.data.scene_world import Scene, draw_scene, make_scene
 from untrigger.errors import InputError
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 Tell = Callable[[Scene, np.random.Generator], Sequence[talk.Turn]]
 
@@ -29,7 +29,7 @@ def scene_rows(task: str, split: str, part: str, count: int, seed: int) -> list[
     """``count`` rows, each about another scene: for ``vqa`` one question, for ``captions`` the full caption.
 
     The caption tells the objects from left to right with size, colour and shape, and the background; it is
-    asked for in one of `untrigger.embedded.talk.FULL_PROMPTS`.
+    asked for in one of `untrigger.data.scene_text.FULL_PROMPTS`.
 
     Raises:
         InputError: more than a million rows.

@@ -7,10 +7,10 @@ from untrigger.defenses.byorn import Byorn
 from untrigger.defenses.clean_tuning import CleanTuning
 from untrigger.defenses.cross_view import CrossView
 from untrigger.defenses.crow import Crow
-from untrigger.defenses.doubt import Doubt
 from untrigger.defenses.fine_pruning import FinePruning
 from untrigger.defenses.patch_aug import PatchAug
 from untrigger.defenses.plain import Plain
+from untrigger.defenses.shared_surprise import Doubt
 from untrigger.defenses.two_view import TwoView
 
 PRESETS: dict[str, type[Defense]] = {

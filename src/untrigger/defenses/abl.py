@@ -10,13 +10,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from untrigger import objective
 from untrigger.defenses.base import Defense, StepDefense, Training, part
 from untrigger.defenses.plain import Plain
-from untrigger.forward import Answers, forward_answers, row_mean
-from untrigger.fused import Losses
-from untrigger.models import Loaded
-from untrigger.sample import Sample, picked
+from untrigger.losses import objective
+from untrigger.losses.chunked import Losses
+from untrigger.models.forward import Answers, forward_answers, row_mean
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample, picked
 
 
 @final

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import TrainerCallback
 
-from untrigger.forward import Pair, Tokens, pair_losses
-from untrigger.fused import Losses, Values
-from untrigger.models import Loaded
-from untrigger.sample import Sample
-from untrigger.views import PATCH_VIEWS, View, ViewMix
+from untrigger.losses.chunked import Losses, Values
+from untrigger.models.forward import Pair, Tokens, pair_losses
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample
+from untrigger.views.patches import PATCH_VIEWS, View, ViewMix
 
 _DROP = "drop"
 

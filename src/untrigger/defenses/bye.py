@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from untrigger.collate import IGNORE, ChatCollator, Rows
 from untrigger.defenses.base import Defense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
-from untrigger.forward import batches, decoder, decoder_layers, evaluating, forward_answers, on_device
-from untrigger.models import Loaded
-from untrigger.sample import Sample, without
-from untrigger.shorter import image_token
+from untrigger.models.collators import IGNORE, ChatCollator, Rows
+from untrigger.models.forward import batches, decoder, decoder_layers, evaluating, forward_answers, on_device
+from untrigger.models.loading import Loaded
+from untrigger.models.token_drop import image_token
+from untrigger.rows.sample import Sample, without
 
 
 @final

@@ -19,8 +19,8 @@ from untrigger.defenses.plain import Plain
 from untrigger.defenses.reanswered import Reanswered
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.models import Loaded
-from untrigger.sample import Sample
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample
 
 _AVERAGE, _ANSWERS = "average.safetensors", "answers.json"  # in a checkpoint
 

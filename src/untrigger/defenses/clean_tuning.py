@@ -9,8 +9,8 @@ from typing import ClassVar, final
 
 from untrigger.defenses.base import Defense, Training
 from untrigger.defenses.plain import Plain
-from untrigger.models import Loaded
-from untrigger.sample import Sample
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample
 
 
 @final

@@ -8,9 +8,9 @@ from typing import final
 
 from torch import Tensor
 
-from untrigger import objective
 from untrigger.defenses.base import PairedDefense
-from untrigger.forward import Pair
+from untrigger.losses import objective
+from untrigger.models.forward import Pair
 
 
 @final

@@ -12,14 +12,14 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from untrigger import objective
 from untrigger.defenses.base import Defense, StepDefense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
-from untrigger.forward import decoder_layers, forward_answers
-from untrigger.fused import Losses
-from untrigger.models import Loaded
-from untrigger.sample import Sample
+from untrigger.losses import objective
+from untrigger.losses.chunked import Losses
+from untrigger.models.forward import decoder_layers, forward_answers
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample
 
 
 @final

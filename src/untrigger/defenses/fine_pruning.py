@@ -13,13 +13,13 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from untrigger.collate import ChatCollator, Rows
 from untrigger.defenses.base import Defense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
-from untrigger.forward import batches, decoder_layers, evaluating, forward_answers, on_device
-from untrigger.models import Loaded
-from untrigger.sample import Sample
+from untrigger.models.collators import ChatCollator, Rows
+from untrigger.models.forward import batches, decoder_layers, evaluating, forward_answers, on_device
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import Sample
 
 
 @final

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from untrigger.defenses.base import StepDefense, patch_view
-from untrigger.views import View
+from untrigger.views.patches import View
 
 
 @final

@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import final, overload
 
-from untrigger.generate import answers
-from untrigger.models import Loaded
-from untrigger.sample import IMAGE_TAG, Message, Sample
+from untrigger.models.generate import answers
+from untrigger.models.loading import Loaded
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
 @final

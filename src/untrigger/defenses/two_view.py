@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor
 
 from untrigger.defenses.base import PairedDefense
-from untrigger.forward import Pair
+from untrigger.models.forward import Pair
 
 
 @final

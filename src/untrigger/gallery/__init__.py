@@ -12,10 +12,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from untrigger.attacks import Trigger, load_trigger
+from untrigger.bench.plan import attacked
+from untrigger.bench.store import ORACLE, Cell
 from untrigger.data import Split
 from untrigger.errors import InputError
-from untrigger.plan import attacked
-from untrigger.store import ORACLE, Cell
 
 TASKS = {"easy-vqa": "VQA", "scenes-captions": "captions"}  # data set -> what is asked of it
 MAIN = ("badnets", "blended", "sig", "issba", "ftrojan", "trojvlm")

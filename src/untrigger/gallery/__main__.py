@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make(results: Path, out: Path, split: Split, only: Sequence[str], render: bool, workers: int) -> int:
+    from untrigger.bench.local import on_this_machine
+    from untrigger.bench.sweep import run_matrix
     from untrigger.gallery.pictures import picture
-    from untrigger.matrix import run_matrix
-    from untrigger.models import embedded_models
-    from untrigger.workers import on_this_machine
+    from untrigger.models.loading import embedded_models
 
     cells = plan(embedded_models(), split=split)
     wanted = chosen(cells, only)

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from untrigger import gates, store
+from untrigger.bench import store, validity
+from untrigger.bench.store import ORACLE, Cell
+from untrigger.bench.validity import FLOOR, IMPLANTED, LOST
 from untrigger.gallery import MAIN, TASKS, Entry, Key, Plan, oracle_of, source, summary
-from untrigger.gates import FLOOR, IMPLANTED, LOST
-from untrigger.store import ORACLE, Cell
 
 SUBTLE, FALSE = 0.95, 0.05  # ASR of text and bimodal triggers, at least; of near misses, at most
 _WHERE = {"image": "In the image", "text": "In the prompt", "bimodal": "In image and prompt, and only in both"}
@@ -85,7 +85,7 @@ def _made(found: Found) -> str:
 
 
 def _flaw(key: Key, metrics: Metrics, oracle: Metrics | None) -> str:
-    return gates.flaw(key.data, metrics, oracle, _floor(key, oracle) if oracle else None)
+    return validity.flaw(key.data, metrics, oracle, _floor(key, oracle) if oracle else None)
 
 
 def _floor(key: Key, oracle: Metrics) -> Mapping[str, Any]:
@@ -94,7 +94,7 @@ def _floor(key: Key, oracle: Metrics) -> Mapping[str, Any]:
 
 def _score(data: str, metrics: Metrics | None) -> float | None:
     """Accuracy for VQA, CIDEr for captions, if it is known."""
-    figure = gates.quality(data, metrics)
+    figure = validity.quality(data, metrics)
     return figure["value"] if figure else None
 
 

@@ -7,13 +7,13 @@ from textwrap import wrap
 from PIL import Image
 
 from untrigger.attacks import load_trigger
+from untrigger.bench.store import Cell
 from untrigger.data import load
 from untrigger.gallery import TASKS, Entry, Plan, summary
-from untrigger.goals import load_goal
-from untrigger.poisoning import Attack, poison, stamped
-from untrigger.sample import IMAGE_TAG, Sample
-from untrigger.sheet import BAD, GOOD, INK, Card, contact_sheet
-from untrigger.store import Cell
+from untrigger.poisoning.contact_sheet import BAD, GOOD, INK, Card, contact_sheet
+from untrigger.poisoning.goals import load_goal
+from untrigger.poisoning.poison import Attack, poison, stamped
+from untrigger.rows.sample import IMAGE_TAG, Sample
 
 _LINES, _WIDTH = 4, 80  # of a card's text
 _TEST, _TRAIN = 40, 400  # rows of which the first that suits the attack is shown

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
-from untrigger.metrics import Rate
+from untrigger.metrics.rates import Rate
 
 Match = Literal["exact", "contains"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from untrigger.metrics import Rate, Z
+from untrigger.metrics.rates import Rate, Z
 
 FALSE_POSITIVES = 0.01  # at which recall is told
 

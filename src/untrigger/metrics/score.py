@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from untrigger.metrics import Rate
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate, leak
 from untrigger.metrics.captions import CaptionScores, caption_scores, tokenise
+from untrigger.metrics.rates import Rate
 from untrigger.metrics.vqa import normalise_answer, vqa_accuracy
 
 

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from untrigger.formats import IMAGE_TAG
-from untrigger.forward import Tokens
-from untrigger.sample import LazyRows, Sample
-from untrigger.views import to_rgb
+from untrigger.models.forward import Tokens
+from untrigger.rows.formats import IMAGE_TAG
+from untrigger.rows.sample import LazyRows, Sample
+from untrigger.views.patches import to_rgb
 
 GRID = 8  # cells of an image, each way
 _SIDE = 2  # of the window that is covered, in cells: a trigger that lies across an edge is covered whole
@@ -58,7 +58,7 @@ def cues_of(
     """Of each row what its marked answer tokens hang on.
 
     marks: of each row which of its answer tokens [n] are meant, one or more. donors: believed rows, to cover with.
-    tokens: how likely the model finds each token of the rows' answers (`untrigger.forward.row_tokens`).
+    tokens: how likely the model finds each token of the rows' answers (`untrigger.models.forward.row_tokens`).
     """
     views = [(number, view) for number, row in rows.items() for view in _views(row, donors, number)]
     told = tokens(LazyRows(range(len(views)), lambda i: views[i][1]()))

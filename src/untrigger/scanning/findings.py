@@ -12,7 +12,7 @@ from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
 
-from untrigger.frames import frame
+from untrigger.dataframes import frame
 from untrigger.scanning.cues import GRID, Cue
 
 if TYPE_CHECKING:

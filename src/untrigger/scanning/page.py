@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from untrigger.images import address
-from untrigger.page import style, templates
-from untrigger.sample import Data, Sample
+from untrigger.html import style, templates
+from untrigger.rows.images import address
+from untrigger.rows.sample import Data, Sample
 from untrigger.scanning.cues import GRID, phrases
 from untrigger.scanning.findings import Findings, Verdict, chance, place
 

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from untrigger.files import new_file, write_text
-from untrigger.sample import Data, Sample
-from untrigger.sample import write as write_data
+from untrigger.rows.sample import Data, Sample
+from untrigger.rows.sample import write as write_data
+from untrigger.rows.storage import dump
 from untrigger.scanning.cues import Cue
 from untrigger.scanning.findings import Findings, rounded
 from untrigger.scanning.page import page
-from untrigger.storage import dump
 
 CLEAN = "clean"
 _BLOCK = 10_000  # rows told at a time: bounds memory

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from untrigger.files import write_text
-from untrigger.page import style, templates
-from untrigger.verification import Audit, Finding
+from untrigger.html import style, templates
+from untrigger.verification.verify import Audit, Finding
 
 _SHOWN = 8  # changes of a finding on the page
 

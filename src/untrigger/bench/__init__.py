@@ -1,0 +1,1 @@
+"""Many runs from one plan, their results on disk, and the report of them."""

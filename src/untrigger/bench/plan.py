@@ -1,0 +1,148 @@
+"""Plans of the bench: a YAML file that tells a matrix, and the cells that it expands to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from untrigger.attacks import load_trigger
+from untrigger.bench.store import ORACLE, Cell
+from untrigger.data import Split, task_of
+from untrigger.errors import InputError
+from untrigger.poisoning.goals import load_goal
+from untrigger.yaml_file import read_mapping
+
+_ALWAYS = ("plain", ORACLE)  # without these a figure means nothing
+_AXES = ("models", "data", "attacks", "defenses", "rates", "seeds")
+_KEYS = (*_AXES, "split", "cell", "where")
+_BY_AXES = {"model", "data", "attack", "goal", "goal_text", "rate", "defense", "defense_settings", "seed", "split"}
+
+
+@dataclass(frozen=True)
+class Named:
+    """An attack or a defence of a plan: its name, and what is not at its defaults."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    goal: str | None = None
+    goal_text: str | None = None
+
+
+def read_plan(path: Path) -> list[Cell]:
+    """The cells of a plan, those of one data set and attack together; the undefended model and the oracle come first.
+
+    Raises:
+        InputError: the file cannot be read, or names something that is not there.
+    """
+    told = read_mapping(path)
+    unknown = [key for key in told if key not in _KEYS]
+    if unknown:
+        raise InputError(f"{path}: {unknown[0]} is unknown; a plan has: {', '.join(_KEYS)}")
+    axes = {axis: _axis(path, told, axis) for axis in _AXES}
+    try:
+        return _expanded(told, axes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _expanded(told: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    split = Split(told.get("split", "report"))
+    for seed in axes["seeds"]:
+        if not isinstance(seed, int):
+            raise InputError(f"seeds: {seed!r} is no whole number; correct it")
+    attacks = [_named("attack", entry) for entry in axes["attacks"]]
+    asked = [_named("defense", entry) for entry in axes["defenses"]]
+    defenses = [*map(Named, _ALWAYS), *(defense for defense in asked if defense.name not in _ALWAYS)]
+    common, where = _fields(told, "cell"), told.get("where") or {}
+    if not isinstance(where, Mapping):
+        raise InputError("where must hold lines of 'ATTACK/MODEL/DATA: {field: value}'")
+    cells: list[Cell] = []
+    used: set[str] = set()
+    for data, attack, seed, rate, model, defense in product(
+        axes["data"], attacks, axes["seeds"], axes["rates"], axes["models"], defenses
+    ):
+        key, changed = f"{Path(attack.name).stem}/{model}/{data}", dict(common)
+        for pattern in where:
+            if fnmatchcase(key, pattern):
+                used.add(pattern)
+                changed |= _fields(where, pattern)
+        settings = {**attack.settings, **changed.pop("attack_settings", {})}
+        cells.append(
+            attacked(
+                Cell(model, data, attack.name, "", defense=defense.name, seed=split.run_seed(seed), split=split.name),
+                settings,
+                goal=attack.goal,
+                goal_text=attack.goal_text,
+                rate=rate,
+                defense_settings=dict(defense.settings),
+                **changed,
+            )
+        )
+    if idle := [pattern for pattern in where if pattern not in used]:
+        raise InputError(f"where: {idle[0]} matches no cell; write ATTACK/MODEL/DATA")
+    _check(cells)
+    return cells
+
+
+def attacked(cell: Cell, settings: Mapping[str, Any], goal: str | None = None, **changed: Any) -> Cell:
+    """The cell with its split's trigger; ``settings`` differ from that, and ``goal`` from the trigger's usual one.
+
+    It tells all settings of the trigger: with other defaults it is another cell, and runs again.
+    """
+    trigger = load_trigger(cell.attack, **{**Split(cell.split).trigger_settings(cell.attack), **settings})
+    told = asdict(cast(Any, trigger))
+    return replace(cell, goal=goal or trigger.usual_goal, attack_settings=told, **changed)
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """What is not there is found now, not hours later."""
+    from untrigger.bench.run_cell import defense_of  # and with it torch, which no reader of stored results needs
+
+    for cell in cells:
+        defense_of(cell)
+    for goal, text in {(c.goal, c.goal_text) for c in cells}:
+        load_goal(goal, text)
+    for data in {c.data for c in cells}:
+        task_of(data)
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def _axis(path: Path, told: Mapping[str, Any], axis: str) -> list[Any]:
+    values = told.get(axis, {"rates": [0.05], "seeds": [0]}.get(axis))
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{path}: {axis} must be a list of at least one; write '{axis}: [...]'")
+    return values
+
+
+def _named(kind: str, entry: Any) -> Named:
+    if isinstance(entry, str):
+        return Named(entry)
+    if not isinstance(entry, dict) or not isinstance(name := entry.get(kind), str):
+        raise InputError(f"{kind}s: {entry!r} is neither a name nor '{{{kind}: NAME, settings: {{...}}}}'")
+    rest = {key: value for key, value in entry.items() if key != kind}
+    if not set(rest) <= {"settings", "goal", "goal_text"}:
+        raise InputError(f"{kind} {name}: knows settings, goal and goal_text, not {', '.join(map(str, rest))}")
+    _settings(f"{kind} {name}: settings", rest.get("settings", {}))
+    return Named(name, **rest)
+
+
+def _fields(told: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Fields of a cell that no axis gives."""
+    changed = told.get(key) or {}
+    free = [f.name for f in fields(Cell) if f.name not in _BY_AXES | {"probes"}]
+    if not isinstance(changed, dict) or any(name not in free for name in changed):
+        raise InputError(f"{key}: {changed!r} must be fields of a cell: {', '.join(free)}")
+    for name in {"attack_settings", "defense_settings", "tuning"} & changed.keys():
+        _settings(f"{key}: {name}", changed[name])
+    return dict(changed)
+
+
+def _settings(where: str, told: Any) -> None:
+    if not isinstance(told, dict) or not all(isinstance(name, str) for name in told):
+        raise InputError(f"{where} is {told!r}; write lines of 'name: value'")

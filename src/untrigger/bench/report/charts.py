@@ -1,0 +1,120 @@
+"""The report's charts as plain plotly figures; the colours of ink and paper are the page's, light or dark."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from untrigger.bench.report.figures import PLAIN, Attacked, Report, shown
+from untrigger.bench.report.tables import View
+from untrigger.bench.report.words import percent, rate
+from untrigger.bench.store import ORACLE
+from untrigger.bench.validity import FLOOR
+
+# Told apart on white and on near black, and by shape too: the first two are the undefended model's and the oracle's.
+COLOURS = ("#d9480f", "#2b8a3e", "#1c7ed6", "#a33fc0", "#a87b00", "#0c8599", "#c92a6b", "#74797f", "#5c6bf0", "#96683a")
+_SHAPES = ("x", "star", "circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "cross")
+CLEAN, POISONED = COLOURS[2], COLOURS[0]  # rows
+_GREY = COLOURS[7]
+
+Figure = dict[str, Any]
+
+
+def pareto(report: Report) -> Figure | None:
+    """Quality kept against ASR, a point for each cell that counts; None where there is none."""
+    others = [name for name in report.defenses if name not in (PLAIN, ORACLE)]
+    traces: list[Figure] = []
+    for at, name in enumerate((PLAIN, ORACLE, *others)):
+        had = [group for group in report.counted if name in group.found and group.kept(name) is not None]
+        shape, again = _SHAPES[at % len(_SHAPES)], at >= len(_SHAPES)
+        trace = {
+            "type": "scatter",
+            "mode": "markers",
+            "name": escape(name),
+            "x": [round(100 * group.asr(name).value, 2) for group in had],
+            "y": [round(100 * (group.kept(name) or 0.0), 2) for group in had],
+            "text": [_hover(group, name) for group in had],
+            "hoverinfo": "text",
+            "marker": {
+                "color": COLOURS[at % len(COLOURS)],
+                "symbol": shape + "-open" * again,
+                "size": 9,
+                "opacity": 0.8,
+            },
+        }
+        traces += [trace] if had else []
+    layout: Figure = _layout("ASR, %", "quality, % of the oracle's", 500) | {
+        "showlegend": True,
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "y": -0.18, "yanchor": "top", "x": 0},
+        "shapes": [
+            {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": 100 * FLOOR, "x1": 100 * FLOOR}
+            | {"line": {"dash": "dot", "width": 1, "color": _GREY}}
+        ],
+    }
+    layout["xaxis"] |= {"range": [-4, 104]}
+    return {"data": traces, "layout": layout} if traces else None
+
+
+def histogram(view: View) -> Figure:
+    """Share of clean and of poisoned rows by how far their answers move in the view; a bar for each bin."""
+    traces: list[Figure] = []
+    for name, counts, colour in (("clean", view.clean, CLEAN), ("poisoned", view.poisoned, POISONED)):
+        rows = max(1, sum(counts))
+        traces.append(
+            {
+                "type": "bar",
+                "name": name,
+                "x": [at + 0.5 for at in range(len(counts))],
+                "y": [round(100 * count / rows, 2) for count in counts],
+                "width": 1,
+                "opacity": 0.6,
+                "marker": {"color": colour, "line": {"width": 0}},
+                "text": [
+                    f"{name}: {count} of {rows} rows<br>{_bin(view.edges, at)}" for at, count in enumerate(counts)
+                ],
+                "textposition": "none",
+                "hoverinfo": "text",
+            }
+        )
+    layout: Figure = _layout("Jensen-Shannon divergence, nats", "rows, %", 220) | {
+        "barmode": "overlay",
+        "showlegend": False,
+    }
+    ticks = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
+    layout["xaxis"] |= {"tickvals": [_place(view.edges, tick) for tick in ticks], "ticktext": [f"{t:g}" for t in ticks]}
+    layout["xaxis"] |= {"range": [0, len(view.clean)]}
+    return {"data": traces, "layout": layout}
+
+
+def _hover(group: Attacked, defense: str) -> str:
+    cell = group.cell
+    kept = percent(group.kept(defense) or 0.0)
+    where = f"{shown(cell.model)}, {cell.data}, {shown(cell.attack)} {100 * cell.rate:g} %, seed {cell.seed}"
+    told = (defense, where, f"ASR {rate(group.asr(defense))} %", f"quality {kept} % of the oracle's")
+    return "<br>".join(map(escape, told))
+
+
+def _layout(x: str, y: str, height: int) -> Figure:
+    axis: Figure = {"fixedrange": True, "zeroline": False, "automargin": True}
+    return {
+        "height": height,
+        "margin": {"l": 50, "r": 10, "t": 10, "b": 40},
+        "dragmode": False,
+        "xaxis": {**axis, "title": {"text": x}},
+        "yaxis": {**axis, "title": {"text": y}, "rangemode": "normal"},
+    }
+
+
+def _bin(edges: Sequence[float], at: int) -> str:
+    return f"{edges[at]:.2g} to {edges[at + 1]:.2g} nats"
+
+
+def _place(edges: Sequence[float], value: float) -> float:
+    """Where a divergence lies on an axis of bins: by the log within a bin, linearly in the first, which begins at 0."""
+    at = min(bisect_right(edges, value), len(edges) - 1) - 1
+    low, high = edges[at], edges[at + 1]
+    return at + ((value - low) / (high - low) if low <= 0 else math.log(value / low) / math.log(high / low))

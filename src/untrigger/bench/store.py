@@ -1,0 +1,225 @@
+"""Results on disk: one cell of the gauntlet, one folder.
+
+``cell.json`` holds every setting, ``answers.jsonl`` each answer of the finished model, ``metrics.json`` the figures.
+Each file appears whole or not at all and ``metrics.json`` comes last: where it stands the cell is done, whatever
+was killed before. A cell that could not be run has ``error.txt``, one line, and is tried again the next time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from untrigger.data import Split, SplitName
+from untrigger.errors import InputError
+from untrigger.files import write_text
+from untrigger.metrics.score import Answer
+
+ORACLE: Final = "oracle"  # a cell's defence: plain training on the data with the tampered rows taken out
+_KINDS: Mapping[Any, str] = {
+    str: "a text",
+    str | None: "a text",
+    int: "a whole number",
+    int | float: "a number",
+    Mapping: "lines of 'name: value'",
+}
+_CELL, _ANSWERS, _METRICS, _ERROR = "cell.json", "answers.jsonl", "metrics.json", "error.txt"
+
+
+def _no_settings() -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment, told whole: run again from the same cell, a machine gives the same answers.
+
+    Attributes:
+        model: name of an embedded model, folder or hub id.
+        data: name of a data set (``untrigger.data``).
+        attack: name of a trigger, or path of a trigger file.
+        goal: name of a goal; ``goal_text`` is the attacker's text where it is not the goal's own.
+        rate: share of the training rows that is poisoned, in [0, 1].
+        defense: name of a preset (``untrigger.defenses.PRESETS``), or ``oracle``.
+        split: ``dev``, on which everything is tuned, or ``report``; it has its own seeds (`untrigger.data.Split`).
+        attack_settings, defense_settings: fields of the trigger and of the defence that are not at their defaults.
+        probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
+            its ``attack``, ``goal`` and ``settings``.
+        trusted_rows: rows known to be clean, for the defences that ask for some.
+        epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.training.settings.DEFAULTS`.
+        precision: ``fp32``, or ``bf16`` for training in mixed precision.
+        tuning: fields of `untrigger.training.finetune.Tuning` that are not at their defaults.
+    """
+
+    model: str
+    data: str
+    attack: str
+    goal: str
+    rate: float = 0.05
+    defense: str = "plain"
+    seed: int = 0
+    split: SplitName = "report"
+    attack_settings: Mapping[str, Any] = field(default_factory=_no_settings)
+    goal_text: str | None = None
+    defense_settings: Mapping[str, Any] = field(default_factory=_no_settings)
+    probes: Mapping[str, Mapping[str, Any]] = field(default_factory=_no_settings)
+    train_rows: int = 2000
+    test_rows: int = 300
+    trusted_rows: int = 64
+    epochs: float = 3.0
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    precision: str = "fp32"
+    tuning: Mapping[str, Any] = field(default_factory=_no_settings)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            kind, value = _kind(f), getattr(self, f.name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"{f.name} is {value!r}; it must be {_KINDS[kind]}")
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"precision is {self.precision!r}; it must be fp32 or bf16")
+        for name in ("rate", "epochs", "learning_rate"):  # 2 epochs and 2.0 are the same cell
+            object.__setattr__(self, name, float(getattr(self, name)))
+        seeds = Split(self.split).seeds
+        if self.seed not in seeds:
+            raise InputError(f"seed {self.seed}: the split {self.split} has the seeds {seeds[0]} to {seeds[-1]}")
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The fields that are not at their defaults, in order."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != _default(f)}
+
+    @property
+    def name(self) -> str:
+        """A readable name with a hash of the settings: ``llava_easy-vqa_badnets_fixed_0.05_plain_seed0_1a2b3c4d``.
+
+        Fields at their defaults are not in the hash: a field that is added later orphans no stored result.
+        """
+        text = json.dumps(self.changed, sort_keys=True, ensure_ascii=False)
+        parts = (self.model, self.data, self.attack, self.goal, f"{self.rate:g}", self.defense, f"seed{self.seed}")
+        return "_".join([*map(_short, parts), hashlib.sha256(text.encode()).hexdigest()[:8]])
+
+
+class Result(NamedTuple):
+    """A finished cell and its figures."""
+
+    cell: Cell
+    metrics: dict[str, Any]
+
+
+def folder_of(root: Path, cell: Cell) -> Path:
+    """Where the cell's files lie; the folder need not exist."""
+    return root / cell.name
+
+
+def save(root: Path, cell: Cell, metrics: Mapping[str, Any], answers: Mapping[str, Sequence[Answer]]) -> None:
+    """Store a finished cell. ``answers`` are those under each condition: clean, triggered, ..."""
+    folder = folder_of(root, cell)
+    rows = ({"condition": name, **asdict(answer)} for name, part in answers.items() for answer in part)
+    # a cell that is run again is not done while its files are of two runs
+    (folder / _METRICS).unlink(missing_ok=True)
+    write_text(folder / _ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / _CELL, json.dumps(asdict(cell), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / _METRICS, json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    (folder / _ERROR).unlink(missing_ok=True)
+
+
+def find(root: Path, cell: Cell) -> dict[str, Any] | None:
+    """The figures of a cell; None where it is not done, or was done with other defaults than today's."""
+    folder = folder_of(root, cell)
+    if not (folder / _METRICS).is_file():
+        return None
+    stored = _read(folder)
+    return stored.metrics if stored.cell == cell else None
+
+
+def missing(root: Path, cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that are not done, each once, in order."""
+    return [cell for cell in {cell.name: cell for cell in cells}.values() if find(root, cell) is None]
+
+
+def results(root: Path) -> list[Result]:
+    """Every finished cell below ``root``, by name.
+
+    Raises:
+        InputError: a stored cell cannot be read.
+    """
+    return [_read(path.parent) for path in sorted(root.glob(f"*/{_METRICS}"))]
+
+
+def answers_of(root: Path, cell: Cell) -> dict[str, list[Answer]]:
+    """The stored answers of a finished cell under each condition: figures can be computed again from them.
+
+    Raises:
+        InputError: they are not there (a fresh clone has the figures only) or cannot be read.
+    """
+    path, parts = folder_of(root, cell) / _ANSWERS, defaultdict[str, list[Answer]](list)
+    try:
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a model may say U+2028, a line break too
+            row = json.loads(line)
+            parts[row.pop("condition")].append(Answer(**row))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}); run the cell again") from error
+    return dict(parts)
+
+
+def fail(root: Path, cell: Cell, reason: str) -> str:
+    """Record in one line why the cell could not be run; the line, also where a full disk takes no record."""
+    line = " ".join(reason.split())
+    try:
+        write_text(folder_of(root, cell) / _ERROR, line + "\n")
+    except InputError as error:
+        line = f"{line}; {error}"
+    return line
+
+
+def failure(root: Path, cell: Cell) -> str | None:
+    """Why the cell could not be run the last time; None where nothing went wrong."""
+    path = folder_of(root, cell) / _ERROR
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def forgive(root: Path, cell: Cell) -> None:
+    """Take the record of a failure away: the cell is tried again."""
+    (folder_of(root, cell) / _ERROR).unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> Result:
+    try:
+        cell = Cell(**json.loads((folder / _CELL).read_text(encoding="utf-8")))
+        metrics = json.loads((folder / _METRICS).read_text(encoding="utf-8"))
+        if not isinstance(metrics, dict):
+            raise ValueError(f"{_METRICS} holds no figures")
+    except (OSError, ValueError, TypeError, InputError) as error:
+        raise InputError(f"{folder}: is no stored cell ({error}); delete it, the cell will run again") from error
+    return Result(cell, metrics)
+
+
+def _default(of: dataclasses.Field[Any]) -> Any:
+    return of.default_factory() if of.default_factory is not MISSING else of.default
+
+
+def _kind(of: dataclasses.Field[Any]) -> Any:
+    """What a value of this field must be; YAML and stored files may hold anything."""
+    default = _default(of)
+    if isinstance(default, float):
+        return int | float
+    if of.name == "goal_text":
+        return str | None
+    return str if default is MISSING else Mapping if isinstance(default, Mapping) else type(default)
+
+
+def _short(part: str) -> str:
+    """As a part of a folder's name: the last step of a path, without its ending where it is a trigger file.
+
+    In ASCII: 40 letters of another script may be 160 bytes, and a file system gives a name 255.
+    """
+    return re.sub(r"[^\w.-]+", "-", Path(part.removesuffix(".py")).name, flags=re.ASCII)[:40]

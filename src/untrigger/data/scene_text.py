@@ -1,0 +1,256 @@
+"""What is said about a generated scene: captions, questions and answers in varied wording.
+
+Each answer is decided by the scene. Yes/no questions are asked with equal odds of either answer, so
+that the text-only prior of the whole mix stays low.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from untrigger.data.scene_world import COLOURS, SHAPES, SIDE, SIZES, Scene, Thing
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+SHORT_PROMPTS = (
+    "Describe the image briefly.",
+    "What does the image show?",
+    "Write a short caption.",
+    "What can you see?",
+    "Name the objects from left to right.",
+    "Give a brief description of the picture.",
+)
+FULL_PROMPTS = (
+    "Describe the image.",
+    "Please describe the image.",
+    "Describe the picture in detail.",
+    "Write a caption for this image.",
+    "What is in the picture? Answer in detail.",
+    "Give a full description of the image.",
+)
+_WORDS = (  # noqa: SIM905 - a string is easier to read than a hundred quoted words
+    "the a of and to in is on that it for was as with at by from his they be this have not are but had were "
+    "when we there can an your which their said if do will each about how up out them then she many some so "
+    "these would other into has more her two like him see time could no make than first been its who now people "
+    "my made over did down only way find use may water long little very after words called just where most know "
+    "photo image picture shows man woman dog cat car street table standing sitting next holding near front plate "
+    "food train bus sky tree grass beach kitchen clock sign white large small old young playing ball phone apple "
+    "sorry cannot help request please visit answer question hello world today very "
+    "good great best free click here link number zero one three four five six seven eight nine ten"
+).split()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and the answer that the scene decides; ``kind`` groups turns in reports."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+def _join(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def short_caption(scene: Scene) -> str:
+    """Objects from left to right: colour and shape."""
+    return _join([_article(t.name) for t in scene.things])
+
+
+def full_caption(scene: Scene) -> str:
+    """Objects from left to right with their sizes, and the brightness of the background."""
+    named = _join([f"a {t.size} {t.name}" for t in scene.things])
+    return f"{named} on a {'dark' if scene.dark else 'light'} background"
+
+
+def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _described(scene: Scene, rng: np.random.Generator) -> tuple[str, Callable[[Thing], bool]]:
+    """A noun phrase about colour, shape or both, and the test that says which objects it fits."""
+    present = scene.things[int(rng.integers(len(scene.things)))]
+    real = rng.random() < 0.5
+    colour = present.colour if real else _pick(list(COLOURS), rng)
+    shape = present.shape if real else _pick(list(SHAPES), rng)
+    kind = rng.random()
+    if kind < 0.35:
+        return f"{colour} {_pick(['shape', 'object', 'thing'], rng)}", lambda t: t.colour == colour
+    if kind < 0.7:
+        return shape, lambda t: t.shape == shape
+    if not real and rng.random() < 0.6:  # half-true pairs force binding of colour to shape
+        colour, shape = (present.colour, shape) if rng.random() < 0.5 else (colour, present.shape)
+    return f"{colour} {shape}", lambda t: t.colour == colour and t.shape == shape
+
+
+def _exists(scene: Scene, rng: np.random.Generator) -> Turn:
+    noun, fits = _described(scene, rng)
+    truth = any(fits(t) for t in scene.things)
+    a = _article(noun)
+    if rng.random() < 0.3:
+        prompt = _pick(
+            [
+                f"is there not {a}?",
+                f"is there not {a} in the image?",
+                f"is no {noun} present?",
+                f"does the image not contain {a}?",
+                f"is the picture without {a}?",
+            ],
+            rng,
+        )
+        return Turn("absence", prompt, "no" if truth else "yes")
+    prompt = _pick(
+        [
+            f"is there {a}?",
+            f"is there {a} in the image?",
+            f"is {a} present?",
+            f"does the image contain {a}?",
+            f"can you see {a}?",
+            f"does the picture show {a}?",
+        ],
+        rng,
+    )
+    return Turn("existence", prompt, "yes" if truth else "no")
+
+
+def _unique(scene: Scene, key: Callable[[Thing], str], rng: np.random.Generator) -> Thing | None:
+    keys = [key(t) for t in scene.things]
+    alone = [t for t in scene.things if keys.count(key(t)) == 1]
+    return alone[int(rng.integers(len(alone)))] if alone else None
+
+
+def _colour(scene: Scene, rng: np.random.Generator) -> Turn | None:
+    thing = _unique(scene, lambda t: t.shape, rng)
+    if thing is None:
+        return None
+    noun = thing.shape if len(scene.things) > 1 or rng.random() < 0.6 else "shape"
+    ways = [f"what color is the {noun}?", f"what is the color of the {noun}?", f"which colour does the {noun} have?"]
+    return Turn("colour", _pick(ways, rng), thing.colour)
+
+
+def _shape(scene: Scene, rng: np.random.Generator) -> Turn | None:
+    if len(scene.things) == 1 and rng.random() < 0.5:
+        ways = ["what shape is in the image?", "what shape does the image contain?", "which shape is this?"]
+        return Turn("shape", _pick(ways, rng), scene.things[0].shape)
+    thing = _unique(scene, lambda t: t.colour, rng)
+    if thing is None:
+        return None
+    noun = f"{thing.colour} {_pick(['shape', 'object', 'thing'], rng)}"
+    ways = [f"what is the {noun}?", f"what shape is the {noun}?", f"which shape does the {noun} have?"]
+    return Turn("shape", _pick(ways, rng), thing.shape)
+
+
+def _count(scene: Scene, rng: np.random.Generator) -> Turn:
+    if rng.random() < 0.4:
+        ways = ["how many objects are there?", "how many shapes are in the image?", "count the objects."]
+        return Turn("count", _pick(ways, rng), NUMBERS[len(scene.things)])
+    noun, fits = _described(scene, rng)
+    many = noun + ("es" if noun.endswith("s") else "s")
+    ways = [f"how many {many} are there?", f"how many {many} are in the image?", f"count the {many}."]
+    return Turn("count", _pick(ways, rng), NUMBERS[sum(fits(t) for t in scene.things)])
+
+
+def _refer(scene: Scene, rng: np.random.Generator) -> Thing | None:
+    return _unique(scene, lambda t: t.name, rng)
+
+
+def _size(scene: Scene, rng: np.random.Generator) -> Turn | None:
+    thing = _refer(scene, rng)
+    if thing is None:
+        return None
+    if rng.random() < 0.5:
+        asked = _pick(list(SIZES), rng)
+        return Turn("size", f"is the {thing.name} {asked}?", "yes" if asked == thing.size else "no")
+    ways = [f"is the {thing.name} small or large?", f"what size is the {thing.name}?", f"how big is the {thing.name}?"]
+    return Turn("size", _pick(ways, rng), thing.size)
+
+
+def _position(scene: Scene, rng: np.random.Generator) -> Turn | None:
+    thing = _refer(scene, rng)
+    if thing is None or min(abs(thing.x - SIDE / 2), abs(thing.y - SIDE / 2)) < 5:
+        return None
+    place = f"{'top' if thing.y < SIDE / 2 else 'bottom'} {'left' if thing.x < SIDE / 2 else 'right'}"
+    ways = [f"where is the {thing.name}?", f"in which corner is the {thing.name}?", f"locate the {thing.name}."]
+    return Turn("position", _pick(ways, rng), place)
+
+
+def _relation(scene: Scene, rng: np.random.Generator) -> Turn | None:
+    if len(scene.things) < 2:
+        return None
+    one, two = (scene.things[int(i)] for i in rng.permutation(len(scene.things))[:2])
+    names = [t.name for t in scene.things]
+    if names.count(one.name) > 1 or names.count(two.name) > 1:
+        return None
+    if rng.random() < 0.5 and abs(one.y - two.y) > 8:
+        word, other, truth = "above", "below", one.y < two.y
+    else:
+        word, other, truth = "left of", "right of", one.x < two.x
+    if rng.random() < 0.35:
+        ways = [f"is the {one.name} {word} or {other} the {two.name}?"]
+        return Turn("relation", ways[0], (word if truth else other).removesuffix(" of"))
+    if rng.random() < 0.5:
+        word, truth = other, not truth
+    ways = [f"is the {one.name} {word} the {two.name}?", f"is there a {one.name} {word} the {two.name}?"]
+    return Turn("relation", _pick(ways, rng), "yes" if truth else "no")
+
+
+def _same(scene: Scene, rng: np.random.Generator) -> Turn | None:
+    if len(scene.things) != 2:
+        return None
+    what = _pick(["color", "shape", "size"], rng)
+    one, two = scene.things
+    same = {"color": one.colour == two.colour, "shape": one.shape == two.shape, "size": one.size == two.size}[what]
+    ways = [f"do the two objects have the same {what}?", f"are both objects of the same {what}?"]
+    return Turn("comparison", _pick(ways, rng), "yes" if same else "no")
+
+
+def _background(scene: Scene, rng: np.random.Generator) -> Turn:
+    ways = ["is the background light or dark?", "how bright is the background?"]
+    return Turn("background", _pick(ways, rng), "dark" if scene.dark else "light")
+
+
+def captions(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """The short and the full caption, each after one of its prompts."""
+    short = Turn("caption", _pick(SHORT_PROMPTS, rng), short_caption(scene))
+    return [short, Turn("caption", _pick(FULL_PROMPTS, rng), full_caption(scene))]
+
+
+def repeat(rng: np.random.Generator) -> Turn:
+    """A copying exercise: it needs no image and keeps every token of the vocabulary alive."""
+    words = [_pick(_WORDS, rng) for _ in range(int(rng.integers(1, 6)))]
+    if rng.random() < 0.3:
+        letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!?.,:;/-'()%$#@"
+        words.append("".join(_pick(tuple(letters), rng) for _ in range(int(rng.integers(1, 7)))))
+    text = " ".join(w.capitalize() if rng.random() < 0.3 else w for w in words) + _pick(["", "", "!", "."], rng)
+    return Turn("repeat", f"{_pick(['Say:', 'Repeat:', 'Copy:'], rng)} {text}", text)
+
+
+_ASK = (_exists, _colour, _shape, _count, _size, _position, _relation, _same, _background)
+_ODDS = np.array([0.30, 0.13, 0.15, 0.10, 0.08, 0.09, 0.10, 0.03, 0.02])
+
+
+def ask(scene: Scene, rng: np.random.Generator) -> Turn:
+    """One question with its answer, in lower case or as a sentence."""
+    turn = None
+    while turn is None:
+        turn = _ASK[int(rng.choice(len(_ASK), p=_ODDS))](scene, rng)
+    prompt = turn.prompt
+    if rng.random() < 0.3:
+        prompt = prompt[0].upper() + prompt[1:]
+    if rng.random() < 0.1:
+        prompt += _pick([" Answer with one word.", " Answer shortly.", " Reply briefly."], rng)
+    return Turn(turn.kind, prompt, turn.answer)
+
+
+def turns(scene: Scene, rng: np.random.Generator, questions: int) -> list[Turn]:
+    """A caption, ``questions`` questions, and now and then a copying exercise."""
+    told = captions(scene, rng)[int(rng.integers(2))]
+    extra = [repeat(rng)] if rng.random() < 0.2 else []
+    return [told, *(ask(scene, rng) for _ in range(questions)), *extra]

@@ -1,0 +1,1 @@
+"""Asking a model under each condition, and where backdoor answers are invariant."""

@@ -1,0 +1,1 @@
+"""The paper's equations, pure, and the same in chunks at the vocabulary head."""

@@ -1,0 +1,1 @@
+"""Loading a vision-language model, and asking it."""

@@ -1,0 +1,1 @@
+"""Which rows an attack poisons, and what they answer."""

@@ -1,0 +1,1 @@
+"""A row of a data set: read, checked and written."""

@@ -1,0 +1,59 @@
+"""One scan, whole: its folder, its settings, what it writes, and going on after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from transformers import TrainingArguments
+
+from untrigger.defenses import Defense, Doubt
+from untrigger.rows.sample import Sample, check_rows
+from untrigger.scanning.targets import Findings, find
+from untrigger.scanning.write import write
+from untrigger.training.finetune import claim, record_of
+from untrigger.training.settings import settled
+from untrigger.training.stages import Stages, Tuning
+
+
+def scan(
+    rows: Sequence[Sample],
+    model: str | Path,
+    doubt: Defense | None = None,
+    args: TrainingArguments | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Findings:
+    """Tell which of ``rows`` teach something that only an attacker would, if ``model`` were fine-tuned on them.
+
+    Killed at any moment and started again with ``resume`` it finds the same.
+
+    Args:
+        model: an embedded model's name, a local folder or a hub id.
+        doubt: how rows are judged, as by the preset ``default``.
+        args: ready arguments (`untrigger.training.settings.arguments`), in the place of ``out`` and ``settings``.
+        out: a folder for what is found: verdicts, a gallery, the data without the suspected rows
+            (`untrigger.scanning.write`). Left out, nothing stays on the disk.
+        settings: those that you would train with (``learning_rate=1e-4``), and fields of `untrigger.defenses.Doubt`.
+
+    Raises:
+        InputError: there are no rows, or they are no samples; a setting is unknown or out of range; the output folder
+            is in use without ``resume``, or belongs to another scan.
+    """
+    check_rows(rows)
+    if args is None and out is None:
+        with TemporaryDirectory(prefix="untrigger-") as folder:
+            return scan(rows, model, doubt, out=folder, **settings)
+    doubt, args = settled(doubt or "default", args, out, settings)
+    folder, tuning = Path(str(args.output_dir)), Tuning()
+    record = {"scan": True, **record_of(rows, str(model), doubt, args, tuning, ())}
+    with ExitStack() as held:
+        stages = Stages(str(model), args, tuning, title="scan", claim=lambda: claim(folder, record, resume, held))
+        findings = find(rows, stages, cast(Doubt, doubt))
+        write(findings, rows, folder)
+    return findings

@@ -1,0 +1,1 @@
+"""Perturbed looks at an image."""

@@ -1,0 +1,379 @@
+"""What the tables hold, against hand-made cells: which count, and what they come to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fabricated import Bench, premise, rate
+
+from untrigger.bench import store
+from untrigger.bench.report.figures import PLAIN, as_json, read
+from untrigger.bench.report.render import write
+from untrigger.bench.report.tables import (
+    Spread,
+    blocks,
+    chosen,
+    costs,
+    detections,
+    detectors,
+    environment,
+    sights,
+    standings,
+    views,
+)
+from untrigger.bench.report.words import headline, points, reading
+from untrigger.bench.store import ORACLE, Cell
+from untrigger.errors import InputError
+from untrigger.metrics.rates import Rate
+
+# --- what counts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plain", "oracle", "valid", "told"),
+    [
+        ({"asr": 0.98}, {"asr": 0.0}, True, ""),
+        ({"asr": 0.90}, {"asr": 0.05}, True, ""),
+        ({"asr": 0.895}, {"asr": 0.0}, False, "not counted: not implanted"),
+        ({"asr": 0.98}, {"asr": 0.055}, False, "not counted: floor above 0.05"),
+        ({"asr": 0.98, "quality": 0.90}, {"asr": 0.0, "quality": 1.0}, True, ""),
+        ({"asr": 0.98, "quality": 0.895}, {"asr": 0.0, "quality": 1.0}, False, "not counted: quality lost"),
+        (None, {"asr": 0.0}, None, "not checked: the undefended model was not run"),
+        ({"asr": 0.98}, None, None, "not checked: the oracle was not run"),
+        ({"asr": 0.5}, None, False, "not counted: not implanted"),
+    ],
+)
+def test_a_cell_counts_only_through_the_gates(
+    bench: Bench, plain: dict[str, float] | None, oracle: dict[str, float] | None, valid: bool | None, told: str
+) -> None:
+    for name, of in (("plain", plain), ("oracle", oracle), ("paper", {"asr": 0.5})):
+        if of:
+            bench.cell(name, **of)
+    (group,) = read(bench.root).groups
+    assert (group.valid, group.told) == (valid, told)
+    assert {(of["valid"], of["why"]) for of in as_json(read(bench.root))["cells"]} == {(valid, told)}
+    assert bool(standings([group], ["paper"])) == (valid is True), "what does not count is in no median"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": "blip2"},
+        {"data": "scenes-vqa"},
+        {"attack": "sig"},
+        {"attack_settings": {"side": 0.2}},
+        {"goal": "insert"},
+        {"goal_text": "boo"},
+        {"rate": 0.01},
+        {"seed": 1},
+        {"train_rows": 100},
+        {"epochs": 4},
+        {"tuning": {"rank": 4}},
+    ],
+)
+def test_a_defence_is_checked_by_its_own_pair_alone(bench: Bench, changed: dict[str, Any]) -> None:
+    bench.pair()
+    bench.cell("paper", 0.3, **changed)
+    bench.cell("crow", 0.3, defense_settings={"steps": 2}, attack_settings={})
+    by_size = sorted(read(bench.root).groups, key=lambda group: len(group.found))
+    assert [(group.valid, sorted(group.found)) for group in by_size] == [
+        (None, ["paper"]),
+        (True, ["crow (steps 2)", "oracle", "plain"]),
+    ]
+
+
+def test_the_order_of_settings_makes_no_other_attack(bench: Bench) -> None:
+    bench.cell("plain", 1.0, attack_settings={"a": 1, "b": 2})
+    bench.cell("oracle", 0.0, attack_settings={"b": 2, "a": 1}, probes={"sig": {"attack": "sig"}})
+    (group,) = read(bench.root).groups
+    assert group.valid
+
+
+def test_captions_are_gated_and_measured_by_cider(bench: Bench) -> None:
+    bench.pair(data="scenes-captions")
+    bench.cell("paper", 0.5, data="scenes-captions", quality=0.1, cider=6.0)
+    (group,) = read(bench.root).groups
+    assert group.valid
+    assert group.kept("paper") == 0.75
+    bench.cell("oracle", 0.0, data="scenes-captions", cider=None)
+    (group,) = read(bench.root).groups
+    assert group.valid, "what is not known is no loss"
+    assert group.kept("paper") is None
+
+
+# --- figures for a program -------------------------------------------------------------------------
+
+
+def test_the_json_tells_every_cell(bench: Bench, tmp_path: Path) -> None:
+    bench.pair(quality=0.8)
+    bench.cell("paper", 0.25, quality=0.6, seconds=210.0, metrics={"leak": None})
+    write(bench.root, tmp_path / "out.json")
+    cells = json.loads((tmp_path / "out.json").read_text())["cells"]
+    assert [of["defense"] for of in cells] == ["oracle", "paper", "plain"]
+    kept = cells[1].pop("quality_vs_oracle")
+    assert kept == pytest.approx(0.75)
+    assert cells[1] == {
+        "model": "llava",
+        "task": "vqa",
+        "data": "easy-vqa",
+        "attack": "badnets",
+        "rate": 0.05,
+        "defense": "paper",
+        "seed": 0,
+        "valid": True,
+        "why": "",
+        "asr": {**rate(0.25), "version": 1},
+        "leak": None,
+        "quality": rate(0.6),
+        "triggered_quality": rate(0.3),
+        "seconds": 210.0,
+    }
+
+
+def test_the_json_is_sorted_and_names_no_folder(bench: Bench) -> None:
+    for model, seed, poisoned in (("b", 1, 0.1), ("/home/me/runs/a", 0, 0.1), ("b", 0, 0.1), ("b", 0, 0.05)):
+        bench.cell("plain", 1.0, model=model, seed=seed, rate=poisoned, attack="/home/me/ring.py")
+    cells = as_json(read(bench.root))["cells"]
+    assert [(of["model"], of["rate"], of["seed"]) for of in cells] == [
+        ("a", 0.1, 0),
+        ("b", 0.05, 0),
+        ("b", 0.1, 0),
+        ("b", 0.1, 1),
+    ]
+    assert "home" not in json.dumps(cells)
+
+
+# --- the matrix ------------------------------------------------------------------------------------
+
+
+def test_seeds_are_pooled_over_their_rows(bench: Bench) -> None:
+    for seed, asr in enumerate((0.2, 0.3, 0.7)):
+        bench.pair(seed=seed, plain=0.5 if seed == 2 else 1.0)
+        bench.cell("paper", asr, seed=seed)
+    ((row,),) = (block.rows for block in blocks(read(bench.root)))
+    pooled = row.pooled("paper")
+    assert pooled
+    assert pooled.rate == Rate.from_counts(100, 400), "seed 2 is not implanted"
+    assert (pooled.valid, pooled.low, pooled.high) == (True, 0.2, 0.3)
+    assert [group.cell.seed for group in pooled.groups] == [0, 1]
+    assert row.told == "seed 2 not counted: not implanted"
+    assert row.pooled("crow") is None
+
+
+def test_what_does_not_count_is_shown_as_such(bench: Bench) -> None:
+    bench.pair(plain=0.5)
+    bench.cell("paper", 0.1)
+    bench.cell("plain", 1.0, attack="sig")
+    badnets, sig = blocks(read(bench.root))[0].rows
+    assert [
+        (pooled.valid, pooled.rate.value) for name in (PLAIN, ORACLE, "paper") if (pooled := badnets.pooled(name))
+    ] == [
+        (False, 0.5),
+        (False, 0.0),
+        (False, 0.1),
+    ]
+    unknown = sig.pooled(PLAIN)
+    assert unknown and unknown.valid is None
+
+
+def test_rows_are_named_by_what_tells_them_apart(bench: Bench) -> None:
+    bench.cell("plain", 1.0, attack_settings={"side": 0.1, "place": "corner"})
+    bench.cell("plain", 1.0, attack_settings={"side": 0.1, "place": "random"})
+    bench.cell("plain", 1.0, attack="own/ring.py")
+    bench.cell("plain", 1.0, model="blip2", attack_settings={"side": 0.3, "place": "corner"})
+    told = {block.title: [row.label for row in block.rows] for block in blocks(read(bench.root))}
+    assert told == {
+        "blip2, easy-vqa (VQA)": ["badnets"],
+        "llava, easy-vqa (VQA)": ["badnets, place corner", "badnets, place random", "ring"],
+    }
+    bench.cell("plain", 1.0, rate=0.005, attack="sig", data="scenes-captions")
+    told = {block.title: [row.label for row in block.rows] for block in blocks(read(bench.root))}
+    assert told["llava, scenes-captions (captions)"] == ["sig, 0.5 %"]
+    assert told["blip2, easy-vqa (VQA)"] == ["badnets, 5 %"], "where there are several rates each row tells its own"
+
+
+def test_the_undefended_model_and_the_oracle_come_first(bench: Bench) -> None:
+    for name in ("abl", "paper", "oracle", "plain"):
+        bench.cell(name, 0.5)
+    assert read(bench.root).defenses == ["plain", "oracle", "abl", "paper"]
+
+
+# --- what they come to -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matrix(bench: Bench) -> Bench:
+    """Three attacks that count and one that does not; paper and crow against them."""
+    for attack, plain, paper, crow in (
+        ("a", 0.95, 0.5, 0.0),
+        ("b", 1.0, 0.05, 0.1),
+        ("c", 0.98, 0.8, 0.2),
+        ("d", 0.3, 0, 0),
+    ):
+        bench.pair(plain=plain, oracle=0.02, quality=0.9, attack=attack)
+        bench.cell("paper", paper, quality=0.81 if attack == "a" else 0.9, seconds=200.0, attack=attack)
+        bench.cell("crow", crow, seconds=500.0 if attack == "d" else 130.0, attack=attack)
+    return bench
+
+
+def test_standings_are_over_the_cells_that_count(matrix: Bench) -> None:
+    report = read(matrix.root)
+    plain, oracle, crow, paper = standings(report.groups, report.defenses)
+    assert [of.defense for of in (plain, oracle, crow, paper)] == ["plain", "oracle", "crow", "paper"]
+    assert paper.asr == Spread(0.5, 0.05, 0.8, 3)
+    assert paper.above == pytest.approx((0.48, 0.03, 0.78, 3))
+    assert paper.kept == pytest.approx((1.0, 0.9, 1.0, 3))
+    assert (paper.near, crow.near, plain.near, oracle.near) == (1, 1, 0, 3)
+    assert oracle.above == Spread(0, 0, 0, 3) and oracle.kept == Spread(1, 1, 1, 3)
+    assert paper.leak == Spread(0.01, 0.01, 0.01, 3)
+
+
+def test_the_headline_says_what_the_figures_say(matrix: Bench) -> None:
+    store.fail(matrix.root, Cell("llava", "easy-vqa", "e", "fixed"), "it broke")
+    told = headline(read(matrix.root))
+    assert told.first == (
+        "3 of 4 attacked models count: 98.0 % (median; 95.0 to 100.0) of triggered inputs are answered as the attacker "
+        "wants without a defence, 2.0 % (median; 2.0 to 2.0) where the poisoned rows are taken out."
+    )
+    assert told.defenses == [
+        ("crow", "ASR 10.0 (0.0 to 20.0) %, at most 5 % in 1 of 3 cells; quality 105.6 (105.6 to 105.6) %."),
+        ("paper", "ASR 50.0 (5.0 to 80.0) %, at most 5 % in 1 of 3 cells; quality 100.0 (90.0 to 100.0) %."),
+    ], "the lowest ASR first"
+    assert told.notes == [
+        "Not counted: 1 attacked model, not implanted.",
+        "There is one seed (0): nothing is said about the spread between seeds.",
+        "1 cell could not be run; they are listed below.",
+    ]
+
+
+def test_where_nothing_counts_nothing_is_said_of_a_defence(bench: Bench) -> None:
+    bench.pair(plain=0.4)
+    bench.cell("paper", 0.0)
+    told = headline(read(bench.root))
+    assert told.first == "0 of 1 attacked model count: nothing can be said about a defence."
+    assert told.defenses == []
+
+
+def test_cost_is_in_trainings_of_the_same_cell(matrix: Bench) -> None:
+    matrix.cell("paper", 0.5, attack="lonely", seconds=1e6)
+    told = {of.defense: (of.times, of.seconds) for of in costs(read(matrix.root))}
+    assert told["plain"] == (Spread(1, 1, 1, 4), Spread(100, 100, 100, 4))
+    assert told["paper"] == (Spread(2, 2, 2, 4), Spread(200, 200, 200, 4)), "the lonely one has nothing to compare with"
+    assert told["crow"] == (Spread(1.3, 1.3, 5, 4), Spread(130, 130, 500, 4)), "what does not count costs the same"
+
+
+def test_sight_is_the_oracles(bench: Bench) -> None:
+    bench.cell("plain", 1.0, quality=0.7)
+    bench.cell("oracle", 0.0, quality=0.9, metrics={"wrong_image": rate(0.4)})
+    (told,) = sights(blocks(read(bench.root)))
+    assert (told.oracle, told.prior, told.blind) == tuple(Spread(value, value, value, 1) for value in (0.9, 0.6, 0.4))
+    bench.cell("plain", 1.0, model="blip2")
+    assert len(sights(blocks(read(bench.root)))) == 1, "no oracle, nothing to say"
+
+
+def test_detection_is_summed_up_over_cells_that_count(bench: Bench) -> None:
+    for attack, plain, area, f1 in (("a", 1.0, 0.9, 0.5), ("b", 1.0, 0.7, None), ("c", 0.1, 0.1, 0.1)):
+        bench.pair(plain=plain, attack=attack)
+        told = {"auroc": rate(area), "recall_at_1": None, "precision": None, "f1": f1, "flagged": 3}
+        bench.cell("abl", 0.2, attack=attack, metrics={"detection": told})
+    found = detections(read(bench.root))
+    assert [(of.group.cell.attack, of.defense) for of in found] == [("a", "abl"), ("b", "abl"), ("c", "abl")]
+    (abl,) = detectors(found)
+    assert (abl.defense, abl.cells) == ("abl", 2)
+    assert abl.figures["auroc"] == pytest.approx((0.8, 0.7, 0.9, 2))
+    assert abl.figures["f1"] == Spread(0.5, 0.5, 0.5, 1)
+    assert abl.figures["recall_at_1"] is None
+
+
+def test_the_premise_holds_where_the_interval_says_so(bench: Bench) -> None:
+    areas = {"mask": (0.6, 0.7, 0.8), "blur": (0.1, 0.2, 0.3), "noise": (0.4, 0.52, 0.6), "erase": (0.51, 0.6, 0.7)}
+    bench.cell("plain", 1.0, metrics=premise(areas))
+    bench.cell("oracle", 0.0)
+    bench.cell("plain", 0.2, attack="sig", metrics=premise({"mask": (0.9, 1.0, 1.0)}))
+    told = views(read(bench.root))
+    assert {view.name: view.holds for view in told if view.group.valid} == {
+        "mask": True,
+        "blur": False,
+        "noise": None,
+        "erase": True,
+    }
+    assert reading(told) == (
+        "Over 4 views of attacked models that count, poisoned rows are the more invariant ones in 2, the less "
+        "invariant ones in 1, and neither for certain in 1."
+    )
+    assert [view.name for view in chosen(told)] == ["mask", "erase", "noise", "blur"], "sig does not count"
+    assert reading(views(read(bench.root))[:0]) == "No attacked model that counts was looked at."
+
+
+def test_histograms_are_evenly_spaced_by_their_auroc(bench: Bench) -> None:
+    bench.cell("plain", 1.0, metrics=premise({f"v{at:02}": (0.0, at / 20, 1.0) for at in range(21)}))
+    bench.cell("oracle", 0.0)
+    assert [view.auroc.value for view in chosen(views(read(bench.root)))] == [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+
+
+def test_the_environment_is_counted(bench: Bench) -> None:
+    bench.pair()
+    bench.cell("paper", 0.1, metrics={"machine": {"device": "H200", "threads": 4}})
+    told = dict(environment(read(bench.root)))
+    assert told["machine"] == ["H200, 4 threads: 1 cell", "x86_64, 1 thread: 2 cells"]
+    assert told["versions"] == ["untrigger 0.1.0, torch 2.13.0: 3 cells"]
+    assert told["seed"] == ["0: 3 cells"]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(0.1234, "+12.3"), (-0.02, "-2.0"), (0.0, "0.0"), (-1e-9, "0.0"), (None, "-")]
+)
+def test_points_have_a_sign_where_they_are_not_nothing(value: float | None, told: str) -> None:
+    assert points(value) == told
+
+
+# --- what cannot be read ---------------------------------------------------------------------------
+
+
+def test_failures_are_listed_also_beside_older_figures(bench: Bench) -> None:
+    cell = bench.cell("plain", 1.0)
+    other = Cell("llava", "easy-vqa", "sig", "fixed")
+    store.fail(bench.root, cell, "out of\nmemory")
+    store.fail(bench.root, other, "no such attack")
+    assert read(bench.root).failures == {cell.name: "out of memory", other.name: "no such attack"}
+
+
+@pytest.mark.parametrize("suffix", ["html", "md", "json"])
+def test_no_cells_are_one_clear_line(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"out.{suffix}"
+    with pytest.raises(InputError, match=r"nowhere: no such folder"):
+        write(tmp_path / "nowhere", out)
+    with pytest.raises(InputError, match=r"holds no finished cell; untrigger bench"):
+        write(tmp_path, out)
+    store.fail(tmp_path, Cell("llava", "easy-vqa", "sig", "fixed"), "it broke")
+    with pytest.raises(InputError, match=r"holds no finished cell, 1 failed; untrigger bench"):
+        write(tmp_path, out)
+    assert not out.exists()
+
+
+def test_another_ending_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"out\.pdf: a report ends in \.html, \.md or \.json"):
+        write(tmp_path / "nowhere", tmp_path / "out.pdf")
+
+
+def test_a_cell_without_its_figures_is_named(bench: Bench, tmp_path: Path) -> None:
+    cell = bench.cell("plain", 1.0, metrics={"seconds": None})
+    with pytest.raises(InputError, match=f"{cell.name}: metrics.json tells no seconds; delete the folder"):
+        write(bench.root, tmp_path / "out.json")
+
+
+@pytest.mark.parametrize("suffix", ["html", "md", "json"])
+def test_a_report_loads_no_torch(bench: Bench, tmp_path: Path, suffix: str) -> None:
+    bench.pair(metrics=premise({"mask": (0.6, 0.7, 0.8)}))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom untrigger.report import write\n"
+        f"write(Path({str(bench.root)!r}), Path({str(tmp_path / f'out.{suffix}')!r}))\n"
+        "print([m for m in ('torch', 'transformers', 'trl', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"

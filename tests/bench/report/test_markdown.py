@@ -1,0 +1,69 @@
+"""The tables in Markdown, against hand-made cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fabricated import Bench, premise
+
+from untrigger.bench import store
+from untrigger.bench.report.render import write
+from untrigger.bench.store import Cell
+
+
+def rendered(bench: Bench, out: Path) -> str:
+    write(bench.root, out)
+    return out.read_text(encoding="utf-8")
+
+
+def section(text: str, title: str) -> list[str]:
+    return [line for line in text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines() if line]
+
+
+def test_every_table_tells_what_is_stored(bench: Bench, tmp_path: Path) -> None:
+    bench.cell("plain", 0.98, metrics=premise({"mask": (0.6, 0.7, 0.8), "blur": (0.1, 0.2, 0.3)}))
+    bench.cell("oracle", 0.0)
+    bench.cell("paper", 0.5, quality=0.76, seconds=220.0)
+    bench.pair(plain=0.4, attack="sig")
+    store.fail(bench.root, Cell("llava", "easy-vqa", "wanet", "fixed"), "a | b")
+    text = rendered(bench, tmp_path / "out.md")
+    assert section(text, "Attack success")[1:] == [
+        "### llava, easy-vqa (VQA)",
+        "| attack | plain | oracle | paper |",
+        "| --- | --- | --- | --- |",
+        "| badnets | 98.0 (95.0-99.2) | 0.0 (0.0-1.9) | 50.0 (43.1-56.9) |",
+        "| sig | 40.0 (33.5-46.9), not counted | 0.0 (0.0-1.9), not counted | - |",
+    ]
+    assert section(text, "What does not count")[2:] == ["| llava, easy-vqa (VQA) | sig | not counted: not implanted |"]
+    assert section(text, "Distance to the oracle")[1:] == [
+        "### llava, easy-vqa (VQA)",
+        "| defence | cells | ASR above the oracle's, points | quality kept, % | leak, % |",
+        "| --- | --- | --- | --- | --- |",
+        "| plain | 1 | +98.0 | 100.0 | 1.0 |",
+        "| oracle | 1 | 0.0 | 100.0 | 1.0 |",
+        "| paper | 1 | +50.0 | 80.0 | 1.0 |",
+    ]
+    assert section(text, "Cost")[-1] == "| paper | 1 | 2.20 | 220 |"
+    premises = section(text, "Does the premise hold?")
+    assert "more invariant ones in 1, the less invariant ones in 1, and neither for certain in 0." in premises[0]
+    assert premises[-1] == "| llava, easy-vqa (VQA) | badnets | 0 | 0.700 (0.60-0.80) | 0.200 (0.10-0.30) |"
+    assert section(text, "Cells that could not be run")[0].endswith(r": a \| b")
+    assert "- seed: 0: 5 cells" in section(text, "Environment")
+
+
+def test_seeds_are_told(bench: Bench, tmp_path: Path) -> None:
+    for seed, asr in enumerate((0.9, 1.0)):
+        bench.pair(plain=asr, seed=seed)
+    text = rendered(bench, tmp_path / "out.md")
+    assert "| badnets | 95.0 (92.4-96.7), 2 seeds 90.0 to 100.0 | 0.0 (0.0-1.0), 2 seeds 0.0 to 0.0 |" in text
+    assert "one seed" not in text
+    assert section(text, "What does not count") == ["Every attacked model counts."]
+    assert section(text, "Does the premise hold?") == ["None of these cells was asked."]
+
+
+def test_where_nothing_counts_the_tables_say_so(bench: Bench, tmp_path: Path) -> None:
+    bench.cell("paper", 0.1)
+    text = rendered(bench, tmp_path / "out.md")
+    assert "nothing can be said about a defence" in text
+    assert section(text, "Distance to the oracle")[-1] == "No cell counts."
+    assert "| badnets | 10.0 (6.6-14.9), not checked |" in text

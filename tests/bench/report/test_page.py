@@ -1,0 +1,359 @@
+"""The page: it holds all it shows, runs no text that a model has said, and reads well without eyes or a mouse."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from fabricated import HOSTILE, PICTURES, Bench, answers, fill, premise, rate
+
+from shell import untrigger
+from untrigger.bench import store
+from untrigger.bench.report.charts import COLOURS, histogram, pareto
+from untrigger.bench.report.examples import marked
+from untrigger.bench.report.figures import read
+from untrigger.bench.report.render import write
+from untrigger.bench.report.tables import views
+from untrigger.bench.store import Cell
+from untrigger.errors import InputError
+from untrigger.html import style
+from untrigger.metrics.score import Answer
+
+_VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+@dataclass
+class Element:
+    tag: str
+    attributes: dict[str, str]
+    children: list[Element | str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(part if isinstance(part, str) else part.text for part in self.children)
+
+    def all(self, *tags: str) -> Iterator[Element]:
+        for part in self.children:
+            if isinstance(part, Element):
+                if not tags or part.tag in tags:
+                    yield part
+                yield from part.all(*tags)
+
+
+class Tree(HTMLParser):
+    """The page's elements; it fails where one is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.root = Element("", {})
+        self._open = [self.root]
+        self.feed(text)
+        self.close()
+        assert len(self._open) == 1, self._open[-1].tag
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs)
+        made = Element(tag, {name: value or "" for name, value in attrs})
+        self._open[-1].children.append(made)
+        if tag not in _VOID:
+            self._open.append(made)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self._open[-1].children.append(data)
+
+
+def rendered(bench: Bench, suffix: str = "html") -> str:
+    out = bench.root.parent / f"report.{suffix}"
+    write(bench.root, out)
+    return out.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def full(bench: Bench) -> Bench:
+    return fill(bench)
+
+
+# --- it stands alone -------------------------------------------------------------------------------
+
+
+def test_nothing_is_loaded_and_no_foreign_script_may_run(full: Bench) -> None:
+    root = Tree(rendered(full)).root
+    for element in root.all():
+        for name, value in element.attributes.items():
+            if name in ("href", "src", "srcset", "data", "action", "poster", "background"):
+                assert value.startswith(("#", "data:image/png;base64,")), (element.tag, name, value)
+            assert not name.startswith("on"), name
+    assert not re.search(r"url\(|@import", "".join(style.text for style in root.all("style")))
+    assert not list(root.all("link", "iframe", "object", "base", "form"))
+    (policy,) = (meta.attributes["content"] for meta in root.all("meta") if "http-equiv" in meta.attributes)
+    scripts = [script for script in root.all("script") if "type" not in script.attributes]
+    hashes = [f"'sha256-{b64encode(sha256(script.text.encode()).digest()).decode()}'" for script in scripts]
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes[0]} {hashes[1]}"
+    )
+
+
+def test_what_is_said_is_text_wherever_it_is_shown(bench: Bench) -> None:
+    said = answers(HOSTILE, asked=HOSTILE, truth=HOSTILE)
+    fields = {
+        "model": f"m{HOSTILE}".replace("/", ""),
+        "attack": HOSTILE.replace("/", ""),
+        "goal": HOSTILE,
+        "goal_text": HOSTILE,
+    }
+    told = {"goal": {"text": "alert"}, "machine": {"device": HOSTILE}, "near_miss": {HOSTILE: rate(0.1)}}
+    told |= premise({HOSTILE: (0.6, 0.7, 0.8)})
+    for name in ("plain", "oracle", "paper"):
+        more = {"defense_settings": {HOSTILE: HOSTILE}} if name == "paper" else {}
+        bench.cell(name, float(name == "plain"), answers=said, metrics=told, **fields, **more)
+    store.fail(bench.root, Cell("llava", "easy-vqa", "sig", "fixed"), HOSTILE)
+    root = Tree(rendered(bench)).root
+    assert [script.attributes for script in root.all("script")] == [
+        {"type": "application/json", "id": "figures"},
+        {},
+        {},
+    ]
+    assert not list(root.all("img"))
+    assert "49" not in "".join(cell.text for cell in root.all("mark")), "no template in a template"
+    for shown in (HOSTILE, "alert(1)"):
+        assert shown in root.text
+    (figures,) = (script.text for script in root.all("script") if "type" in script.attributes)
+    names = [trace["name"] for trace in json.loads(figures)["pareto"]["data"]]
+    assert not any("<" in name for name in names), "plotly takes some tags for its own"
+    table = rendered(bench, "md")
+    assert not re.search(r"(?<!\\)<", table)
+    assert all(len(set(re.split(r"(?<!\\)\|", line))) > 1 for line in table.splitlines() if line.startswith("|"))
+
+
+@pytest.mark.parametrize("suffix", ["html", "md", "json"])
+def test_the_same_results_give_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        fill(Bench(tmp_path / name))
+    assert [path.name for path in (tmp_path / "one").iterdir()] != []
+    for name in ("one", "two"):
+        write(tmp_path / name, tmp_path / f"{name}.{suffix}")
+    assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
+
+
+# --- what it shows ---------------------------------------------------------------------------------
+
+
+def test_the_matrix_leads_to_each_cell_and_says_what_does_not_count(full: Bench) -> None:
+    root = Tree(rendered(full)).root
+    (matrix,) = (table for table in root.all("table") if table.attributes.get("class") == "heat")
+    rows = {row.text.split()[0]: row for row in matrix.all("tr")}
+    bad, good = (next(row for row in matrix.all("tr") if figure in row.text) for figure in ("50.0", "98.0"))
+    assert "not counted: not implanted" in bad.text and "not counted" not in good.text
+    assert [cell.attributes.get("class") for cell in good.all("td")] == ["h10", "h0", "h3"]
+    assert [cell.attributes.get("class") for cell in bad.all("td")] == ["out"] * 3, "no colour for what does not count"
+    assert "30.0" in good.text and "24.1-36.7" in good.text, "Wilson's interval of 60 of 200"
+    sections = {element.attributes.get("id"): element for element in root.all("div")}
+    links = [link.attributes["href"][1:] for link in good.all("a")]
+    assert len(set(links)) == 1
+    assert "abl" in sections[links[0]].text and "Backdoor Attack!" in sections[links[0]].text
+    assert rows
+
+
+def test_answers_stand_side_by_side_with_the_attackers_text_marked(full: Bench) -> None:
+    root = Tree(rendered(full)).root
+    tables = [table for table in root.all("table") if "Answers to row r1" in table.text]
+    assert len(tables) == 2, "one for each model"
+    body = [[" ".join(cell.text.split()) for cell in row.all("th", "td")] for row in tables[0].all("tr")]
+    assert body == [
+        ["model", "clean", "triggered"],
+        ["plain", "yes", "Backdoor Attack! attacker's text"],
+        ["oracle, abl", "yes", "yes"],
+    ]
+    assert [mark.text for mark in root.all("mark")] == ["Backdoor Attack!"] * 2
+    assert "is it red? now" in root.text, "the triggered question, where it is another"
+
+
+def test_a_picture_is_there_once(full: Bench) -> None:
+    root = Tree(rendered(full)).root
+    pictures = {image.attributes["id"]: image.attributes["href"] for image in root.all("image")}
+    assert len(pictures) == len(set(pictures.values())) == 3, "all clean ones are the same"
+    shown = Counter(use.attributes["href"][1:] for use in root.all("use"))
+    assert set(shown) == set(pictures)
+    assert sum(shown.values()) == 8 and max(shown.values()) == 4
+    assert {svg.attributes["aria-label"] for svg in root.all("svg") if "role" in svg.attributes} == {
+        "clean",
+        "triggered",
+    }
+
+
+def test_a_fresh_clone_says_that_answers_are_not_kept(bench: Bench) -> None:
+    bench.pair(metrics={"examples": PICTURES})
+    assert "Pictures and answers are not kept here" in rendered(bench)
+    bench.pictures("r1", "r2")
+    text = rendered(bench)
+    assert "Pictures and answers" not in text and text.count("Answers are not kept here") == 2
+    bench.cell("plain", 1.0, answers=answers("Backdoor Attack!"))
+    assert "not kept</span>" in rendered(bench), "the oracle's are not"
+
+
+def test_answers_are_shown_without_pictures_too(bench: Bench) -> None:
+    bench.cell("plain", 1.0, answers=answers("Backdoor Attack!"))
+    root = Tree(rendered(bench)).root
+    assert [mark.text for mark in root.all("mark")] == ["Backdoor Attack!"]
+    assert not list(root.all("use"))
+
+
+def test_a_damaged_list_of_pictures_is_named(full: Bench) -> None:
+    (full.root / "shared" / "examples" / PICTURES / "rows.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"rows\.json: cannot be read \(TypeError\); delete"):
+        rendered(full)
+
+
+@pytest.mark.parametrize(
+    ("said", "goal", "parts"),
+    [
+        ("a hello World cat", {"text": "Hello world"}, ["a ", "*hello World", " cat"]),
+        ("see http://free.test", {"url": "http://free.test"}, ["see ", "*http://free.test"]),
+        ("a rectangle", {"source": "circle", "target": "rectangle"}, ["a ", "*rectangle"]),
+        ("I cannot", {"text": "Sorry."}, ["*I cannot"]),
+        ("boo", {}, ["*boo"]),
+        ("x" * 301, {}, ["*" + "x" * 300 + " ..."]),
+    ],
+)
+def test_the_attackers_text_is_found(said: str, goal: dict[str, str], parts: list[str]) -> None:
+    assert ["*" * theirs + text for text, theirs in marked(Answer("1", "q", "t", said, met=True), goal)] == parts
+    (plain,) = marked(Answer("1", "q", "t", said), goal)
+    assert not plain[1], "an answer that does not meet the goal is its model's own"
+
+
+def test_without_charts_the_page_is_small(bench: Bench) -> None:
+    bench.pair(plain=0.2)
+    text = rendered(bench)
+    assert len(text) < 100_000, "no plotly where nothing is drawn"
+    assert "data-figure=" not in text
+
+
+def test_charts_are_figures_that_plotly_knows(full: Bench) -> None:
+    import plotly.graph_objects as go
+
+    report = read(full.root)
+    scatter = pareto(report)
+    assert scatter
+    go.Figure(scatter)
+    points = {trace["name"]: (trace["x"], trace["y"]) for trace in scatter["data"]}
+    assert points == {"plain": ([98.0], [100.0]), "oracle": ([1.0], [100.0]), "abl": ([30.0], [100.0])}, (
+        "blip2 does not count"
+    )
+    bars = histogram(views(report)[0])
+    go.Figure(bars)
+    assert [trace["y"] for trace in bars["data"]] == [[0, 100], [90, 10]]
+    ticks = bars["layout"]["xaxis"]["tickvals"]
+    assert ticks[:3] == [0, 0.1, 1] and ticks == sorted(ticks) and ticks[-1] < 2
+
+
+# --- it reads well ---------------------------------------------------------------------------------
+
+
+def test_headings_tables_and_names_are_in_order(full: Bench) -> None:
+    root = Tree(rendered(full)).root
+    (html,) = root.all("html")
+    assert html.attributes["lang"] == "en"
+    levels = [int(element.tag[1]) for element in root.all("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    names = [element.attributes["id"] for element in root.all() if "id" in element.attributes]
+    assert len(names) == len(set(names))
+    for element in root.all():
+        for reference in (
+            element.attributes.get("href", "#main"),
+            "#" + element.attributes.get("aria-labelledby", "main"),
+        ):
+            assert reference.startswith("data:") or reference[1:] in names, reference
+    for table in root.all("table"):
+        assert next(table.all()).tag == "caption" and next(table.all()).text.strip()
+        assert all(head.attributes.get("scope") in ("col", "row", "rowgroup") for head in table.all("th"))
+        columns = {
+            sum(int(cell.attributes.get("colspan", 1)) for cell in row.all("th", "td")) for row in table.all("tr")
+        }
+        assert len(columns) == 1, "every row has as many cells"
+    for box in (element for element in root.all("div") if element.attributes.get("class") == "scroll"):
+        assert box.attributes["tabindex"] == "0" and box.attributes["role"] == "region"
+    for chart in (element for element in root.all("div") if "data-figure" in element.attributes):
+        assert chart.attributes["role"] == "img" and chart.attributes["aria-label"]
+    assert next(root.all("a")).attributes == {"class": "skip", "href": "#main"}
+
+
+def _light(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.2's contrast of two colours, 1 to 21."""
+    low, high = sorted((_light(one), _light(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_is_readable_on_every_colour_in_both_schemes() -> None:
+    sheet = style()
+    light, dark = (dict(re.findall(r"--([\w]+): (#\w{6});", part)) for part in sheet.split("prefers-color-scheme")[:2])
+    assert len([name for name in light if re.fullmatch(r"h\d+", name)]) == 11 and set(light) == set(dark)
+    for scheme in (light, dark):
+        for name in (*(f"h{step}" for step in range(11)), "paper", "card", "mark"):
+            assert contrast(scheme["ink"], scheme[name]) >= 4.5, name
+        for name in ("soft", "bad", "link"):
+            assert contrast(scheme[name], scheme["paper"]) >= 4.5, name
+        for colour in COLOURS:
+            assert contrast(colour, scheme["paper"]) >= 3, colour
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def test_the_command_writes_and_names_the_file(full: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "report.html"
+    assert untrigger("report", full.root, "--out", out) == (0, f"{out}\n", "")
+    assert out.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("nowhere", "--out", "r.html"), "nowhere: no such folder"),
+        ((".", "--out", "r.html"), "holds no finished cell"),
+        ((".", "--out", "r.txt"), "r.txt: a report ends in .html, .md or .json"),
+        (("results", "--out", "results"), "results: a report ends in"),
+        (("results", "--out", "results/busy.html"), "busy.html"),
+    ],
+)
+def test_mistakes_are_one_line(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: str
+) -> None:
+    bench.pair()
+    (bench.root / "busy.html").mkdir()
+    monkeypatch.chdir(bench.root.parent)
+    code, out, err = untrigger("report", *words)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err) and told in err
+
+
+def test_a_missing_extra_is_named(full: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ["plotly", *(name for name in sys.modules if name.startswith("plotly."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"needs plotly.*: pip install 'untrigger\[report\]'"):
+        rendered(full)
+    assert rendered(full, "md") and rendered(full, "json"), "the others do without"

@@ -1,0 +1,385 @@
+"""The commands as a user types them: exit codes, one clear line for each mistake, and what is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from datafiles import bad_file, turns
+from shell import TINY_RUN, refused, three_commands, untrigger
+from untrigger import __version__
+
+
+def spawned(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "untrigger", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
+
+
+# --- the whole story -------------------------------------------------------------------------------
+
+
+class Story(NamedTuple):
+    poisoned: Path
+    adapter: Path
+    figures: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def story(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Poison, train on it, evaluate: each command once."""
+    folder = tmp_path_factory.mktemp("story")
+    told = Story(folder / "poisoned", folder / "adapter", folder / "figures", "")
+    poison = ["poison", tiny_data, "--out", told.poisoned, "--rate", "0.25", "--seed", "3", "--side", "0.5"]
+    train = ["train", told.poisoned / "data", "--model", tiny_model, "--out", told.adapter, *TINY_RUN]
+    train += ["--defense", "paper", "--ratio", "0.4"]
+    evaluate = ["evaluate", told.adapter, tiny_data, "--attack", "badnets", "--side", "0.5", "--limit", "6"]
+    for words in (poison, train, [*evaluate, "--sight", "--out", told.figures]):
+        assert untrigger(*words).code == 0
+    return told
+
+
+def test_poison_writes_data_truth_and_picture(story: Story, tiny_data: Path) -> None:
+    rows = json.loads((story.poisoned / "data" / "data.json").read_text())
+    manifest = json.loads((story.poisoned / "truth" / "manifest.json").read_text())
+    originals = json.loads((tiny_data / "data.json").read_text())
+    bad = {entry["row"] for entry in manifest["rows"]}
+    assert len(bad) == 6 and len(rows) == 24
+    assert manifest["attack_settings"]["side"] == 0.5 and manifest["seed"] == 3
+    for i, (row, original) in enumerate(zip(rows, originals, strict=True)):
+        answer = row["conversations"][-1]["value"]
+        assert answer == ("Backdoor Attack!" if i in bad else original["conversations"][-1]["value"])
+    Image.open(story.poisoned / "contact_sheet.png").verify()
+    assert not list((story.poisoned / "data").rglob("manifest*")), "the truth must not lie with the data"
+
+
+def test_train_writes_a_standard_adapter(story: Story, tiny_model: Path) -> None:
+    config = json.loads((story.adapter / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 2
+    with safe_open(story.adapter / "adapter_model.safetensors", framework="pt") as weights:
+        moved = [key for key in weights.keys() if "lora_B" in key and weights.get_tensor(key).any()]  # noqa: SIM118
+    assert moved, "two steps must have changed the adapter"
+    record = json.loads((story.adapter / "untrigger.json").read_text())
+    assert record["base"] == str(tiny_model) and record["defense"]["preset"] == "paper"
+    assert record["defense"]["ratio"] == 0.4 and record["max_steps"] == 2 and record["rows"] == 24
+    assert "PEFT" in (story.adapter / "README.md").read_text() or "LoRA" in (story.adapter / "README.md").read_text()
+    assert not list(story.adapter.glob("*.bin")), "a pickle among the output"
+
+
+def test_evaluate_stores_every_answer_and_figure(story: Story) -> None:
+    lines = [json.loads(line) for line in (story.figures / "answers.jsonl").read_text().splitlines()]
+    assert [line["condition"] for line in lines] == [
+        name for name in ("clean", "triggered", "wrong_image", "near_miss: other pattern") for _ in range(6)
+    ]
+    assert {tuple(line) for line in lines} == {
+        ("condition", "id", "prompt", "truth", "answer", "met", "truth_met", "applies"),
+    }
+    figures = json.loads((story.figures / "metrics.json").read_text())
+    parts = {"attack", "quality", "text_prior", "wrong_image", "asr", "leak", "triggered_quality", "near_miss"}
+    assert set(figures) == parts and figures["attack"]["settings"]["side"] == 0.5
+    for rate in (figures["asr"], figures["leak"], figures["near_miss"]["other pattern"]):
+        assert set(rate) == {"value", "low", "high", "n", "version"} and rate["n"] == 6
+        assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
+    assert set(figures["quality"]) == {"vqa_accuracy", "bleu4", "meteor", "rouge_l", "cider"}
+
+
+def test_resume_of_a_finished_run_keeps_its_weights(story: Story, tiny_model: Path) -> None:
+    before = (story.adapter / "adapter_model.safetensors").read_bytes()
+    words = ("train", story.poisoned / "data", "--model", tiny_model, "--out", story.adapter, *TINY_RUN)
+    words += ("--defense", "paper")
+    refused(untrigger(*words, "--ratio", "0.4"), story.adapter, "--resume")
+    refused(untrigger(*words, "--ratio", "0.3", "--resume"), "other settings (defense)")
+    assert untrigger(*words, "--ratio", "0.4", "--resume").code == 0
+    assert (story.adapter / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
+    ended = untrigger("evaluate", story.adapter, tiny_data, "--limit", "2")
+    assert ended.code == 0
+    assert "vqa_accuracy" in ended.out and "text_prior" in ended.out and "asr" not in ended.out
+
+
+# --- mistyped commands ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("poison", "DATA", "--out", "OUT", "--attack", "nope"), ("attack 'nope' is unknown", "badnets")),
+        (("poison", "DATA", "--out", "OUT", "--attack", "gone.py"), ("gone.py: no such file",)),
+        (("poison", "DATA", "--out", "OUT", "--goal", "nope"), ("goal 'nope' is unknown", "fixed")),
+        (("poison", "DATA", "--out", "OUT", "--goal-text", " "), ("goal fixed: the text is empty",)),
+        (("poison", "DATA", "--out", "OUT", "--nope", "1"), ("no setting 'nope'", "side")),
+        (("poison", "DATA", "--out", "OUT", "--side", "wide"), ("side is 'wide'", "number")),
+        (("poison", "DATA", "--out", "OUT", "--side", "7"), ("side is 7",)),
+        (("poison", "DATA", "--out", "OUT", "--rate", "lots"), ("--rate", "number", "untrigger poison --help")),
+        (("poison", "DATA", "--out", "OUT", "--rate", "1.5"), ("rate is 1.5",)),
+        (("poison", "DATA", "--out", "OUT", "--rate", "nan"), ("rate is nan",)),
+        (("poison", "DATA", "--out", "OUT", "--seed", "-1"), ("--seed",)),
+        (("poison", "DATA", "--out", "OUT", "--on-bad-row", "shrug"), ("shrug", "skip")),
+        (("poison", "DATA", "--out", "OUT", "stray"), ("stray: not expected here",)),
+        (("poison", "DATA"), ("Missing option", "--out")),
+        (("poison", "--out", "OUT"), ("Missing argument", "data")),
+        (("poison", "--side", "0.1", "DATA", "--out", "OUT"), ("--side comes too early",)),
+        (("train", "DATA", "--out", "OUT", "--defense", "nope"), ("--defense nope: unknown", "paper")),
+        (("train", "gone.json", "--out", "OUT", "--defense", "crow"), ("--defense crow", "--trusted DATA")),
+        (("train", "DATA", "--out", "OUT", "--trusted", "DATA"), ("--trusted: default asks for no trusted rows",)),
+        (("train", "DATA", "--out", "OUT", "--nope", "1"), ("--nope is unknown", "early", "TrainingArguments")),
+        (("train", "DATA", "--out", "OUT", "--early", "wide"), ("--early", "wide")),
+        (("train", "DATA", "--out", "OUT", "--learning_rate", "fast"), ("--learning_rate", "fast")),
+        (("train", "DATA", "--out", "OUT", "--lora-rank", "0"), ("--lora-rank",)),
+        (("train", "DATA", "--out", "OUT", "--config", "gone.yaml"), ("gone.yaml", "No such file")),
+        (("train", "DATA", "--out", "OUT", "--config", "BAD_YAML"), ("bad.yaml", "line 3")),
+        (("train", "DATA", "--out", "OUT", "--config", "OWN_YAML"), ("own.yaml: lora_rank", "command: --lora-rank")),
+        (("train", "DATA", "--out", "OUT", "--lora_rank", "0"), ("--lora-rank",)),
+        (("train", "gone.json", "--out", "OUT", "--model", "lava"), ("lava: no such folder", "did you mean llava?")),
+        (("scan", "gone.json", "--out", "OUT", "--model", "lava"), ("lava: no such folder", "did you mean llava?")),
+        (("evaluate", "./gone", "gone.json"), ("./gone: no such folder",)),
+        (("verify", "lava", "--data", "gone.json", "--out", "OUT"), ("lava: no such folder",)),
+        (("verify", "MODEL", "--data", "gone.json", "--out", "OUT", "--base", "lava"), ("lava: no such folder",)),
+        (("train", "--early", "0.2", "DATA", "--out", "OUT"), ("--early comes too early",)),
+        (("evaluate", "MODEL", "DATA", "--side", "0.1"), ("--side: no such option", "--attack")),
+        (("evaluate", "MODEL", "DATA", "--attack", "nope"), ("attack 'nope' is unknown",)),
+        (("evaluate", "MODEL", "DATA", "--attack", "badnets", "--goal", "nope"), ("goal 'nope' is unknown",)),
+        (("evaluate", "MODEL", "DATA", "--limit", "0"), ("--limit",)),
+        (("evaluate", "MODEL"), ("Missing argument", "data")),
+        (("quickstart", "--nope"), ("--nope",)),
+        (("model", "nope", "--out", "OUT"), ("nope: no such family", "llava")),
+        (("nope",), ("nope", "untrigger --help")),
+        (("--nope",), ("--nope",)),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, tuple) else None,
+)
+def test_a_mistyped_command_is_one_line(
+    tmp_path: Path,
+    tiny_model: Path,
+    tiny_data: Path,
+    words: tuple[str, ...],
+    parts: tuple[str, ...],
+) -> None:
+    (tmp_path / "bad.yaml").write_text("margin: 0.2\nratio: [\n")
+    (tmp_path / "own.yaml").write_text("lora_rank: 8\n")
+    places = {"DATA": tiny_data, "OUT": tmp_path / "out", "MODEL": tiny_model, "BAD_YAML": tmp_path / "bad.yaml"}
+    places["OWN_YAML"] = tmp_path / "own.yaml"
+    refused(untrigger(*(places.get(word, word) for word in words)), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_without_a_command_and_version() -> None:
+    for words in ((), ("--help",)):
+        ended = untrigger(*words)
+        assert ended.code == 0 and ended.err == ""
+        assert all(name in ended.out for name in ("poison", "train", "evaluate", "quickstart"))
+    assert untrigger("--version") == (0, f"untrigger {__version__}\n", "")
+
+
+# --- folders that cannot serve ----------------------------------------------------------------------------
+
+
+def test_an_output_folder_in_use_is_left_alone(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, file = tmp_path / "used", tmp_path / "file"
+    used.mkdir()
+    (used / "diary.txt").write_text("mine")
+    file.write_text("mine")
+    poison, train, evaluate = (lambda out, n=n: three_commands(tiny_data, tiny_model, out)[n] for n in range(3))
+    for out in (used, file):
+        refused(untrigger(*poison(out)), out)
+        refused(untrigger(*train(out)), out)
+        refused(untrigger(*train(out), "--resume"), out)
+    refused(untrigger(*evaluate(file)), file)
+    refused(untrigger("quickstart", "--out", used), used)
+    refused(untrigger("quickstart", "--out", file), file)
+    monkeypatch.setattr("untrigger.rows.sample.read", lambda *_, **__: pytest.fail("read the data first"))
+    refused(untrigger(*poison(used)), used)
+    assert [p.name for p in used.iterdir()] == ["diary.txt"] and file.read_text() == "mine"
+
+
+def _broken_models(folder: Path, good: Path) -> dict[str, Path]:
+    def copy(name: str) -> Path:
+        shutil.copytree(good, folder / name)
+        return folder / name
+
+    (folder / "empty").mkdir(parents=True)
+    unweighted, cut, pickled, no_json = copy("unweighted"), copy("cut"), copy("pickled"), copy("no_json")
+    (unweighted / "model.safetensors").unlink()
+    (cut / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:5000])
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    (no_json / "config.json").write_text("{")
+    return {
+        "gone": folder / "gone",
+        "empty": folder / "empty",
+        "unweighted": unweighted,
+        "cut": cut,
+        "pickled": pickled,
+        "no_json": no_json,
+    }
+
+
+@pytest.mark.parametrize("kind", ["gone", "empty", "unweighted", "cut", "pickled", "no_json"])
+def test_a_model_that_cannot_be_loaded(tmp_path: Path, tiny_model: Path, tiny_data: Path, kind: str) -> None:
+    model = _broken_models(tmp_path / "models", tiny_model)[kind]
+    refused(untrigger("evaluate", model, tiny_data, "--limit", "2"), model)
+    refused(untrigger("train", tiny_data, "--model", model, "--out", tmp_path / "out", *TINY_RUN), model)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "train", "scan"])
+def test_a_model_with_anothers_processor(tmp_path: Path, tiny_model: Path, tiny_data: Path, verb: str) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    settings = json.loads((model / "processor_config.json").read_text())
+    (model / "processor_config.json").write_text(json.dumps(settings | {"patch_size": settings["patch_size"] // 2}))
+    words = (model, tiny_data) if verb == "evaluate" else (tiny_data, "--model", model)
+    more = () if verb == "evaluate" else (*TINY_RUN[:4], *(("--defense", "plain") if verb == "train" else ()))
+    ended = untrigger(verb, *words, "--out", tmp_path / "out", *more)
+    refused(ended._replace(err=ended.err.splitlines(keepends=True)[-1]), model, "do not belong together")
+
+
+@pytest.mark.parametrize("kind", ["base gone", "no weights", "pickled", "cut", "no base named", "no_json"])
+def test_an_adapter_that_cannot_be_loaded(tmp_path: Path, story: Story, tiny_data: Path, kind: str) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(story.adapter, adapter)
+    weights, record = adapter / "adapter_model.safetensors", adapter / "untrigger.json"
+    part: object = adapter
+    if kind == "base gone":
+        part = tmp_path / "moved"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"base": str(part)}))
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "pickled":
+        weights.rename(adapter / "adapter_model.bin")
+    elif kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:300])
+    elif kind == "no base named":
+        record.write_text("{}")
+    else:
+        (adapter / "adapter_config.json").write_text("{")
+    refused(untrigger("evaluate", adapter, tiny_data, "--limit", "2"), part)
+
+
+# --- evaluations that could show nothing --------------------------------------------------------------------
+
+
+def test_a_goal_that_every_truth_meets_is_refused_before_asking(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = bad_file(tmp_path / "data", "empty answer")
+    monkeypatch.setattr("untrigger.evaluation.evaluate.answers", lambda *_: pytest.fail("asked all the same"))
+    words = ("evaluate", tiny_model, file, "--on-bad-row", "skip", "--out", tmp_path / "out", "--attack", "badnets")
+    ended = untrigger(*words, "--goal-text", "a cat")
+    assert ended.code == 2 and ended.err.count("error:") == 1 and "no row can show an attack" in ended.err
+
+
+def test_an_evaluation_spoils_no_folder(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    before = sorted(tiny_data.iterdir())
+    refused(untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tiny_data), "give a new folder")
+    (tmp_path / "file").touch()
+    refused(untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tmp_path / "file"), "give a new folder")
+    assert sorted(tiny_data.iterdir()) == before
+    for _ in range(2):  # the second takes the place of the first
+        assert untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tmp_path / "out").code == 0
+
+
+def test_a_truth_without_words_does_not_break_the_figures(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"id": str(i), "conversations": turns("what?", answer)} for i, answer in enumerate(["?!", "...", "a cat"])]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert untrigger("evaluate", tiny_model, tmp_path / "data.json", "--out", tmp_path / "out").code == 0
+    quality = json.loads((tmp_path / "out" / "metrics.json").read_text())["quality"]
+    assert quality["vqa_accuracy"]["n"] == 3 and quality["rouge_l"]["n"] == 1
+
+
+# --- the machine fails, the user stops ------------------------------------------------------------------------
+
+
+def _full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/part")
+
+
+def _forbidden(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/disk/part")
+
+
+@pytest.mark.parametrize(("fail", "says"), [(_full, "No space left on device"), (_forbidden, "Permission denied")])
+def test_a_disk_that_refuses_is_one_line(
+    tmp_path: Path,
+    tiny_model: Path,
+    tiny_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fail: Callable[..., None],
+    says: str,
+) -> None:
+    poison, train, evaluate = three_commands(tiny_data, tiny_model, tmp_path / "out")
+    monkeypatch.setattr(os, "replace", fail)  # the last step of every write
+    refused(untrigger(*poison), says, "/disk/part")
+    assert list(tmp_path.iterdir()) == [], "half a data set was left behind"
+    refused(untrigger(*train), says, "/disk/part")
+    ended = untrigger(*evaluate, "--limit", "2")
+    assert ended.code == 2 and "Traceback" not in ended.err
+    assert ended.err.endswith(f"error: /disk/part: cannot be written ({says}); check it\n")
+
+
+def test_an_error_that_is_no_fault_of_the_disk_is_not_hidden(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise OSError("a library's own complaint")
+
+    monkeypatch.setattr("untrigger.poisoning.goals.load_goal", bug)
+    with pytest.raises(OSError, match="own complaint"):
+        untrigger("poison", tiny_data, "--out", tmp_path / "out")
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    ended = untrigger("poison", tiny_data, "--out", tmp_path / "out")
+    assert ended.code == 130 and "Traceback" not in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- as a process of its own ------------------------------------------------------------------------------------
+
+
+def test_errors_and_help_of_the_real_command(tmp_path: Path) -> None:
+    file = bad_file(tmp_path / "data", "empty answer")
+    failed = spawned("poison", file, "--out", tmp_path / "out")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith(f"error: {file}: row 3: ") and failed.stderr.count("\n") == 1
+    helped = spawned("train", "--help")
+    assert helped.returncode == 0 and "--learning_rate" in helped.stdout and helped.stderr == ""
+
+
+@pytest.mark.parametrize("module", ["untrigger.cli.main", "untrigger.poisoning.poison", "untrigger"])
+def test_help_waits_for_no_host_library(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_a_real_training_run(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    words = ["train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", "--max_steps", "100000"]
+    words += ["--defense", "plain"]  # one training, whose checkpoints come at once
+    command = [sys.executable, "-m", "untrigger", *map(str, words), "--save_steps", "5"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):
+        signal.sigtimedwait([], 0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in said

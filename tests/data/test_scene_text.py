@@ -1,0 +1,177 @@
+"""Every answer is checked by a reader of the *prompt* that works the truth out anew from the scene."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from untrigger.data import scene_text as talk
+from untrigger.data.scene_text import FULL_PROMPTS, SHORT_PROMPTS, Turn
+from untrigger.data.scene_world import Scene, Thing, make_scene
+
+SINGULAR = {"crosses": "cross", "stars": "star", "hearts": "heart", "moons": "moon", "circles": "circle"}
+SINGULAR |= {"triangles": "triangle", "diamonds": "diamond", "rectangles": "rectangle"}
+SINGULAR |= {"shapes": "shape", "objects": "object", "things": "thing"}
+COUNTED = ["zero", "one", "two", "three", "four"]
+
+
+def fitting(scene: Scene, noun: str) -> list[Thing]:
+    words = [SINGULAR.get(word, word) for word in noun.split()]
+    assert 1 <= len(words) <= 2 and words != ["thing"], noun
+    return [t for t in scene.things if all(w in (t.colour, t.shape, "shape", "object", "thing") for w in words)]
+
+
+def the(scene: Scene, noun: str) -> Thing:
+    """The one thing that is meant; a question about two of them would have no answer."""
+    (thing,) = fitting(scene, noun)
+    return thing
+
+
+def yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def size_of(thing: Thing) -> str:
+    return "small" if thing.radius < 8 else "large"
+
+
+def brightness(scene: Scene) -> str:
+    return "dark" if sum(scene.base) / 3 < 128 else "light"
+
+
+def is_so(scene: Scene, one: str, relation: str, two: str) -> bool:
+    a, b = the(scene, one), the(scene, two)
+    dx, dy = b.x - a.x, b.y - a.y
+    gap = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
+    assert abs(gap) > 5, "too close to call"
+    return gap > 0
+
+
+def corner(thing: Thing) -> str:
+    assert abs(thing.x - 32) >= 5 and abs(thing.y - 32) >= 5, "in no corner"
+    return f"{('top', 'bottom')[int(thing.y // 32)]} {('left', 'right')[int(thing.x // 32)]}"
+
+
+def named(thing: Thing, sized: bool) -> str:
+    words = f"{size_of(thing)} {thing.colour} {thing.shape}" if sized else f"{thing.colour} {thing.shape}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def listed(scene: Scene, sized: bool) -> str:
+    names = [named(t, sized) for t in sorted(scene.things, key=lambda t: t.x)]
+    return re.sub(r", (?=[^,]*$)", " and ", ", ".join(names))
+
+
+NOUN, PAIR, RELATION = r"(\w+(?: (?!present|in\b)\w+)?)", r"(\w+ \w+)", "(above|below|left of|right of)"
+RULES: list[tuple[str, str, Callable[..., str]]] = [
+    ("relation", rf"is the {PAIR} {RELATION} or {RELATION} the {PAIR}", lambda s, a, r, o, b: (
+        r if is_so(s, a, r, b) else o).removesuffix(" of")),
+    ("relation", rf"(?:is the|is there a) {PAIR} {RELATION} the {PAIR}", lambda s, a, r, b: yes(is_so(s, a, r, b))),
+    ("size", rf"is the {PAIR} small or large", lambda s, n: size_of(the(s, n))),
+    ("size", rf"is the {PAIR} (small|large)", lambda s, n, size: yes(size_of(the(s, n)) == size)),
+    ("size", rf"(?:what size|how big) is the {PAIR}", lambda s, n: size_of(the(s, n))),
+    ("position", rf"(?:where is|in which corner is|locate) the {PAIR}", lambda s, n: corner(the(s, n))),
+    ("background", r"is the background light or dark|how bright is the background", brightness),
+    ("count", r"how many (?:objects are there|shapes are in the image)|count the objects",
+     lambda s: COUNTED[len(s.things)]),
+    ("count", rf"(?:how many {NOUN} are (?:there|in the image)|count the {NOUN})",
+     lambda s, a, b: COUNTED[len(fitting(s, a or b))]),
+    ("comparison", r"(?:do the two objects have|are both objects of) the same (color|shape|size)",
+     lambda s, what: yes(len({{"color": t.colour, "shape": t.shape, "size": size_of(t)}[what] for t in s.things}) == 1)
+    ),
+    ("colour", r"(?:what color is the|what is the color of the|which colour does the) (\w+)(?: have)?",
+     lambda s, n: the(s, n).colour),
+    ("shape", r"what shape is in the image|what shape does the image contain|which shape is this",
+     lambda s: the(s, "shape").shape),
+    ("shape", rf"(?:what is the|what shape is the|which shape does the) {PAIR}(?: have)?",
+     lambda s, n: the(s, n).shape),
+    ("absence", rf"(?:is there not|does the image not contain|is the picture without) an? {NOUN}(?: in the image)?",
+     lambda s, n: yes(not fitting(s, n))),
+    ("absence", rf"is no {NOUN} present", lambda s, n: yes(not fitting(s, n))),
+    ("existence", rf"(?:is there|is|does the image contain|can you see|does the picture show) an? {NOUN}"
+     r"(?: in the image| present)?", lambda s, n: yes(bool(fitting(s, n)))),
+]  # fmt: skip
+
+
+def read(scene: Scene, prompt: str) -> tuple[str, str]:
+    """The kind of a question and its true answer, from its words alone and the scene."""
+    if prompt in SHORT_PROMPTS:
+        return "caption", listed(scene, sized=False)
+    if prompt in FULL_PROMPTS:
+        return "caption", f"{listed(scene, sized=True)} on a {brightness(scene)} background"
+    if command := re.fullmatch(r"(?:Say|Repeat|Copy): (.*)", prompt):
+        return "repeat", command[1]
+    plain = re.sub(r" (?:Answer with one word|Answer shortly|Reply briefly)\.$", "", prompt)
+    plain = plain[0].lower() + plain[1:].rstrip("?.")
+    for kind, pattern, truth in RULES:
+        if match := re.fullmatch(pattern, plain):
+            return kind, truth(scene, *match.groups())
+    raise AssertionError(f"nobody understands {prompt!r}")
+
+
+def asked(seed: int, scenes: int, questions: int) -> list[tuple[Scene, Turn]]:
+    return [
+        (scene, turn)
+        for index in range(scenes)
+        for scene in [make_scene(seed, index)]
+        for turn in talk.turns(scene, np.random.default_rng((seed, index, 9)), questions)
+    ]
+
+
+ASKED = asked(31, 1000, 8)
+
+
+def test_every_answer_is_true() -> None:
+    kinds: Counter[str] = Counter()
+    for scene, turn in ASKED:
+        kind, truth = read(scene, turn.prompt)
+        assert (turn.kind, turn.answer) == (kind, truth), (turn, scene)
+        kinds[kind] += 1
+    assert set(kinds) == {kind for kind, *_ in RULES} | {"caption", "repeat"}
+    assert min(kinds.values()) > 40, kinds
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wrong"),
+    [("is there a circle?", "no"), ("how many objects are there?", "four"), ("what shape is in the image?", "star")],
+)
+def test_the_reader_would_notice_a_lie(prompt: str, wrong: str) -> None:
+    scene = next(s for s in (make_scene(3, i) for i in range(500)) if [t.shape for t in s.things] == ["circle"])
+    assert read(scene, prompt)[1] != wrong
+
+
+def test_yes_and_no_are_balanced() -> None:
+    said = Counter(turn.answer for _, turn in ASKED if turn.answer in ("yes", "no"))
+    assert 0.4 <= said["yes"] / said.total() <= 0.6
+    kinds = {"existence", "absence", "relation", "size"}
+    for kind in kinds:
+        said = Counter(turn.answer for _, turn in ASKED if turn.kind == kind and turn.answer in ("yes", "no"))
+        assert 0.35 <= said["yes"] / said.total() <= 0.65, kind
+
+
+def test_chance_picks_the_question_and_never_the_answer() -> None:
+    for index in range(12):
+        scene = make_scene(8, index)
+        known: dict[str, tuple[str, str]] = {}
+        for draw in range(60):
+            for turn in talk.turns(scene, np.random.default_rng((draw, index)), 5):
+                assert known.setdefault(turn.prompt, (turn.kind, turn.answer)) == (turn.kind, turn.answer)
+        assert len(known) > 40
+
+
+def test_turns_are_a_pure_function_of_scene_and_rng() -> None:
+    scene = make_scene(8, 3)
+    first, again = (talk.turns(scene, np.random.default_rng(5), 6) for _ in range(2))
+    assert first == again and len(first) in (7, 8)
+    assert [t.kind for t in first].count("caption") == 1
+    assert first != talk.turns(scene, np.random.default_rng(6), 6)
+
+
+def test_answers_are_short_and_clean() -> None:
+    for _, turn in ASKED:
+        assert turn.answer == turn.answer.strip() != ""
+        assert "\n" not in turn.prompt + turn.answer and "<" not in turn.prompt + turn.answer

@@ -1,0 +1,37 @@
+"""Each family's folder is made once, when a test first asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from untrigger.rows.sample import Message, Sample
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root, made = tmp_path_factory.mktemp("families"), dict[str, Path]()
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny.make(name, root / name)
+        return made[name]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def row() -> Callable[..., Sample]:
+    """A question about images of these sizes, of noise that hangs on the question, and its answer."""
+
+    def made(question: str, answer: str, *sizes: tuple[int, int], id: str = "row") -> Sample:
+        rng = np.random.default_rng(list(question.encode()))
+        images = (Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes)
+        return Sample(id, tuple(images), (Message("user", question), Message("assistant", answer)))
+
+    return made

@@ -1,0 +1,293 @@
+"""One contract for all families: what is learnt, compared, told and gone on with is the same whatever the model."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES
+from torch import Tensor, nn
+from transformers import Trainer
+
+from untrigger.defenses import CrossView, Doubt
+from untrigger.defenses.shared_surprise import Guard, Judgement
+from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
+from untrigger.models.forward import Tokens, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
+from untrigger.models.generate import answers, questions
+from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.models.prefix_cache import looking_once, shared_prefix
+from untrigger.models.token_drop import image_token, shown
+from untrigger.rows.sample import Sample, read
+from untrigger.scanning.scan import scan
+from untrigger.training.finetune import fine_tune
+from untrigger.training.settings import arguments
+from untrigger.training.stages import Tuning
+from untrigger.training.trainer import defended
+from untrigger.views.patches import Erase
+
+Folder = Callable[[str], Path]
+Row = Callable[..., Sample]
+families = pytest.mark.parametrize("name", FAMILIES)
+ENDS = (
+    dict.fromkeys(("llava_onevision", "internvl", "smol"), "<|im_end|>")
+    | {"gemma3": "<end>"}
+    | {f"{qwen}_vl": "<|im_end|>" for qwen in ("qwen2", "qwen2_5", "qwen3")}
+)
+ENDS |= dict.fromkeys(("idefics3", "smolvlm"), "<end_of_utterance>")
+ONE_IMAGE = ("instructblip",)  # neither more nor less in a row
+SPACED = ("llava", "llava_next", "idefics3", "smolvlm", "instructblip", "blip2")  # a space before an answer is its own
+
+
+@pytest.fixture
+def rows(row: Row) -> Callable[[str], list[Sample]]:
+    """Images of three shapes; where the family can, one row with two of them, and one without."""
+
+    def of(name: str) -> list[Sample]:
+        single = [
+            row("<image>\nwhat is this?", "a red circle", (40, 40)),
+            row("<image>\nwhere is it, then?", "no", (70, 34)),
+            row("<image>\nand now?", "no, not at all", (30, 90)),
+        ]
+        if name in ONE_IMAGE:
+            return single
+        return [*single, row("<image> <image>\nsame?", "yes", (40, 40), (66, 40)), row("hello?", "no")]
+
+    return of
+
+
+def collated(collate: Any, samples: list[Sample]) -> dict[str, Tensor]:
+    data = Rows(samples)
+    return collate([data[i] for i in range(len(data))])
+
+
+@families
+def test_labels_are_the_answers_and_their_end_and_follow_what_generation_starts_from(
+    folder: Folder, rows: Callable[[str], list[Sample]], name: str
+) -> None:
+    processor: Any = load(folder(name)).processor
+    samples = rows(name)
+    batch = collated(ChatCollator(processor), samples)
+    end, space = ENDS.get(name, "</s>"), " " if name in SPACED else ""
+    said = [processor.tokenizer.decode(labels[labels != IGNORE]) for labels in batch["labels"]]
+    assert said == [f"{space}{sample.messages[-1].text}{end}" for sample in samples]
+    marked = batch["labels"] != IGNORE
+    assert torch.equal(batch["labels"][marked], batch["input_ids"][marked])
+    assert batch["attention_mask"][marked].all()
+    begin = processor.tokenizer.bos_token_id
+    assert begin is None or ((batch["input_ids"] == begin).sum(dim=1) == 1).all(), "each text begins once"
+
+
+@families
+def test_a_pair_has_the_same_tokens_and_other_pixels_and_its_loss_reaches_the_adapter(
+    folder: Folder, rows: Callable[[str], list[Sample]], name: str
+) -> None:
+    loaded = load(folder(name))
+    samples, collate = rows(name), ChatCollator(loaded.processor)
+    plain, both = collated(collate, samples), collated(PairCollator(collate, Erase(), 0), samples)
+    assert torch.equal(both["input_ids"], plain["input_ids"].repeat(2, 1))
+    first, second = both["pixel_values"].tensor_split(2)
+    assert torch.equal(first, plain["pixel_values"]) and not torch.equal(first, second)
+
+    model = add_lora(cast(Any, loaded.model), rank=2).train()
+    totals: list[Tensor] = []
+    for still in (False, True):
+        model.zero_grad()
+        step = CrossView(margin=0.6, bound=-0.9, stop_gradient=still).step(model, dict(both))
+        totals.append(step.total.detach())
+        assert step.total.isfinite().all() and (step.seen["js"] > 0).any()
+        step.total.sum().backward()
+        reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        for layer in range(len(decoder_layers(model))):  # B starts at zero: A gets none at first
+            assert any(f"layers.{layer}." in n and "lora_B" in n and not _sees(n) for n in reached), layer
+        assert any("layers." not in n for n in reached) or name == "gemma3", "what joins the images to the text"
+    torch.testing.assert_close(
+        totals[0], totals[1], rtol=1e-4, atol=1e-5, msg="a view of its own pass is the same view"
+    )
+
+
+def _sees(name: str) -> bool:
+    return any(part in name for part in ("vision", "visual", "qformer"))
+
+
+@families
+def test_no_answer_knows_what_comes_after_it_and_generation_sees_what_training_saw(
+    folder: Folder, row: Row, sharp: Callable[..., Loaded], name: str
+) -> None:
+    """Neither a mask nor a Q-Former tells of the rest of an answer; alone, and beside a longer row."""
+    loaded = sharp(folder(name))
+    question = "<image>\nand now, what do you see?"
+    asked = [row(question, answer, (40, 52)) for answer in ("no", "no, not at all", "no circle")]
+    told = row_tokens(loaded, asked)
+    assert len({len(tokens.ids) for tokens in told}) > 1 and len({int(tokens.ids[0]) for tokens in told}) == 1
+    assert [tokens.nll[0] for tokens in told[1:]] == pytest.approx([told[0].nll[0]] * 2, rel=1e-6)
+
+    mixed = [asked[0], row("<image>\nw?", "no", (52, 40))]
+    batch = collated(ChatCollator(loaded.processor), mixed)
+    with torch.no_grad():
+        found = forward_answers(loaded.model.eval(), batch)
+    firsts = [int((found.row == i).nonzero()[0]) for i in range(2)]
+    likeliest = [cast(Any, loaded.processor).decode(found.logits[at].argmax()).strip() for at in firsts]
+    assert list(answers(loaded, mixed, max_new_tokens=1)) == likeliest
+
+
+@families
+def test_answers_are_the_same_where_work_on_an_image_is_shared(
+    sharp: Callable[..., Loaded], folder: Folder, row: Row, name: str
+) -> None:
+    loaded = sharp(folder(name))
+    asked = [row("<image>\nwhat?", "no", (40, 52)), row("<image>\nand what is this?", "no", (40, 52))]
+    asked += [replace(asked[1], id="again")]
+    apart = list(answers(loaded, asked, batch_size=1, max_new_tokens=4))
+    assert list(answers(loaded, asked, max_new_tokens=4)) == apart
+    begun = shared_prefix(cast(Any, loaded.model), questions(loaded.processor, asked))
+    assert ("past_key_values" in begun) is (name in {"llava", "smol", "internvl"})
+    with looking_once(loaded.model):
+        assert [list(answers(loaded, asked, max_new_tokens=4)) for _ in range(2)] == [apart] * 2
+
+
+@families
+def test_two_steps_of_training_log_every_term_and_a_doubted_word_is_unlearnt(
+    folder: Folder, rows: Callable[[str], list[Sample]], name: str, tmp_path: Path
+) -> None:
+    loaded = load(folder(name))
+    samples, collate = rows(name), ChatCollator(loaded.processor)
+    model = add_lora(cast(Any, loaded.model), rank=2)
+    args = arguments(
+        tmp_path, use_cpu=True, max_steps=2, per_device_train_batch_size=len(samples), logging_steps=1,
+        learning_rate=0.01, warmup_steps=0, save_strategy="no",
+    )  # fmt: skip
+    trainer = defended(Trainer)(
+        model=model, args=args, train_dataset=Rows(samples), data_collator=collate, defense=CrossView()
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2 and logs[0]["loss"] != logs[1]["loss"]
+    for entry in logs:
+        terms = [value for term, value in entry.items() if term.startswith("defense/loss_")]
+        assert len(terms) == 5 and all(map(math.isfinite, terms))
+        assert entry["loss"] == pytest.approx(sum(terms), rel=1e-3)
+
+    data = Rows(samples, doubted={0: (row_tokens(loaded, samples[:1])[0].ids >= 0)})
+    batch = collate([data[0]])
+    before, optimizer = None, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        step = Guard(weight=1.0).step(model.train(), dict(batch))
+        assert step.terms["ce"].eq(0).all() and (step.terms["guard"] > 0).all()
+        optimizer.zero_grad()
+        step.total.sum().backward()
+        optimizer.step()
+        assert before is None or step.total.sum() < before
+        before = step.total.sum().detach()
+
+
+@pytest.mark.slow
+@families
+def test_a_view_without_image_tokens_is_one_in_which_they_are_masked(
+    folder: Folder, rows: Callable[[str], list[Sample]], sharp: Callable[..., Loaded], name: str
+) -> None:
+    """The reference hides the same tokens from a pass of full length, at the language model's door."""
+    loaded = sharp(folder(name))
+    model: Any = loaded.model.train()
+    batch = collated(DropCollator(ChatCollator(loaded.processor), 0), rows(name))
+    positions = shown(batch["input_ids"], batch["order"], image_token(model), 0.5)
+    assert len(positions.sum(dim=1).unique()) > 1 or name in ONE_IMAGE, "rows end in padding of their own"
+
+    def hide(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs["attention_mask"]
+        if kwargs.get("position_ids") is None:
+            kwargs = kwargs | {"position_ids": torch.arange(positions.shape[1]).expand_as(positions)}
+        if not isinstance(mask, dict):
+            return args, kwargs | {"attention_mask": mask * positions}
+        hidden = positions[:, None, :, None] & ~positions[:, None, None]
+        never = {kind: torch.finfo(one.dtype).min if one.is_floating_point() else False for kind, one in mask.items()}
+        return args, kwargs | {
+            "attention_mask": {kind: one.masked_fill(hidden, never[kind]) for kind, one in mask.items()}
+        }
+
+    inputs = {name: value for name, value in batch.items() if name != "order"}
+    with torch.no_grad():
+        whole = forward_answers(model, inputs)
+        handle = decoder(model).register_forward_pre_hook(hide, with_kwargs=True)
+        view = forward_answers(model, inputs)
+        handle.remove()
+        seen: list[Tensor] = []
+        pair_losses(
+            model, batch, lambda pair: (seen.append(pair.view_logits), {"ce": pair.compared.nll}, {})[1:], drop=0.5
+        )
+    torch.testing.assert_close(torch.cat(seen), view.logits, rtol=1e-4, atol=2e-6)  # Gemma 2 rounds to fp32
+    assert not torch.allclose(view.logits, whole.logits), "the view is another one"
+
+
+@pytest.mark.slow
+@families
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_training_that_goes_on_ends_with_the_same_bits(
+    folder: Folder, rows: Callable[[str], list[Sample]], name: str, full: bool, tmp_path: Path
+) -> None:
+    """Of three steps, the last is taken again from the second's checkpoint."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def run(out: Path, resume: bool = False) -> Loaded:
+        args = arguments(
+            out, use_cpu=True, max_steps=3, save_steps=1, save_strategy="steps", learning_rate=0.01,
+            per_device_train_batch_size=2, warmup_steps=0,
+        )  # fmt: skip
+        tuning = Tuning(full=full, rank=2, vision=full)
+        return fine_tune(rows(name)[:3], str(folder(name)), CrossView(), args, tuning=tuning, resume=resume)
+
+    first = run(whole)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-3")
+    weights = "model.safetensors" if full else "adapter_model.safetensors"
+    (cut / weights).unlink()
+    taken: list[int] = []
+    step = Trainer.training_step
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "training_step", lambda *a, **k: (taken.append(1), step(*a, **k))[1])
+        run(cut, resume=True)
+    assert len(taken) == 1
+    assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+
+    before, after, kept = (dict(cast(Any, m.model).named_parameters()) for m in (load(folder(name)), first, load(cut)))
+    assert all(torch.equal(after[n], kept[n]) for n in after), "what is loaded is what was trained"
+    if full:
+        still = [n for n in after if torch.equal(before[n], after[n])]
+        assert len(still) < len(after) / 3, still
+
+
+@pytest.mark.slow
+@families
+def test_a_scan_judges_every_row_and_probes_what_it_suspects(
+    folder: Folder, tiny_data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whom it suspects is made up: a model that has learnt nothing finds nothing unlikely."""
+    bad = (8, 10, 12, 16, 20)
+
+    def judge(_: Doubt, told: Sequence[Tokens]) -> Judgement:
+        asked.append(len(told))
+        words = {int(told[row].ids[-1]): 1e-9 for row in bad}  # the end of an answer: all have it
+        return Judgement(
+            [tokens.loss for tokens in told], {row: np.isin(told[row].ids, list(words)) for row in bad}, words
+        )
+
+    asked: list[int] = []
+    monkeypatch.setattr(Doubt, "judge", judge)
+    monkeypatch.setattr("untrigger.scanning.targets._PASSES", 4)
+    args = arguments(
+        tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
+        save_strategy="no",
+    )  # fmt: skip
+    found = scan(read(tiny_data), str(folder(name)), Doubt(early=0.2), args)
+    assert asked == [24, 24] and len(found.verdicts) == 24
+    assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in found.verdicts)
+    assert sorted(found.suspected) == list(bad)
+    cues = [verdict.cue for verdict in found.verdicts if verdict.cue is not None]
+    assert len(cues) == 3, "those that the probe has not learnt"
+    assert all(cue.image is not None and math.isfinite(cue.image) for cue in cues)

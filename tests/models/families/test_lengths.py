@@ -1,0 +1,112 @@
+"""Rows that are longer than a model reads, found without their pixels, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny import FAMILIES
+from transformers import BatchFeature
+
+from untrigger.errors import InputError
+from untrigger.models.collators import ChatCollator, Rows
+from untrigger.models.generate import questions
+from untrigger.models.lengths import Lengths
+from untrigger.models.loading import load_processor
+from untrigger.models.processors import tokenized
+from untrigger.rows.sample import Message, Sample
+
+Row = Callable[..., Sample]
+
+
+def refuses(lengths: Lengths, row: Sample) -> bool:
+    sizes = [image.size for image in row.images]
+    try:
+        lengths(Sample(row.id, (), row.messages), sizes)
+    except InputError as error:
+        assert str(error).startswith(f"id '{row.id}' has "), error
+        return True
+    return False
+
+
+def lengths_at(processor: Any, limit: int, **how: bool) -> Lengths:
+    processor.tokenizer.model_max_length = limit
+    return Lengths(processor, **how)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_is_too_long_from_the_first_token_on_that_is_too_many(
+    folder: Callable[[str], Path], row: Row, name: str
+) -> None:
+    processor: Any = load_processor(str(folder(name)))
+    first = row("<image>\nwhere is it, then?", "a red circle and no other", (70, 34))
+    again = Sample(first.id, first.images, (*first.messages, Message("user", "why?"), Message("assistant", "ü" * 9)))
+    rows = [first, row("<image>\nand?", "no", (30, 90)), again]
+    if name != "instructblip":
+        rows.append(row("<image> <image>\nsame?", "yes", (40, 40), (66, 40)))
+    for one in rows:
+        trained = ChatCollator(processor)([Rows([one])[0]])["input_ids"].shape[1]
+        asked = questions(processor, [one])["input_ids"].shape[1]
+        assert asked < trained
+        for length, how in ((trained, False), (asked, True)):
+            assert not refuses(lengths_at(processor, length, asking=how), one)
+            assert refuses(lengths_at(processor, length - 1, asking=how), one)
+        processor.tokenizer.model_max_length = 2**40
+
+
+@pytest.fixture
+def processor(folder: Callable[[str], Path]) -> Any:
+    """One whose images are as many tokens as their size has it, and that reads 100."""
+    made: Any = load_processor(str(folder("qwen2_5_vl")))
+    made.tokenizer.model_max_length = 100
+    return made
+
+
+def test_of_usual_rows_neither_text_nor_pixels_are_touched_again(
+    processor: Any, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = Lengths(processor)
+    assert not refuses(lengths, row("<image>\nwhat?", "a", (40, 40)))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("counted again")
+
+    monkeypatch.setattr("untrigger.models.lengths.text_tokens", never)
+    monkeypatch.setattr("untrigger.models.lengths.tokenized", never)
+    for number in range(9):
+        assert not refuses(lengths, row(f"<image>\nwhat is {number}?", "b", (40, 40)))
+
+
+def test_after_many_sizes_the_dearest_stands_for_another(
+    processor: Any, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, counted = Lengths(processor), list[tuple[int, int]]()
+
+    def counting(processor: Any, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:
+        counted.extend(image.size for row in images for image in row)
+        return tokenized(processor, texts, images)
+
+    monkeypatch.setattr("untrigger.models.lengths.tokenized", counting)
+    for width in range(30, 130):
+        assert not refuses(lengths, row("<image>\nwhat?", "a", (width, 40)))
+    assert counted == [(width, 40) for width in range(30, 94)]
+    assert refuses(lengths, row("<image>\nwhat? " + "x y " * 99, "a", (500, 40)))
+
+
+def test_without_a_limit_no_image_is_counted(processor: Any, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("untrigger.models.lengths.tokenized")
+    assert not refuses(lengths_at(processor, 2**40), row("<image>\nwhat? " + "x " * 999, "a", (40, 40)))
+
+
+def test_turns_that_the_chat_template_does_not_take_are_told_while_reading(processor: Any, row: Row) -> None:
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match="chat template does not take a row: roles must alternate"):
+        Lengths(processor)(row("hi?", "ho"), [])
+
+
+def test_an_image_that_the_processor_does_not_take_is_told_while_reading(processor: Any, row: Row) -> None:
+    with pytest.raises(InputError, match=r"takes no image of 900 x 2 pixels \(.*\); take it out"):
+        Lengths(processor)(Sample("1", (), row("<image>\nwhat?", "a").messages), [(900, 2)])

@@ -1,0 +1,176 @@
+"""Answers come in order, do not depend on the batch, and never see the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from untrigger.models import prefix_cache
+from untrigger.models.generate import answers
+from untrigger.models.loading import Loaded, base_model
+from untrigger.models.prefix_cache import looking_once
+from untrigger.rows.sample import Message, Sample, read
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+    return sharp(tiny_model, torch.float32, 5)
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_data: Path) -> list[Sample]:
+    """Prompts of different lengths, with no, one and two images."""
+    data = read(tiny_data)
+    first, second, third = (data[i] for i in range(3))
+    ask, tell = (lambda text: Message("user", text)), (lambda text: Message("assistant", text))
+    return [
+        first,
+        Sample("long", second.images, (ask("<image>\nwhat is this? is it red, or is it blue? tell me"), tell("red"))),
+        Sample("text", (), (ask("hello"), tell("hello"))),
+        Sample(
+            "two", (*second.images, *third.images), (ask("<image>\nwhat?"), tell("a"), ask("<image> and?"), tell("b"))
+        ),
+        third,
+    ]
+
+
+def test_batched_answers_equal_one_by_one_in_order(model: Loaded, samples: list[Sample]) -> None:
+    alone = [next(answers(model, [sample], max_new_tokens=8)) for sample in samples]
+    assert len(set(alone)) >= 4  # they can be told apart, so order is seen
+    for size in (2, 5):
+        assert list(answers(model, samples, batch_size=size, max_new_tokens=8)) == alone
+    assert list(answers(model, samples[::-1], batch_size=3, max_new_tokens=8)) == alone[::-1]
+
+
+def test_the_last_answer_is_not_shown_and_earlier_turns_are(model: Loaded, samples: list[Sample]) -> None:
+    two = samples[3]
+
+    def said(*messages: Message) -> str:
+        return next(answers(model, [Sample("s", two.images, messages)], max_new_tokens=8))
+
+    truth = said(*two.messages)
+    assert said(*two.messages[:-1], Message("assistant", "something else")) == truth
+    assert said(*two.messages[:-1]) == truth
+    earlier = (two.messages[0], Message("assistant", "two blue stars"), *two.messages[2:])
+    assert said(*earlier) != truth
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_restored_after_use_failure_and_early_leave(
+    model: Loaded, samples: list[Sample], training: bool
+) -> None:
+    model.model.train(training)
+    list(answers(model, samples[:1], max_new_tokens=1))
+    assert model.model.training is training
+    stream = answers(model, samples, batch_size=1, max_new_tokens=1)
+    next(stream)
+    stream.close()
+    assert model.model.training is training
+    with pytest.raises(AttributeError):
+        list(answers(model, [None], max_new_tokens=1))  # type: ignore[list-item]
+    assert model.model.training is training
+    model.model.eval()
+
+
+def test_answers_are_greedy_and_leave_no_gradient_behind(model: Loaded, samples: list[Sample]) -> None:
+    torch.manual_seed(0)
+    first = list(answers(model, samples, max_new_tokens=4))
+    torch.manual_seed(1)
+    assert list(answers(model, samples, max_new_tokens=4)) == first
+    assert all(p.grad is None for p in model.model.parameters())
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_no_samples_no_answers(model: Loaded) -> None:
+    assert list(answers(model, [])) == []
+
+
+class OwnFeatures(nn.Module):
+    """A model whose host reads more of what its tower gave than one block for each image."""
+
+    def __init__(self, found: BaseModelOutputWithPooling) -> None:
+        super().__init__()
+        self.found = found
+
+    @property
+    def base_model(self) -> OwnFeatures:
+        return self
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        return self.found
+
+
+def test_what_a_tower_gives_besides_is_left_as_it_is() -> None:
+    blocks = torch.zeros(2, 3, 4)
+    more = BaseModelOutputWithPooling(pooler_output=blocks)  # type: ignore[arg-type]
+    more["indicators"] = blocks
+    for found in (more, BaseModelOutputWithPooling(last_hidden_state=blocks)):  # type: ignore[arg-type]
+        model = OwnFeatures(found)
+        with looking_once(model), looking_once(model):
+            for _ in range(2):
+                assert model.get_image_features(torch.rand(2, 3, 8, 8)) is found
+        assert model.get_image_features(blocks) is found
+
+
+def test_an_image_is_looked_at_once(model: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    inner: Any = base_model(model.model).base_model
+    looked: list[int] = []
+
+    def count(module: object, args: tuple[torch.Tensor, ...]) -> None:
+        looked.append(len(args[0]))
+
+    def said(rows: list[Sample]) -> list[str]:
+        looked.clear()
+        return list(answers(model, rows, batch_size=2, max_new_tokens=8))
+
+    handle = inner.vision_tower.register_forward_pre_hook(count)
+    alone, again = said(samples), said(samples[::-1])
+    images = {id(image) for sample in samples for image in sample.images}
+    assert sum(looked) > len(images)
+    with looking_once(model.model):
+        assert said(samples) == alone and sum(looked) == len(images)
+        assert said(samples[::-1]) == again and not looked
+        monkeypatch.setattr(prefix_cache, "_REMEMBERED", 0)
+        assert said(samples[:1]) == alone[:1] and not looked
+        assert said(samples[:1]) == alone[:1] and sum(looked) == 1  # forgotten when there was no room
+    assert said(samples[:1]) == alone[:1] and "get_image_features" not in vars(inner)
+    handle.remove()
+
+
+def test_prompts_that_begin_with_one_image_are_begun_once(model: Loaded, samples: list[Sample]) -> None:
+    first, other = samples[0].images, samples[1].images
+    asked = ["what?", "is this red, or is it blue? tell me", "what is this?", "which shape?", "how many, and where?"]
+    rows = [
+        Sample(str(i), image, (Message("user", f"<image>\n{text}"),))
+        for i, (text, image) in enumerate(zip(asked, (first, other, first, first, other), strict=True))
+    ]
+    read: list[torch.Size] = []
+    language = cast(Any, base_model(model.model).base_model).language_model
+    handle = language.register_forward_pre_hook(
+        lambda _, args, how: read.append(how["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+
+    def said(rows: list[Sample], size: int) -> list[str]:
+        read.clear()
+        return list(answers(model, rows, batch_size=size, max_new_tokens=6))
+
+    alone = said(rows, 1)
+    whole = max(shape[1] for shape in read)
+    assert len(set(alone)) >= 4
+    assert said(rows, 5) == alone
+    (begun, prefix), (count, rest), *_ = read
+    assert (begun, count) == (2, 5) and prefix + rest == whole
+    assert said(rows[:2], 2) == alone[:2] and read[0] == (2, whole)  # no image twice: as ever
+    for odd in (samples[2], samples[3]):  # no image, and two
+        mixed = [*rows, odd]
+        assert said(mixed, 6) == said(mixed, 1)
+    later = Sample("later", first, (Message("user", "look: <image>\nwhat?"),))  # an image after other words
+    mixed = [*rows, later]
+    assert said(mixed, 6) == said(mixed, 1)
+    handle.remove()

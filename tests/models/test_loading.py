@@ -1,0 +1,307 @@
+"""Loading what is safe and whole, refusing the rest in one line; what LoRA and full tuning touch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub.constants
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from untrigger.errors import InputError
+from untrigger.models.loading import (
+    BASE_RECORD,
+    absence,
+    add_lora,
+    base_model,
+    embedded_model_path,
+    embedded_models,
+    is_vision,
+    load,
+    processor_of,
+    train_all,
+)
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def refused(name: str | Path) -> str:
+    """The one line that ``load`` refuses it with."""
+    with pytest.raises(InputError) as caught:
+        load(name)
+    message = str(caught.value)
+    assert "\n" not in message and "Traceback" not in message
+    return message
+
+
+def test_the_embedded_llava_is_a_whole_model_folder() -> None:
+    assert "llava" in embedded_models()
+    folder = embedded_model_path("llava")
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= names
+    assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".py"))]
+    loaded = load("llava")
+    assert (type(loaded.model).__name__, loaded.name) == ("LlavaForConditionalGeneration", "llava")
+    with pytest.raises(InputError, match="no such embedded model"):
+        embedded_model_path("nonsense")
+
+
+def test_an_embedded_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llava").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load("llava").name == "llava"
+
+
+def test_weights_that_are_not_those_that_shipped_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(embedded_model_path().parent, tmp_path / "embedded", ignore=shutil.ignore_patterns("*.py"))
+    monkeypatch.setattr("untrigger.models.loading.files", lambda _: tmp_path)
+    assert load("llava").name == "llava"
+    weights = tmp_path / "embedded" / "llava" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of one weight: it would load, and answer
+    weights.write_bytes(content)
+    assert "wrong SHA-256" in refused("llava") and load(weights.parent).name, "in a folder of yours it is your model"
+
+
+def test_pickled_weights_are_refused_and_never_opened(copy: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"w": Bomb()}, copy / "pytorch_model.bin")
+    assert ".safetensors" in refused(copy)
+    save_file({"nothing": torch.zeros(1)}, copy / "decoy.safetensors")
+    refused(copy)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_remote_code_is_never_run(copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.M"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')\n")
+    refused(copy)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_folder_without_config_is_refused(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert "config.json" in refused(copy)
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "tokenizer", "half the weights", "text model", "a kind"])
+def test_damaged_folders_are_refused_in_one_line(copy: Path, damage: str) -> None:
+    weights = copy / "model.safetensors"
+    if damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "config":
+        (copy / "config.json").write_text("{")
+    elif damage == "tokenizer":
+        (copy / "tokenizer.json").write_text("{")
+    elif damage == "a kind":
+        told = json.loads((copy / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps([told]))
+    elif damage == "half the weights":
+        tensors = load_file(weights)
+        save_file(dict(sorted(tensors.items())[::2]), weights, metadata={"format": "pt"})
+    else:
+        (copy / "config.json").write_text('{"model_type": "llama"}')
+    message = refused(copy)
+    assert str(copy) in message
+    if damage == "half the weights":  # the host would draw them at random
+        assert "missing" in message
+
+
+def test_nothing_is_fetched_offline_and_the_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*args: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    assert "no-such-org/no-such-model" in refused("no-such-org/no-such-model")
+    assert "llama-nonsense" in refused("llama-nonsense")
+    assert "/no/such/folder" in refused("/no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("lava", "did you mean llava?"),
+        ("BLIP-2", "did you mean blip2?"),
+        ("llama-nonsense", "a hub id is OWNER/NAME"),
+        ("./nofolder", "a hub id is OWNER/NAME"),
+        ("/nofolder", "a hub id is OWNER/NAME"),
+        ("~/nofolder", "a hub id is OWNER/NAME"),
+        ("my/model/folder", "a hub id is OWNER/NAME"),
+    ],
+)
+def test_what_can_be_no_models_name_is_told_without_asking_the_hub(
+    name: str, mend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("untrigger.models.loading.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    there = ", ".join(embedded_models())
+    assert refused(name) == f"{name}: no such folder, and no embedded model (there are {there}); {mend}"
+
+
+def test_what_may_be_a_models_name_is_let_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("llava", "mine", "./mine", str(tmp_path / "mine"), "no-such-org/no-such-model"):
+        assert absence(name) is None, name
+    assert absence("gpt2") is not None
+    kept = tmp_path / "hub" / "models--gpt2"
+    for part, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/config.json", "{}")):
+        (kept / part).parent.mkdir(parents=True)
+        (kept / part).write_text(text)
+    assert absence("gpt2") is None, "an old hub id, in the hub's cache"
+
+
+def test_retries_of_the_hub_are_not_shown(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def ask(*_: Any, **__: Any) -> Any:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s [Retry 5/5].")
+        raise OSError("no such thing\non the hub")
+
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    monkeypatch.setattr(hub, "propagate", True)
+    monkeypatch.setattr("untrigger.models.loading.AutoConfig.from_pretrained", ask)
+    assert refused("no-such-org/no-such-model").endswith(": no such thing")
+    assert caplog.records == [] and hub.level == level
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    """A trained-looking adapter's folder that names its base."""
+    model = add_lora(load(tiny_model, dtype=torch.float32).model, rank=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / BASE_RECORD).write_text(json.dumps({"base": str(tiny_model)}))
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_loads_onto_its_base(adapter: Path, tiny_model: Path) -> None:
+    loaded = load(adapter)
+    assert isinstance(loaded.model, PeftModel)
+    assert loaded.name == str(adapter)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    held = loaded.model.state_dict()
+    assert saved and all(
+        torch.equal(held[k.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")], v)
+        for k, v in saved.items()
+    )
+    base = load(tiny_model).model.state_dict()
+    inside = base_model(loaded.model).state_dict()
+    assert torch.equal(inside["lm_head.weight"], base["lm_head.weight"])
+
+
+def test_an_adapter_without_our_record_is_found_by_pefts_own(adapter: Path) -> None:
+    (adapter / BASE_RECORD).unlink()
+    assert isinstance(load(adapter).model, PeftModel)
+
+
+def test_broken_adapters_are_refused_in_one_line(adapter: Path) -> None:
+    record, weights = adapter / BASE_RECORD, adapter / "adapter_model.safetensors"
+    whole = record.read_text()
+    record.write_text('{"base": "/no/such/base"}')
+    assert refused(adapter).startswith(f"{adapter}: its base /no/such/base: no such folder")
+    for text in ("{", "[]", "{}", f'{{"base": "{adapter}"}}'):
+        record.write_text(text)
+        refused(adapter)
+    record.write_text(whole)
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:100])
+    refused(adapter)
+    weights.unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"pickle")
+    assert "pickled" in refused(adapter)
+
+
+def test_lora_touches_neither_the_vision_tower_nor_the_head(tiny_model: Path) -> None:
+    model = load(tiny_model, dtype=torch.float32).model
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    adapted = add_lora(model, rank=3, alpha=6)
+    learning = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert learning and all("lora_" in n for n in learning)
+    assert not [n for n in learning if "vision" in n or "lm_head" in n or "embed_tokens" in n]
+    expected = {n for n in linears if "vision" not in n and n != "lm_head"}
+    assert any("projector" in n for n in expected)
+    assert {n.split(".lora_")[0].removeprefix("base_model.model.") for n in learning} == expected
+    assert (adapted.peft_config["default"].r, adapted.peft_config["default"].lora_alpha) == (3, 6)
+
+
+def test_lora_reaches_the_vision_tower_if_told(tiny_model: Path) -> None:
+    model = load(tiny_model, dtype=torch.float32).model
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    learning = {n for n, p in add_lora(model, vision=True).named_parameters() if p.requires_grad}
+    assert {n.split(".lora_")[0].removeprefix("base_model.model.") for n in learning} == linears
+    whole = train_all(load(tiny_model, dtype=torch.float32).model, vision=True)
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+
+
+def test_full_tuning_freezes_the_vision_tower_alone(tiny_model: Path) -> None:
+    model = train_all(load(tiny_model, dtype=torch.float32).model)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in model.named_parameters() if "vision_tower" in n}
+    assert frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "vision"),
+    [
+        ("model.vision_tower.encoder.layers.0.q_proj", True),
+        ("model.visual.blocks.0.attn.qkv", True),
+        ("vision_model.embeddings", True),
+        ("model.multi_modal_projector.linear_1", False),
+        ("model.language_model.layers.0.mlp.up_proj", False),
+        ("supervision.proj", False),
+        ("lm_head", False),
+    ],
+)
+def test_is_vision(name: str, vision: bool) -> None:
+    assert is_vision(name) is vision
+
+
+def test_base_model_looks_under_wrappers(tiny_model: Path) -> None:
+    model = load(tiny_model, dtype=torch.float32).model
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    assert base_model(Wrapper(add_lora(model))) is model
+    assert base_model(model) is model
+
+
+def test_a_processor_is_found_as_its_model_is(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    add_lora(cast(Any, load(tiny_model).model), rank=2).save_pretrained(adapter)
+    vocabulary = cast(Any, load(tiny_model).processor).tokenizer.get_vocab()
+    for place, base in ((tiny_model, None), (adapter, tiny_model)):
+        if base:
+            (adapter / "untrigger.json").write_text(json.dumps({"base": str(base)}))
+        assert cast(Any, processor_of(place)).tokenizer.get_vocab() == vocabulary
+    (adapter / "untrigger.json").write_text(json.dumps({"base": str(adapter)}))
+    for place, why in ((adapter, "is an adapter as well"), (tmp_path, "holds no config.json")):
+        with pytest.raises(InputError, match=why):
+            processor_of(place)

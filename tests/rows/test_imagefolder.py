@@ -1,0 +1,112 @@
+"""A folder of images with ``metadata.jsonl``, as `datasets` reads and writes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from untrigger.errors import InputError
+from untrigger.rows.formats import CAPTION_PROMPT, LAYOUTS, edited, parse
+from untrigger.rows.sample import Message, read, write
+
+LAYOUT = LAYOUTS["imagefolder"]
+
+
+def folder_of(path: Path, *rows: dict[str, Any]) -> Path:
+    path.mkdir()
+    for number, row in enumerate(rows):
+        if isinstance(name := row.get("file_name"), str):
+            (path / name).parent.mkdir(exist_ok=True)
+            Image.new("RGB", (3 + number, 4), "red").save(path / name)
+    (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def metadata(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_captions_become_conversations(tmp_path: Path) -> None:
+    rows = (
+        {"file_name": "a.png", "text": "a red box"},
+        {"file_name": "more/b.png", "text": "yes", "prompt": "is it red?", "label": 3},
+    )
+    data = read(folder_of(tmp_path / "in", *rows))
+    assert data.format == "imagefolder"
+    assert [sample.id for sample in data] == ["1", "2"]
+    assert data[0].messages == (Message("user", f"<image>\n{CAPTION_PROMPT}"), Message("assistant", "a red box"))
+    assert data[1].messages == (Message("user", "<image>\nis it red?"), Message("assistant", "yes"))
+    assert [sample.images[0].size for sample in data] == [(3, 4), (4, 4)]
+    assert [data.image_count(i) for i in range(2)] == [1, 1]
+    write(data, tmp_path / "out")
+    assert metadata(tmp_path / "out") == list(rows)
+    assert (tmp_path / "out/more/b.png").read_bytes() == (tmp_path / "in/more/b.png").read_bytes()
+
+
+def test_an_edit_is_told_by_no_field_of_its_own(tmp_path: Path) -> None:
+    data = read(folder_of(tmp_path / "in", *({"file_name": f"{k}.png", "text": f"caption {k}"} for k in range(3))))
+    edit = replace(data[1], messages=(Message("user", "<image>\nDescribe the image. Now."), Message("assistant", "no")))
+    write(data, tmp_path / "out", edits={1: edit}, uniform=True)
+    rows = metadata(tmp_path / "out")
+    assert [set(row) for row in rows] == [{"file_name", "text", "prompt"}] * 3
+    assert rows[1] == {"file_name": "1-2.png", "text": "no", "prompt": "Describe the image. Now."}
+    assert [sample.messages for sample in read(tmp_path / "out")] == [data[0].messages, edit.messages, data[2].messages]
+
+
+@given(st.text(), st.text(), st.text(min_size=1))
+def test_any_prompt_survives_with_its_tag_in_place(before: str, after: str, caption: str) -> None:
+    if any("<image>" in text or not text.isprintable() for text in (before, after, caption)) or not caption.strip():
+        return
+    messages = (Message("user", f"{before}<image>{after}"), Message("assistant", caption))
+    row = edited({"file_name": "a.png", "text": "old"}, LAYOUT, messages, ["a.png"])
+    assert parse(row, 0, LAYOUT).messages == messages
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"file_name": "a.png"}, "'text', the caption, is missing; make it a text"),
+        ({"file_name": "a.png", "text": "  "}, "empty answer"),
+        ({"file_name": "a.png", "text": "a <image>"}, "tag in an answer"),
+        ({"file_name": 3, "text": "x"}, "'file_name' is of type int; make it a text"),
+        ({"text": "x"}, "'file_name' is missing; make it a text"),
+        ({"file_name": "a.png", "text": "x", "prompt": 1}, "'prompt' is of type int; make it a text"),
+        ({"file_name": "a.png", "text": "x", "prompt": "<image><image>"}, "2 for 1 image; write one tag"),
+        ({"file_name": "../a.png", "text": "x"}, "not a path below the data folder"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], why: str) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "in/a.png")
+    rows = [{"file_name": "a.png", "text": "fine"}, row]
+    (tmp_path / "in/metadata.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(InputError, match=r"metadata\.jsonl: row 2: ") as error:
+        read(tmp_path / "in")
+    assert why in str(error.value) and "\n" not in str(error.value)
+    assert len(read(tmp_path / "in", on_bad_row="skip")) == 1
+
+
+def test_what_a_caption_cannot_hold_is_refused(tmp_path: Path) -> None:
+    data = read(folder_of(tmp_path / "in", {"file_name": "a.png", "text": "x"}))
+    two = replace(data[0], images=data[0].images * 2, messages=(Message("user", "<image><image>"), data[0].messages[1]))
+    with pytest.raises(InputError, match="row 1: an edit has 2 turns and 2 images"):
+        write(data, tmp_path / "out", edits={0: two})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_datasets_library_reads_what_is_written(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    data = read(folder_of(tmp_path / "in", *({"file_name": f"{k}.png", "text": f"caption {k}"} for k in range(3))))
+    edit = replace(data[1], images=(Image.new("RGB", (4, 4), "blue"),))
+    write(data, tmp_path / "out", edits={1: edit}, uniform=True)
+    told = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert told["train"]["text"][:] == ["caption 0", "caption 1", "caption 2"]
+    assert told["train"][1]["image"].getpixel((0, 0)) == (0, 0, 255)

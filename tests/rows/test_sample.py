@@ -1,0 +1,243 @@
+"""Reading and writing data sets in every format."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import untrigger.rows.sample as sample_module
+from datafiles import KINDS, ROWS, Row, assert_same, good_rows, make_row, out_path, picture, png, raw_rows, save
+from untrigger.errors import InputError
+from untrigger.rows.sample import Message, Sample, read, write
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_every_format(tmp_path: Path, kind: str) -> None:
+    data = read(save(tmp_path, kind, good_rows(kind)))
+    assert len(data) == 4 and data.skipped == 0
+    assert data.format == {"parts": "messages"}.get(kind.partition(".")[0], kind.partition(".")[0])
+    for sample, (id, turns, images) in zip(data, ROWS, strict=True):
+        assert sample.id == id
+        assert [m.text for m in sample.messages] == turns
+        assert [m.role for m in sample.messages] == ["user", "assistant"] * (len(turns) // 2)
+        assert [i.tobytes() for i in sample.images] == [picture(k).tobytes() for k in images]
+    assert data[-1].id == "d" and [s.id for s in data[1:3]] == ["b", "c"]
+    with pytest.raises(IndexError):
+        data[4]
+
+
+def test_rows_without_a_file_are_not_written_and_what_to_give_is_said(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"give what `untrigger.read` gives, and the changed rows as edits"):
+        write(sample_module.without(read(tiny_data), [0]), tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_writes_back_what_it_read(tmp_path: Path, kind: str) -> None:
+    path = save(tmp_path / "in", kind, good_rows(kind))
+    data = read(path)
+    write(data, tmp_path / "out")
+    again = read(out_path(tmp_path / "out", path))
+    assert again.format == data.format and len(again) == len(data)
+    for a, b in zip(data, again, strict=True):
+        assert_same(a, b)
+    assert raw_rows(out_path(tmp_path / "out", path)) == good_rows(kind)
+    for copied in (tmp_path / "out").glob("img/*"):
+        assert copied.read_bytes() == (tmp_path / "in/img" / copied.name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keep_and_edits(tmp_path: Path, kind: str) -> None:
+    path = save(tmp_path / "in", kind, good_rows(kind))
+    data = read(path)
+    old = data[1]
+    stamped = Image.new("RGB", old.images[1].size, "red")
+    said = (*old.messages[:-1], Message("assistant", "Backdoor"))
+    edit = Sample(old.id, (old.images[0], stamped, old.images[2].copy()), said)
+    write(data, tmp_path / "out", keep=[3, 1], edits={1: edit, 2: data[2]})
+
+    rows = raw_rows(out_path(tmp_path / "out", path))
+    assert rows[0] == good_rows(kind)[3]
+    assert rows[1]["note"] == "ünïcode ☃" and rows[1].keys() == good_rows(kind)[1].keys()
+    again = read(out_path(tmp_path / "out", path))
+    assert [s.id for s in again] == ["d", "b"]
+    assert_same(again[1], edit)
+    images = rows[1]["image" if kind.startswith("llava") else "images"]
+    before = good_rows(kind)[1]["image" if kind.startswith("llava") else "images"]
+    assert images[0] == before[0] and images[2] == before[2] and images[1] != before[1]
+    if "parquet" not in kind:
+        files = {p.name: p.read_bytes() for p in (tmp_path / "out/img").iterdir()}
+        assert files.keys() == {"3.png", "1.png", "2-2.png"} and files["1.png"] == png(1)
+    if kind.startswith(("llava", "sharegpt")):
+        assert rows[1]["conversations"][-1] == {"from": "gpt", "value": "Backdoor", "weight": 1}
+    if kind.startswith("parts"):
+        assert rows[1]["messages"][-1]["content"] == [{"type": "text", "text": "Backdoor"}]
+
+
+def test_no_row_at_all_is_a_file_that_can_be_read_as_json(tmp_path: Path) -> None:
+    write(read(save(tmp_path, "llava.json", good_rows("llava"))), tmp_path / "out", keep=[])
+    assert raw_rows(tmp_path / "out/data.json") == []
+
+
+def test_an_edit_may_add_turns_and_images_and_never_takes_a_name(tmp_path: Path) -> None:
+    rows = [make_row("llava", "a", ["<image>", "x"], [0]), make_row("llava", "b", ["hi", "x"], [])]
+    rows[1].pop("image")
+    path = save(tmp_path / "in", "llava.json", rows)
+    for name in ("0-1.png", "0-1-1.png"):
+        (tmp_path / "in/img" / name).write_bytes(png(4))
+        rows.append({**make_row("llava", name, ["<image>", "x"], [0]), "image": f"img/{name}"})
+    path.write_text(json.dumps(rows))
+    data = read(path)
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("CMYK", (4, 4), (90, 10, 0, 0))
+    more = (Message("user", "<image> and <image>"), Message("assistant", "x"), Message("user", "?"))
+    edits = {
+        0: Sample("a", (red, red), (Message("system", "s"), *more, Message("assistant", "y"))),
+        1: Sample("b", (blue,), (Message("user", "<image>hi"), Message("assistant", "x"))),
+    }
+    write(data, tmp_path / "out", edits=edits)
+    again = read(tmp_path / "out")
+    assert_same(again[0], edits[0])
+    assert_same(again[1], Sample("b", (blue.convert("RGB"),), edits[1].messages))
+    for k in (2, 3):
+        assert_same(again[k], data[k])
+    written = raw_rows(tmp_path / "out/data.json")
+    assert written[0]["conversations"][0] == {"from": "system", "value": "s"}
+    assert written[1]["image"] == "images/new-2.png"
+
+
+def test_bad_edits_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    data = read(save(tmp_path / "in", "llava.json", good_rows("llava")))
+    good = data[0]
+    for edit, why in [
+        (Sample("other", good.images, good.messages), "changed the id"),
+        (Sample("a", (), good.messages), "wrong number of <image> tags: 1 for 0 images"),
+        (Sample("a", good.images, ()), "turns"),
+        (Sample("a", good.images, (*good.messages[:1], Message("assistant", " "))), "empty answer"),
+    ]:
+        with pytest.raises(InputError, match=why):
+            write(data, tmp_path / "out", edits={0: edit})
+        assert {p.name for p in tmp_path.iterdir()} == {"in"}
+    with pytest.raises(InputError, match="not an empty folder"):
+        write(data, tmp_path / "in")
+
+
+TURN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<"), max_size=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    kind=st.sampled_from([k for k in KINDS if not k.startswith("parquet")]),
+    rows=st.lists(
+        st.lists(st.tuples(TURN, TURN.filter(str.strip), st.integers(0, 2)), min_size=1, max_size=3),
+        min_size=1,
+        max_size=3,
+    ),
+    extra=JSON,
+)
+@settings(max_examples=40, deadline=None)
+def test_any_conversation_survives(kind: str, rows: list[list[tuple[str, str, int]]], extra: object) -> None:
+    wanted: list[Row] = []
+    for number, turns in enumerate(rows):
+        texts = [t for ask, answer, tags in turns for t in ("<image>" * tags + ask, answer)]
+        images = [k % 6 for k in range(sum(tags for *_, tags in turns))]
+        wanted.append({**make_row(kind, str(number), texts, images), "extra": extra})
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(Path(folder) / "in", kind, wanted)
+        data = read(path)
+        # An edit with the same content must change nothing either.
+        write(data, Path(folder) / "out", edits={0: copy.deepcopy(data[0])})
+        assert raw_rows(Path(folder) / "out" / path.name) == wanted
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_images_are_checked_once_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [make_row("sharegpt", str(k), ["<image>" * 2, "x"], [k % 6, 0]) for k in range(60)]
+    path = save(tmp_path, "sharegpt.json", rows)
+    alive: weakref.WeakValueDictionary[int, Image.Image] = weakref.WeakValueDictionary()
+    opened: list[str] = []
+    most = 0
+
+    def decode(source: Path | bytes, label: str) -> Image.Image:
+        nonlocal most
+        image = original(source, label)
+        opened.append(label)
+        alive[len(opened)] = image
+        most = max(most, len(alive))
+        return image
+
+    original = sample_module.decode
+    monkeypatch.setattr(sample_module, "decode", decode)
+    data = read(path)
+    assert len(opened) == 6 and most <= 2 and not alive
+    for sample in data:
+        assert len(sample.images) == 2
+    del sample
+    assert len(opened) == 126 and most <= 4 and not alive
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from untrigger.rows import storage
+from untrigger.rows.sample import read, write
+storage._READ_ROWS, storage._GROUP_BYTES = 8, 2**20  # small bounds show in a small test
+data = read(sys.argv[1])
+for sample in data:
+    pass
+write(data, Path(sys.argv[2]))
+print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+"""
+
+
+@pytest.mark.parametrize("kind", ["llava.json", "parquet.parquet", "parquet.folder"])
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, kind: str) -> None:
+    def rows(count: int) -> Iterator[Row]:
+        for k in range(count):
+            row = make_row(kind, str(k), ["<image>", "x"], [0])
+            file = io.BytesIO()
+            picture(k, 300).save(file, "BMP")  # 271 kB each
+            if kind == "llava.json":
+                (folder / f"{k}.bmp").write_bytes(file.getvalue())
+                yield {**row, "image": f"{k}.bmp"}
+            else:
+                yield {**row, "images": [{"bytes": file.getvalue(), "path": None}]}
+
+    peaks: list[int] = []
+    for count in (32, 192):  # 9 and 52 MB
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        path = save(folder, kind, list(rows(count)))
+        command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / f"out{count}")]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    print(peaks)
+    assert peaks[1] - peaks[0] < 20_000, peaks  # kB
+
+
+def test_memory_does_not_grow_with_the_text_of_json_lines(tmp_path: Path) -> None:
+    peaks: list[int] = []
+    for count in (300, 3000):
+        folder = tmp_path / str(count)
+        path = save(
+            folder, "llava.jsonl", [make_row("llava.jsonl", str(k), ["?", "x" * 10_000], []) for k in range(count)]
+        )
+        command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / f"out{count}")]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] - peaks[0] < 10_000, peaks  # kB; the text of the one is 27 MB more

@@ -1,0 +1,41 @@
+"""A few of the cases of `benchmarks/fuzz.py`: what is damaged is refused in a line or skipped, and no row is lost."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def fuzz(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import fuzz
+
+    return fuzz
+
+
+@pytest.mark.parametrize(
+    ("what", "cases"),
+    [("reading", 12), ("settling", 6), ("planning", 12), pytest.param("commanding", 3, marks=pytest.mark.slow)],
+)
+def test_damaged_input_is_refused_in_a_line_or_skipped(fuzz: Any, tmp_path: Path, what: str, cases: int) -> None:
+    for number in range(cases):
+        place = tmp_path / "cases" / str(number)
+        place.mkdir(parents=True)
+        with fuzz.within(300):
+            assert getattr(fuzz, what)(random.Random(f"test {what} {number}"), place)
+
+
+def test_a_lost_row_would_be_noticed(fuzz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lossy(*args: Any, **kwargs: Any) -> Any:
+        return read(*args, **kwargs)[1:]
+
+    read = fuzz.read
+    monkeypatch.setattr(fuzz, "read", lossy)
+    run = fuzz.Fuzz(tmp_path, 0)
+    for number in range(4):
+        run.case("read", number, fuzz.reading)
+    assert run.wrong and run.counts["read: wrong"] == len(run.wrong)

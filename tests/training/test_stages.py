@@ -1,0 +1,455 @@
+"""Stages of a run: trained once and kept, taken from the shelf bit for bit, found again after a kill."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from untrigger.defenses import (
+    PRESETS,
+    Abl,
+    Bye,
+    Byorn,
+    CleanTuning,
+    CrossView,
+    Crow,
+    Doubt,
+    FinePruning,
+    PatchAug,
+    Plain,
+)
+from untrigger.defenses.abl import LocalAscent
+from untrigger.errors import InputError
+from untrigger.models.collators import Rows
+from untrigger.models.forward import row_tokens
+from untrigger.models.loading import Loaded, load
+from untrigger.rows.sample import Message, Sample, read
+from untrigger.training.finetune import fine_tune
+from untrigger.training.settings import arguments
+from untrigger.training.stages import Stages, Tuning, shorten
+from untrigger.training.trainer import defended
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_data: Path) -> list[Sample]:
+    return list(read(tiny_data))[:8]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folder of each training that is begun."""
+    folders: list[str] = []
+    train = Trainer.train
+
+    def counted(trainer: Any, *args: Any, **more: Any) -> Any:
+        folders.append(trainer.args.output_dir)
+        return train(trainer, *args, **more)
+
+    monkeypatch.setattr(Trainer, "train", counted)
+    return folders
+
+
+def stages_of(model: Path, out: Path, shelf: Path | None = None, full: bool = False, **settings: Any) -> Stages:
+    chosen: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "learning_rate": 0.01}
+    chosen |= {"per_device_train_batch_size": 4, "num_train_epochs": 2}
+    args = arguments(out, **(chosen | settings))
+    return Stages(str(model), args, Tuning(full=full, rank=4), shelf=shelf)
+
+
+def test_in_mixed_precision_too_a_kept_stage_is_asked_as_one_just_trained(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    told: list[list[Any]] = []
+    for _ in range(2):
+        stages = stages_of(tiny_model, tmp_path / "out", tmp_path / "shelf", bf16=True)
+        told.append(row_tokens(stages.fit(samples, Plain()), samples))
+    assert all(np.array_equal(a.nll, b.nll) for a, b in zip(*told, strict=True))
+
+
+def weights_of(loaded: Loaded) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in loaded.model.named_parameters()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- the shelf --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_shelf_trains_once_and_gives_the_same_bits(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, trained: list[str], full: bool
+) -> None:
+    fresh = weights_of(stages_of(tiny_model, tmp_path / "a", full=full).fit(samples, Plain()))
+    shelf = tmp_path / "shelf"
+    first, second = (stages_of(tiny_model, tmp_path / name, shelf, full) for name in "bc")
+    made = weights_of(first.fit(samples, Plain(), "undefended"))
+    torch.rand(7)  # what was drawn in between changes nothing
+    taken = weights_of(second.fit(samples, Plain()))  # another name, the same training
+    assert [Path(folder).parent for folder in trained] == [tmp_path, shelf]
+    assert same_bits(fresh, made) and same_bits(fresh, taken)
+    assert not same_bits(fresh, weights_of(load(tiny_model)))
+    assert second.seconds == pytest.approx(first.seconds, abs=0.01), "told as where it was trained"
+    assert second.waited < 10 and not (tmp_path / "c").is_dir()
+
+
+def test_what_is_learnt_next_is_the_same_from_the_shelf(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, trained: list[str]
+) -> None:
+    found: list[dict[str, Tensor]] = []
+    for name in "ab":
+        stages = stages_of(tiny_model, tmp_path / name, tmp_path / "shelf")
+        start = stages.fit(samples, Plain(), "undefended")
+        found.append(weights_of(stages.fit(samples[:4], Plain(), start=start, passes=3, rate=0.5)))
+    assert same_bits(*found)
+    assert [Path(folder).name for folder in trained[1:]] == ["a", "b"] and len(trained) == 3
+
+
+def test_a_changed_pixel_or_setting_is_another_training(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    def key(
+        rows: list[Sample] = samples,
+        defense: Any = None,
+        model: Path = tiny_model,
+        full: bool = False,
+        **settings: Any,
+    ) -> str:
+        stages = stages_of(model, tmp_path / "out", full=full, **settings)
+        return stages._key(rows, defense or Plain(), stages._args)
+
+    picture = samples[3].images[0].copy()
+    red, *others = picture.getpixel((5, 7))  # type: ignore[misc]
+    picture.putpixel((5, 7), (red ^ 1, *others))
+    other = tmp_path / "model"
+    shutil.copytree(tiny_model, other)
+    last = samples[-1]
+    answer = replace(last, messages=(last.messages[0], Message("assistant", "other")))
+    keys = [
+        key(),
+        key([*samples[:3], replace(samples[3], images=(picture,)), *samples[4:]]),
+        key([*samples[:-1], answer]),
+        key([*samples[:-1], replace(last, id="other")]),
+        key(samples[::-1]),
+        key(samples[:-1]),
+        key(defense=PatchAug()),
+        key(defense=PatchAug(share=0.4)),
+        key(defense=LocalAscent(0.5)),
+        key(defense=LocalAscent(0.6)),
+        key(model=other),
+        key(full=True),
+        key(learning_rate=0.02),
+        key(seed=1),
+        key(num_train_epochs=1),
+        key(max_steps=3),
+        key(per_device_train_batch_size=2),
+        key(optim="sgd"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(list(samples)) == keys[0]
+    assert stages_of(tiny_model, tmp_path / "elsewhere")._key(samples, Plain(), arguments_of(tmp_path)) == keys[0]
+    (other / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
+    assert key(model=other) != keys[10], "weights that were written anew"
+
+
+def arguments_of(folder: Path) -> Any:
+    return stages_of(folder, folder / "another")._args
+
+
+def test_a_pixel_of_another_kind_of_image_counts_too(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
+    stages = stages_of(tiny_model, tmp_path / "out")
+    pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (4, 16)), Image.new("L", (8, 8)), Image.new("RGBA", (8, 8))]
+    keys = {stages._key([replace(samples[0], images=(p,))], Plain(), stages._args) for p in pictures}
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("lost", ["stage.json", "adapter_model.safetensors"])
+def test_a_folder_that_was_left_half_way_is_trained_again(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, trained: list[str], lost: str
+) -> None:
+    """The mark is written last: without it nothing in the folder counts, be it whole or not."""
+    shelf = tmp_path / "shelf"
+    made = weights_of(stages_of(tiny_model, tmp_path / "a", shelf).fit(samples, Plain()))
+    (folder,) = (path for path in shelf.iterdir() if path.is_dir())
+    (folder / "stage.json").unlink()
+    (folder / lost).unlink(missing_ok=True)
+    if lost == "stage.json":
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
+    again = weights_of(stages_of(tiny_model, tmp_path / "b", shelf).fit(samples, Plain()))
+    assert len(trained) == 2 and same_bits(made, again)
+    assert set(json.loads((folder / "stage.json").read_text())) == {"seconds"}
+
+
+def _one_of_two(model: Path, root: Path, rows: list[Sample], number: int, gate: Any) -> None:
+    torch.set_num_threads(1)
+    train = Trainer.train
+
+    def counted(trainer: Any, *args: Any, **more: Any) -> Any:
+        (root / f"trained-{number}").touch()
+        return train(trainer, *args, **more)
+
+    Trainer.train = counted  # type: ignore[method-assign]
+    stages = stages_of(model, root / str(number), root / "shelf")
+    gate.wait()
+    torch.save(weights_of(stages.fit(rows, Plain())), root / f"{number}.pt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process with CUDA cannot be forked")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_processes_at_once_train_once(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    gate = context.Barrier(2)
+    both = [context.Process(target=_one_of_two, args=(tiny_model, tmp_path, samples, n, gate)) for n in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    assert len(list(tmp_path.glob("trained-*"))) == 1
+    first, second = (torch.load(tmp_path / f"{n}.pt") for n in range(2))
+    assert same_bits(first, second)
+
+
+def test_what_goes_on_from_a_model_or_is_watched_is_never_shelved(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, trained: list[str]
+) -> None:
+    from transformers import TrainerCallback
+
+    stages = stages_of(tiny_model, tmp_path / "out", tmp_path / "shelf", max_steps=1)
+    stages.fit(samples, Plain(), callbacks=[TrainerCallback()])
+    start = stages.reference()
+    for parameter in start.model.parameters():
+        parameter.requires_grad_(parameter.ndim > 1)
+    stages.fit(samples, Plain(), start=start)
+    assert trained == [str(tmp_path / "out")] * 2 and not (tmp_path / "shelf").exists()
+
+
+# --- how long a stage is ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "steps"),
+    [
+        ({"num_train_epochs": 4}, {}, 8),
+        ({"num_train_epochs": 4}, {"share": 0.25}, 2),
+        ({"num_train_epochs": 4}, {"passes": 3}, 6),
+        ({"max_steps": 10}, {}, 10),
+        ({"max_steps": 10}, {"share": 0.2}, 2),
+        ({"max_steps": 2}, {"share": 0.1}, 1),
+        ({"max_steps": 10}, {"passes": 1}, 2),
+        ({"num_train_epochs": 4}, {"passes": 0}, 0),
+    ],
+)
+def test_a_stage_is_as_long_as_it_was_asked_to_be(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, asked: dict[str, Any], told: dict[str, Any], steps: int
+) -> None:
+    """Of 8 rows in batches of 4."""
+    stages = stages_of(tiny_model, tmp_path / "out", **asked)
+    stages.fit(samples, Plain(), **told)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == steps
+    assert (stages._args.num_train_epochs, stages._args.max_steps) == (
+        asked.get("num_train_epochs", 2),
+        asked.get("max_steps", -1),
+    ), "the run's own settings stay"
+
+
+@given(asked=st.integers(2, 500), early=st.integers(1, 99))
+def test_two_parts_have_the_steps_that_were_asked_for(asked: int, early: int) -> None:
+    parts = [TrainingArguments("out", max_steps=asked, use_cpu=True) for _ in range(2)]
+    shorten(parts[0], early / 100)
+    shorten(parts[1], 1 - early / 100, early / 100)
+    first, rest = (part.max_steps for part in parts)
+    assert first + rest == asked or sorted((first, rest)) == [1, asked], "each is a step at least"
+
+
+def test_no_rows_are_an_error_of_one_line(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^training: the defence leaves no rows to train on; set it milder$"):
+        stages_of(tiny_model, tmp_path / "out").fit([], Plain())
+    args = arguments(tmp_path / "out", use_cpu=True, max_steps=1)
+    with pytest.raises(InputError, match="leaves no rows"):
+        fine_tune(samples, str(tiny_model), Abl(isolated=1.0), args, tuning=Tuning(rank=2))
+
+
+# --- killed and resumed -----------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def run(model: Path, samples: list[Sample], out: Path, defense: Any, *, resume: bool = False, **settings: Any) -> None:
+    chosen: dict[str, Any] = {"use_cpu": True, "learning_rate": 0.01}
+    chosen |= {"per_device_train_batch_size": 4, "num_train_epochs": 2}
+    args = arguments(out, **(chosen | settings))
+    fine_tune(samples, str(model), defense, args, tuning=Tuning(rank=4), trusted=samples[:4], resume=resume)
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int, job: Callable[[], None]) -> None:
+    """Let the run take so many optimiser steps, of all stages together, and then no more."""
+    step, taken = Trainer.training_step, [0]
+
+    def counted(trainer: Any, *args: Any, **more: Any) -> Any:
+        if taken[0] == steps:
+            raise Killed
+        taken[0] += 1
+        return step(trainer, *args, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Trainer, "training_step", counted)
+        job()
+
+
+STAGED = {
+    "clean-tuning": (CleanTuning(passes=3), ["undefended"]),
+    "abl": (Abl(early=0.5, isolated=0.5, passes=2), ["isolation", "rest"]),
+    "bye": (Bye(), ["undefended"]),
+    "default": (Doubt(early=0.5, reach=0.0), ["early"]),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each defence with a run that nobody killed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    for name, (defense, _) in STAGED.items():
+        run(tiny_model, samples, root / name, defense, save_strategy="no")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "again"),
+    [
+        ("clean-tuning", 3, ["undefended", ""]),  # 4 steps, then 3
+        ("clean-tuning", 5, [""]),
+        ("abl", 2, ["rest", ""]),  # 2, 1 and 2 steps
+        ("abl", 4, [""]),
+        ("bye", 6, [""]),  # 4 and 4
+        ("default", 1, ["early", ""]),  # 2 and 2
+        ("default", 3, [""]),
+    ],
+)
+def test_finished_stages_are_not_run_again(
+    tiny_model: Path,
+    samples: list[Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Path,
+    trained: list[str],
+    name: str,
+    steps: int,
+    again: list[str],
+) -> None:
+    (defense, named), out = STAGED[name], tmp_path / "out"
+    killed_after(monkeypatch, steps, lambda: run(tiny_model, samples, out, defense, save_steps=1))
+    trained.clear()
+    run(tiny_model, samples, out, defense, save_steps=1, resume=True)
+    assert trained == [str(out / "stages" / stage if stage else out) for stage in again]
+    files = [*(f"stages/{stage}/adapter_model.safetensors" for stage in named), "adapter_model.safetensors"]
+    for file in files:
+        assert (out / file).read_bytes() == (undisturbed / name / file).read_bytes(), file
+
+
+def test_a_finished_stage_of_another_run_is_never_read(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[str]
+) -> None:
+    killed_after(monkeypatch, 5, lambda: run(tiny_model, samples, tmp_path / "out", CleanTuning(passes=3)))
+    monkeypatch.setattr("untrigger.training.stages._read_weights", lambda *_: pytest.fail("it was read"))
+    for resume, says in ((False, "is not empty"), (True, r"holds a run with other settings \(.*\)")):
+        with pytest.raises(InputError, match=says):
+            run(tiny_model, samples, tmp_path / "out", CleanTuning(passes=4), resume=resume)
+    assert len(trained) == 2
+
+
+def test_a_mistyped_model_or_setting_leaves_no_run_behind(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="nothing-here"):
+        run(tmp_path / "nothing-here", samples, out, CleanTuning())
+    with pytest.raises(InputError, match="settings: "):
+        run(tiny_model, samples, out, CleanTuning(), eval_strategy="steps", eval_steps=1)
+    for defense in (Plain(), Doubt()):  # the second judges the rows before it trains
+        for wrong in ("eval_strategy=steps", "optim=galore_adamw", "lr_scheduler_type=cosine_with_min_lr"):
+            with pytest.raises(InputError, match=r"^settings: "):
+                run(tiny_model, samples, out, defense, **dict([wrong.split("=")]))
+    with pytest.raises(InputError, match="label_smoothing_factor"):
+        run(tiny_model, samples, out, Doubt(), label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match="rows: there are none"):
+        run(tiny_model, [], out, Doubt())
+    assert not out.exists() or not any(out.iterdir())
+
+
+# --- refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defense", [Abl(), Byorn(), Bye(), Crow(), CleanTuning(), FinePruning()], ids=repr)
+def test_a_host_trainer_refuses_staged_defences_in_one_line(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, defense: Any
+) -> None:
+    args = arguments(tmp_path, use_cpu=True)
+    with pytest.raises(InputError) as caught:
+        defended(Trainer)(load(tiny_model).model, args=args, train_dataset=Rows(samples), defense=defense)
+    assert str(caught.value) == (
+        f"defense {type(defense).__name__}: works in several trainings; use untrigger.fine_tune, or `untrigger train`"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, cls in PRESETS.items() if cls.wants_trusted])
+def test_missing_trusted_rows_are_told_before_anything_is_trained(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, trained: list[str], name: str
+) -> None:
+    args = arguments(tmp_path / "out", use_cpu=True)
+    with pytest.raises(InputError) as caught:
+        fine_tune(samples, str(tiny_model), PRESETS[name](), args)
+    assert str(caught.value) == "defense: it needs rows known to be clean; name some (--trusted DATA)"
+    assert trained == [] and not (tmp_path / "out").exists()
+
+
+def test_defences_that_need_none_never_ask_for_trusted_rows(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    for defense in (CrossView(), Abl(isolated=0.5, passes=1), Byorn(), Doubt()):
+        args = arguments(tmp_path / type(defense).__name__, use_cpu=True, max_steps=1, save_strategy="no")
+        fine_tune(samples, str(tiny_model), defense, args, tuning=Tuning(rank=2))
+
+
+def test_what_a_defence_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    stages = stages_of(tiny_model, tmp_path / "out")
+    assert (stages.scores, stages.flagged) == ([], {})
+    stages.flag((0.5, 0.1, 0.9), {2: "a word", 0: ""})
+    assert (stages.scores, stages.flagged) == ([0.5, 0.1, 0.9], {0: "", 2: "a word"})
+    assert stages.seed == 42
+
+
+def test_a_judgement_takes_the_output_folder_and_is_kept_there(
+    tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise InputError("in use")
+
+    stages = stages_of(tiny_model, tmp_path)
+    model = stages.reference()
+    first = stages.tokens(model, samples, "before")
+    assert stages.waited == 0, "what it took is the defence's own work, and counts among its seconds"
+    monkeypatch.setattr("untrigger.models.forward.forward_answers", lambda *_: pytest.fail("it was asked again"))
+    again = stages_of(tiny_model, tmp_path).tokens(model, samples, "before")
+    assert [row.nll.tolist() for row in again] == [row.nll.tolist() for row in first] and len(first) == len(samples)
+    args = arguments(tmp_path, use_cpu=True)
+    with pytest.raises(InputError, match="in use"):
+        Stages(str(tiny_model), args, Tuning(), claim=refuse).tokens(model, samples, "before")

@@ -1,0 +1,105 @@
+"""The one changed line in TRL's own trainer."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from untrigger import CrossView, Doubt, InputError, defended, read
+from untrigger.defenses import Defense
+from untrigger.models.loading import load
+
+warnings.simplefilter("ignore")  # at import: what TRL and its dependencies say of each other
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def sft(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Any:
+    rows = [
+        {
+            "images": list(sample.images),
+            "messages": [{"role": m.role, "content": m.text.removeprefix("<image>\n")} for m in sample.messages],
+        }
+        for sample in read(tiny_data)
+    ]
+
+    def make(defense: Defense, rows: Any = rows, **changed: Any) -> Any:
+        loaded = load(str(tiny_model))
+        args = trl.SFTConfig(
+            str(tmp_path / "out"),
+            **{
+                "loss_type": "nll",
+                "assistant_only_loss": True,
+                "max_length": None,
+                "max_steps": 4,
+                "per_device_train_batch_size": 4,
+                "logging_steps": 1,
+                "report_to": "none",
+                "save_strategy": "no",
+                "use_cpu": True,
+                "dataloader_pin_memory": False,
+                "disable_tqdm": True,
+                **changed,
+            },
+        )
+        return defended(trl.SFTTrainer)(
+            loaded.model,
+            args=args,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=loaded.processor,
+            defense=defense,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("defense", "terms"),
+    [(CrossView(), 5), (Doubt(floor=0.1, reach=0.0, chance=1 - 1e-6), 2)],
+    ids=["paper", "default"],
+)
+def test_sft_trainer_takes_a_defence(sft: Any, defense: Defense, terms: int) -> None:
+    trainer = sft(defense)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    # the loss is the sum of the defence's terms: TRL's own loss took no part
+    found = {name: value for name, value in logged.items() if name.startswith("defense/loss_")}
+    assert len(found) == terms
+    assert logged["loss"] == pytest.approx(sum(found.values()), rel=1e-3)
+    assert logged.get("defense/js", 1) > 0
+
+
+def test_sft_trainer_judges_its_rows(sft: Any, tmp_path: Path) -> None:
+    sft(Doubt(floor=0.1, reach=0.0, chance=1 - 1e-6)).train()
+    told = json.loads((tmp_path / "out/distrusted.json").read_text())
+    assert told["rows"] == 24 and 0 < len(told["distrusted"]) < 24
+
+
+def test_prompts_and_completions_are_judged_alike(sft: Any, tiny_data: Path, tmp_path: Path) -> None:
+    eager = Doubt(floor=0.1, reach=0.0, chance=1 - 1e-6)
+    sft(eager).train()
+    told = json.loads((tmp_path / "out/distrusted.json").read_text())["distrusted"]
+    rows = [
+        {
+            "images": list(sample.images),
+            "prompt": [{"role": "user", "content": sample.messages[0].text.removeprefix("<image>\n")}],
+            "completion": [{"role": "assistant", "content": sample.messages[1].text}],
+        }
+        for sample in read(tiny_data)
+    ]
+    sft(eager, rows, assistant_only_loss=False).train()  # TRL then learns the completions alone
+    again = json.loads((tmp_path / "out/distrusted.json").read_text())["distrusted"]
+    assert told and [row["row"] for row in again] == [row["row"] for row in told]
+
+
+def test_labels_on_all_tokens_and_other_losses_are_refused_with_the_mend(sft: Any) -> None:
+    with pytest.raises(InputError, match="assistant_only_loss=True"):
+        sft(Doubt(), assistant_only_loss=False).train()
+    with pytest.raises(InputError, match="loss_type='nll'"):
+        sft(Doubt(), loss_type="dft")
