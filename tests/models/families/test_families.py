@@ -279,7 +279,6 @@ def test_a_scan_judges_every_row_and_probes_what_it_suspects(
 
     asked: list[int] = []
     monkeypatch.setattr(Doubt, "judge", judge)
-    monkeypatch.setattr("untrigger.scanning.targets._PASSES", 4)
     args = arguments(
         tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
         save_strategy="no",
