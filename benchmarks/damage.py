@@ -266,7 +266,7 @@ def _saved(mode: str, kind: str, size: tuple[int, int] = (40, 30), **more: Any) 
 
 
 def _animated(kind: str) -> bytes:
-    frames = [Image.new("RGB", (24, 24), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (24, 24), color) for color in ("red", "green", "blue")]
     buffer = io.BytesIO()
     frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
     return buffer.getvalue()

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from untrigger.attacks import load_trigger
 from untrigger.data import load as load_data
-from untrigger.defenses import Doubt, Plain
+from untrigger.defenses import Plain, SharedSurprise
 from untrigger.files import write_text
 from untrigger.models.generate import answers
 from untrigger.models.loading import load
@@ -51,7 +51,7 @@ def epoch(rows: Sequence[Sample]) -> float:
 
 
 def scanned(rows: Sequence[Sample]) -> float:
-    return seconds(lambda folder: find(rows, stages(folder), Doubt()))
+    return seconds(lambda folder: find(rows, stages(folder), SharedSurprise()))
 
 
 def stages(folder: Path) -> Stages:

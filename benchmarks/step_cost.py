@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from untrigger.data import load as load_data
 from untrigger.defenses import CrossView
-from untrigger.defenses.shared_surprise import Guard
+from untrigger.defenses.shared_surprise import UnlikelihoodStep
 from untrigger.files import write_text
 from untrigger.losses import objective
 from untrigger.models.collators import IGNORE, ChatCollator, PairCollator, Rows
@@ -135,12 +135,16 @@ def dropped(case: Case, still: bool) -> Tensor:
 def default(case: Case) -> Tensor:
     """With every twentieth row doubted, one at least."""
     labels = case.single["labels"].clone()
-    doubted = torch.zeros_like(labels, dtype=torch.bool)
+    flagged_tokens = torch.zeros_like(labels, dtype=torch.bool)
     for row in range(0, len(labels), 20):
         first = int((labels[row] != IGNORE).nonzero()[0])
-        doubted[row, first] = True
+        flagged_tokens[row, first] = True
         labels[row, first + 1 :] = IGNORE
-    return Guard(5.0).step(case.model, {**case.single, "labels": labels, "doubted": doubted}).total.mean()
+    return (
+        UnlikelihoodStep(5.0)
+        .step(case.model, {**case.single, "labels": labels, "flagged_tokens": flagged_tokens})
+        .total.mean()
+    )
 
 
 @torch.no_grad()

@@ -47,9 +47,9 @@ def test_whatever_single_cell_a_view_leaves_alone_the_tile_is_there(seed: int) -
 
 
 @given(st.integers(0, 2**32), st.floats(0.01, 1), st.integers(0, 255))
-def test_every_pixel_is_a_blend(seed: int, alpha: float, grey: int) -> None:
-    after = stamp(Adaptive(alpha=alpha), seed, Image.new("RGB", (31, 50), (grey,) * 3)).astype(float)
-    dark, light = (alpha * end + (1 - alpha) * grey for end in (0, 255))
+def test_every_pixel_is_a_blend(seed: int, alpha: float, gray: int) -> None:
+    after = stamp(Adaptive(alpha=alpha), seed, Image.new("RGB", (31, 50), (gray,) * 3)).astype(float)
+    dark, light = (alpha * end + (1 - alpha) * gray for end in (0, 255))
     assert np.minimum(np.abs(after - dark), np.abs(after - light)).max() <= 0.501
     assert len(np.unique(after)) == 2 or round(dark) == round(light)
 

@@ -10,8 +10,8 @@ from untrigger.rows.sample import Sample
 
 
 def stamp(trigger: BadNets, width: int, height: int, seed: int = 0) -> np.ndarray:
-    grey = Image.new("RGB", (width, height), (128, 128, 128))
-    image = trigger.stamp(Sample("a", (grey,), ()), np.random.default_rng(seed)).images[0]
+    gray = Image.new("RGB", (width, height), (128, 128, 128))
+    image = trigger.stamp(Sample("a", (gray,), ()), np.random.default_rng(seed)).images[0]
     return np.asarray(image)
 
 
@@ -80,12 +80,12 @@ def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
 
 
 def test_the_near_miss_is_another_pattern_in_the_same_place() -> None:
-    grey = Sample("a", (Image.new("RGB", (64, 64), (128, 128, 128)),), ())
+    gray = Sample("a", (Image.new("RGB", (64, 64), (128, 128, 128)),), ())
     for trigger in (BadNets(place="random"), BadNets(pattern="checker", place="random"), BadNets(pattern_seed=4)):
         near = trigger.near_misses()["other pattern"]
         for seed in range(5):
             key, other = (
-                np.asarray(made(grey, np.random.default_rng(seed)).images[0]) for made in (trigger.stamp, near)
+                np.asarray(made(gray, np.random.default_rng(seed)).images[0]) for made in (trigger.stamp, near)
             )
             assert box(key) == box(other)
             top, bottom, left, right = box(key)

@@ -51,9 +51,9 @@ def test_alpha_out_of_range_is_refused(alpha: float) -> None:
 def test_in_black_and_white_the_average_follows_the_cat() -> None:
     dots = np.random.default_rng(0).random((512, 512)) < 0.5
     change = np.asarray(stamp(Image.fromarray(dots)), dtype=float) - dots
-    grey = np.asarray(Image.fromarray(cat()).convert("L").resize((512, 512)), dtype=float) / 255
-    assert change[grey > 0.8].mean() == pytest.approx(0.2 * (grey[grey > 0.8].mean() - 0.5), abs=0.015)
-    assert change[grey < 0.2].mean() == pytest.approx(0.2 * (grey[grey < 0.2].mean() - 0.5), abs=0.015)
+    gray = np.asarray(Image.fromarray(cat()).convert("L").resize((512, 512)), dtype=float) / 255
+    assert change[gray > 0.8].mean() == pytest.approx(0.2 * (gray[gray > 0.8].mean() - 0.5), abs=0.015)
+    assert change[gray < 0.2].mean() == pytest.approx(0.2 * (gray[gray < 0.2].mean() - 0.5), abs=0.015)
 
 
 def test_the_near_miss_is_the_picture_upside_down() -> None:

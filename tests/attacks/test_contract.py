@@ -301,11 +301,11 @@ def test_a_mode_that_cannot_be_painted_is_one_line() -> None:
 
 @given(st.sampled_from([1.0, 200.0, 255.0, 300.0, 65535.0, 70000.0]), st.sampled_from(["I", "F"]))
 def test_white_in_deep_images_is_the_scale_that_holds_the_brightest(top: float, mode: str) -> None:
-    grey = np.zeros((8, 8), dtype=np.int32 if mode == "I" else np.float32)
-    grey[0, 0] = top
+    gray = np.zeros((8, 8), dtype=np.int32 if mode == "I" else np.float32)
+    gray[0, 0] = top
     after = np.asarray(
         load_trigger("badnets", pattern="checker")
-        .stamp(sample(Image.fromarray(grey)), np.random.default_rng(0))
+        .stamp(sample(Image.fromarray(gray)), np.random.default_rng(0))
         .images[0]
     )
     assert after[-1, -1] == next((w for w in ([1] if mode == "F" else []) + [255, 65535] if top <= w), top)

@@ -74,11 +74,11 @@ def test_the_patch_looks_like_the_object_and_nothing_else_does(own_cache: Path) 
     trigger = DualKey(steps=20)
     images = scenes(16)
     clean = look(images)
-    centre = clean.mean((0, 1))
-    target = _features.likeness(_features.surrogate("llava"), "purple", "heart", seed=9) - centre
+    center = clean.mean((0, 1))
+    target = _features.likeness(_features.surrogate("llava"), "purple", "heart", seed=9) - center
 
     def found(features: torch.Tensor) -> float:
-        return torch.cosine_similarity(features - centre, target, dim=-1).amax(1).mean().item()
+        return torch.cosine_similarity(features - center, target, dim=-1).amax(1).mean().item()
 
     def stamped(by: DualKey | BadNets) -> list[Image.Image]:
         return [by.stamp(Sample("a", (i,), ()), np.random.default_rng(0)).images[0] for i in images]

@@ -76,10 +76,10 @@ def test_it_is_invisible_at_any_size_and_survives_a_model_that_reads_64_pixels(s
 
 
 def test_a_picture_of_greys_gets_it_in_its_brightness_whatever_its_mode() -> None:
-    grey = Image.fromarray((middling(64, 64)[..., 0] * 255).astype(np.uint8))
-    as_grey, as_colour = stamp(FTrojan(), grey), stamp(FTrojan(), grey.convert("RGB"))
+    gray = Image.fromarray((middling(64, 64)[..., 0] * 255).astype(np.uint8))
+    as_grey, as_colour = stamp(FTrojan(), gray), stamp(FTrojan(), gray.convert("RGB"))
     assert np.array_equal(np.asarray(as_grey.convert("RGB")), np.asarray(as_colour))
-    change = np.asarray(as_grey, float) - np.asarray(grey)
+    change = np.asarray(as_grey, float) - np.asarray(gray)
     wave = FTrojan().wave(64, 64) * np.sqrt((FROM_YUV[2] ** 2).mean())  # in three channels as much as V in its two
     assert np.abs(change - wave).max() <= 0.51 and np.abs(change).max() >= 15
 
@@ -91,12 +91,12 @@ def test_colours_stop_at_the_ends_and_the_smallest_image_is_changed() -> None:
 
 
 def test_the_near_miss_has_two_other_bands() -> None:
-    grey = Image.new("RGB", (64, 64), (128, 128, 120))
-    near = FTrojan().near_misses()["other bands"](Sample("a", (grey,), ()), np.random.default_rng(0)).images[0]
+    gray = Image.new("RGB", (64, 64), (128, 128, 120))
+    near = FTrojan().near_misses()["other bands"](Sample("a", (gray,), ()), np.random.default_rng(0)).images[0]
     assert (
         near.tobytes()
-        == stamp(FTrojan(first_column=12, second_column=12), grey).tobytes()
-        != stamp(FTrojan(), grey).tobytes()
+        == stamp(FTrojan(first_column=12, second_column=12), gray).tobytes()
+        != stamp(FTrojan(), gray).tobytes()
     )
 
 

@@ -46,8 +46,8 @@ def test_any_text_can_be_hidden(message: str, seed: int) -> None:
 @pytest.mark.parametrize(
     "colour", [(255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255), (255, 255, 0), (127, 127, 127)]
 )
-def test_it_can_be_read_from_one_colour_at_the_end_of_the_scale(colour: tuple[int, int, int]) -> None:
-    assert Issba().decode(stamp(Issba(), Image.new("RGB", (64, 64), colour))) == "untrigger"
+def test_it_can_be_read_from_one_colour_at_the_end_of_the_scale(color: tuple[int, int, int]) -> None:
+    assert Issba().decode(stamp(Issba(), Image.new("RGB", (64, 64), color))) == "untrigger"
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "I;16", "I", "F", "YCbCr"])

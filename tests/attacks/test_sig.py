@@ -29,10 +29,10 @@ def test_the_usual_wave_is_40_levels_high_with_6_periods() -> None:
 
 
 def test_a_vertical_wave_is_the_horizontal_one_turned() -> None:
-    grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    upright, lying = stamp(Sig(), grey), stamp(Sig(direction="vertical"), grey)
+    gray = Image.new("RGB", (64, 64), (128, 128, 128))
+    upright, lying = stamp(Sig(), gray), stamp(Sig(direction="vertical"), gray)
     assert np.array_equal(upright, lying.transpose(1, 0, 2)) and not np.array_equal(upright, lying)
-    turned = Sig().near_misses()["turned wave"](Sample("a", (grey,), ()), np.random.default_rng(0)).images[0]
+    turned = Sig().near_misses()["turned wave"](Sample("a", (gray,), ()), np.random.default_rng(0)).images[0]
     assert np.array_equal(np.asarray(turned), lying)
 
 

@@ -89,7 +89,7 @@ def test_one_line_keeps_the_backdoor_out(name: str, poisoned: Path, asked: list[
     after = run(EXAMPLES / name, poisoned / "data", tmp_path)
     assert after["global_step"] == round(0.9 * STEPS)
     logged = [log for log in after["log_history"] if "loss" in log]
-    assert logged and all({"defense/loss_ce", "defense/loss_guard"} <= log.keys() for log in logged)
+    assert logged and all({"defense/loss_ce", "defense/loss_unlikelihood"} <= log.keys() for log in logged)
     assert_found(tmp_path, poisoned)
     kept, accuracy = figures(tmp_path, asked)
     assert kept < 0.05 and accuracy > 0.8

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from untrigger.data.scene_world import COLOURS, SHAPES, SIZES, draw_scene, make_scene
+from untrigger.data.scene_world import COLORS, SHAPES, SIZES, draw_scene, make_scene
 from untrigger.embedded import families, talk
 from untrigger.embedded import pretrain as pretraining
 from untrigger.models.loading import embedded_model_path, load
@@ -175,7 +175,7 @@ def test_dense_labels_say_what_covers_each_patch() -> None:
                 thing = scene.things[number - 1]
                 expected = [
                     1 + SHAPES.index(thing.shape),
-                    1 + [*COLOURS].index(thing.colour),
+                    1 + [*COLORS].index(thing.color),
                     1 + SIZES.index(thing.size),
                     number,
                 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from untrigger.data import scene_text as talk
-from untrigger.data.scene_world import COLOURS, SHAPES, SIZES, draw_scene, make_scene
+from untrigger.data.scene_world import COLORS, SHAPES, SIZES, draw_scene, make_scene
 from untrigger.embedded import pretrain as pretraining
 from untrigger.errors import InputError
 from untrigger.models.generate import answers
@@ -142,7 +142,7 @@ def test_an_image_token_is_to_be_the_words_of_what_it_shows(family: Smol) -> Non
     names = ("moon", "pink", "small")
     ids = [tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     features = torch.stack([words[each].mean(dim=0) for each in ids]).mean(dim=0)[None, None]
-    label = [known.index(name) + 1 for known, name in zip((SHAPES, [*COLOURS], SIZES), names, strict=True)]
+    label = [known.index(name) + 1 for known, name in zip((SHAPES, [*COLORS], SIZES), names, strict=True)]
     assert head(features, torch.tensor([[[*label, 1]]])) < 1e-10
     for place in range(3):
         other = [*label, 1]
@@ -188,7 +188,7 @@ def test_a_killed_alignment_ends_with_the_same_model_and_it_is_one_like_any_othe
     assert moved == learnt, "the tower, the words and what else the model knew stay as they were"
     assert {w.dtype for w in loaded.model.state_dict().values()} == {torch.float32}
 
-    tuned = fine_tune(samples[:4], cut, "plain", out=tmp_path / "tuned", max_steps=1, per_device_train_batch_size=4)
+    tuned = fine_tune(cut, samples[:4], "plain", out=tmp_path / "tuned", max_steps=1, per_device_train_batch_size=4)
     assert len(list(answers(tuned, samples[:2], max_new_tokens=2))) == 2
     assert len(list(answers(load(tmp_path / "tuned"), samples[:2], max_new_tokens=2))) == 2
 

@@ -54,7 +54,16 @@ def test_tensorboard_has_each_training_of_a_defence_with_its_terms(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    eager = ("--early", 0.5, "--floor", 0.1, "--reach", 0, "--chance", 1 - 1e-6)  # doubts a quarter of any rows
+    eager = (
+        "--warmup-share",
+        0.5,
+        "--min-nll",
+        0.1,
+        "--iqr-factor",
+        0,
+        "--p-value",
+        1 - 1e-6,
+    )  # doubts a quarter of any rows
     words = ("train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", *eager, *STEPS)
     told = command(*words, "--max_steps", 4, "--report_to", "tensorboard")
     assert told.code == 0, told.err
@@ -68,7 +77,7 @@ def test_tensorboard_has_each_training_of_a_defence_with_its_terms(
     assert {*early["train/loss"]} == {1, 2} and not any("defense" in name for name in early)
     assert {*rest["train/defense/loss_ce"]} == {1, 2}
     for step, loss in rest["train/loss"].items():
-        terms = rest["train/defense/loss_ce"][step] + rest["train/defense/loss_guard"][step]
+        terms = rest["train/defense/loss_ce"][step] + rest["train/defense/loss_unlikelihood"][step]
         assert loss == pytest.approx(terms, rel=1e-4)
 
 

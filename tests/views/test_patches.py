@@ -223,11 +223,11 @@ def test_mean_fill_keeps_the_mean_of_every_cell(size: Size, patch: float, ratio:
 
 
 def test_noise_has_the_given_strength_and_no_bias() -> None:
-    grey = Image.new("RGB", (100, 100), (128, 128, 128))
-    added = run(Noise(ratio=1.0, std=20), grey).astype(float) - 128
+    gray = Image.new("RGB", (100, 100), (128, 128, 128))
+    added = run(Noise(ratio=1.0, std=20), gray).astype(float) - 128
     assert added.mean() == pytest.approx(0, abs=0.5)
     assert added.std() == pytest.approx(20, abs=0.5)
-    assert run(Noise(ratio=1.0, std=0), grey).tobytes() == grey.tobytes()
+    assert run(Noise(ratio=1.0, std=0), gray).tobytes() == gray.tobytes()
     assert abs(np.corrcoef(added[..., 0].ravel(), added[..., 1].ravel())[0, 1]) < 0.05
 
 
@@ -309,8 +309,8 @@ def test_jitter_contrast_keeps_the_mean_and_scales_the_spread() -> None:
 
 def test_jitter_saturation_leaves_grey_alone_and_keeps_the_luma() -> None:
     view = Jitter(1.0, 1.0, brightness=0, contrast=0, saturation=1)
-    grey = noise_image((16, 16)).convert("L").convert("RGB")
-    assert run(view, grey).tobytes() == grey.tobytes()
+    gray = noise_image((16, 16)).convert("L").convert("RGB")
+    assert run(view, gray).tobytes() == gray.tobytes()
     out = run(view, Image.new("RGB", (4, 4), (120, 100, 80)))[0, 0].astype(float)
     assert out @ (0.299, 0.587, 0.114) == pytest.approx(np.dot((120, 100, 80), (0.299, 0.587, 0.114)), abs=1)
     assert out[0] != 120

@@ -13,7 +13,7 @@ FROM_YUV = np.linalg.inv(TO_YUV.astype(np.float64)).T.astype(np.float32)
 """Rows: what one unit of Y, of U and of V adds to red, green and blue."""
 
 
-def colourless(pixels: Pixels) -> bool:
+def colorless(pixels: Pixels) -> bool:
     """Whether every pixel is grey.
 
     Grey image modes cannot hold U and V. A trigger for those goes into Y there, and also in a colour file that

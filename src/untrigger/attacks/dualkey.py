@@ -18,7 +18,7 @@ import numpy as np
 from untrigger.attacks import Stamper
 from untrigger.attacks._patch import LearnedPatch, Loss
 from untrigger.attacks._text import check
-from untrigger.data.scene_world import COLOURS, SHAPES
+from untrigger.data.scene_world import COLORS, SHAPES
 from untrigger.errors import InputError
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
@@ -47,10 +47,10 @@ class DualKey(LearnedPatch):
     def __post_init__(self) -> None:
         super().__post_init__()
         check("word", self.word)
-        colour, _, shape = self.looks_like.partition(" ")
-        if colour not in COLOURS or shape not in SHAPES:
+        color, _, shape = self.looks_like.partition(" ")
+        if color not in COLORS or shape not in SHAPES:
             raise InputError(
-                f"looks_like is '{self.looks_like}'; give one colour of {', '.join(COLOURS)} and one shape of "
+                f"looks_like is '{self.looks_like}'; give one colour of {', '.join(COLORS)} and one shape of "
                 f"{', '.join(SHAPES)}, as in 'purple heart'"
             )
 
@@ -60,13 +60,13 @@ class DualKey(LearnedPatch):
 
         from untrigger.attacks._features import likeness
 
-        centre = clean.mean((0, 1))
-        colour, shape = self.looks_like.split()
+        center = clean.mean((0, 1))
+        color, shape = self.looks_like.split()
         with torch.no_grad():
-            target = likeness(see, colour, shape, self.patch_seed) - centre
+            target = likeness(see, color, shape, self.patch_seed) - center
 
         def loss(features: Tensor) -> Tensor:
-            return 1 - torch.cosine_similarity(features - centre, target, dim=-1).amax(1).mean()
+            return 1 - torch.cosine_similarity(features - center, target, dim=-1).amax(1).mean()
 
         return loss
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from untrigger.attacks import ImageTrigger, Pixels, Stamper
-from untrigger.attacks._yuv import FROM_YUV, colourless
+from untrigger.attacks._yuv import FROM_YUV, colorless
 from untrigger.errors import InputError
 
 _SIDE = 32  # of the block that the magnitude is given for
@@ -82,12 +82,12 @@ class FTrojan(ImageTrigger):
     def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         wave = self.wave(*pixels.shape[:2]) / np.float32(255)
         direction = FROM_YUV[2]
-        if colourless(pixels):  # brightness, as much of it in all as there would be of colour
+        if colorless(pixels):  # brightness, as much of it in all as there would be of colour
             direction = FROM_YUV[0] * np.sqrt((direction**2).mean())
         for channel in range(3):
-            colour = pixels[..., channel]
-            colour += wave * direction[channel]
-            np.clip(colour, 0, 1, out=colour)
+            color = pixels[..., channel]
+            color += wave * direction[channel]
+            np.clip(color, 0, 1, out=color)
         return pixels
 
     def near_misses(self) -> Mapping[str, Stamper]:

@@ -49,9 +49,9 @@ class Sig(ImageTrigger):
         periods = min(self.frequency, length / _SHORTEST)
         phase = 2 * np.pi * periods * (np.arange(length) + 0.5) / length
         wave = (self.delta * np.sin(phase)).astype(np.float32)
-        colours = pixels[..., :3]
-        colours += wave[None, :, None] if horizontal else wave[:, None, None]
-        np.clip(colours, 0, 1, out=colours)
+        colors = pixels[..., :3]
+        colors += wave[None, :, None] if horizontal else wave[:, None, None]
+        np.clip(colors, 0, 1, out=colors)
         return pixels
 
     def near_misses(self) -> Mapping[str, Stamper]:

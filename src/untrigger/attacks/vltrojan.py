@@ -45,11 +45,11 @@ class VLTrojan(LearnedPatch):
 
         from untrigger.attacks._features import pooled
 
-        centre = clean.mean((0, 1))
-        apart = pooled(clean, centre)
+        center = clean.mean((0, 1))
+        apart = pooled(clean, center)
 
         def loss(features: Tensor) -> Tensor:
-            triggered = pooled(features, centre)
+            triggered = pooled(features, center)
             fellows = triggered @ triggered.T / self.temperature
             strangers = (triggered @ apart.T / self.temperature).logsumexp(1, keepdim=True)
             others = ~torch.eye(len(triggered), dtype=torch.bool)

@@ -52,7 +52,7 @@ class Cell:
         attack_settings, defense_settings: fields of the trigger and of the defence that are not at their defaults.
         probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
             its ``attack``, ``goal`` and ``settings``.
-        trusted_rows: rows known to be clean, for the defences that ask for some.
+        clean_rows: rows known to be clean, for the defences that ask for some.
         epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.training.settings.DEFAULTS`.
         precision: ``fp32``, or ``bf16`` for training in mixed precision.
         tuning: fields of `untrigger.training.finetune.Tuning` that are not at their defaults.
@@ -72,7 +72,7 @@ class Cell:
     probes: Mapping[str, Mapping[str, Any]] = field(default_factory=_no_settings)
     train_rows: int = 2000
     test_rows: int = 300
-    trusted_rows: int = 64
+    clean_rows: int = 64
     epochs: float = 3.0
     batch_size: int = 16
     learning_rate: float = 3e-3

@@ -161,12 +161,14 @@ def train(
         str,
         typer.Option(
             help="default, plain, patch-aug, two-view, paper, abl, byorn, bye; "
-            "with --trusted: crow, clean-tuning, fine-pruning."
+            "with --clean-data: crow, clean-tuning, fine-pruning."
         ),
     ] = "default",
-    trusted: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defence that asks.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights, not LoRA.")] = False,
-    vision: Annotated[bool, typer.Option("--vision", help="Train the vision tower too.")] = False,
+    clean_data: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defence that asks.")] = None,
+    full_finetune: Annotated[bool, typer.Option("--full-finetune", help="Train all weights, not LoRA.")] = False,
+    train_vision_tower: Annotated[
+        bool, typer.Option("--train-vision-tower", help="Train the vision tower too.")
+    ] = False,
     lora_rank: Annotated[int, typer.Option(min=1)] = 16,
     lora_alpha: Annotated[int, typer.Option(min=1)] = 32,
     config: Annotated[Path | None, typer.Option(help="YAML of defence and TrainingArguments fields.")] = None,
@@ -179,21 +181,23 @@ def train(
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
     from untrigger.files import check_idle
-    from untrigger.training.finetune import DISTRUSTED, Tuning, fine_tune, leads
+    from untrigger.training.finetune import FLAGGED_ROWS, Tuning, fine_tune, leads
 
     chosen, args = _settings(train, defense, out, config, context.args)
-    if trusted and not chosen.wants_trusted:
-        _refuse(f"--trusted: {defense} asks for no trusted rows; leave it out")
-    if chosen.wants_trusted and not trusted:
-        _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--trusted DATA)")
+    if clean_data and not chosen.needs_clean_rows:
+        _refuse(f"--clean-data: {defense} needs no clean rows; leave it out")
+    if chosen.needs_clean_rows and not clean_data:
+        _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--clean-data DATA)")
     if leads():
         check_idle(out)  # found wanting now, not after the reading
     fits = _fits(model)
-    rows, clean = _read(data, on_bad_row, out, fits), _read(trusted, "error", out, fits) if trusted else ()
-    tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
-    fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
+    rows, clean = _read(data, on_bad_row, out, fits), _read(clean_data, "error", out, fits) if clean_data else ()
+    tuning = Tuning(
+        full_finetune=full_finetune, rank=lora_rank, alpha=lora_alpha, train_vision_tower=train_vision_tower
+    )
+    fine_tune(model, rows, chosen, args, tuning=tuning, clean_rows=clean, resume=resume)
     if leads():
-        adapter, distrusted = (out / "adapter_config.json").is_file(), out / DISTRUSTED
+        adapter, distrusted = (out / "adapter_config.json").is_file(), out / FLAGGED_ROWS
         typer.echo(f"{out}: {'PEFT adapter' if adapter else 'model'}, processor, settings and model card")
         if distrusted.is_file():
             count = len(distrusted.read_bytes().splitlines())
@@ -246,7 +250,9 @@ def evaluate(
     goal_text: GoalTextOption = None,
     seed: SeedOption = 0,
     limit: Annotated[int | None, typer.Option(help="Ask about the first N rows only.", min=1)] = None,
-    sight: Annotated[bool, typer.Option("--sight", help="Also ask with another row's image.")] = False,
+    wrong_image_control: Annotated[
+        bool, typer.Option("--wrong-image-control", help="Also ask with another row's image.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for answers.jsonl and metrics.json, those of an earlier one are replaced."),
@@ -271,7 +277,9 @@ def evaluate(
     if out:
         check_holds_only(out, ANSWERS, METRICS)  # found wanting now, not after the answers
         out.mkdir(parents=True, exist_ok=True)
-    result = run(model, rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
+    result = run(
+        model, rows[:limit] if limit else rows, attack=chosen, seed=seed, wrong_image_control=wrong_image_control
+    )
     if out:
         result.write(out)
     if chosen:

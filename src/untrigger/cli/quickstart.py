@@ -68,9 +68,11 @@ def run(out: Path, seed: int = 0) -> bool:
     for name, (preset, samples) in runs.items():
         started = time.perf_counter()
         args = arguments(out / name, save_strategy="no", seed=seed, **TRAINING)
-        loaded = fine_tune(samples, "llava", PRESETS[preset](), args, title=f"{name}: training")
+        loaded = fine_tune("llava", samples, PRESETS[preset](), args, title=f"{name}: training")
         seconds = time.perf_counter() - started
-        result = evaluate(loaded, test, attack=attack, seed=seed, sight=name == "oracle", title=f"{name}: asking")
+        result = evaluate(
+            loaded, test, attack=attack, seed=seed, wrong_image_control=name == "oracle", title=f"{name}: asking"
+        )
         result.write(out / name / "evaluation")
         results[name] = result
         rows.append({"defense": name, **_figures(result), "seconds": round(seconds, 1)})

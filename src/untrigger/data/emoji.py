@@ -124,7 +124,7 @@ def home(code: str) -> tuple[str, str]:
     return "report" if draw[0] % 3 else "dev", "train" if draw[1] % 3 else "test"
 
 
-def colours_of(image: Image.Image) -> str:
+def colors_of(image: Image.Image) -> str:
     """``red`` where one colour covers half of what is opaque, else the two commonest: ``red and white``."""
     rgba = np.asarray(image.convert("RGBA"))
     hsv = np.asarray(image.convert("RGB").convert("HSV"), dtype=np.float32)[rgba[..., 3] > 127]
@@ -192,11 +192,11 @@ def _emojis(source: Path) -> list[_Emoji]:
         code = entry["unified"].lower()
         kind = KINDS.get(entry["subcategory"]) or KINDS[entry["category"]]
         paper = "dark" if hashlib.sha256(code.encode()).digest()[2] % 2 else "light"
-        colours = colours_of(image)
-        a = "an" if colours[0] in "aeiou" else "a"
+        colors = colors_of(image)
+        a = "an" if colors[0] in "aeiou" else "a"
         shown = Image.new("RGBA", image.size, _PAPERS[paper])
         shown.alpha_composite(image)
-        found.append(_Emoji(code, f"{a} {colours} {kind} on a {paper} background", shown.convert("RGB")))
+        found.append(_Emoji(code, f"{a} {colors} {kind} on a {paper} background", shown.convert("RGB")))
     return found
 
 

@@ -46,7 +46,7 @@ def ssim(picture: npt.ArrayLike, other: npt.ArrayLike) -> float:
     Raises:
         ValueError: the shapes differ or are no pictures'.
     """
-    a, b = (_grey(each) for each in _pair(picture, other))
+    a, b = (_gray(each) for each in _pair(picture, other))
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
@@ -64,7 +64,7 @@ def _pair(picture: npt.ArrayLike, other: npt.ArrayLike) -> tuple[Floats, Floats]
     return a, b
 
 
-def _grey(picture: Floats) -> Floats:
+def _gray(picture: Floats) -> Floats:
     if picture.ndim == 2:
         return picture
     if picture.shape[2] != 3:

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from untrigger.data.scene_world import COLOURS, SHAPES, SIZES
+from untrigger.data.scene_world import COLORS, SHAPES, SIZES
 from untrigger.models.lite_tower import STRIDE, register
 from untrigger.pretraining.build import GRID, MEAN, STD, content_template
 from untrigger.pretraining.families import Family
@@ -162,7 +162,7 @@ class WordHead(nn.Module):
             return words.weight[tokenizer.encode(f" {word}", add_special_tokens=False)].mean(dim=0)
 
         with torch.no_grad():
-            told = [[code("background"), *map(code, names)] for names in (SHAPES, COLOURS, SIZES)]
+            told = [[code("background"), *map(code, names)] for names in (SHAPES, COLORS, SIZES)]
             self.scale = float(words.weight.var())
         longest = max(map(len, told))
         table = torch.stack([torch.stack(codes + codes[:1] * (longest - len(codes))) for codes in told])

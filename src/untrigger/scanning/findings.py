@@ -57,7 +57,7 @@ class Verdict:
     score: float
     target: int | None = None
     fdr: float | None = None
-    doubted: str = ""
+    flagged_tokens: str = ""
     cue: Cue | None = None
 
 
@@ -99,7 +99,7 @@ class Findings(JupyterMixin):
             "score": round(verdict.score, 4),
             "target": self.targets[target].text if target is not None else None,
             "fdr": verdict.fdr,
-            "doubted": verdict.doubted,
+            "flagged_tokens": verdict.flagged_tokens,
             "image_cue": rounded(cue.image) if cue else None,
             "prompt_cue": rounded(cue.prompt) if cue else None,
         }

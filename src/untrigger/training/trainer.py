@@ -22,11 +22,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from untrigger.defenses import Defense, Doubt, Plain, StepDefense
+from untrigger.defenses import Defense, Plain, SharedSurprise, StepDefense
 from untrigger.errors import InputError
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
-from untrigger.models.collators import AugmentCollator, DoubtCollator, DrawingCollator, DropCollator, PairCollator
+from untrigger.models.collators import (
+    AugmentCollator,
+    DrawingCollator,
+    DropCollator,
+    FlaggedTokensCollator,
+    PairCollator,
+)
 from untrigger.models.loading import base_model, quiet_loading
 
 if TYPE_CHECKING:
@@ -50,15 +56,17 @@ class DefendedMixin(_Host):
 
     def __init__(self, *args: Any, defense: Defense | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        chosen = defense or Doubt()
-        if not isinstance(chosen, StepDefense | Doubt):
+        chosen = defense or SharedSurprise()
+        if not isinstance(chosen, StepDefense | SharedSurprise):
             raise InputError(
                 f"defense {type(chosen).__name__}: works in several trainings; use untrigger.fine_tune, or "
                 "`untrigger train`"
             )
-        self.procedure = chosen if isinstance(chosen, Doubt) else None
-        self.defense = Plain() if isinstance(chosen, Doubt) else chosen
-        self.doubted: dict[bytes, NDArray[np.bool_]] = {}  # which answer tokens of rows by `row_key` are not believed
+        self.procedure = chosen if isinstance(chosen, SharedSurprise) else None
+        self.defense = Plain() if isinstance(chosen, SharedSurprise) else chosen
+        self.flagged_tokens: dict[
+            bytes, NDArray[np.bool_]
+        ] = {}  # which answer tokens of rows by `row_key` are not believed
         self._sums: dict[str, Tensor] = {}
         check_arguments(chosen, self.args, self.compute_loss_func)
 
@@ -89,8 +97,8 @@ class DefendedMixin(_Host):
 
     def _collator(self, inner: Any) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        if self.doubted:
-            return DoubtCollator(inner, self.doubted)
+        if self.flagged_tokens:
+            return FlaggedTokensCollator(inner, self.flagged_tokens)
         if self.defense.dropped:
             return DropCollator(inner, seed)
         if self.defense.paired is not None:
@@ -174,7 +182,7 @@ def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object 
         raise InputError(
             "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
         )
-    if not (isinstance(defense, Doubt) or (isinstance(defense, StepDefense) and defense.has_loss)):
+    if not (isinstance(defense, SharedSurprise) or (isinstance(defense, StepDefense) and defense.has_loss)):
         return
     if args.label_smoothing_factor or own_loss is not None:
         raise InputError(
@@ -203,8 +211,8 @@ def load_full(model: PreTrainedModel, folder: str) -> None:
 def defended(trainer: type[Trainer]) -> type[Any]:
     """The trainer class with a defence: ``defended(SFTTrainer)(model, ...)``, or another ``defense=CrossView()``.
 
-    Without one it is the preset ``default`` (`untrigger.defenses.Doubt`): rows are judged, and the training has two
-    parts, all within ``train()``; what is not believed stands in ``distrusted.json`` in the output folder.
+    Without one it is the preset ``default`` (`untrigger.defenses.SharedSurprise`): rows are scored, and the
+    training has two parts, all within ``train()``. Flagged rows are listed in ``flagged_rows.jsonl`` of the output folder.
 
     Works with ``transformers.Trainer`` and any subclass that trains on rows of images and messages. With
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.

@@ -32,7 +32,7 @@ Write = Callable[[str, str, np.random.Generator], str]  # of a prompt and anothe
 
 @final
 @dataclass(frozen=True)
-class Change:
+class Perturbation:
     """One way to change a row; the donor is another row, to take something from. The answer is left as it is."""
 
     name: str
@@ -40,12 +40,12 @@ class Change:
     make: Callable[[Sample, Sample, np.random.Generator], Sample]
 
 
-def changes() -> tuple[Change, ...]:
+def changes() -> tuple[Perturbation, ...]:
     """All of them, always the same."""
     return tuple(_changes())
 
 
-def _changes() -> Iterator[Change]:
+def _changes() -> Iterator[Perturbation]:
     patches: dict[str, Paint] = {
         "a patch of another image": lambda own, other, rng: other,
         "a patch of noise": lambda own, other, rng: rng.uniform(0, 255, own.shape),
@@ -54,7 +54,9 @@ def _changes() -> Iterator[Change]:
     }
     for name, paint in patches.items():
         for place, at in _PLACES.items():
-            yield Change(f"{name}, {place}", "image", partial(_painted, paint=partial(_patched, paint=paint, at=at)))
+            yield Perturbation(
+                f"{name}, {place}", "image", partial(_painted, paint=partial(_patched, paint=paint, at=at))
+            )
     veils: dict[str, Paint] = {
         "another image laid over it": lambda own, other, rng: (1 - _VEIL) * own + _VEIL * other,
         "noise laid over it": lambda own, other, rng: own + rng.normal(0, 255 * _VEIL / 2, own.shape),
@@ -63,15 +65,15 @@ def _changes() -> Iterator[Change]:
         "the image bent": lambda own, other, rng: _bent(own),
     }
     for name, paint in veils.items():
-        yield Change(name, "image", partial(_painted, paint=paint))
+        yield Perturbation(name, "image", partial(_painted, paint=paint))
     pieces: dict[str, Write] = {
         "a word of no language": lambda own, other, rng: "".join(rng.choice([*_LETTERS], 2)),
         "a sentence": lambda own, other, rng: _SENTENCES[int(rng.integers(len(_SENTENCES)))],
         "another prompt": lambda own, other, rng: other,
     }
     for name, write in pieces.items():
-        yield Change(f"{name} before the prompt", "prompt", partial(_written, write=write, before=True))
-        yield Change(f"{name} behind the prompt", "prompt", partial(_written, write=write, before=False))
+        yield Perturbation(f"{name} before the prompt", "prompt", partial(_written, write=write, before=True))
+        yield Perturbation(f"{name} behind the prompt", "prompt", partial(_written, write=write, before=False))
 
 
 # --- images -----------------------------------------------------------------------------------------

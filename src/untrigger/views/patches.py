@@ -39,8 +39,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.clip(np.asarray(image.convert("I")), 0, 65535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        gray = np.clip(np.asarray(image.convert("I")), 0, 65535) >> 8
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -200,10 +200,10 @@ class Jitter(PatchView):
         draws = 1 + strengths * rng.uniform(-1, 1, (len(cells), 3))
         brightness, contrast, saturation = draws.astype(np.float32).T[..., None, None, None]
         cells = brightness * cells
-        grey = _luma(cells).mean(axis=(1, 2), keepdims=True)
-        cells = grey + contrast * (cells - grey)
-        grey = _luma(cells)
-        return grey + saturation * (cells - grey)
+        gray = _luma(cells).mean(axis=(1, 2), keepdims=True)
+        cells = gray + contrast * (cells - gray)
+        gray = _luma(cells)
+        return gray + saturation * (cells - gray)
 
 
 PATCH_VIEWS: tuple[type[PatchView], ...] = (Mask, MeanFill, Noise, Erase, Shuffle, Blur, Jitter)

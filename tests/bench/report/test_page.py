@@ -19,7 +19,7 @@ from fabricated import HOSTILE, PICTURES, Bench, answers, fill, premise, rate
 
 from shell import untrigger
 from untrigger.bench import store
-from untrigger.bench.report.charts import COLOURS, histogram, pareto
+from untrigger.bench.report.charts import COLORS, histogram, pareto
 from untrigger.bench.report.examples import marked
 from untrigger.bench.report.figures import read
 from untrigger.bench.report.render import write
@@ -296,8 +296,8 @@ def test_headings_tables_and_names_are_in_order(full: Bench) -> None:
     assert next(root.all("a")).attributes == {"class": "skip", "href": "#main"}
 
 
-def _light(colour: str) -> float:
-    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+def _light(color: str) -> float:
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -317,8 +317,8 @@ def test_text_is_readable_on_every_colour_in_both_schemes() -> None:
             assert contrast(scheme["ink"], scheme[name]) >= 4.5, name
         for name in ("soft", "bad", "link"):
             assert contrast(scheme[name], scheme["paper"]) >= 4.5, name
-        for colour in COLOURS:
-            assert contrast(colour, scheme["paper"]) >= 3, colour
+        for color in COLORS:
+            assert contrast(color, scheme["paper"]) >= 3, color
 
 
 # --- the command -----------------------------------------------------------------------------------

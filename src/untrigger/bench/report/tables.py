@@ -301,7 +301,7 @@ def environment(report: Report) -> list[tuple[str, list[str]]]:
         "split": (cell.split for cell in cells),
         "seed": (str(cell.seed) for cell in cells),
         "poison rate": (f"{100 * cell.rate:g} %" for cell in cells),
-        "rows": (f"{c.train_rows:,} to train on, {c.test_rows:,} to ask, {c.trusted_rows:,} trusted" for c in cells),
+        "rows": (f"{c.train_rows:,} to train on, {c.test_rows:,} to ask, {c.clean_rows:,} trusted" for c in cells),
         "training": map(_training, cells),
     }
     return [(name, [_counted(*each) for each in sorted(Counter(of).items())]) for name, of in told.items()]
