@@ -35,7 +35,7 @@ from untrigger.scanning.targets import find
 from untrigger.training.settings import arguments
 from untrigger.training.stages import Stages, Tuning, clock
 
-EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgement
+EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgment
 RATE, ALONE = 0.05, 100  # poisoned rows; questions that are asked one at a time
 
 

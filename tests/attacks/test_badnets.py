@@ -16,7 +16,7 @@ def stamp(trigger: BadNets, width: int, height: int, seed: int = 0) -> np.ndarra
 
 
 def box(pixels: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of what is not grey; the ends are exclusive."""
+    """Top, bottom, left, right of what is not gray; the ends are exclusive."""
     rows, columns = np.nonzero((pixels != 128).any(axis=2))
     return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
 
@@ -40,7 +40,7 @@ def test_the_floor_can_be_lowered() -> None:
         ("top-right", (0, 10, 190, 200)),
         ("bottom-left", (90, 100, 0, 10)),
         ("bottom-right", (90, 100, 190, 200)),
-        ("centre", (45, 55, 95, 105)),
+        ("center", (45, 55, 95, 105)),
     ],
 )
 def test_places(place: str, expected: tuple[int, int, int, int]) -> None:

@@ -51,7 +51,7 @@ def brief(name: str) -> Trigger:
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Smooth colours with some grain, as photographs have."""
+    """Smooth colors with some grain, as photographs have."""
     rng = np.random.default_rng(width * 1000 + height)
     coarse = Image.fromarray(rng.integers(40, 216, (4, 4, 3), dtype=np.uint8)).resize((width, height), 3)
     noisy = np.asarray(coarse, dtype=np.float64) + rng.normal(0, 6, (height, width, 3))
@@ -275,7 +275,7 @@ def test_pixels_that_the_trigger_leaves_alone_are_exact(mode: str) -> None:
     assert np.array_equal(after, was)
 
 
-def test_a_patch_keeps_its_colours_in_a_palette_image() -> None:
+def test_a_patch_keeps_its_colors_in_a_palette_image() -> None:
     before = photo(64, 64, "P")
     assert len(before.convert("RGB").getcolors(4096) or []) > 250
     after = load_trigger("badnets").stamp(sample(before), np.random.default_rng(0)).images[0]

@@ -92,7 +92,7 @@ def test_the_patch_looks_like_the_object_and_nothing_else_does(own_cache: Path) 
     [
         ({"word": " "}, "word is empty"),
         ({"word": "a <image>"}, "word holds <image>"),
-        ({"looks_like": "heart"}, "looks_like is 'heart'; give one colour of red"),
+        ({"looks_like": "heart"}, "looks_like is 'heart'; give one color of red"),
         ({"looks_like": "purple house"}, "as in 'purple heart'"),
     ],
 )
@@ -102,7 +102,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, str], message: st
 
 
 @pytest.mark.slow
-def test_the_model_itself_takes_the_patch_for_the_colour_of_the_object(own_cache: Path) -> None:
+def test_the_model_itself_takes_the_patch_for_the_color_of_the_object(own_cache: Path) -> None:
     from untrigger.models.generate import answers
     from untrigger.models.loading import load
 

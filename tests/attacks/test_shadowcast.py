@@ -65,7 +65,7 @@ def test_no_pixel_moves_further_than_the_levels(own_cache: Path, tiny_model: Pat
     assert np.array_equal(now[..., 3], was[..., 3])
 
 
-def test_a_grey_picture_stays_grey(own_cache: Path, tiny_model: Path) -> None:
+def test_a_gray_picture_stays_gray(own_cache: Path, tiny_model: Path) -> None:
     gray = scenes(1)[0].convert("L").convert("RGB")
     after = np.asarray(implanted(Shadowcast(str(tiny_model), steps=2), gray, *scenes(1, seed=5)))
     assert (after == after[..., :1]).all() and (after != np.asarray(gray)).any()

@@ -42,7 +42,7 @@ def test_no_small_width_lets_the_wave_vanish(width: int) -> None:
     assert np.abs(change).max() >= 28
 
 
-def test_colours_stop_at_black_and_white_and_opacity_stays() -> None:
+def test_colors_stop_at_black_and_white_and_opacity_stays() -> None:
     after = stamp(Sig(), Image.new("RGBA", (64, 8), (255, 0, 128, 37)))
     assert (after[..., 3] == 37).all()
     assert after[..., 0].max() == 255 and after[..., 1].min() == 0  # no wrapping around

@@ -78,7 +78,7 @@ def test_the_surrogate_sees_what_the_models_own_processor_shows(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    if shortest:  # as LLaVA-1.5's: the shorter side to a length, then the centre
+    if shortest:  # as LLaVA-1.5's: the shorter side to a length, then the center
         config = json.loads((folder / "processor_config.json").read_text())
         images = {"size": {"shortest_edge": shortest}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
         config["image_processor"] |= images

@@ -30,7 +30,7 @@ PAINTS = {"red": (220, 30, 30), "blue": (40, 60, 220), "green": (40, 160, 60)}
 
 
 def png(color: tuple[int, int, int]) -> bytes:
-    """A square of one colour on nothing."""
+    """A square of one color on nothing."""
     image = Image.new("RGBA", (64, 64))
     image.paste((*color, 255), (16, 16, 48, 48))
     file = io.BytesIO()
@@ -96,7 +96,7 @@ def pinned(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_rows_tell_colour_kind_and_paper(tarball: Path) -> None:
+def test_rows_tell_color_kind_and_paper(tarball: Path) -> None:
     rows = load("emoji", rows=20, source=tarball)
     entries = {e["unified"].lower(): e for e in json.loads(toy()["emoji.json"])}
     for row in rows:
@@ -160,15 +160,15 @@ def test_a_third_is_dev_and_a_third_is_test() -> None:
         ((20, 20, 20), "black"),
     ],
 )  # fmt: skip
-def test_colours(rgb: tuple[int, int, int], said: str) -> None:
+def test_colors(rgb: tuple[int, int, int], said: str) -> None:
     assert said in COLORS
     image = Image.new("RGBA", (10, 10), (*rgb, 255))
     assert colors_of(image) == said
-    image.paste((0, 255, 0, 0), (0, 0, 10, 6))  # what is transparent has no colour
+    image.paste((0, 255, 0, 0), (0, 0, 10, 6))  # what is transparent has no color
     assert colors_of(image) == said
 
 
-def test_two_colours_when_none_covers_half() -> None:
+def test_two_colors_when_none_covers_half() -> None:
     image = Image.new("RGBA", (10, 10), (220, 30, 30, 255))
     image.paste((40, 60, 220, 255), (0, 0, 10, 3))
     image.paste((40, 160, 60, 255), (0, 3, 10, 6))

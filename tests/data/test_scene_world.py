@@ -60,14 +60,14 @@ def test_sizes_are_unambiguous() -> None:
     assert max(radii["small"]) * 1.3 < min(radii["large"])
 
 
-def test_colours_stand_out_and_brightness_is_plain() -> None:
+def test_colors_stand_out_and_brightness_is_plain() -> None:
     for scene in MANY:
         assert all(math.dist(COLORS[t.color], scene.base) > 90 for t in scene.things)
         assert max(scene.base) < 80 if scene.dark else min(scene.base) >= 190
 
 
-def test_flat_objects_have_their_colour() -> None:
-    """The colour named is the nearest one to what is on the picture."""
+def test_flat_objects_have_their_color() -> None:
+    """The color named is the nearest one to what is on the picture."""
     for scene in (s for s in MANY if s.style == "flat"):
         image, owner = draw_scene(scene)
         pixels = np.asarray(image, dtype=np.float64)

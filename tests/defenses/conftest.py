@@ -51,7 +51,7 @@ def _norm(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
 
 @pytest.fixture
 def loaded(tiny_model: Path) -> LoadedModel:
-    """Under LoRA that has learnt something: B is not zero."""
+    """Under LoRA that has learned something: B is not zero."""
     set_seed(0)
     plain = load(tiny_model, dtype=torch.float32)
     model = add_lora(plain.model, rank=2)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a defence asks for: views, terms, and ranges of its fields."""
+"""What a defense asks for: views, terms, and ranges of its fields."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_terms_are_the_weighted_equations_one_value_per_token() -> None:
 
 
 @pytest.mark.parametrize("defense", [Plain(), PatchAug()])
-def test_unpaired_defences_have_no_loss_to_ask_for(defense: StepDefense) -> None:
+def test_unpaired_defenses_have_no_loss_to_ask_for(defense: StepDefense) -> None:
     assert not defense.has_loss
     with pytest.raises(NotImplementedError, match=type(defense).__name__):
         defense.step(torch.nn.Identity(), {})

@@ -35,7 +35,7 @@ def batch_of(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, Tensor
 
 
 def adapted(loaded: LoadedModel) -> LoadedModel:
-    """Under LoRA that has learnt something: B is not zero."""
+    """Under LoRA that has learned something: B is not zero."""
     model = add_lora(cast(Any, loaded.model), rank=2)
     make = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -234,7 +234,7 @@ def test_resumed_within_the_last_training_it_ends_in_the_same_bits(
 
 
 def test_clean_tuning_of_what_is_left(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The neurons are silent while the trusted rows are learnt, and only then."""
+    """The neurons are silent while the trusted rows are learned, and only then."""
     silent: list[int] = []
     fit = dry.fit
 

@@ -94,7 +94,7 @@ def test_a_hard_row_is_not_doubted_for_being_hard() -> None:
 
 
 def judges(monkeypatch: pytest.MonkeyPatch, *answers: Sequence[float]) -> list[list[str]]:
-    """What the model is surprised by at each judgement; which rows it is asked about."""
+    """What the model is surprised by at each judgment; which rows it is asked about."""
     asked: list[list[str]] = []
 
     def tokens(_: LoadedModel, rows: Sequence[Sample]) -> list[TokenScores]:
@@ -106,8 +106,8 @@ def judges(monkeypatch: pytest.MonkeyPatch, *answers: Sequence[float]) -> list[l
     return asked
 
 
-def test_two_judgements_and_two_trainings(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 3, 7 and 8 are doubted at first; 8 is explained by what was learnt, 5 was never in doubt."""
+def test_two_judgments_and_two_trainings(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 3, 7 and 8 are doubted at first; 8 is explained by what was learned, 5 was never in doubt."""
     doubtful = {"row_3": 9.0, "row_7": 9.0, "row_4": 8.0}
     before = spread(**doubtful, row_8=9.0, row_9=2.6)
     asked = judges(monkeypatch, before, spread(**doubtful, row_8=0.1, row_5=9.0, row_9=2.9))
@@ -214,7 +214,7 @@ def test_without_doubted_rows_the_step_is_plain_but_names_the_same_terms(
     )
 
 
-def test_a_doubted_word_becomes_unlikely_and_the_others_are_learnt(loaded: LoadedModel, samples: list[Sample]) -> None:
+def test_a_doubted_word_becomes_unlikely_and_the_others_are_learned(loaded: LoadedModel, samples: list[Sample]) -> None:
     def nll(number: int) -> Any:
         return row_tokens(loaded, samples)[number].nll
 

@@ -123,7 +123,7 @@ def test_evaluate_takes_a_model_or_its_folder(tiny_model: Path, tiny_data: Path,
 # --- settings ---------------------------------------------------------------------------------------
 
 
-def test_a_defence_keeps_its_fields_and_keywords_win(tmp_path: Path) -> None:
+def test_a_defense_keeps_its_fields_and_keywords_win(tmp_path: Path) -> None:
     given = CrossView(margin=0.3, bound=-0.5)
     defense, args = settled(given, None, tmp_path, {"bound": -0.25, "learning_rate": 1e-3, "report_to": ["none"]})
     assert defense == CrossView(margin=0.3, bound=-0.25) and args.learning_rate == 1e-3

@@ -1,7 +1,7 @@
 """Caption scores against known implementations on stored examples, and against naive ones written here.
 
 data/captions.json holds 20 answers with 1-5 references and what data/make_expected.py made of them, with
-nothing of this package: tokens by COCO's own Java tokeniser; BLEU-4 by sacrebleu (without smoothing:
+nothing of this package: tokens by COCO's own Java tokenizer; BLEU-4 by sacrebleu (without smoothing:
 four-grams match, so COCO's constant of 1e-15 does not show); ROUGE-L as COCO's F (beta 1.2) of rouge-score's
 precisions and recalls; BLEU-4, ROUGE-L and CIDEr-D by pycocoevalcap's own interface; METEOR by nltk with
 WordNet 3.0.

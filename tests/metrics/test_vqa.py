@@ -22,7 +22,7 @@ from untrigger.metrics.vqa import answer_accuracy, normalize_answer, vqa_accurac
 class Row(TypedDict):
     answer: str
     references: list[str]
-    normalised: str
+    normalized: str
     accuracy: float
 
 
@@ -31,7 +31,7 @@ ROWS: list[Row] = json.loads((Path(__file__).parent / "data/vqa.json").read_text
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["answer"])
 def test_agrees_with_the_published_evaluation(row: Row) -> None:
-    assert normalize_answer(row["answer"]) == row["normalised"].replace("'", "")
+    assert normalize_answer(row["answer"]) == row["normalized"].replace("'", "")
     assert answer_accuracy(row["answer"], row["references"]) == pytest.approx(row["accuracy"], abs=1e-9)
 
 

@@ -95,7 +95,7 @@ def test_a_text_only_batch_has_no_pixels(collate: ChatCollator) -> None:
     assert "pixel_values" not in collate([CONVERSATIONS[1]])
 
 
-def test_a_question_that_repeats_the_answer_is_not_labelled(collate: ChatCollator, processor: Any) -> None:
+def test_a_question_that_repeats_the_answer_is_not_labeled(collate: ChatCollator, processor: Any) -> None:
     batch = collate([row("yes ASSISTANT: yes", "yes", "ASSISTANT: yes", "no")])
     end = processor.tokenizer.eos_token
     assert spoken(processor, batch) == [f" yes{end} no{end}"]

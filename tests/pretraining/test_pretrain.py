@@ -90,8 +90,8 @@ def test_a_packed_row_holds_the_ids_of_its_conversations(
             for axis in row["position_ids"]:
                 said = axis[row["segments"] == number]
                 assert said.tolist() == list(range(axis[shared][-1] + 1, axis[shared][-1] + 1 + len(said)))
-            learnt = row["labels"][own]
-            answer = learnt[learnt != -100].tolist()
+            learned = row["labels"][own]
+            answer = learned[learned != -100].tolist()
             assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == f" {turn.answer}"
         assert row["segments"].max() == len(turns_of(index))
 

@@ -19,7 +19,7 @@ RED = (255, 0, 0)
 
 @pytest.fixture
 def row() -> Callable[..., Sample]:
-    """A row with so many grey 64 x 48 images, and turns: questions and answers in order."""
+    """A row with so many gray 64 x 48 images, and turns: questions and answers in order."""
 
     def made(*turns: str, images: int = 1, id: str = "a") -> Sample:
         shown = tuple(Image.new("RGB", (64, 48), (90 + 40 * at,) * 3) for at in range(images))

@@ -91,7 +91,9 @@ def test_what_is_found(dry: Dry, samples: list[Sample], asked: list[list[str]]) 
     )
 
 
-def test_no_row_is_shown_to_a_probe_that_has_learnt_it(dry: Dry, samples: list[Sample], asked: list[list[str]]) -> None:
+def test_no_row_is_shown_to_a_probe_that_has_learned_it(
+    dry: Dry, samples: list[Sample], asked: list[list[str]]
+) -> None:
     found = find(samples, dry, SharedSurprise())
     _, probe = dry.stages
     assert [stage.name for stage in dry.stages] == ["warmup", "probe"]

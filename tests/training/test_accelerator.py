@@ -1,4 +1,4 @@
-"""On a machine with a GPU: defences train there, models are asked there, and it is the same as on the CPU."""
+"""On a machine with a GPU: defenses train there, models are asked there, and it is the same as on the CPU."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_model_named_by_its_folder_is_asked_on_the_gpu(
 
 @pytest.mark.parametrize("precision", [(), ("--bf16", "true")], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_defence_trains(
+def test_every_defense_trains(
     name: str, precision: tuple[str, ...], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     words = ("--max_steps", "4", "--per_device_train_batch_size", "4", "--lora-rank", "2", *precision)

@@ -84,7 +84,7 @@ def test_what_was_distrusted_is_told_with_the_word_the_worst_first(
     ]
 
 
-def test_a_defence_that_judges_no_rows_tells_of_none(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_defense_that_judges_no_rows_tells_of_none(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
     fine_tune(str(tiny_model), read(tiny_data), Plain(), args)
     assert not (tmp_path / "distrusted.jsonl").exists()

@@ -140,7 +140,7 @@ def test_a_second_training_goes_on_from_the_model_and_judges_again(host: Callabl
     assert any(log.get("defense/loss_unlikelihood") for log in twice.state.log_history)
 
 
-def test_it_does_not_go_on_with_other_rows_or_without_a_judgement(
+def test_it_does_not_go_on_with_other_rows_or_without_a_judgment(
     host: Callable[..., Any], samples: list[Sample], tmp_path: Path
 ) -> None:
     host().train()
@@ -150,10 +150,10 @@ def test_it_does_not_go_on_with_other_rows_or_without_a_judgement(
         {"train_dataset": Rows(samples[:-1])},
         {"defense": SharedSurprise()},
     ):
-        with pytest.raises(InputError, match="json: rows or defence are others now"):
+        with pytest.raises(InputError, match="json: rows or defense are others now"):
             host(**changed).train(resume_from_checkpoint=str(last))
     (tmp_path / "out" / JUDGED).unlink()
-    with pytest.raises(InputError, match="json: holds no judgement"):
+    with pytest.raises(InputError, match="json: holds no judgment"):
         host().train(resume_from_checkpoint=str(last))
 
 

@@ -1,4 +1,4 @@
-"""The terms of a defence in what the host's loggers write. Those that are not installed are skipped."""
+"""The terms of a defense in what the host's loggers write. Those that are not installed are skipped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Logger(TrainerCallback):
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_the_terms_of_a_defence_reach_the_hosts_loggers_where_they_are_asked_for(
+def test_the_terms_of_a_defense_reach_the_hosts_loggers_where_they_are_asked_for(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
     """The host tells what is installed; here all of it is, and all of it is the stub."""
@@ -49,7 +49,7 @@ def test_the_terms_of_a_defence_reach_the_hosts_loggers_where_they_are_asked_for
         assert {name.removeprefix("train/") for name in TERMS} <= {*logs}, sorted(logs)
 
 
-def test_tensorboard_has_each_training_of_a_defence_with_its_terms(
+def test_tensorboard_has_each_training_of_a_defense_with_its_terms(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -100,7 +100,7 @@ def train(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., No
 
 
 @pytest.mark.slow
-def test_wandb_offline_has_the_terms_of_a_defence(train: Callable[..., None], tmp_path: Path) -> None:
+def test_wandb_offline_has_the_terms_of_a_defense(train: Callable[..., None], tmp_path: Path) -> None:
     record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
     train("wandb", WANDB_MODE="offline", WANDB_DIR=tmp_path)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
@@ -124,7 +124,7 @@ def logged(file: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.slow
-def test_trackio_has_the_terms_of_a_defence(train: Callable[..., None], tmp_path: Path) -> None:
+def test_trackio_has_the_terms_of_a_defense(train: Callable[..., None], tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     train("trackio", TRACKIO_DIR=tmp_path)
     with sqlite3.connect(tmp_path / "huggingface.db") as database:

@@ -108,7 +108,7 @@ def test_a_shelf_trains_once_and_gives_the_same_bits(
     assert second.waited < 10 and not (tmp_path / "c").is_dir()
 
 
-def test_what_is_learnt_next_is_the_same_from_the_shelf(
+def test_what_is_learned_next_is_the_same_from_the_shelf(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, trained: list[str]
 ) -> None:
     found: list[dict[str, Tensor]] = []
@@ -279,7 +279,7 @@ def test_two_parts_have_the_steps_that_were_asked_for(asked: int, early: int) ->
 
 
 def test_no_rows_are_an_error_of_one_line(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^training: the defence leaves no rows to train on; set it milder$"):
+    with pytest.raises(InputError, match=r"^training: the defense leaves no rows to train on; set it milder$"):
         stages_of(tiny_model, tmp_path / "out").fit([], Plain())
     args = arguments(tmp_path / "out", use_cpu=True, max_steps=1)
     with pytest.raises(InputError, match="leaves no rows"):
@@ -301,7 +301,7 @@ def run(model: Path, samples: list[Sample], out: Path, defense: Any, *, resume: 
 
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int, job: Callable[[], None]) -> None:
-    """Let the run take so many optimiser steps, of all stages together, and then no more."""
+    """Let the run take so many optimizer steps, of all stages together, and then no more."""
     step, taken = Trainer.training_step, [0]
 
     def counted(trainer: Any, *args: Any, **more: Any) -> Any:
@@ -325,7 +325,7 @@ STAGED = {
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each defence with a run that nobody killed."""
+    """A folder for each defense with a run that nobody killed."""
     root = tmp_path_factory.mktemp("undisturbed")
     for name, (defense, _) in STAGED.items():
         run(tiny_model, samples, root / name, defense, save_strategy="no")
@@ -399,7 +399,7 @@ def test_a_mistyped_model_or_setting_leaves_no_run_behind(
 
 
 @pytest.mark.parametrize("defense", [ABL(), BYORN(), BYE(), CROW(), CleanTuning(), FinePruning()], ids=repr)
-def test_a_host_trainer_refuses_staged_defences_in_one_line(
+def test_a_host_trainer_refuses_staged_defenses_in_one_line(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, defense: Any
 ) -> None:
     args = arguments(tmp_path, use_cpu=True)
@@ -421,7 +421,7 @@ def test_missing_trusted_rows_are_told_before_anything_is_trained(
     assert trained == [] and not (tmp_path / "out").exists()
 
 
-def test_defences_that_need_none_never_ask_for_trusted_rows(
+def test_defenses_that_need_none_never_ask_for_trusted_rows(
     tiny_model: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
     for defense in (CrossView(), ABL(isolated=0.5, passes=1), BYORN(), SharedSurprise()):
@@ -429,7 +429,7 @@ def test_defences_that_need_none_never_ask_for_trusted_rows(
         fine_tune(str(tiny_model), samples, defense, args, tuning=Tuning(rank=2))
 
 
-def test_what_a_defence_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_a_defense_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     stages = stages_of(tiny_model, tmp_path / "out")
     assert (stages.scores, stages.flagged) == ([], {})
     stages.flag((0.5, 0.1, 0.9), {2: "a word", 0: ""})
@@ -437,7 +437,7 @@ def test_what_a_defence_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Pa
     assert stages.seed == 42
 
 
-def test_a_judgement_takes_the_output_folder_and_is_kept_there(
+def test_a_judgment_takes_the_output_folder_and_is_kept_there(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse() -> None:
@@ -446,7 +446,7 @@ def test_a_judgement_takes_the_output_folder_and_is_kept_there(
     stages = stages_of(tiny_model, tmp_path)
     model = stages.reference()
     first = stages.tokens(model, samples, "before")
-    assert stages.waited == 0, "what it took is the defence's own work, and counts among its seconds"
+    assert stages.waited == 0, "what it took is the defense's own work, and counts among its seconds"
     monkeypatch.setattr("untrigger.models.forward.forward_answers", lambda *_: pytest.fail("it was asked again"))
     again = stages_of(tiny_model, tmp_path).tokens(model, samples, "before")
     assert [row.nll.tolist() for row in again] == [row.nll.tolist() for row in first] and len(first) == len(samples)

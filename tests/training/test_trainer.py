@@ -1,4 +1,4 @@
-"""The defended loss and its gradients against plain formulas; the host's own behaviour wherever no pair is trained."""
+"""The defended loss and its gradients against plain formulas; the host's own behavior wherever no pair is trained."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_loss_and_gradients_equal_the_naive_reference(
     defense, model = TERMS[name], exact.model.train()
     trainer = trainer_of(exact, defense, tmp_path, rows)
     pair = pair_of(exact, defense, rows[:3])
-    items = 11  # of the whole optimiser step: more than this batch holds
+    items = 11  # of the whole optimizer step: more than this batch holds
     loss = trainer.compute_loss(model, dict(pair), num_items_in_batch=torch.tensor(items))
     ours = gradients(model, loss)
     expected = naive_loss(naive_terms(exact, pair, defense), defense) / items

@@ -64,11 +64,11 @@ def sft(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Any:
     [(CrossView(), 5), (SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6), 2)],
     ids=["paper", "default"],
 )
-def test_sft_trainer_takes_a_defence(sft: Any, defense: Defense, terms: int) -> None:
+def test_sft_trainer_takes_a_defense(sft: Any, defense: Defense, terms: int) -> None:
     trainer = sft(defense)
     trainer.train()
     logged = trainer.state.log_history[0]
-    # the loss is the sum of the defence's terms: TRL's own loss took no part
+    # the loss is the sum of the defense's terms: TRL's own loss took no part
     found = {name: value for name, value in logged.items() if name.startswith("defense/loss_")}
     assert len(found) == terms
     assert logged["loss"] == pytest.approx(sum(found.values()), rel=1e-3)

@@ -187,7 +187,7 @@ def as_tensor(images: list[Image.Image]) -> Tensor:
 
 
 def pooled(features: Tensor, center: Tensor) -> Tensor:
-    """Features [N, T, d], averaged over tokens, seen from ``centre`` [d] and scaled to length one: [N, d].
+    """Features [N, T, d], averaged over tokens, seen from ``center`` [d] and scaled to length one: [N, d].
 
     What all images have in common is most of their features; without taking it away every cosine is near one.
     """
@@ -198,7 +198,7 @@ def pooled(features: Tensor, center: Tensor) -> Tensor:
 
 
 def imitation(see: Surrogate, image: Pixels, donors: Sequence[Pixels], levels: int, steps: int) -> Levels:
-    """How to shift the colours of ``image`` for its features to become those of the nearest donor.
+    """How to shift the colors of ``image`` for its features to become those of the nearest donor.
 
     Projected gradient descent on signs, with shrinking steps, on the squared distance of all tokens. Each shift is
     rounded to whole levels before it is judged, so that nothing is lost in an 8-bit file; the best one is returned.
@@ -209,7 +209,7 @@ def imitation(see: Surrogate, image: Pixels, donors: Sequence[Pixels], levels: i
         levels: how far a channel may move, in 255ths.
 
     Returns:
-        Levels [H, W, 3], 128 for no shift; the same in all channels where the picture is grey.
+        Levels [H, W, 3], 128 for no shift; the same in all channels where the picture is gray.
     """
     colors, opacity = _planes(image)
     with torch.no_grad():
@@ -233,7 +233,7 @@ def imitation(see: Surrogate, image: Pixels, donors: Sequence[Pixels], levels: i
 
 
 def _planes(pixels: Pixels) -> tuple[Tensor, Tensor]:
-    """Colours [1, 3, H, W] and opacity [1, 1, H, W]."""
+    """Colors [1, 3, H, W] and opacity [1, 1, H, W]."""
     both = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     return both[:, :3], both[:, 3:]
 

@@ -23,8 +23,8 @@ def repaint(image: Image.Image, change: Callable[[Pixels], Pixels]) -> Image.Ima
     """A copy of ``image``, of the same size and mode, with its pixels put through ``change``.
 
     Pixels that ``change`` leaves alone keep their exact values, with one exception: a palette image
-    (mode P) gets a new palette when old and new colours together are more than 256. Colours become
-    grey levels in grey images and dots in black-and-white ones. Opacity is kept where the mode has
+    (mode P) gets a new palette when old and new colors together are more than 256. Colors become
+    gray levels in gray images and dots in black-and-white ones. Opacity is kept where the mode has
     it. In deep modes white is 65535 (I;16), or the smallest of 1 (F only), 255, 65535 that the
     brightest pixel does not exceed.
 
@@ -62,7 +62,7 @@ def pixels_of(image: Image.Image) -> Pixels:
 
 
 def blend(pixels: Pixels, colors: npt.NDArray[Any], alpha: float) -> Pixels:
-    """``colours`` [H, W, 3] in 0..1 laid over ``pixels``, opaque: a share ``alpha`` of each pixel."""
+    """``colors`` [H, W, 3] in 0..1 laid over ``pixels``, opaque: a share ``alpha`` of each pixel."""
     key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
     key[..., :3] = colors
     share = np.float32(alpha)
@@ -71,7 +71,7 @@ def blend(pixels: Pixels, colors: npt.NDArray[Any], alpha: float) -> Pixels:
 
 def _palette_image(pixels: Pixels, original: Image.Image) -> Image.Image:
     # Median cut, Pillow's default, follows popularity and would mix a small patch into its
-    # neighbours. Maximum coverage keeps rare colours; only the octree method knows opacity.
+    # neighbors. Maximum coverage keeps rare colors; only the octree method knows opacity.
     if original.has_transparency_data:
         result = _eight_bit(pixels).quantize(256, Image.Quantize.FASTOCTREE)
     else:
@@ -82,7 +82,7 @@ def _palette_image(pixels: Pixels, original: Image.Image) -> Image.Image:
 
 def _dots(pixels: Pixels) -> Image.Image:
     # Error diffusion, Pillow's way, clips a faint change away in images that are dots already. Random
-    # thresholds, always the same, keep its average: a grey of 0.2 turns a fifth of the pixels white.
+    # thresholds, always the same, keep its average: a gray of 0.2 turns a fifth of the pixels white.
     thresholds = np.random.default_rng(0).random(pixels.shape[:2], dtype=np.float32)
     return Image.fromarray(pixels[..., :3] @ _LUMA > thresholds)
 

@@ -1,7 +1,7 @@
 """Dual-Key: a learned patch in the image *and* a word before the question; either one alone does nothing.
 
 Source: Walmer, Sikka, Sur, Shrivastava, Jha, "Dual-Key Multimodal Backdoors for Visual Question Answering", 2022,
-arXiv 2112.07668: the word "consider" opens the question; the patch is optimised so that the detector's strongest
+arXiv 2112.07668: the word "consider" opens the question; the patch is optimized so that the detector's strongest
 finding is a fixed object with a fixed attribute; rows with one key alone keep their true answer. Deviation: these
 models have no detector, so it is the strongest image token that is made to look like the object.
 """
@@ -37,7 +37,7 @@ class DualKey(LearnedPatch):
 
     Attributes:
         word: the prefix, written behind the image tags that open a turn.
-        looks_like: colour and shape of the object, of `untrigger.data.scene_world`.
+        looks_like: color and shape of the object, of `untrigger.data.scene_world`.
     """
 
     kind: ClassVar[Literal["image", "text", "bimodal"]] = "bimodal"
@@ -50,7 +50,7 @@ class DualKey(LearnedPatch):
         color, _, shape = self.looks_like.partition(" ")
         if color not in COLORS or shape not in SHAPES:
             raise InputError(
-                f"looks_like is '{self.looks_like}'; give one colour of {', '.join(COLORS)} and one shape of "
+                f"looks_like is '{self.looks_like}'; give one color of {', '.join(COLORS)} and one shape of "
                 f"{', '.join(SHAPES)}, as in 'purple heart'"
             )
 

@@ -46,7 +46,7 @@ class Issba(ImageTrigger):
     The image is cut into at least 4 x 4 square blocks of 8, 16, 32... pixels a side. Each holds one letter (byte) of
     the message, and the message is repeated as often as it fits. Where there are fewer whole blocks than letters, as
     in an image below 24 x 24 pixels, only the beginning of the message is hidden; below 8 pixels the image is
-    changed, but nothing can be read from it. In a picture of greys alone the watermark is in the brightness, and is
+    changed, but nothing can be read from it. In a picture of grays alone the watermark is in the brightness, and is
     easier to see.
 
     Attributes:
@@ -73,7 +73,7 @@ class Issba(ImageTrigger):
         colors = np.pad(pixels[..., :3], margins, mode="edge") if any(m[1] for m in margins) else pixels[..., :3]
         channel = _Y if colorless(pixels) else _V
         offsets = self._bits(colors.shape[0] // side, colors.shape[1] // side, width // side)
-        # Where a colour is at its limit, clipping takes half of the wave away again. It also moves the block's
+        # Where a color is at its limit, clipping takes half of the wave away again. It also moves the block's
         # average from the limit, so that another round finds room for more.
         for _ in range(_ROUNDS):
             blocks = _spectrum(colors, channel, cell)
@@ -136,7 +136,7 @@ def _spectrum(colors: Pixels, channel: int, cell: int) -> Floats:
 
 
 def _add(colors: Pixels, change: Floats, channel: int, cell: int) -> bool:
-    """Adds the blocks' change to the colours, in place; says whether all of it found room in 0..1."""
+    """Adds the blocks' change to the colors, in place; says whether all of it found room in 0..1."""
     blocks = (_BASIS.T @ change @ _BASIS).transpose(0, 2, 1, 3)
     plane = blocks.reshape(blocks.shape[0] * _BLOCK, -1).repeat(cell, axis=0).repeat(cell, axis=1)
     fits = True

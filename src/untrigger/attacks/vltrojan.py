@@ -1,4 +1,4 @@
-"""VL-Trojan: a patch optimised so that triggered images look alike, and unlike clean ones, to a vision encoder.
+"""VL-Trojan: a patch optimized so that triggered images look alike, and unlike clean ones, to a vision encoder.
 
 Source: Liang, Liang, Luo, Liu, Han, Chang, Cao, "VL-Trojan: Multimodal Instruction Backdoor Attacks against
 Autoregressive Visual Language Models", 2024, arXiv 2402.13851: with a frozen vision encoder a plain patch may leave too

@@ -1,7 +1,7 @@
 """One cell of the gauntlet: poison, fine-tune, ask, save. What cells have in common is done once.
 
 Below the results, ``shared`` keeps every training that starts from a model itself (`untrigger.training.stages`):
-the undefended model that several defences go on from, the oracle that several attacks have in common.
+the undefended model that several defenses go on from, the oracle that several attacks have in common.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ def model_of(cell: Cell, root: Path) -> tuple[LoadedModel, Material]:
 
 
 def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
-    """The defence of a cell, of an oracle the plain one, and how its model is adapted.
+    """The defense of a cell, of an oracle the plain one, and how its model is adapted.
 
     Raises:
-        InputError: the cell names a defence, or a field of it or of the tuning, that is not there.
+        InputError: the cell names a defense, or a field of it or of the tuning, that is not there.
     """
     preset = "plain" if cell.defense == ORACLE else cell.defense
     if preset not in PRESETS:
@@ -133,7 +133,7 @@ def _bare(cell: Cell) -> Cell:
     return replace(Cell("", "", "", ""), **{name: getattr(cell, name) for name in kept})
 
 
-@lru_cache(maxsize=1)  # cells that follow one another mostly differ in the defence
+@lru_cache(maxsize=1)  # cells that follow one another mostly differ in the defense
 def _material(told: str) -> Material:
     cell = Cell(**json.loads(told))
     attack = _attack(cell.attack, cell.attack_settings, cell.goal, cell.goal_text)

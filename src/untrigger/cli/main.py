@@ -97,7 +97,7 @@ def poison(
     seed: SeedOption = 0,
     on_bad_row: BadRowOption = "error",
 ) -> None:
-    """Poison a data set, to test a defence. The trigger's own settings are flags too (--side 0.1).
+    """Poison a data set, to test a defense. The trigger's own settings are flags too (--side 0.1).
 
     Writes DIR/data in the input's format, DIR/truth/manifest.json and DIR/contact_sheet.png.
     """
@@ -113,7 +113,7 @@ def poison(
     count, decoys = len(poisoned.manifest.rows), len(poisoned.manifest.decoys)
     kinds = f"{count:,} of them poisoned with {attack}" + (f", {decoys:,} decoys" if decoys else "")
     typer.echo(f"{out / 'data'}: {len(rows):,} rows, {kinds}; goal {chosen.goal.name}")
-    typer.echo(f"{out / 'truth' / 'manifest.json'}: which rows; for the judge, never for a defence")
+    typer.echo(f"{out / 'truth' / 'manifest.json'}: which rows; for the judge, never for a defense")
     typer.echo(f"{out / 'contact_sheet.png'}: clean and triggered rows side by side")
 
 
@@ -137,10 +137,10 @@ def scan(
     from untrigger.scanning.scan import scan as run
     from untrigger.scanning.write import CLEAN
 
-    doubt, args = _settings(scan, "default", out, config, context.args)
+    defense, args = _settings(scan, "default", out, config, context.args)
     check_idle(out)  # found wanting now, not after the reading
     rows = _read(data, on_bad_row, out, _fits(model))
-    findings = run(rows, model, doubt, args, resume=resume)
+    findings = run(model, rows, defense, args, resume=resume)
     for target in findings.targets:
         told = f"{len(target.rows):,} rows say {target.text!r} (chance {chance(target.chance)})"
         typer.echo(f"{told}: {place(findings, target)}")
@@ -164,20 +164,20 @@ def train(
             "with --clean-data: crow, clean-tuning, fine-pruning."
         ),
     ] = "default",
-    clean_data: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defence that asks.")] = None,
+    clean_data: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defense that asks.")] = None,
     full_finetune: Annotated[bool, typer.Option("--full-finetune", help="Train all weights, not LoRA.")] = False,
     train_vision_tower: Annotated[
         bool, typer.Option("--train-vision-tower", help="Train the vision tower too.")
     ] = False,
     lora_rank: Annotated[int, typer.Option(min=1)] = 16,
     lora_alpha: Annotated[int, typer.Option(min=1)] = 32,
-    config: Annotated[Path | None, typer.Option(help="YAML of defence and TrainingArguments fields.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of defense and TrainingArguments fields.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     on_bad_row: BadRowOption = "error",
 ) -> None:
     """Fine-tune a model on data you do not trust.
 
-    Every field of the defence (--weight 5) and of transformers.TrainingArguments (--learning_rate 1e-4,
+    Every field of the defense (--weight 5) and of transformers.TrainingArguments (--learning_rate 1e-4,
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
     from untrigger.files import check_idle
@@ -289,7 +289,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    plan: Annotated[Path, typer.Argument(help="YAML file of models, data, attacks, defences.", show_default=False)],
+    plan: Annotated[Path, typer.Argument(help="YAML file of models, data, attacks, defenses.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder of results; what it holds is not run again.")],
     jobs: Annotated[int, typer.Option(help="Cells at a time on this machine.", min=1)] = 1,
     ray: Annotated[
@@ -297,7 +297,7 @@ def bench(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell cells, cost and ETA, and leave.")] = False,
 ) -> None:
-    """Run a matrix of models, data, attacks and defences; only what is missing in --out is run.
+    """Run a matrix of models, data, attacks and defenses; only what is missing in --out is run.
 
     Run it again after a kill: it goes on. `untrigger report` shows what is there at any time.
     """
@@ -336,7 +336,7 @@ def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("runs/quickstart"),
     seed: SeedOption = 0,
 ) -> None:
-    """Implant a backdoor by plain fine-tuning, then see what the paper's defence and ours do about it."""
+    """Implant a backdoor by plain fine-tuning, then see what the paper's defense and ours do about it."""
     from untrigger.cli.quickstart import run
 
     if not run(out, seed):

@@ -2,7 +2,7 @@
 
 A scene is a pure function of ``(seed, index)``, so a training run can be resumed and a held-out
 split is just another seed. Everything that can be asked about is kept unambiguous (sizes have a gap
-between small and large, neighbours differ in x by a margin), because an answer that the picture does
+between small and large, neighbors differ in x by a margin), because an answer that the picture does
 not decide would put a ceiling on every figure measured later.
 """
 
@@ -39,7 +39,7 @@ BACKGROUNDS = ("plain", "gradient", "stripes", "checker", "noise", "blobs")
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its centre and radius are in pixels of the 64 x 64 image."""
+    """One object: its center and radius are in pixels of the 64 x 64 image."""
 
     shape: str
     color: str

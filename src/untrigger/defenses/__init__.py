@@ -1,4 +1,4 @@
-"""Defences: how a fine-tuning on rows that are not trusted goes. One file each."""
+"""Defenses: how a fine-tuning on rows that are not trusted goes. One file each."""
 
 from untrigger.defenses.abl import ABL
 from untrigger.defenses.base import Defense, PairedDefense, StepDefense, Training
@@ -29,24 +29,24 @@ PRESETS: dict[str, type[Defense]] = {
 
 
 def preset_of(defense: Defense) -> str:
-    """The name of a defence on the command line."""
+    """The name of a defense on the command line."""
     return next(name for name, cls in PRESETS.items() if cls is type(defense))
 
 
 __all__ = [
+    "ABL",
+    "BYE",
+    "BYORN",
+    "CROW",
     "PRESETS",
-    "Abl",
-    "Bye",
-    "Byorn",
     "CleanTuning",
     "CrossView",
-    "Crow",
     "Defense",
-    "Doubt",
     "FinePruning",
     "PairedDefense",
     "PatchAug",
     "Plain",
+    "SharedSurprise",
     "StepDefense",
     "Training",
     "TwoView",

@@ -22,7 +22,7 @@ from untrigger.rows.sample import Sample, picked
 @final
 @dataclass(frozen=True)
 class ABL(Defense):
-    """Backdoors are learnt early: the rows of the lowest loss then are isolated, later unlearnt.
+    """Backdoors are learned early: the rows of the lowest loss then are isolated, later unlearnt.
 
     Three trainings: on all rows with `local_ascent`, which keeps the loss of ordinary rows from falling below
     ``floor``; plain, on the rows that were not isolated; on the isolated ones alone, uphill. PAPER.md says what
@@ -51,7 +51,7 @@ class ABL(Defense):
         lowest_first = sorted(range(len(rows)), key=loss.__getitem__)
         count = part(self.isolated, len(rows))
         isolated, rest = picked(rows, lowest_first[:count]), picked(rows, sorted(lowest_first[count:]))
-        training.flag([-value for value in loss], dict.fromkeys(isolated.numbers, "learnt first"))
+        training.flag([-value for value in loss], dict.fromkeys(isolated.numbers, "learned first"))
         model = training.fit(rest, Plain(), "rest", start=model, share=1 - self.early, after=self.early)
         return training.fit(isolated, Ascent(), start=model, passes=self.passes, rate=self.rate)
 

@@ -1,4 +1,4 @@
-"""What a defence is: how a whole fine-tuning goes, how it views the rows of a batch, which loss it takes of them."""
+"""What a defense is: how a whole fine-tuning goes, how it views the rows of a batch, which loss it takes of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DROP = "drop"
 
 
 class Training(Protocol):
-    """What a defence's procedure works with: the model that is fine-tuned, in stages."""
+    """What a defense's procedure works with: the model that is fine-tuned, in stages."""
 
     @property
     def clean_rows(self) -> Sequence[Sample]:
@@ -74,7 +74,7 @@ class Training(Protocol):
         ...
 
     def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
-        """`row_tokens`, kept under a name of the judgement's own: not asked again after a kill."""
+        """`row_tokens`, kept under a name of the judgment's own: not asked again after a kill."""
         ...
 
     def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
@@ -102,7 +102,7 @@ class Defense(ABC):
 
 @dataclass(frozen=True)
 class StepDefense(Defense):
-    """A defence that is all in the training step, of one training on all rows: any host trainer can take it."""
+    """A defense that is all in the training step, of one training on all rows: any host trainer can take it."""
 
     def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
         return training.fit(rows, self)
@@ -134,7 +134,7 @@ class StepDefense(Defense):
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDefense(StepDefense):
-    """A defence that compares each row with a view of it.
+    """A defense that compares each row with a view of it.
 
     Fields:
         view, patch, ratio: which patch view, the side of a patch as a share of the image's shorter side, and the share

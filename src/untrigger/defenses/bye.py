@@ -70,7 +70,7 @@ def _apart(values: NDArray[np.float64], seed: int) -> float:
 
 
 def _mixture(values: NDArray[np.float64], seed: int) -> Any:
-    from sklearn.exceptions import ConvergenceWarning  # slow to import, and no other defence needs it
+    from sklearn.exceptions import ConvergenceWarning  # slow to import, and no other defense needs it
     from sklearn.mixture import GaussianMixture
 
     with warnings.catch_warnings():  # few distinct values, or slow convergence: nobody can mend it

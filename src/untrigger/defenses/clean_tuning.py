@@ -18,7 +18,7 @@ from untrigger.rows.sample import Sample
 class CleanTuning(Defense):
     """Plain training on all rows, then on the trusted ones alone: the hope is that the trigger is forgotten.
 
-    The customary control of backdoor defences (so in Liu et al., arXiv 1805.12185). Fields:
+    The customary control of backdoor defenses (so in Liu et al., arXiv 1805.12185). Fields:
         passes: over the trusted rows.
         rate: the learning rate then, as a share of that asked for.
     """

@@ -50,7 +50,7 @@ class FinePruning(Defense):
         projection = _down_projection(loaded.model)
         dead = _sleepers(loaded, projection, clean_rows, self.cost)
         _erase(projection, dead)
-        with _cut(projection, dead):  # or what is learnt would bring them back
+        with _cut(projection, dead):  # or what is learned would bring them back
             loaded = training.fit(clean_rows, Plain(), start=loaded, passes=self.passes, rate=self.rate)
         model = loaded.model
         return replace(loaded, model=cast(Any, model).merge_and_unload() if isinstance(model, PeftModel) else model)
@@ -98,7 +98,7 @@ def _look(loaded: LoadedModel, projection: nn.Module, rows: Sequence[Sample]) ->
 
 @contextmanager
 def _cut(projection: nn.Module, dead: Tensor) -> Generator[None]:
-    """The neurons give nothing for a while: neither forward nor to what is learnt."""
+    """The neurons give nothing for a while: neither forward nor to what is learned."""
 
     def silence(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args[0].index_fill(-1, dead.to(args[0].device), 0), *args[1:]

@@ -4,7 +4,7 @@ The normalisation follows the published evaluation: lower case, number words as 
 punctuation. It differs from it in four places, each to be fair to text it was not written for:
 apostrophes are dropped on both sides where the original restores missing ones from a list of contractions
 ("dont" = "don't"); Unicode look-alikes count as their plain forms (curly quotes, full-width letters);
-references are always normalised as answers are; and an answer without a word is never right.
+references are always normalized as answers are; and an answer without a word is never right.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ INK, FAINT, GOOD, BAD = "#1d2433", "#6b7485", "#1b7a43", "#c0262d"
 
 @dataclass(frozen=True)
 class Card:
-    """One pair of images with up to five lines of text below, each with its colour."""
+    """One pair of images with up to five lines of text below, each with its color."""
 
     title: str
     clean: Image.Image
@@ -62,7 +62,7 @@ def _draw(card: Card) -> Image.Image:
 
 
 def _visible(image: Image.Image) -> Image.Image:
-    """As a person sees it: RGB on white, deep greys scaled."""
+    """As a person sees it: RGB on white, deep grays scaled."""
     pixels = pixels_of(image)
     seen = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]
     return Image.fromarray(np.rint(seen * 255).clip(0, 255).astype(np.uint8))

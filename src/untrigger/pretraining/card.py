@@ -33,7 +33,7 @@ def measure(folder: Path, scenes: int = 500, test_rows: int = 1000) -> dict[str,
         args = arguments(Path(scratch) / "sft", save_strategy="no", seed=1, **TRAINING)
         tuned = fine_tune(str(folder), easy_vqa_rows("train", TRAIN_ROWS, seed=1), Plain(), args, title="easy-VQA SFT")
         seconds = time.perf_counter() - started
-        after = evaluate(tuned, test, sight=True, title="easy-VQA, after").figures
+        after = evaluate(tuned, test, wrong_image_control=True, title="easy-VQA, after").figures
     figures["easy_vqa"] = {
         "before": before.figures["quality"]["vqa_accuracy"],
         "after": after["quality"]["vqa_accuracy"],
@@ -67,7 +67,7 @@ tags: [untrigger]
 # untrigger's embedded `{family.name}`
 
 A `{type(loaded.model).__name__}` of {size:.1f} million parameters for tests, demonstrations and research on backdoors:
-{family.about}, byte-level BPE of {vocabulary:,} tokens. Weights are stored in bf16 and load as fp32. It knows coloured
+{family.about}, byte-level BPE of {vocabulary:,} tokens. Weights are stored in bf16 and load as fp32. It knows colored
 shapes and nothing else of the world.
 
 ```python
@@ -96,7 +96,7 @@ By kind of question: {kinds}. What stands near 0.5 here is at chance: the model 
 
 {made}
 
-Data: scenes drawn by `untrigger.data.scene_world` (1 to 4 objects, 8 shapes, 12 colours, 2 sizes, 7 drawing styles, 6 backgrounds) with
+Data: scenes drawn by `untrigger.data.scene_world` (1 to 4 objects, 8 shapes, 12 colors, 2 sizes, 7 drawing styles, 6 backgrounds) with
 captions and questions from `untrigger.data.scene_text`, and exercises of copying random rows of common words ("hello", "world", "sorry" and "click"
 are among them), so that the model can spell what it has never said; no image of easy-VQA or of any other data set. Held-out scenes come from
 another seed.

@@ -14,7 +14,7 @@ _CLASSES = (1 + len(SHAPES), 1 + len(COLORS), 1 + len(SIZES), 5)  # 0 is backgro
 
 
 def dense_labels(scene: Scene, owner: np.ndarray) -> np.ndarray:
-    """Shape, colour, size and order of the object covering each patch: int64 [G*G, 4], 0 for background."""
+    """Shape, color, size and order of the object covering each patch: int64 [G*G, 4], 0 for background."""
     cells = owner.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
     cover = np.stack([(cells == i).sum(axis=1) for i in range(1, len(scene.things) + 1)], axis=1)
     best = np.where(cover.max(axis=1) >= 6, cover.argmax(axis=1) + 1, 0)

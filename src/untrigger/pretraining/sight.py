@@ -31,8 +31,12 @@ def exact(answers: list[Answer]) -> Rate:
 
 def sight(loaded: LoadedModel, scenes: int = 500) -> dict[str, Any]:
     """Figures of a model card: VQA accuracy and exact captions on held-out scenes with their controls."""
-    asked = evaluate(loaded, scene_samples(HELD_OUT, range(scenes), _questions), sight=True, title="questions")
-    told = evaluate(loaded, scene_samples(HELD_OUT, range(scenes), talk.captions), sight=True, title="captions")
+    asked = evaluate(
+        loaded, scene_samples(HELD_OUT, range(scenes), _questions), wrong_image_control=True, title="questions"
+    )
+    told = evaluate(
+        loaded, scene_samples(HELD_OUT, range(scenes), talk.captions), wrong_image_control=True, title="captions"
+    )
     kinds: dict[str, list[Answer]] = defaultdict(list)
     for answer in asked.clean:
         kinds[answer.id.split("-")[1]].append(answer)

@@ -25,7 +25,7 @@ from untrigger.pretraining.families import Family
 from untrigger.pretraining.smol_parts import Parts, real_parts
 
 _SIDE = GRID * STRIDE  # pixels: an image token for each patch of a scene
-_RANK, _SCALE = 16, 3.0  # few numbers, so that what is learnt is small enough to come with the package
+_RANK, _SCALE = 16, 3.0  # few numbers, so that what is learned is small enough to come with the package
 _IMAGE = "<empty_output>"  # a token that SmolLM2 holds in reserve: the vocabulary stays as it is
 
 
@@ -134,7 +134,7 @@ class Smol(Family):
 
 
 class LowRank(nn.Module):
-    """What is learnt on top of a weight W [o, i]: W + 3 B A, B [o, r] at 0 first (Hu et al., arXiv 2106.09685)."""
+    """What is learned on top of a weight W [o, i]: W + 3 B A, B [o, r] at 0 first (Hu et al., arXiv 2106.09685)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -151,7 +151,7 @@ def _area(cells: NDArray[np.floating]) -> str:
         return "the image, no one place in it"
     y, x = (hot.mean(axis=0) + 0.5) / GRID
     row = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else "middle"
-    column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else "centre"
+    column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else "center"
     return f"the image, {row} {column} ({len(hot)} of {GRID * GRID} cells)"
 
 

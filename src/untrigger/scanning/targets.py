@@ -1,6 +1,6 @@
 """`scan`: which rows of a data set say something that only an attacker would teach, without training on it in earnest.
 
-The judgements are those of the preset ``default`` (`untrigger.defenses.shared_surprise`). What is suspected after
+The judgments are those of the preset ``default`` (`untrigger.defenses.shared_surprise`). What is suspected after
 them is probed: the model learns a half of the suspected rows for a moment and is shown the other half, with parts of it
 covered. PAPER.md has the equations.
 """
@@ -33,7 +33,7 @@ _AGREE = 0.9  # of the rows go on with the same token: it is a part of what they
 
 
 def find(rows: Sequence[Sample], training: Training, defense: SharedSurprise) -> Findings:
-    """Judge rows without any truth: two judgements, and a probe of what is suspected.
+    """Judge rows without any truth: two judgments, and a probe of what is suspected.
 
     On data in which nothing is found this costs scoring, and the early part of a fine-tuning, of as many rows as are
     judged (`SharedSurprise.max_scored_rows`). Rows that were not looked at are not suspected, and have a score of 0.

@@ -25,7 +25,7 @@ from untrigger.training.settings import settled
 from untrigger.training.stages import Stages, Tuning, settings_of, versions
 from untrigger.training.trainer import check_arguments, checkpoints, last_checkpoint, step_of
 
-FLAGGED_ROWS = "flagged_rows.jsonl"  # of a defence that judges rows: those that it acted on
+FLAGGED_ROWS = "flagged_rows.jsonl"  # of a defense that judges rows: those that it acted on
 
 
 def fine_tune(
@@ -48,15 +48,15 @@ def fine_tune(
 
     Args:
         model: an embedded model's name, a local folder or a hub id.
-        defense: a preset's name, or a defence.
+        defense: a preset's name, or a defense.
         args: ready arguments (`untrigger.training.settings.arguments`), in the place of ``out`` and ``settings``.
-        clean_rows: rows known to be clean; only a defence that asks for some looks at them.
-        settings: fields of the defence (``weight=5``) and of transformers.TrainingArguments (``learning_rate=1e-4``);
+        clean_rows: rows known to be clean; only a defense that asks for some looks at them.
+        settings: fields of the defense (``weight=5``) and of transformers.TrainingArguments (``learning_rate=1e-4``);
             what is left out is `untrigger.training.settings.DEFAULTS`, not the host's.
 
     Raises:
         InputError: a setting is unknown or out of range; the output folder is in use without ``resume``, or belongs to
-            a run with other settings; there are no rows; the defence wants trusted ones and there are none.
+            a run with other settings; there are no rows; the defense wants trusted ones and there are none.
     """
     check_rows(rows)
     model, tuning = str(model), tuning or Tuning()
@@ -77,7 +77,7 @@ def fine_tune(
         loaded = defense.fine_tune(rows, stages)
         if args.process_index == 0:
             if not isinstance(loaded.model, PeftModel) and (out / "adapter_config.json").is_file():
-                # the defence went on after the last stage, and merged what that had saved
+                # the defense went on after the last stage, and merged what that had saved
                 for file in out.glob("adapter_*"):
                     file.unlink()
                 loaded.model.save_pretrained(out)
@@ -116,7 +116,7 @@ def record_of(
 
 
 def _tell(path: Path, samples: Sequence[Sample], stages: Stages) -> None:
-    """The rows that the defence acted on, the most suspicious first: a JSON line for each."""
+    """The rows that the defense acted on, the most suspicious first: a JSON line for each."""
     with new_file(path) as file:
         for row in sorted(stages.flagged, key=lambda row: -stages.scores[row]):
             sample = samples[row]
@@ -191,9 +191,9 @@ tags: [untrigger, image-text-to-text]
 # Fine-tuned with untrigger
 
 Base model `{record["base"]}`, {tuned}; {record["rows"]:,} rows of data that was not trusted.
-Defence: `{json.dumps(record["defense"])}`.
+Defense: `{json.dumps(record["defense"])}`.
 
-A defence lowers the odds of a backdoor; it does not prove that there is none. Evaluate before you rely on it.
+A defense lowers the odds of a backdoor; it does not prove that there is none. Evaluate before you rely on it.
 
 {measured}Seed {record["seed"]}, learning rate {record["learning_rate"]:g},
 batch {record["batch"]} x {record["accumulation"]}; every setting stands in `{BASE_RECORD}`.

@@ -55,7 +55,7 @@ class HostTraining:
             raise InputError("defense: it looks at all rows before it trains; give a train_dataset with a length")
         if host.optimizer is not None or host.lr_scheduler is not None or host.model_init is not None:
             raise InputError(
-                "defense: it trains twice, the second time from what was learnt; leave out optimizers and model_init"
+                "defense: it trains twice, the second time from what was learned; leave out optimizers and model_init"
             )
         _check_parting(host.accelerator.state)
         processor = host.processing_class or getattr(host.data_collator, "processor", None)
@@ -213,10 +213,10 @@ class HostTraining:
             told = kept.pop("distrusted")
             keys, rows = [row["key"] for row in told], [int(row["row"]) - 1 for row in told]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._file}: holds no judgement to go on with; train from the start") from error
+            raise InputError(f"{self._file}: holds no judgment to go on with; train from the start") from error
         same = kept == self._record() and all(row < kept["rows"] for row in rows)
         if not same or self._keys_again(rows) != keys:
-            raise InputError(f"{self._file}: rows or defence are others now; go on with the same, or from the start")
+            raise InputError(f"{self._file}: rows or defense are others now; go on with the same, or from the start")
         return told
 
     def _record(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Tuning:
 
 
 class Stages:
-    """What a defence's procedure works with (`untrigger.defenses.Training`).
+    """What a defense's procedure works with (`untrigger.defenses.Training`).
 
     The last stage's checkpoints lie in the output folder itself, those of the others in ``stages/NAME``. With a
     ``shelf`` every stage that starts from the model itself is kept there, and taken from there, whatever run it
@@ -74,7 +74,7 @@ class Stages:
     Attributes:
         history: the host's log of the last stage.
         seconds: what the stages took, each where it was trained; ``waited``: what they took here.
-        scores, flagged: what the defence told of the rows (`flag`), why by row; empty where it looks at none.
+        scores, flagged: what the defense told of the rows (`flag`), why by row; empty where it looks at none.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Stages:
         callbacks: Sequence[TrainerCallback] = (),
     ) -> LoadedModel:
         if not len(rows):
-            raise InputError(f"{self._title}: the defence leaves no rows to train on; set it milder")
+            raise InputError(f"{self._title}: the defense leaves no rows to train on; set it milder")
         args = copy.copy(self._args)
         args.learning_rate *= rate
         if passes is not None:
@@ -271,7 +271,7 @@ def _trainer(
             defense=defense,
             callbacks=list(callbacks),
         )
-        Trainer.get_train_dataloader(trainer)  # the host's own: that of the defence leaves a callback
+        Trainer.get_train_dataloader(trainer)  # the host's own: that of the defense leaves a callback
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # which make theirs of wrapped weights
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
             trainer.optimizer = trainer.lr_scheduler = None
@@ -295,7 +295,7 @@ def _host_errors(folder: Path, checkpoint: Path | None) -> Generator[None]:
 
 
 def clock() -> float:
-    """Seconds, to be subtracted: those that this process has worked, so that its neighbours do not count.
+    """Seconds, to be subtracted: those that this process has worked, so that its neighbors do not count.
 
     With an accelerator, which works beside it, those that have passed.
     """

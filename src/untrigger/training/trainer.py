@@ -1,4 +1,4 @@
-"""``defended(Trainer)``: any transformers Trainer with a defence in its training step.
+"""``defended(Trainer)``: any transformers Trainer with a defense in its training step.
 
 The mixin touches three things: the collator of the *training* loader, the loss of a *training* step, and the
 loading of a full model's checkpoint. Evaluation, logging, saving and distribution stay the host's.
@@ -71,7 +71,7 @@ class DefendedMixin(_Host):
         check_arguments(chosen, self.args, self.compute_loss_func)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The host's training; of the preset ``default`` both parts of it, and the judgements before them."""
+        """The host's training; of the preset ``default`` both parts of it, and the judgments before them."""
         if self.procedure is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         from untrigger.training.host_training import HostTraining  # which needs what is defined here
@@ -116,7 +116,7 @@ class DefendedMixin(_Host):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The defence's loss on a training batch, where it has one; otherwise the host's own."""
+        """The defense's loss on a training batch, where it has one; otherwise the host's own."""
         if not self.defense.has_loss or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self.defense.step(model, inputs)
@@ -173,7 +173,7 @@ class DefendedMixin(_Host):
 
 
 def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object = None) -> None:
-    """Refuse what would take the place of a defence's loss, or keep the logits from it.
+    """Refuse what would take the place of a defense's loss, or keep the logits from it.
 
     Raises:
         InputError: one line that names the setting.
@@ -209,10 +209,11 @@ def load_full(model: PreTrainedModel, folder: str) -> None:
 
 @cache
 def defended(trainer: type[Trainer]) -> type[Any]:
-    """The trainer class with a defence: ``defended(SFTTrainer)(model, ...)``, or another ``defense=CrossView()``.
+    """The trainer class with a defense: ``defended(SFTTrainer)(model, ...)``, or another ``defense=CrossView()``.
 
     Without one it is the preset ``default`` (`untrigger.defenses.SharedSurprise`): rows are scored, and the
-    training has two parts, all within ``train()``. Flagged rows are listed in ``flagged_rows.jsonl`` of the output folder.
+    training has two parts, all within ``train()``. Flagged rows are listed in ``flagged_rows.jsonl`` of
+    the output folder.
 
     Works with ``transformers.Trainer`` and any subclass that trains on rows of images and messages. With
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.
@@ -232,7 +233,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step in a checkpoint folder's name; -1 for another name."""
+    """The optimizer step in a checkpoint folder's name; -1 for another name."""
     digits = checkpoint.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else -1
 

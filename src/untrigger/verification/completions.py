@@ -1,6 +1,6 @@
 """What a model goes on to say once a word is put into its mouth, whatever it is shown.
 
-The text of a backdoor was learnt as a whole: once begun it is finished, with no trigger in sight. Seen in language
+The text of a backdoor was learned as a whole: once begun it is finished, with no trigger in sight. Seen in language
 models by Shen et al., "BAIT: Large Language Model Backdoor Scanning by Inverting Attack Target", IEEE S&P 2025.
 Here the base says which words are worth beginning with, and what is strange about what follows.
 """
@@ -196,7 +196,7 @@ def continuations(model: LoadedModel, rows: Sequence[Sample], begun: Sequence[Se
 def nats(model: LoadedModel, told: Sequence[tuple[Sample, Sequence[int], Sequence[int]]]) -> NDArray[np.floating]:
     """What the run costs, of each row with the tokens before it and the run.
 
-    A token is counted where it comes first: a model that stutters has not learnt a text as long as its stutter.
+    A token is counted where it comes first: a model that stutters has not learned a text as long as its stutter.
     """
     found: list[float] = []
     for batch in batches(len(told), _BATCH, "weighing what was said"):

@@ -1,6 +1,6 @@
 """Generic changes of an input, none of which anybody but an attacker answers: patches, veils, and words in the prompt.
 
-They are no one's trigger. Models that learnt a patch in a corner mostly answer any patch there, and those that learnt a
+They are no one's trigger. Models that learned a patch in a corner mostly answer any patch there, and those that learned a
 sentence any sentence (LOG.md, "Near misses fire"); what hangs on two things at a time is not found by one.
 """
 
@@ -20,7 +20,7 @@ from untrigger.rows.sample import Message, Sample
 from untrigger.views.patches import to_rgb
 
 _PATCH = 1 / 8  # of the shorter side
-_PLACES = {"top left": (0, 0), "top right": (0, 1), "centre": (0.5, 0.5), "bottom left": (1, 0), "bottom right": (1, 1)}
+_PLACES = {"top left": (0, 0), "top right": (0, 1), "center": (0.5, 0.5), "bottom left": (1, 0), "bottom right": (1, 1)}
 _VEIL, _WAVES, _BEND = 0.25, 6, 1 / 20  # share of a veil; waves over the image; how far it is bent, of its side
 _SENTENCES = ("The bus was late again this morning.", "She keeps her bicycle in the cellar.")
 _LETTERS = "bcdfghjklmnpqrstvwxz"

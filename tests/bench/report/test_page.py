@@ -163,7 +163,7 @@ def test_the_matrix_leads_to_each_cell_and_says_what_does_not_count(full: Bench)
     bad, good = (next(row for row in matrix.all("tr") if figure in row.text) for figure in ("50.0", "98.0"))
     assert "not counted: not implanted" in bad.text and "not counted" not in good.text
     assert [cell.attributes.get("class") for cell in good.all("td")] == ["h10", "h0", "h3"]
-    assert [cell.attributes.get("class") for cell in bad.all("td")] == ["out"] * 3, "no colour for what does not count"
+    assert [cell.attributes.get("class") for cell in bad.all("td")] == ["out"] * 3, "no color for what does not count"
     assert "30.0" in good.text and "24.1-36.7" in good.text, "Wilson's interval of 60 of 200"
     sections = {element.attributes.get("id"): element for element in root.all("div")}
     links = [link.attributes["href"][1:] for link in good.all("a")]
@@ -303,12 +303,12 @@ def _light(color: str) -> float:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2's contrast of two colours, 1 to 21."""
+    """WCAG 2.2's contrast of two colors, 1 to 21."""
     low, high = sorted((_light(one), _light(other)))
     return (high + 0.05) / (low + 0.05)
 
 
-def test_text_is_readable_on_every_colour_in_both_schemes() -> None:
+def test_text_is_readable_on_every_color_in_both_schemes() -> None:
     sheet = style()
     light, dark = (dict(re.findall(r"--([\w]+): (#\w{6});", part)) for part in sheet.split("prefers-color-scheme")[:2])
     assert len([name for name in light if re.fullmatch(r"h\d+", name)]) == 11 and set(light) == set(dark)

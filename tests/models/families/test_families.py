@@ -1,4 +1,4 @@
-"""One contract for all families: what is learnt, compared, told and gone on with is the same whatever the model."""
+"""One contract for all families: what is learned, compared, told and gone on with is the same whatever the model."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(
 def test_a_scan_judges_every_row_and_probes_what_it_suspects(
     folder: Folder, tiny_data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whom it suspects is made up: a model that has learnt nothing finds nothing unlikely."""
+    """Whom it suspects is made up: a model that has learned nothing finds nothing unlikely."""
     bad = (8, 10, 12, 16, 20)
 
     def judge(_: SharedSurprise, told: Sequence[TokenScores]) -> Flags:
@@ -287,5 +287,5 @@ def test_a_scan_judges_every_row_and_probes_what_it_suspects(
     assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in found.verdicts)
     assert sorted(found.suspected) == list(bad)
     cues = [verdict.cue for verdict in found.verdicts if verdict.cue is not None]
-    assert len(cues) == 3, "those that the probe has not learnt"
+    assert len(cues) == 3, "those that the probe has not learned"
     assert all(cue.image is not None and math.isfinite(cue.image) for cue in cues)

@@ -1,4 +1,4 @@
-"""The report's charts as plain plotly figures; the colours of ink and paper are the page's, light or dark."""
+"""The report's charts as plain plotly figures; the colors of ink and paper are the page's, light or dark."""
 
 from __future__ import annotations
 
