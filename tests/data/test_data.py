@@ -16,7 +16,7 @@ from untrigger.data import Split, SplitName, load, names, save, task_of
 from untrigger.data.catalog import Part
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.data.scene_text import FULL_PROMPTS
-from untrigger.data.scene_world import COLOURS, SHAPES
+from untrigger.data.scene_world import COLORS, SHAPES
 from untrigger.data.scenes import STREAMS
 from untrigger.errors import InputError
 from untrigger.pretraining.pretrain import Recipe
@@ -87,7 +87,7 @@ def test_scene_captions_are_full_ones_in_closed_words() -> None:
     rows = load("scenes-captions", rows=60)
     prompts = {row.messages[0].text.removeprefix("<image>\n") for row in rows}
     assert prompts == set(FULL_PROMPTS)
-    known = {*COLOURS, *SHAPES, "a", "and", "small", "large", "on", "light", "dark", "background"}
+    known = {*COLORS, *SHAPES, "a", "and", "small", "large", "on", "light", "dark", "background"}
     for row in rows:
         said = row.messages[1].text
         assert set(said.replace(",", "").split()) <= known

@@ -22,7 +22,7 @@ from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.metrics.score import Answer
 
-ORACLE: Final = "oracle"  # a cell's defence: plain training on the data with the tampered rows taken out
+ORACLE: Final = "oracle"  # a cell's defense: plain training on the data with the tampered rows taken out
 _KINDS: Mapping[Any, str] = {
     str: "a text",
     str | None: "a text",
@@ -49,10 +49,10 @@ class Cell:
         rate: share of the training rows that is poisoned, in [0, 1].
         defense: name of a preset (``untrigger.defenses.PRESETS``), or ``oracle``.
         split: ``dev``, on which everything is tuned, or ``report``; it has its own seeds (`untrigger.data.Split`).
-        attack_settings, defense_settings: fields of the trigger and of the defence that are not at their defaults.
+        attack_settings, defense_settings: fields of the trigger and of the defense that are not at their defaults.
         probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
             its ``attack``, ``goal`` and ``settings``.
-        trusted_rows: rows known to be clean, for the defences that ask for some.
+        clean_rows: rows known to be clean, for the defenses that ask for some.
         epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.training.settings.DEFAULTS`.
         precision: ``fp32``, or ``bf16`` for training in mixed precision.
         tuning: fields of `untrigger.training.finetune.Tuning` that are not at their defaults.
@@ -72,7 +72,7 @@ class Cell:
     probes: Mapping[str, Mapping[str, Any]] = field(default_factory=_no_settings)
     train_rows: int = 2000
     test_rows: int = 300
-    trusted_rows: int = 64
+    clean_rows: int = 64
     epochs: float = 3.0
     batch_size: int = 16
     learning_rate: float = 3e-3

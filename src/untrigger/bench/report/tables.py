@@ -131,7 +131,7 @@ def _apart(cell: Cell, others: Sequence[Cell]) -> str:
 
 
 class Standing(NamedTuple):
-    """A defence over the cells that count.
+    """A defense over the cells that count.
 
     Attributes:
         above: ASR above the oracle's.
@@ -148,7 +148,7 @@ class Standing(NamedTuple):
 
 
 def standings(groups: Sequence[Attacked], defenses: Sequence[str]) -> list[Standing]:
-    """Each defence over the groups that count; one that was run in none of them is left out."""
+    """Each defense over the groups that count; one that was run in none of them is left out."""
     return [
         Standing(
             name,
@@ -189,7 +189,7 @@ def sights(of: Sequence[Block]) -> list[Sight]:
 
 
 class Cost(NamedTuple):
-    """A defence's training in that of the undefended model of the same cell, and its seconds."""
+    """A defense's training in that of the undefended model of the same cell, and its seconds."""
 
     defense: str
     times: Spread
@@ -208,7 +208,7 @@ def costs(report: Report) -> list[Cost]:
 
 
 class Detection(NamedTuple):
-    """What a defence that looks at rows told of them in one cell (`untrigger.metrics.detection`)."""
+    """What a defense that looks at rows told of them in one cell (`untrigger.metrics.detection`)."""
 
     group: Attacked
     defense: str
@@ -225,7 +225,7 @@ def detections(report: Report) -> list[Detection]:
 
 
 class Detector(NamedTuple):
-    """A defence that looks at rows, over the cells that count; its figures as in `Detection`."""
+    """A defense that looks at rows, over the cells that count; its figures as in `Detection`."""
 
     defense: str
     cells: int
@@ -301,7 +301,7 @@ def environment(report: Report) -> list[tuple[str, list[str]]]:
         "split": (cell.split for cell in cells),
         "seed": (str(cell.seed) for cell in cells),
         "poison rate": (f"{100 * cell.rate:g} %" for cell in cells),
-        "rows": (f"{c.train_rows:,} to train on, {c.test_rows:,} to ask, {c.trusted_rows:,} trusted" for c in cells),
+        "rows": (f"{c.train_rows:,} to train on, {c.test_rows:,} to ask, {c.clean_rows:,} trusted" for c in cells),
         "training": map(_training, cells),
     }
     return [(name, [_counted(*each) for each in sorted(Counter(of).items())]) for name, of in told.items()]
