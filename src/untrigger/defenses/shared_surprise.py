@@ -33,7 +33,7 @@ class Doubt(Defense):
     """Surprising words that many rows share are made unlikely where they stand, in the place of being learnt.
 
     The model judges the rows twice: as it is before fine-tuning, and again when it has learnt ``early`` of the way
-    from the rows that it did not doubt, and knows what kind of data this is. PAPER.md has the equations.
+    from the rows that it did not doubt, and knows what kind of data this is. docs/paper.md has the equations.
 
     Fields:
         early: share of all passes that comes before the second judgement, in (0, 1).

@@ -1,7 +1,7 @@
 """Generic changes of an input, none of which anybody but an attacker answers: patches, veils, and words in the prompt.
 
 They are no one's trigger. Models that learnt a patch in a corner mostly answer any patch there, and those that learnt a
-sentence any sentence (LOG.md, "Near misses fire"); what hangs on two things at a time is not found by one.
+sentence any sentence (docs/log.md, "Near misses fire"); what hangs on two things at a time is not found by one.
 """
 
 from __future__ import annotations
