@@ -196,7 +196,7 @@ def test_transparency_is_laid_over_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-def test_sixteen_bit_greys_keep_their_high_byte(mode: str) -> None:
+def test_sixteen_bit_grays_keep_their_high_byte(mode: str) -> None:
     values = np.array([[0, 255, 256, 32768, 65535]])
     image = Image.fromarray(values.astype(np.uint16)) if mode == "I;16" else Image.new(mode, (5, 1))
     for x, value in enumerate(values[0].tolist()):
@@ -207,7 +207,7 @@ def test_sixteen_bit_greys_keep_their_high_byte(mode: str) -> None:
 # each view
 
 
-def test_mask_fills_with_grey() -> None:
+def test_mask_fills_with_gray() -> None:
     image = noise_image((30, 20))
     assert (run(Mask(ratio=1.0), image) == 128).all()
     assert (run(Mask(ratio=1.0, fill=0), image) == 0).all()
