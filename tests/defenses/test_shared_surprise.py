@@ -105,7 +105,7 @@ def judges(monkeypatch: pytest.MonkeyPatch, *answers: Sequence[float]) -> list[l
     return asked
 
 
-def test_two_scoring_passes_and_two_trainings(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_judgments_and_two_trainings(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows 3, 7 and 8 are doubted at first; 8 is explained by what was learnt, 5 was never in doubt."""
     doubtful = {"row_3": 9.0, "row_7": 9.0, "row_4": 8.0}
     before = spread(**doubtful, row_8=9.0, row_9=2.6)
