@@ -128,7 +128,7 @@ def test_no_workers_are_refused(tmp_path: Path) -> None:
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     """SIGKILL to the parent while one cell is done and two are in flight: these end too, and run again."""
     code = (
-        "from pathlib import Path; from test_matrix import *; "
+        "from pathlib import Path; from test_sweep import *; "
         f"run_matrix(cells(1, 90, 91, 2), Path({str(tmp_path)!r}), on_this_machine(2), work)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)

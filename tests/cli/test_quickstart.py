@@ -1,17 +1,14 @@
-"""The main job at toy size, and small but real in the slow suite."""
+"""The main job at toy size, and whole in the slow suite."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from untrigger.attacks.badnets import BadNets
 from untrigger.cli import quickstart
 from untrigger.errors import InputError
-from untrigger.poisoning.goals import Fixed
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -47,15 +44,8 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
 
 @pytest.mark.slow
 def test_quickstart_implants_the_backdoor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tenth of the rows, with a patch and a text that so few of them teach; `make quickstart` is the whole."""
-    monkeypatch.delitem(quickstart.DEFENDED, "paper")  # nothing is asked of it here, and it takes longest
-    changed = {"TRAIN_ROWS": 200, "TEST_ROWS": 60, "RATE": 0.2}
-    changed |= {"BadNets": partial(BadNets, side=0.25), "Fixed": partial(Fixed, "two blue stars")}
-    for name, value in changed.items():
-        monkeypatch.setattr(quickstart, name, value)
-    changed = {"num_train_epochs": 3, "per_device_train_batch_size": 8}
-    for name, value in changed.items():
-        monkeypatch.setitem(quickstart.TRAINING, name, value)
+    monkeypatch.delitem(quickstart.DEFENDED, "paper")  # no assertion below needs it, and it takes longest
+    monkeypatch.setattr(quickstart, "TEST_ROWS", 120)
     assert quickstart.run(tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["defense"]: row for row in results["rows"]}

@@ -371,7 +371,7 @@ def test_a_cell_without_its_figures_is_named(bench: Bench, tmp_path: Path) -> No
 def test_a_report_loads_no_torch(bench: Bench, tmp_path: Path, suffix: str) -> None:
     bench.pair(metrics=premise({"mask": (0.6, 0.7, 0.8)}))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom untrigger.report import write\n"
+        "import sys\nfrom pathlib import Path\nfrom untrigger.bench.report.render import write\n"
         f"write(Path({str(bench.root)!r}), Path({str(tmp_path / f'out.{suffix}')!r}))\n"
         "print([m for m in ('torch', 'transformers', 'trl', 'ray') if m in sys.modules])"
     )

@@ -1,10 +1,10 @@
-"""SIGKILL at random moments of train, scan and bench, each started again until it ends: is anything lost or changed?
+"""Kill train, scan and bench at random moments, start each again until it ends, and compare what it wrote.
 
-    python benchmarks/kills.py --json FILE [--kills 100] [--seed 0]
+    python tests/stress/kills.py --json FILE [--kills 100] [--seed 0]
 
-Each command runs once undisturbed. Then it is killed at a moment drawn from that run's whole length, started again
-(``--resume``; bench: the same command), killed again, and so on until it ends by itself: what it has written must be
-what the undisturbed run wrote, to the byte, and its data must be as it was.
+Each command runs once undisturbed. Then it gets SIGKILL at a moment drawn from that run's whole length, and starts
+again (``--resume``; bench: the same command), until it ends by itself. It must have written what the undisturbed run
+wrote, to the byte, and its data must be unchanged.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ PLAN = {
 
 
 @dataclass
-class Told:
-    """Of one command: what was tried, and what came of it."""
+class Kills:
+    """Counts for one command."""
 
     seconds: float = 0.0  # of the undisturbed run
     kills: int = 0
@@ -67,19 +67,19 @@ def main(
     """Kill, start again, compare."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="untrigger-") as name:
         folder = Path(name)
         commands = prepared(folder)
         data = digest(folder / "bad" / "data")
         for verb, words in commands.items():
-            told[verb] = asdict(
+            figures[verb] = asdict(
                 killed(folder, verb, words, round(kills * SHARES[verb]), random.Random(f"{seed} {verb}"))
             )
             assert digest(folder / "bad" / "data") == data, "the data was touched"
-            write_text(out, json.dumps(told, indent=2) + "\n")
-    Console().print({verb: {k: v for k, v in each.items() if k != "moments"} for verb, each in told.items()})
-    if any(each["changed"] for each in told.values()):
+            write_text(out, json.dumps(figures, indent=2) + "\n")
+    Console().print({verb: {k: v for k, v in each.items() if k != "moments"} for verb, each in figures.items()})
+    if any(each["changed"] for each in figures.values()):
         raise typer.Exit(1)
 
 
@@ -92,31 +92,31 @@ def prepared(folder: Path) -> dict[str, list[str]]:
     return {"train": ["train", rows, *STEPS], "scan": ["scan", rows, *STEPS], "bench": ["bench", f"{folder}/plan.yaml"]}
 
 
-def killed(folder: Path, verb: str, words: list[str], kills: int, chance: random.Random) -> Told:
+def killed(folder: Path, verb: str, words: list[str], kills: int, chance: random.Random) -> Kills:
     """One command, killed so many times in all."""
-    told, started = Told(), time.monotonic()
+    counts, started = Kills(), time.monotonic()
     whole = folder / f"{verb}-whole"
     code = ran(folder, [*words, "--out", str(whole)])
-    told.seconds, wanted = round(time.monotonic() - started, 2), (code, digest(whole))
+    counts.seconds, wanted = round(time.monotonic() - started, 2), (code, digest(whole))
     assert code in GOOD, (folder / "log").read_text()
-    while told.kills < kills:
-        out = folder / f"{verb}-{told.ends}"
+    while counts.kills < kills:
+        out = folder / f"{verb}-{counts.ends}"
         more: list[str] = []
         while True:
-            moment = chance.uniform(0, told.seconds) if told.kills < kills else None
+            moment = chance.uniform(0, counts.seconds) if counts.kills < kills else None
             code = ran(folder, [*words, "--out", str(out), *more], moment)
             if code is not None:
                 break
-            told.kills += 1
-            told.moments.append(round(moment or 0.0, 3))
+            counts.kills += 1
+            counts.moments.append(round(moment or 0.0, 3))
             more = [] if verb == "bench" else ["--resume"]
-        told.ends += 1
-        if (code, found := digest(out)) != wanted:
-            told.changed += 1
-            names = [name for name, _ in found.items() ^ wanted[1].items()]
+        counts.ends += 1
+        if (code, hashes := digest(out)) != wanted:
+            counts.changed += 1
+            names = [name for name, _ in hashes.items() ^ wanted[1].items()]
             print(f"{verb}: exit code {code}; {names}\n{(folder / 'log').read_text()[-2000:]}", flush=True)
-        print(f"{verb}: {told.kills} kills, {told.ends} ends, {told.changed} changed", flush=True)
-    return told
+        print(f"{verb}: {counts.kills} kills, {counts.ends} ends, {counts.changed} changed", flush=True)
+    return counts
 
 
 def ran(folder: Path, words: list[str], kill_after: float | None = None) -> int | None:
@@ -149,7 +149,7 @@ def ran(folder: Path, words: list[str], kill_after: float | None = None) -> int 
 
 def digest(folder: Path) -> dict[str, str]:
     """Of each file below that the run answers for, its SHA-256: no checkpoint, no clock and no place in it."""
-    told: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         passing = ("checkpoint-", "stages", "shared", "log.txt", ".", "trainer_state", "untrigger.json", "README.md")
@@ -157,10 +157,10 @@ def digest(folder: Path) -> dict[str, str]:
             continue
         content = path.read_bytes()
         if name.name == "metrics.json":
-            figures = json.loads(content)
-            content = json.dumps({k: v for k, v in figures.items() if k not in ("seconds", "machine")}).encode()
-        told[str(name)] = hashlib.sha256(content).hexdigest()
-    return told
+            metrics = json.loads(content)
+            content = json.dumps({k: v for k, v in metrics.items() if k not in ("seconds", "machine")}).encode()
+        hashes[str(name)] = hashlib.sha256(content).hexdigest()
+    return hashes
 
 
 if __name__ == "__main__":

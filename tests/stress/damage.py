@@ -1,4 +1,4 @@
-"""Damaged rows, images and files, each drawn from a generator: what a stranger's data set may hold."""
+"""Draw damaged rows, images, data files and stored results: what a stranger's files may hold."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from untrigger.bench import store
+from untrigger.bench.store import Cell
+from untrigger.metrics.rates import Rate
 
 FORMATS = (
     "llava.json",
@@ -112,19 +117,19 @@ def name_of_image(rng: random.Random, folder: Path) -> Any:
 
 def row(rng: random.Random, number: int, kind: str, folder: Path) -> Any:
     """A row of the kind of file; about half of them have something wrong."""
-    asked, said = f"<image>\nwhat is {number}?", rng.choice(_WORDS)
+    question, answer = f"<image>\nwhat is {number}?", rng.choice(_WORDS)
     picture = name_of_image(rng, folder)
     if kind.startswith("metadata"):
-        made: dict[str, Any] = {"file_name": picture, "text": said}
+        made: dict[str, Any] = {"file_name": picture, "text": answer}
         if rng.random() < 0.5:
-            made["prompt"] = asked
+            made["prompt"] = question
     else:
         keys = (
             ("role", "content", "user", "assistant")
             if kind.startswith(("messages", "rows"))
             else ("from", "value", "human", "gpt")
         )
-        turns = [{keys[0]: keys[2], keys[1]: asked}, {keys[0]: keys[3], keys[1]: said}]
+        turns = [{keys[0]: keys[2], keys[1]: question}, {keys[0]: keys[3], keys[1]: answer}]
         where = "messages" if kind.startswith(("messages", "rows")) else "conversations"
         made = {"id": f"r{number}", where: turns, "image" if kind.startswith("llava") else "images": picture}
         if "images" in made:
@@ -200,7 +205,7 @@ def line(rng: random.Random, value: Any) -> bytes:
 
 def parquet(rng: random.Random, path: Path, rows: list[Any]) -> int | None:
     """Rows that a parquet file can hold; the others' places hold nothing. Bytes of images stand in the rows."""
-    told: list[dict[str, Any]] = []
+    cleaned: list[dict[str, Any]] = []
     for each in rows:
         made = each if isinstance(each, dict) else {}
         pictures = made.get("images")
@@ -212,12 +217,12 @@ def parquet(rng: random.Random, path: Path, rows: list[Any]) -> int | None:
         good = isinstance(turns, list) and all(
             isinstance(turn, dict) and all(isinstance(text, str) for text in turn.values()) for turn in turns
         )
-        told.append({"id": str(made.get("id")), "messages": turns if good else None, "images": cells})
+        cleaned.append({"id": str(made.get("id")), "messages": turns if good else None, "images": cells})
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("id", pa.string()), ("messages", pa.list_(turn)), ("images", pa.list_(picture))])
     try:
-        table = pa.Table.from_pylist(told, schema)
+        table = pa.Table.from_pylist(cleaned, schema)
     except (pa.ArrowException, UnicodeEncodeError):
         table = pa.Table.from_pylist([{"id": str(i)} for i in range(len(rows))], schema)
     extra = rng.choice(("none", "none", "times", "dictionary", "null"))
@@ -251,6 +256,47 @@ def hurt(rng: random.Random, content: bytes) -> bytes:
     return bytes(flipped)
 
 
+# --- stored results ---------------------------------------------------------------------------------
+
+
+def _rate(rng: random.Random, rows: int = 300) -> dict[str, Any]:
+    return asdict(Rate.from_counts(rng.randrange(rows + 1), rows))
+
+
+def _quality(rng: random.Random) -> dict[str, Any]:
+    return {"vqa_accuracy": _rate(rng), "meteor": None, "cider": {"value": 2.4, "low": 2.3, "high": 2.5, "n": 300}}
+
+
+def small_results(rng: random.Random, root: Path) -> None:
+    """Store three finished cells below ``root``: plain, oracle and default, with all figures that a bench stores."""
+    place = {"model": rng.choice(("llava", "blip2")), "data": "easy-vqa", "goal": "fixed"}
+    attack, settings = rng.choice((("badnets", {"side": 0.1}), ("sig", {"delta": 0.2}), ("addsent", {})))
+    for defense in ("plain", "oracle", "default"):
+        metrics: dict[str, Any] = {
+            "quality": _quality(rng),
+            "text_prior": _rate(rng),
+            "asr": {**_rate(rng), "version": 1},
+            "leak": {**_rate(rng), "version": 1},
+            "triggered_quality": _quality(rng),
+            "near_miss": {"other pattern": {**_rate(rng), "version": 1}},
+            "probes": {},
+            "similarity": {"psnr": 24.4, "ssim": 0.99, "images": 32, "changed": 32},
+            "attack": {"settings": settings, "sha256": "e4" * 32},
+            "goal": {"text": "Backdoor Attack!", "match": "contains"},
+            "poisoned": 100,
+            "decoys": 0,
+            "seconds": {"training": 97.3, "asking": 5.5},
+            "machine": {"device": "x86_64", "threads": 1},
+            "versions": {"untrigger": "0.1.0", "torch": "2.13.0"},
+            "examples": "6852e210f25b76c8",
+        }
+        if defense == "default":
+            metrics["detection"] = {"auroc": _rate(rng), "recall_at_1": _rate(rng), "precision": None, "f1": 0.5}
+            metrics["detection"] |= {"recall": _rate(rng), "false_positives": _rate(rng, 1900), "flagged": 7}
+        cell = Cell(**place, attack=attack, defense=defense, seed=rng.randrange(3), attack_settings=settings)
+        store.save(root, cell, metrics, {})
+
+
 # --- images -----------------------------------------------------------------------------------------
 
 
@@ -281,8 +327,8 @@ def _turned() -> bytes:
 def _png(width: int, height: int, data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG that says of itself what it likes."""
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *chunks, (b"IDAT", data), (b"IEND", b"")]
-    told = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(told)
+    packed = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 _BLACK = zlib.compress(b"\0\0\0\0")  # one pixel

@@ -1,10 +1,10 @@
-"""Damaged rows and images, thousands of them, through every command: one clear line or a skip, and no row lost.
+"""Send thousands of damaged rows and images through every command: each is refused in one line or skipped.
 
-    python benchmarks/fuzz.py [--rows 10000] [--seed 0] [--json FILE]
+    python tests/stress/fuzz.py [--rows 10000] [--seed 0] [--json FILE]
 
-Every data file is read with both settings of ``--on-bad-row``; a part of them goes through poison, scan, train,
-evaluate and verify as a user types them. Models, adapters, settings, plans and results are damaged too. A command must
-end within its time with exit code 0, 2 or 3, and with 2 say why in one line.
+Every data file is read with both settings of ``--on-bad-row``, and no row may be lost. Some files go through poison,
+scan, train, evaluate and verify as a user types them. Models, adapters, settings, plans and results are damaged too.
+A command must end within its time with exit code 0, 2 or 3; with 2 it must say why in one line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
-from damage import damaged, file, hurt, odd
+from damage import damaged, file, hurt, odd, small_results
 from rich.console import Console
 
 from untrigger.cli import main as cli
@@ -123,7 +123,7 @@ def reading(rng: random.Random, place: Path) -> str:
     samples = list(data)
     assert len({sample.id for sample in samples}) == len(samples)
     write(data, place / "copy")
-    assert [*map(shown, read(place / "copy"))] == [*map(renumbered, data.numbers, samples, read(place / "copy"))]
+    assert [*map(contents, read(place / "copy"))] == [*map(renumbered, data.numbers, samples, read(place / "copy"))]
     return "some skipped" if skipped else "whole"
 
 
@@ -140,14 +140,14 @@ def one_line(text: str) -> bool:
     return text.isprintable() and 0 < len(text) < 2000
 
 
-def shown(sample: Sample) -> tuple[object, ...]:
+def contents(sample: Sample) -> tuple[object, ...]:
     return sample.id, sample.messages, [(image.mode, image.size, image.tobytes()) for image in sample.images]
 
 
 def renumbered(number: int, sample: Sample, copy: Sample) -> tuple[object, ...]:
     """A row without an id of its own is known by its number, which is another where rows were left out."""
-    told = shown(sample)
-    return (copy.id if sample.id == str(number + 1) else told[0], *told[1:])
+    id, *content = contents(sample)
+    return (copy.id if sample.id == str(number + 1) else id, *content)
 
 
 def commanding(rng: random.Random, place: Path) -> str:
@@ -177,14 +177,14 @@ def ended(*words: object) -> str:
             cli.main()
     except SystemExit as stopped:
         code = stopped.code or 0
-    said = f"{' '.join(sys.argv)[:300]}\nexit code {code}\n{err.getvalue()[-2000:]}"
-    assert code in (0, 2, 3), said
-    assert "Traceback" not in err.getvalue(), said
+    report = f"{' '.join(sys.argv)[:300]}\nexit code {code}\n{err.getvalue()[-2000:]}"
+    assert code in (0, 2, 3), report
+    assert "Traceback" not in err.getvalue(), report
     errors = [line for line in err.getvalue().splitlines() if line.startswith("error:")]
     if code != 2:
-        assert not errors, said
+        assert not errors, report
         return "done"
-    assert len(errors) == 1 and err.getvalue().endswith(f"{errors[0]}\n"), said
+    assert len(errors) == 1 and err.getvalue().endswith(f"{errors[0]}\n"), report
     return "refused"
 
 
@@ -242,25 +242,36 @@ def resuming(rng: random.Random, place: Path, good: Path) -> str:
 
 def settling(rng: random.Random, place: Path) -> str:
     """Settings in YAML with odd values; nothing is trained, for the data is not there."""
-    names = ("early", "floor", "most", "learning_rate", "max_steps", "seed", "optim", "report_to", "output_dir", "nope")
-    told: Any = {rng.choice(names): odd(rng) for _ in range(rng.choice((1, 2)))}
-    return ended("train", place / "gone.json", "--out", place / "out", "--config", yaml_file(rng, place, told))
+    names = (
+        "warmup_share",
+        "min_nll",
+        "max_scored_rows",
+        "learning_rate",
+        "max_steps",
+        "seed",
+        "optim",
+        "report_to",
+        "output_dir",
+        "nope",
+    )
+    settings: Any = {rng.choice(names): odd(rng) for _ in range(rng.choice((1, 2)))}
+    return ended("train", place / "gone.json", "--out", place / "out", "--config", yaml_file(rng, place, settings))
 
 
 def planning(rng: random.Random, place: Path) -> str:
-    """A plan with something wrong; its cells are told, not run."""
+    """A plan with something wrong; its cells are listed, not run."""
     attacks = ["badnets", {"attack": "sig", "goal": "refusal", "settings": {"delta": 0.2}}]
-    told: Any = {"models": ["llava"], "data": ["easy-vqa"], "attacks": attacks, "defenses": ["paper"], "rates": [0.1]}
-    told |= {"seeds": [0], "split": "dev", "cell": {"train_rows": 8}, "where": {"sig/*/*": {"epochs": 4}}}
+    plan: Any = {"models": ["llava"], "data": ["easy-vqa"], "attacks": attacks, "defenses": ["paper"], "rates": [0.1]}
+    plan |= {"seeds": [0], "split": "dev", "cell": {"train_rows": 8}, "where": {"sig/*/*": {"epochs": 4}}}
     for _ in range(rng.choice((1, 1, 2))):
-        told = damaged(rng, told)
-    return ended("bench", yaml_file(rng, place, told), "--out", place / "out", "--dry-run")
+        plan = damaged(rng, plan)
+    return ended("bench", yaml_file(rng, place, plan), "--out", place / "out", "--dry-run")
 
 
-def yaml_file(rng: random.Random, place: Path, told: Any) -> Path:
-    path = place / "told.yaml"
+def yaml_file(rng: random.Random, place: Path, value: Any) -> Path:
+    path = place / "settings.yaml"
     try:
-        content = yaml.safe_dump(told, allow_unicode=True).encode(errors="surrogatepass")
+        content = yaml.safe_dump(value, allow_unicode=True).encode(errors="surrogatepass")
     except RecursionError:
         content = b"[" * 3000
     path.write_bytes(hurt(rng, content) if rng.random() < 0.2 else content)
@@ -269,10 +280,7 @@ def yaml_file(rng: random.Random, place: Path, told: Any) -> Path:
 
 def reporting(rng: random.Random, place: Path) -> str:
     """A folder of results, one of its files damaged."""
-    stored = Path(__file__).parents[1] / "results" / "paper"
-    cells = sorted(path.parent for path in stored.glob("*/metrics.json"))
-    for folder in rng.sample(cells, 3):
-        shutil.copytree(folder, place / "results" / folder.name)
+    small_results(rng, place / "results")
     path = rng.choice(sorted((place / "results").rglob("*.json")))
     damaged_json(rng, path)
     return ended("report", place / "results", "--out", place / f"report{rng.choice(('.md', '.json', '.html'))}")
@@ -285,7 +293,7 @@ def main(
 ) -> None:
     """Feed it all; exit code 1 where something was wrong."""
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))  # what asks for all memory is told of, not waited for
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))  # a request for all memory fails at once
     with tempfile.TemporaryDirectory(prefix="untrigger-") as folder:
         run = fuzz(Path(folder), rows, seed)
     if out:

@@ -1,6 +1,6 @@
-"""Time and memory of reading, scanning and training on many rows: what grows with them, and how much.
+"""Measure how time and memory of reading, scanning and training grow with the number of rows.
 
-    python benchmarks/many_rows.py [--rows 20000 --rows 200000] --json FILE
+    python tests/stress/many_rows.py [--rows 20000 --rows 200000] --json FILE
 
 Every row has an image file of its own name (2,000 different pictures, linked), and one of four answers.
 """
@@ -32,8 +32,8 @@ def main(
     out: Annotated[Path, typer.Option("--json", help="File for the figures.")],
     rows: Annotated[list[int] | None, typer.Option(help="How many rows; again for another size.")] = None,
 ) -> None:
-    """Each command in a process of its own; its peak of resident memory, and its seconds."""
-    told: list[dict[str, Any]] = []
+    """Run each command in its own process; store its seconds and its peak of resident memory."""
+    figures: list[dict[str, Any]] = []
     for count in rows or [20_000, 200_000]:
         with tempfile.TemporaryDirectory(prefix="untrigger-") as name:
             data = generated(Path(name), count)
@@ -43,9 +43,9 @@ def main(
                 "scan": (*untrigger, "scan", str(data), "--out", f"{name}/scan", *STEPS),
                 "train": (*untrigger, "train", str(data), "--out", f"{name}/model", *STEPS),
             }.items():
-                told.append({"rows": count, "command": verb, **measured(command)})
-                write_text(out, json.dumps(told, indent=2) + "\n")
-                Console().print(told[-1])
+                figures.append({"rows": count, "command": verb, **measured(command)})
+                write_text(out, json.dumps(figures, indent=2) + "\n")
+                Console().print(figures[-1])
 
 
 def generated(folder: Path, count: int) -> Path:
