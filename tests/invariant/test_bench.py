@@ -20,7 +20,7 @@ from untrigger.bench.plan import read_plan
 from untrigger.bench.store import Cell
 
 SMOKE = Path(__file__).parents[2] / "plans" / "smoke.yaml"
-FEW = {"train_rows": 20, "test_rows": 4, "trusted_rows": 8, "epochs": 1, "batch_size": 10}  # most of it is imports
+FEW = {"train_rows": 20, "test_rows": 4, "clean_rows": 8, "epochs": 1, "batch_size": 10}  # most of it is imports
 
 
 def bench(plan: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:

@@ -43,7 +43,7 @@ from untrigger.training.stages import Stages, Tuning, clock
 SHARED = "shared"
 _PAIRS = 32  # attacked images that are compared with their clean selves
 _SHOWN = 6  # test rows that are kept as pictures
-_TRUSTED_DRAW = 1000  # added to the seed: rows known to be clean come from a draw of their own
+_CLEAN_DRAW = 1000  # added to the seed: rows known to be clean come from a draw of their own
 
 
 class Material(NamedTuple):
@@ -54,7 +54,7 @@ class Material(NamedTuple):
     poisoned: Poisoned
     data: Sequence[Sample]
     test: Sequence[Sample]
-    trusted: Sequence[Sample]
+    clean_rows: Sequence[Sample]
 
     @property
     def clean(self) -> list[Sample]:
@@ -129,7 +129,7 @@ def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
 def _bare(cell: Cell) -> Cell:
     """What its rows depend on, and no more."""
     kept = ("data", "attack", "goal", "rate", "seed", "split", "attack_settings", "goal_text")
-    kept = (*kept, "train_rows", "test_rows", "trusted_rows")
+    kept = (*kept, "train_rows", "test_rows", "clean_rows")
     return replace(Cell("", "", "", ""), **{name: getattr(cell, name) for name in kept})
 
 
@@ -142,9 +142,9 @@ def _material(told: str) -> Material:
     poisoned = poison(rows, attack, rate=cell.rate, seed=cell.seed)
     data = [poisoned.data[i] for i in range(len(rows))]  # stamped once, not once an epoch
     used = {sample.id for sample in rows}
-    others = draw("train", 2 * cell.trusted_rows, cell.seed + _TRUSTED_DRAW)
-    trusted = [sample for sample in others if sample.id not in used][: cell.trusted_rows]
-    return Material(attack, rows, poisoned, data, test, trusted)
+    others = draw("train", 2 * cell.clean_rows, cell.seed + _CLEAN_DRAW)
+    clean_rows = [sample for sample in others if sample.id not in used][: cell.clean_rows]
+    return Material(attack, rows, poisoned, data, test, clean_rows)
 
 
 def _attack(name: str, settings: Mapping[str, Any], goal: str, goal_text: str | None = None) -> Attack:
@@ -197,7 +197,7 @@ def _train(
             bf16=cell.precision == "bf16",
             use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # the host wants to be told
         )
-        stages = Stages(cell.model, args, tuning, trusted=material.trusted, shelf=shelf)
+        stages = Stages(cell.model, args, tuning, trusted=material.clean_rows, shelf=shelf)
         started = clock()
         loaded = defense.fine_tune(rows, stages)
         between = clock() - started - stages.waited
@@ -206,7 +206,7 @@ def _train(
 
 def _probe(loaded: Loaded, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """How often the model answers as an attacker wants to a trigger it never saw: the floor of that attack."""
-    attack = _attack(probe["attack"], probe["settings"], probe["goal"])
+    attack = _attack(probe["attack"], probe["settings"], probe["goal"], probe.get("goal_text"))
     rows = list(stamped(test, attack, seed))
     said = evaluate(loaded, rows, title=f"probing with {name}").clean  # its answers to triggered inputs, and no others
     met = [attack.goal.met(answer.answer, row) for answer, row in zip(said, rows, strict=True)]
