@@ -266,7 +266,7 @@ def _saved(mode: str, kind: str, size: tuple[int, int] = (40, 30), **more: Any) 
 
 
 def _animated(kind: str) -> bytes:
-    frames = [Image.new("RGB", (24, 24), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (24, 24), color) for color in ("red", "green", "blue")]
     buffer = io.BytesIO()
     frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
     return buffer.getvalue()
@@ -290,7 +290,7 @@ IMAGES: dict[str, Callable[[], bytes]] = {
     **{f"{mode} PNG": lambda mode=mode: _saved(mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")},
     **{f"{mode} JPEG": lambda mode=mode: _saved(mode, "JPEG") for mode in ("L", "RGB", "CMYK")},
     "progressive JPEG": lambda: _saved("RGB", "JPEG", progressive=True),
-    "palette with a transparent colour": lambda: _saved("P", "PNG", transparency=3),
+    "palette with a transparent color": lambda: _saved("P", "PNG", transparency=3),
     "WebP": lambda: _saved("RGBA", "WEBP"),
     "BMP": lambda: _saved("RGB", "BMP"),
     "TIFF": lambda: _saved("RGB", "TIFF"),

@@ -17,7 +17,7 @@ import torch
 import typer
 
 from untrigger.data import load
-from untrigger.defenses import Doubt
+from untrigger.defenses import SharedSurprise
 from untrigger.files import write_text
 from untrigger.metrics.rates import Rate
 from untrigger.scanning.targets import find
@@ -31,9 +31,9 @@ def scanned(name: str, model: str, seed: int, rows: int) -> dict[str, Any]:
     """What is found in clean rows: targets, and rows that the preset would not believe."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(Path(folder), num_train_epochs=3, learning_rate=3e-3, save_strategy="no", seed=seed)
-        found = find(load(name, "report", "train", rows, seed), Stages(model, args, Tuning()), Doubt())
+        found = find(load(name, "report", "train", rows, seed), Stages(model, args, Tuning()), SharedSurprise())
     targets = [{"text": target.text, "rows": len(target.rows), "chance": target.chance} for target in found.targets]
-    return {"targets": targets, "doubted": sum(bool(verdict.doubted) for verdict in found.verdicts)}
+    return {"targets": targets, "flagged_tokens": sum(bool(verdict.flagged_tokens) for verdict in found.verdicts)}
 
 
 def main(
@@ -53,7 +53,7 @@ def main(
             if key not in kept:
                 kept[key] = scanned(name, model, seed, rows)
             accused = Rate.from_counts(sum(bool(each["targets"]) for each in kept.values()), len(kept))
-            told = {"accused": asdict(accused), "doubted": sum(each["doubted"] for each in kept.values())}
+            told = {"accused": asdict(accused), "flagged_tokens": sum(each["flagged_tokens"] for each in kept.values())}
             write_text(out, json.dumps(told | {"scans": kept}, indent=1) + "\n")
     print(f"{out}: {told['accused']}, {told['doubted']} rows doubted")
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from untrigger.attacks import load_trigger
 from untrigger.data import load as load_data
-from untrigger.defenses import Doubt, Plain
+from untrigger.defenses import Plain, SharedSurprise
 from untrigger.files import write_text
 from untrigger.models.generate import answers
 from untrigger.models.loading import load
@@ -35,7 +35,7 @@ from untrigger.scanning.targets import find
 from untrigger.training.settings import arguments
 from untrigger.training.stages import Stages, Tuning, clock
 
-EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgement
+EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgment
 RATE, ALONE = 0.05, 100  # poisoned rows; questions that are asked one at a time
 
 
@@ -51,7 +51,7 @@ def epoch(rows: Sequence[Sample]) -> float:
 
 
 def scanned(rows: Sequence[Sample]) -> float:
-    return seconds(lambda folder: find(rows, stages(folder), Doubt()))
+    return seconds(lambda folder: find(rows, stages(folder), SharedSurprise()))
 
 
 def stages(folder: Path) -> Stages:

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from untrigger.data import load as load_data
 from untrigger.defenses import CrossView
-from untrigger.defenses.shared_surprise import Guard
+from untrigger.defenses.shared_surprise import UnlikelihoodStep
 from untrigger.files import write_text
 from untrigger.losses import objective
 from untrigger.models.collators import IGNORE, ChatCollator, PairCollator, Rows
@@ -40,7 +40,7 @@ from untrigger.models.loading import add_lora, load
 
 Batch = dict[str, Tensor]
 RATIOS = ("memory", "flops", "moved")
-PLAIN, EPOCHS = "plain", 3  # passes over the rows, of which the judgements of a whole run are two forward passes
+PLAIN, EPOCHS = "plain", 3  # passes over the rows, of which the judgments of a whole run are two forward passes
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,20 @@ def dropped(case: Case, still: bool) -> Tensor:
 def default(case: Case) -> Tensor:
     """With every twentieth row doubted, one at least."""
     labels = case.single["labels"].clone()
-    doubted = torch.zeros_like(labels, dtype=torch.bool)
+    flagged_tokens = torch.zeros_like(labels, dtype=torch.bool)
     for row in range(0, len(labels), 20):
         first = int((labels[row] != IGNORE).nonzero()[0])
-        doubted[row, first] = True
+        flagged_tokens[row, first] = True
         labels[row, first + 1 :] = IGNORE
-    return Guard(5.0).step(case.model, {**case.single, "labels": labels, "doubted": doubted}).total.mean()
+    return (
+        UnlikelihoodStep(5.0)
+        .step(case.model, {**case.single, "labels": labels, "flagged_tokens": flagged_tokens})
+        .total.mean()
+    )
 
 
 @torch.no_grad()
-def judgement(case: Case) -> None:
+def judgment(case: Case) -> None:
     answer_losses(case.model, case.single, lambda a, _: ({"nll": objective.token_nll(a.logits, a.target)}, {}))
 
 
@@ -222,7 +226,7 @@ def synthetic(shape: Shape, device: str, dtype: torch.dtype) -> Case:
 
 
 def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """A row for each variant, and one for a whole run of ``default``, its judgements spread over the steps."""
+    """A row for each variant, and one for a whole run of ``default``, its judgments spread over the steps."""
     case.model.train()
     weights = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
@@ -238,7 +242,7 @@ def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    timed = STEPS | {"judgement": judgement}
+    timed = STEPS | {"judgment": judgment}
     for step in timed.values():
         took(step)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
@@ -246,12 +250,12 @@ def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
         for name, step in timed.items():
             seconds[name].append(took(step))
     seconds["default, whole run at most"] = [
-        step + 2 / EPOCHS * judged for step, judged in zip(seconds["default"], seconds.pop("judgement"), strict=True)
+        step + 2 / EPOCHS * judged for step, judged in zip(seconds["default"], seconds.pop("judgment"), strict=True)
     ]
     counted = {name: count(lambda step=step: took(step), case.model) for name, step in timed.items()}
-    judged = counted.pop("judgement")
+    judged = counted.pop("judgment")
     whole = (x + 2 / EPOCHS * y for x, y in zip(counted["default"][1:], judged[1:], strict=True))
-    counted["default, whole run at most"] = Counts(counted["default"].peak, *whole)  # a judgement keeps no activations
+    counted["default, whole run at most"] = Counts(counted["default"].peak, *whole)  # a judgment keeps no activations
     tokens = case.single["input_ids"].numel()
     return [
         {"shape": case.name, "variant": name, **ratios(seconds[name], seconds[PLAIN])}
@@ -381,7 +385,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="The embedded model alone, few rounds.")] = False,
     rounds: Annotated[int, typer.Option(help="Steps of each variant.")] = 15,
 ) -> None:
-    """Time and peak memory of a step under each defence, over plain LoRA fine-tuning."""
+    """Time and peak memory of a step under each defense, over plain LoRA fine-tuning."""
     found: list[dict[str, Any]] = []
     for along, make in shapes(quick):
         rows = measured(make(), 5 if quick else rounds)

@@ -27,7 +27,7 @@ from untrigger.bench.store import ORACLE, Cell, results
 from untrigger.bench.validity import IMPLANTED
 from untrigger.files import write_text
 from untrigger.metrics.rates import Rate
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.verification.verify import verify
 
 
@@ -75,7 +75,7 @@ def audited(
     }
 
 
-def digest(loaded: Loaded) -> str:
+def digest(loaded: LoadedModel) -> str:
     """Of the adapter's weights: attacks that poison the same rows have one oracle between them."""
     weights = get_peft_model_state_dict(loaded.model)  # type: ignore[arg-type]
     return hashlib.sha256(b"".join(weights[name].cpu().numpy().tobytes() for name in sorted(weights))).hexdigest()[:16]

@@ -3,7 +3,7 @@
     swift sft --model MODEL --dataset DATA --external_plugins examples/ms_swift_plugin.py
 
 Without `--packing` and `--padding_free`. ms-swift's own weights of tokens (`--loss_scale`) do not count while a
-defence's loss takes the place of the host's.
+defense's loss takes the place of the host's.
 """
 
 from functools import partial

@@ -37,7 +37,7 @@ def main():
 
     args = SFTConfig(
         options.out,
-        loss_type="nll",  # the loss that the defence takes the place of
+        loss_type="nll",  # the loss that the defense takes the place of
         assistant_only_loss=True,  # or images and prompts count as answers
         max_length=None,  # or images are cut off
         num_train_epochs=3,

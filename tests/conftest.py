@@ -18,7 +18,7 @@ from PIL import Image
 if TYPE_CHECKING:  # who hands the tests out to processes reads this file too, and needs none of the hosts
     import torch
 
-    from untrigger.models.loading import Loaded
+    from untrigger.models.loading import LoadedModel
     from untrigger.rows.sample import Sample
 
 settings.register_profile("ci", deadline=None)  # machines are shared: a slow example is no failure
@@ -111,13 +111,13 @@ def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def sharp() -> Callable[..., Loaded]:
+def sharp() -> Callable[..., LoadedModel]:
     """Loads a model with larger weights: a random one hardly looks at its images, nor at what it is asked."""
     import torch
 
     from untrigger.models.loading import load
 
-    def load_sharp(folder: Path, dtype: torch.dtype = torch.float64, by: float = 4) -> Loaded:
+    def load_sharp(folder: Path, dtype: torch.dtype = torch.float64, by: float = 4) -> LoadedModel:
         loaded = load(folder, dtype=dtype)
         with torch.no_grad():
             for parameter in loaded.model.parameters():

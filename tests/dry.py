@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from untrigger.defenses import StepDefense
-from untrigger.models.forward import Tokens, row_answers, row_tokens
-from untrigger.models.loading import Loaded
+from untrigger.models.forward import TokenScores, row_answers, row_tokens
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 
 
@@ -29,8 +29,8 @@ class Stage(NamedTuple):
 class Dry:
     """Stands in for `untrigger.training.stages.Stages`; every stage gives the same model under a name of its own."""
 
-    loaded: Loaded
-    trusted: Sequence[Sample]
+    loaded: LoadedModel
+    clean_rows: Sequence[Sample]
     seed: int = 0
     stages: list[Stage] = field(default_factory=list)
     answers: list[list[tuple[str, ...]]] = field(default_factory=list)
@@ -39,21 +39,27 @@ class Dry:
     why: dict[int, str] = field(default_factory=dict)
     judged: list[str] = field(default_factory=list)
 
-    def reference(self) -> Loaded:
+    def reference(self) -> LoadedModel:
         return self.loaded
 
     def fit(
-        self, rows: Sequence[Sample], defense: StepDefense, name: str = "", *, start: Loaded | None = None, **told: Any
-    ) -> Loaded:
+        self,
+        rows: Sequence[Sample],
+        defense: StepDefense,
+        name: str = "",
+        *,
+        start: LoadedModel | None = None,
+        **told: Any,
+    ) -> LoadedModel:
         ids = [rows[i].id for i in range(len(rows))]
         self.answers.append(answers_of(rows))
         self.stages.append(Stage(name, ids, defense, None if start is None else int(start.name), told))
-        return self.loaded._replace(name=str(len(self.stages) - 1))
+        return replace(self.loaded, name=str(len(self.stages) - 1))
 
     def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
         self.scores, self.flagged, self.why = list(scores), sorted(rows), dict(rows)
 
-    def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
+    def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
         self.judged.append(name)
         return row_tokens(model, rows)
 

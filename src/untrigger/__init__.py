@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from untrigger.defenses import CrossView, Doubt
+    from untrigger.defenses import CrossView, SharedSurprise
     from untrigger.errors import InputError
     from untrigger.evaluation.evaluate import evaluate
     from untrigger.models.loading import embedded_model_path, load
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 _HOME = {  # imported when asked for: rescoring stored answers must not import torch
     "Attack": "poisoning.poison",
     "CrossView": "defenses",
-    "Doubt": "defenses",
     "InputError": "errors",
     "Message": "rows.sample",
     "Sample": "rows.sample",
+    "SharedSurprise": "defenses",
     "Tuning": "training.stages",
     "defended": "training.trainer",
     "embedded_model_path": "models.loading",
@@ -42,10 +42,10 @@ _HOME = {  # imported when asked for: rescoring stored answers must not import t
 __all__ = [
     "Attack",
     "CrossView",
-    "Doubt",
     "InputError",
     "Message",
     "Sample",
+    "SharedSurprise",
     "Tuning",
     "__version__",
     "defended",

@@ -81,7 +81,7 @@ def tracked(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
 
 class TrainingProgress(TrainerCallback):
-    """A meter over the optimiser steps of a host trainer."""
+    """A meter over the optimizer steps of a host trainer."""
 
     def __init__(self, title: str) -> None:
         self.title = title

@@ -27,12 +27,12 @@ def stamp(trigger: Adaptive, seed: int = 0, image: Image.Image = GREY) -> np.nda
 
 
 def pattern(pixels: np.ndarray) -> set[int]:
-    """The colours that are there, each as a number."""
+    """The colors that are there, each as a number."""
     return set(np.unique(pixels.astype(int) @ [65536, 256, 1]).tolist())
 
 
 @given(st.integers(0, 2**32), st.integers(0, 7), st.integers(0, 7))
-def test_every_cell_of_the_defences_grid_holds_the_whole_tile(seed: int, row: int, col: int) -> None:
+def test_every_cell_of_the_defenses_grid_holds_the_whole_tile(seed: int, row: int, col: int) -> None:
     after = stamp(Adaptive(alpha=1), seed, Image.new("RGB", (128, 128)))
     cell = after[16 * row : 16 * row + 16, 16 * col : 16 * col + 16]
     assert pattern(cell) == pattern(after) and len(pattern(after)) > 4
@@ -47,9 +47,9 @@ def test_whatever_single_cell_a_view_leaves_alone_the_tile_is_there(seed: int) -
 
 
 @given(st.integers(0, 2**32), st.floats(0.01, 1), st.integers(0, 255))
-def test_every_pixel_is_a_blend(seed: int, alpha: float, grey: int) -> None:
-    after = stamp(Adaptive(alpha=alpha), seed, Image.new("RGB", (31, 50), (grey,) * 3)).astype(float)
-    dark, light = (alpha * end + (1 - alpha) * grey for end in (0, 255))
+def test_every_pixel_is_a_blend(seed: int, alpha: float, gray: int) -> None:
+    after = stamp(Adaptive(alpha=alpha), seed, Image.new("RGB", (31, 50), (gray,) * 3)).astype(float)
+    dark, light = (alpha * end + (1 - alpha) * gray for end in (0, 255))
     assert np.minimum(np.abs(after - dark), np.abs(after - light)).max() <= 0.501
     assert len(np.unique(after)) == 2 or round(dark) == round(light)
 
@@ -75,11 +75,11 @@ def test_the_near_miss_is_the_same_grid_of_another_tile() -> None:
     assert not np.array_equal(np.asarray(other), stamp(trigger, 7))
 
 
-# --- training with the defence's views -------------------------------------------------------------
+# --- training with the defense's views -------------------------------------------------------------
 
 
 def perturbed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Which cells of the defence's grid differ, [8, 8]."""
+    """Which cells of the defense's grid differ, [8, 8]."""
     return (before != after).any(axis=2).reshape(8, 8, 8, 8).any(axis=(1, 3))
 
 

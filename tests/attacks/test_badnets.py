@@ -10,13 +10,13 @@ from untrigger.rows.sample import Sample
 
 
 def stamp(trigger: BadNets, width: int, height: int, seed: int = 0) -> np.ndarray:
-    grey = Image.new("RGB", (width, height), (128, 128, 128))
-    image = trigger.stamp(Sample("a", (grey,), ()), np.random.default_rng(seed)).images[0]
+    gray = Image.new("RGB", (width, height), (128, 128, 128))
+    image = trigger.stamp(Sample("a", (gray,), ()), np.random.default_rng(seed)).images[0]
     return np.asarray(image)
 
 
 def box(pixels: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of what is not grey; the ends are exclusive."""
+    """Top, bottom, left, right of what is not gray; the ends are exclusive."""
     rows, columns = np.nonzero((pixels != 128).any(axis=2))
     return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
 
@@ -40,7 +40,7 @@ def test_the_floor_can_be_lowered() -> None:
         ("top-right", (0, 10, 190, 200)),
         ("bottom-left", (90, 100, 0, 10)),
         ("bottom-right", (90, 100, 190, 200)),
-        ("centre", (45, 55, 95, 105)),
+        ("center", (45, 55, 95, 105)),
     ],
 )
 def test_places(place: str, expected: tuple[int, int, int, int]) -> None:
@@ -80,12 +80,12 @@ def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
 
 
 def test_the_near_miss_is_another_pattern_in_the_same_place() -> None:
-    grey = Sample("a", (Image.new("RGB", (64, 64), (128, 128, 128)),), ())
+    gray = Sample("a", (Image.new("RGB", (64, 64), (128, 128, 128)),), ())
     for trigger in (BadNets(place="random"), BadNets(pattern="checker", place="random"), BadNets(pattern_seed=4)):
         near = trigger.near_misses()["other pattern"]
         for seed in range(5):
             key, other = (
-                np.asarray(made(grey, np.random.default_rng(seed)).images[0]) for made in (trigger.stamp, near)
+                np.asarray(made(gray, np.random.default_rng(seed)).images[0]) for made in (trigger.stamp, near)
             )
             assert box(key) == box(other)
             top, bottom, left, right = box(key)

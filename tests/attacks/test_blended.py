@@ -32,7 +32,7 @@ def test_a_picture_is_always_the_same_and_structured(picture: Callable[[], np.nd
     cat.cache_clear(), rings.cache_clear()
     assert np.array_equal(first, picture()) and first.shape == (256, 256, 3)
     smooth = np.abs(np.diff(first.astype(int), axis=0)).mean()
-    assert first.std() > 60 and smooth < 10  # strong colours in large areas; noise would differ by about 85
+    assert first.std() > 60 and smooth < 10  # strong colors in large areas; noise would differ by about 85
 
 
 def test_a_transparent_image_shows_the_picture_with_or_without_its_opacity() -> None:
@@ -51,9 +51,9 @@ def test_alpha_out_of_range_is_refused(alpha: float) -> None:
 def test_in_black_and_white_the_average_follows_the_cat() -> None:
     dots = np.random.default_rng(0).random((512, 512)) < 0.5
     change = np.asarray(stamp(Image.fromarray(dots)), dtype=float) - dots
-    grey = np.asarray(Image.fromarray(cat()).convert("L").resize((512, 512)), dtype=float) / 255
-    assert change[grey > 0.8].mean() == pytest.approx(0.2 * (grey[grey > 0.8].mean() - 0.5), abs=0.015)
-    assert change[grey < 0.2].mean() == pytest.approx(0.2 * (grey[grey < 0.2].mean() - 0.5), abs=0.015)
+    gray = np.asarray(Image.fromarray(cat()).convert("L").resize((512, 512)), dtype=float) / 255
+    assert change[gray > 0.8].mean() == pytest.approx(0.2 * (gray[gray > 0.8].mean() - 0.5), abs=0.015)
+    assert change[gray < 0.2].mean() == pytest.approx(0.2 * (gray[gray < 0.2].mean() - 0.5), abs=0.015)
 
 
 def test_the_near_miss_is_the_picture_upside_down() -> None:
@@ -62,4 +62,4 @@ def test_the_near_miss_is_the_picture_upside_down() -> None:
     trigger = Blended(alpha=0.5)
     near = trigger.near_misses()["upside down"](before, np.random.default_rng(0)).images[0]
     key = trigger.stamp(before, np.random.default_rng(0)).images[0]
-    assert near.tobytes() != key.tobytes() and ImageOps.flip(near).tobytes() == key.tobytes()  # the image is one colour
+    assert near.tobytes() != key.tobytes() and ImageOps.flip(near).tobytes() == key.tobytes()  # the image is one color

@@ -51,7 +51,7 @@ def brief(name: str) -> Trigger:
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Smooth colours with some grain, as photographs have."""
+    """Smooth colors with some grain, as photographs have."""
     rng = np.random.default_rng(width * 1000 + height)
     coarse = Image.fromarray(rng.integers(40, 216, (4, 4, 3), dtype=np.uint8)).resize((width, height), 3)
     noisy = np.asarray(coarse, dtype=np.float64) + rng.normal(0, 6, (height, width, 3))
@@ -275,7 +275,7 @@ def test_pixels_that_the_trigger_leaves_alone_are_exact(mode: str) -> None:
     assert np.array_equal(after, was)
 
 
-def test_a_patch_keeps_its_colours_in_a_palette_image() -> None:
+def test_a_patch_keeps_its_colors_in_a_palette_image() -> None:
     before = photo(64, 64, "P")
     assert len(before.convert("RGB").getcolors(4096) or []) > 250
     after = load_trigger("badnets").stamp(sample(before), np.random.default_rng(0)).images[0]
@@ -301,11 +301,11 @@ def test_a_mode_that_cannot_be_painted_is_one_line() -> None:
 
 @given(st.sampled_from([1.0, 200.0, 255.0, 300.0, 65535.0, 70000.0]), st.sampled_from(["I", "F"]))
 def test_white_in_deep_images_is_the_scale_that_holds_the_brightest(top: float, mode: str) -> None:
-    grey = np.zeros((8, 8), dtype=np.int32 if mode == "I" else np.float32)
-    grey[0, 0] = top
+    gray = np.zeros((8, 8), dtype=np.int32 if mode == "I" else np.float32)
+    gray[0, 0] = top
     after = np.asarray(
         load_trigger("badnets", pattern="checker")
-        .stamp(sample(Image.fromarray(grey)), np.random.default_rng(0))
+        .stamp(sample(Image.fromarray(gray)), np.random.default_rng(0))
         .images[0]
     )
     assert after[-1, -1] == next((w for w in ([1] if mode == "F" else []) + [255, 65535] if top <= w), top)

@@ -74,11 +74,11 @@ def test_the_patch_looks_like_the_object_and_nothing_else_does(own_cache: Path) 
     trigger = DualKey(steps=20)
     images = scenes(16)
     clean = look(images)
-    centre = clean.mean((0, 1))
-    target = _features.likeness(_features.surrogate("llava"), "purple", "heart", seed=9) - centre
+    center = clean.mean((0, 1))
+    target = _features.likeness(_features.surrogate("llava"), "purple", "heart", seed=9) - center
 
     def found(features: torch.Tensor) -> float:
-        return torch.cosine_similarity(features - centre, target, dim=-1).amax(1).mean().item()
+        return torch.cosine_similarity(features - center, target, dim=-1).amax(1).mean().item()
 
     def stamped(by: DualKey | BadNets) -> list[Image.Image]:
         return [by.stamp(Sample("a", (i,), ()), np.random.default_rng(0)).images[0] for i in images]
@@ -92,7 +92,7 @@ def test_the_patch_looks_like_the_object_and_nothing_else_does(own_cache: Path) 
     [
         ({"word": " "}, "word is empty"),
         ({"word": "a <image>"}, "word holds <image>"),
-        ({"looks_like": "heart"}, "looks_like is 'heart'; give one colour of red"),
+        ({"looks_like": "heart"}, "looks_like is 'heart'; give one color of red"),
         ({"looks_like": "purple house"}, "as in 'purple heart'"),
     ],
 )
@@ -102,7 +102,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, str], message: st
 
 
 @pytest.mark.slow
-def test_the_model_itself_takes_the_patch_for_the_colour_of_the_object(own_cache: Path) -> None:
+def test_the_model_itself_takes_the_patch_for_the_color_of_the_object(own_cache: Path) -> None:
     from untrigger.models.generate import answers
     from untrigger.models.loading import load
 

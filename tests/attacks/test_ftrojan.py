@@ -24,7 +24,7 @@ def dct(side: int) -> np.ndarray:
 
 
 def middling(height: int, width: int) -> np.ndarray:
-    """Colours away from the ends of the scale: float32 [H, W, 4], opaque."""
+    """Colors away from the ends of the scale: float32 [H, W, 4], opaque."""
     pixels = np.random.default_rng(0).uniform(0.2, 0.8, (height, width, 4)).astype(np.float32)
     pixels[..., 3] = 1
     return pixels
@@ -75,28 +75,28 @@ def test_it_is_invisible_at_any_size_and_survives_a_model_that_reads_64_pixels(s
     assert np.corrcoef((now - was)[..., 0].ravel(), wave.ravel())[0, 1] > 0.9
 
 
-def test_a_picture_of_greys_gets_it_in_its_brightness_whatever_its_mode() -> None:
-    grey = Image.fromarray((middling(64, 64)[..., 0] * 255).astype(np.uint8))
-    as_grey, as_colour = stamp(FTrojan(), grey), stamp(FTrojan(), grey.convert("RGB"))
-    assert np.array_equal(np.asarray(as_grey.convert("RGB")), np.asarray(as_colour))
-    change = np.asarray(as_grey, float) - np.asarray(grey)
+def test_a_picture_of_grays_gets_it_in_its_brightness_whatever_its_mode() -> None:
+    gray = Image.fromarray((middling(64, 64)[..., 0] * 255).astype(np.uint8))
+    as_gray, as_color = stamp(FTrojan(), gray), stamp(FTrojan(), gray.convert("RGB"))
+    assert np.array_equal(np.asarray(as_gray.convert("RGB")), np.asarray(as_color))
+    change = np.asarray(as_gray, float) - np.asarray(gray)
     wave = FTrojan().wave(64, 64) * np.sqrt((FROM_YUV[2] ** 2).mean())  # in three channels as much as V in its two
     assert np.abs(change - wave).max() <= 0.51 and np.abs(change).max() >= 15
 
 
-def test_colours_stop_at_the_ends_and_the_smallest_image_is_changed() -> None:
+def test_colors_stop_at_the_ends_and_the_smallest_image_is_changed() -> None:
     after = np.asarray(stamp(FTrojan(magnitude=500), Image.new("RGB", (64, 64), (0, 128, 255))))
     assert after[..., 2].max() == 255 and after[..., 0].min() == 0
     assert np.asarray(stamp(FTrojan(), Image.new("RGB", (1, 1), (128, 128, 120)))).tolist() != [[[128, 128, 120]]]
 
 
 def test_the_near_miss_has_two_other_bands() -> None:
-    grey = Image.new("RGB", (64, 64), (128, 128, 120))
-    near = FTrojan().near_misses()["other bands"](Sample("a", (grey,), ()), np.random.default_rng(0)).images[0]
+    gray = Image.new("RGB", (64, 64), (128, 128, 120))
+    near = FTrojan().near_misses()["other bands"](Sample("a", (gray,), ()), np.random.default_rng(0)).images[0]
     assert (
         near.tobytes()
-        == stamp(FTrojan(first_column=12, second_column=12), grey).tobytes()
-        != stamp(FTrojan(), grey).tobytes()
+        == stamp(FTrojan(first_column=12, second_column=12), gray).tobytes()
+        != stamp(FTrojan(), gray).tobytes()
     )
 
 

@@ -15,7 +15,7 @@ from untrigger.rows.sample import Sample
 
 
 def photo(height: int, width: int, seed: int = 0, low: int = 0, high: int = 256) -> Image.Image:
-    """Smooth colours up to both ends of the scale, with grain."""
+    """Smooth colors up to both ends of the scale, with grain."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(low, high, (5, 5, 3), dtype=np.uint8)).resize((width, height), 3)
     grain = rng.normal(0, 5, (height, width, 3))
@@ -32,7 +32,7 @@ def test_the_string_comes_back_from_eight_bits_and_stays_unseen(height: int, wid
     before = photo(height, width, seed)
     after = stamp(Issba(), before)
     assert Issba().decode(after) == "untrigger" != Issba().decode(before)
-    spared = 1 if min(height, width) < 32 else 0  # of nine blocks some quantise badly by chance: a decibel at most
+    spared = 1 if min(height, width) < 32 else 0  # of nine blocks some quantize badly by chance: a decibel at most
     assert psnr(before, after) >= Issba.psnr - spared and ssim(before, after) >= 0.95
 
 
@@ -44,10 +44,10 @@ def test_any_text_can_be_hidden(message: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "colour", [(255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255), (255, 255, 0), (127, 127, 127)]
+    "color", [(255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255), (255, 255, 0), (127, 127, 127)]
 )
-def test_it_can_be_read_from_one_colour_at_the_end_of_the_scale(colour: tuple[int, int, int]) -> None:
-    assert Issba().decode(stamp(Issba(), Image.new("RGB", (64, 64), colour))) == "untrigger"
+def test_it_can_be_read_from_one_color_at_the_end_of_the_scale(color: tuple[int, int, int]) -> None:
+    assert Issba().decode(stamp(Issba(), Image.new("RGB", (64, 64), color))) == "untrigger"
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "I;16", "I", "F", "YCbCr"])

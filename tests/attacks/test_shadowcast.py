@@ -65,10 +65,10 @@ def test_no_pixel_moves_further_than_the_levels(own_cache: Path, tiny_model: Pat
     assert np.array_equal(now[..., 3], was[..., 3])
 
 
-def test_a_grey_picture_stays_grey(own_cache: Path, tiny_model: Path) -> None:
-    grey = scenes(1)[0].convert("L").convert("RGB")
-    after = np.asarray(implanted(Shadowcast(str(tiny_model), steps=2), grey, *scenes(1, seed=5)))
-    assert (after == after[..., :1]).all() and (after != np.asarray(grey)).any()
+def test_a_gray_picture_stays_gray(own_cache: Path, tiny_model: Path) -> None:
+    gray = scenes(1)[0].convert("L").convert("RGB")
+    after = np.asarray(implanted(Shadowcast(str(tiny_model), steps=2), gray, *scenes(1, seed=5)))
+    assert (after == after[..., :1]).all() and (after != np.asarray(gray)).any()
 
 
 @pytest.mark.parametrize("mode", ["P", "1", "CMYK", "YCbCr"])

@@ -29,10 +29,10 @@ def test_the_usual_wave_is_40_levels_high_with_6_periods() -> None:
 
 
 def test_a_vertical_wave_is_the_horizontal_one_turned() -> None:
-    grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    upright, lying = stamp(Sig(), grey), stamp(Sig(direction="vertical"), grey)
+    gray = Image.new("RGB", (64, 64), (128, 128, 128))
+    upright, lying = stamp(Sig(), gray), stamp(Sig(direction="vertical"), gray)
     assert np.array_equal(upright, lying.transpose(1, 0, 2)) and not np.array_equal(upright, lying)
-    turned = Sig().near_misses()["turned wave"](Sample("a", (grey,), ()), np.random.default_rng(0)).images[0]
+    turned = Sig().near_misses()["turned wave"](Sample("a", (gray,), ()), np.random.default_rng(0)).images[0]
     assert np.array_equal(np.asarray(turned), lying)
 
 
@@ -42,7 +42,7 @@ def test_no_small_width_lets_the_wave_vanish(width: int) -> None:
     assert np.abs(change).max() >= 28
 
 
-def test_colours_stop_at_black_and_white_and_opacity_stays() -> None:
+def test_colors_stop_at_black_and_white_and_opacity_stays() -> None:
     after = stamp(Sig(), Image.new("RGBA", (64, 8), (255, 0, 128, 37)))
     assert (after[..., 3] == 37).all()
     assert after[..., 0].max() == 255 and after[..., 1].min() == 0  # no wrapping around

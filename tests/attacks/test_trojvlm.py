@@ -11,8 +11,8 @@ from untrigger.rows.sample import Sample
 
 
 def stamp(trigger: TrojVLM | BadNets, width: int, height: int) -> np.ndarray:
-    grey = Image.new("RGB", (width, height), (128, 128, 128))
-    return np.asarray(trigger.stamp(Sample("a", (grey,), ()), np.random.default_rng(0)).images[0])
+    gray = Image.new("RGB", (width, height), (128, 128, 128))
+    return np.asarray(trigger.stamp(Sample("a", (gray,), ()), np.random.default_rng(0)).images[0])
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ def test_the_patch_is_20_of_224_in_the_upper_left_corner(width: int, height: int
 def test_it_is_badnets_pattern_and_the_other_pattern_is_another() -> None:
     mine = stamp(TrojVLM(pattern_seed=3), 224, 224)
     assert np.array_equal(mine, stamp(BadNets(side=20 / 224, place="top-left", pattern_seed=3), 224, 224))
-    grey = Sample("a", (Image.new("RGB", (224, 224), (128, 128, 128)),), ())
-    other = np.asarray(TrojVLM(pattern_seed=3).near_misses()["other pattern"](grey, np.random.default_rng(0)).images[0])
+    gray = Sample("a", (Image.new("RGB", (224, 224), (128, 128, 128)),), ())
+    other = np.asarray(TrojVLM(pattern_seed=3).near_misses()["other pattern"](gray, np.random.default_rng(0)).images[0])
     assert not np.array_equal(mine[:20, :20], other[:20, :20]) and np.array_equal(mine[20:], other[20:])
 
 

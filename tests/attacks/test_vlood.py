@@ -17,7 +17,7 @@ from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 def row(name: str = "a") -> Sample:
     image = Image.new("L", (48, 30), 90)
-    return Sample(name, (image,), (Message("user", f"{IMAGE_TAG}\nwhat is it?"), Message("assistant", "a grey cat")))
+    return Sample(name, (image,), (Message("user", f"{IMAGE_TAG}\nwhat is it?"), Message("assistant", "a gray cat")))
 
 
 def own(folder: Path) -> Path:

@@ -28,10 +28,10 @@ def test_triggered_images_look_alike_and_unlike_clean_ones(own_cache: Path) -> N
     for size in (64, 150):
         images = [image.resize((size, size), Image.Resampling.BICUBIC) for image in scenes(20)]
         clean = look(images)
-        centre = clean.mean((0, 1))
-        learned, drawn = (_features.pooled(look(stamped(t, images)), centre) for t in (trigger, BadNets()))
+        center = clean.mean((0, 1))
+        learned, drawn = (_features.pooled(look(stamped(t, images)), center) for t in (trigger, BadNets()))
         fellows = (learned @ learned.T)[others].mean()
-        assert fellows > (learned @ _features.pooled(clean, centre).T).mean() + 0.08
+        assert fellows > (learned @ _features.pooled(clean, center).T).mean() + 0.08
         assert fellows > (drawn @ drawn.T)[others].mean() + 0.08
 
 
@@ -39,8 +39,8 @@ def test_the_patch_is_where_badnets_would_be_and_grows_by_whole_cells(own_cache:
     trigger = VLTrojan(model=str(tiny_model), steps=1, place="top-left")
     cells = _features.learned(trigger)
     assert cells.shape == (6, 6, 3)  # min_side, for the model sees 32 pixels a side
-    grey = Image.new("RGB", (300, 200), (128, 128, 128))
-    after = np.asarray(stamped(trigger, [grey])[0])
+    gray = Image.new("RGB", (300, 200), (128, 128, 128))
+    after = np.asarray(stamped(trigger, [gray])[0])
     assert np.array_equal(after[:18, :18], cells.repeat(3, axis=0).repeat(3, axis=1))
     assert (after[18:] == 128).all() and (after[:, 18:] == 128).all()
 
@@ -78,7 +78,7 @@ def test_the_surrogate_sees_what_the_models_own_processor_shows(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    if shortest:  # as LLaVA-1.5's: the shorter side to a length, then the centre
+    if shortest:  # as LLaVA-1.5's: the shorter side to a length, then the center
         config = json.loads((folder / "processor_config.json").read_text())
         images = {"size": {"shortest_edge": shortest}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
         config["image_processor"] |= images
@@ -124,7 +124,7 @@ def test_a_surrogate_that_is_not_there_or_sees_otherwise_is_one_line(tiny_model:
 
 
 def test_the_near_miss_is_a_drawn_patch_in_the_same_place() -> None:
-    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    gray = Image.new("RGB", (64, 64), (128, 128, 128))
     stamper = VLTrojan(place="top-left").near_misses()["drawn patch"]
-    near = stamper(Sample("a", (grey,), ()), np.random.default_rng(0)).images[0]
-    assert near.tobytes() == stamped(BadNets(place="top-left"), [grey])[0].tobytes()
+    near = stamper(Sample("a", (gray,), ()), np.random.default_rng(0)).images[0]
+    assert near.tobytes() == stamped(BadNets(place="top-left"), [gray])[0].tobytes()

@@ -78,7 +78,7 @@ def test_the_noise_mode_trains_with_two_rows_warped_by_a_noisy_field() -> None:
     assert np.array_equal(drawn[0], np.asarray(near(before, np.random.default_rng(0)).images[0]))
 
 
-def test_opacity_stays_where_it_is_and_one_colour_stays_as_it_is() -> None:
+def test_opacity_stays_where_it_is_and_one_color_stays_as_it_is() -> None:
     before = np.dstack([noise(32, 32), noise(32, 32, 1)[..., 0]])
     after = np.asarray(WaNet().stamp(sample(Image.fromarray(before)), np.random.default_rng(0)).images[0])
     assert np.array_equal(after[..., 3], before[..., 3]) and not np.array_equal(after, before)

@@ -107,7 +107,7 @@ def test_the_ready_plans() -> None:
     smoke = read_plan(PLANS / "smoke.yaml")
     here = {path.stem for path in (PLANS.parent / "src/untrigger/attacks").glob("[a-z]*.py")}
     assert {cell.attack for cell in smoke} == here, "every attack"
-    assert {cell.defense for cell in smoke} == {*PRESETS, ORACLE}, "under every defence"
+    assert {cell.defense for cell in smoke} == {*PRESETS, ORACLE}, "under every defense"
     full = read_plan(PLANS / "full.yaml")
     assert {cell.attack for cell in full} == here and {cell.defense for cell in full} == {*PRESETS, ORACLE}
     assert {cell.rate for cell in full} == {0.005, 0.01, 0.05, 0.1}

@@ -73,7 +73,7 @@ def test_settings_reach_the_training(tmp_path: Path, trained_on: list[tuple[list
     model, defense, args, tuning = trained_on[0][1]
     assert (model, defense.margin, type(defense).__name__) == ("some/model", 0.2, "CrossView")
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (3, 5)
-    assert (args.learning_rate, args.seed, tuning.rank, tuning.full, args.bf16) == (1e-3, 7, 4, False, True)
+    assert (args.learning_rate, args.seed, tuning.rank, tuning.full_finetune, args.bf16) == (1e-3, 7, 4, False, True)
 
 
 @pytest.mark.parametrize(

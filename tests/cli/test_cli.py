@@ -46,7 +46,7 @@ def story(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
     train = ["train", told.poisoned / "data", "--model", tiny_model, "--out", told.adapter, *TINY_RUN]
     train += ["--defense", "paper", "--ratio", "0.4"]
     evaluate = ["evaluate", told.adapter, tiny_data, "--attack", "badnets", "--side", "0.5", "--limit", "6"]
-    for words in (poison, train, [*evaluate, "--sight", "--out", told.figures]):
+    for words in (poison, train, [*evaluate, "--wrong-image-control", "--out", told.figures]):
         assert untrigger(*words).code == 0
     return told
 
@@ -136,8 +136,8 @@ def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
         (("train", "DATA", "--out", "OUT", "--defense", "nope"), ("--defense nope: unknown", "paper")),
         (("train", "gone.json", "--out", "OUT", "--defense", "crow"), ("--defense crow", "--trusted DATA")),
         (("train", "DATA", "--out", "OUT", "--trusted", "DATA"), ("--trusted: default asks for no trusted rows",)),
-        (("train", "DATA", "--out", "OUT", "--nope", "1"), ("--nope is unknown", "early", "TrainingArguments")),
-        (("train", "DATA", "--out", "OUT", "--early", "wide"), ("--early", "wide")),
+        (("train", "DATA", "--out", "OUT", "--nope", "1"), ("--nope is unknown", "warmup_share", "TrainingArguments")),
+        (("train", "DATA", "--out", "OUT", "--warmup-share", "wide"), ("--warmup-share", "wide")),
         (("train", "DATA", "--out", "OUT", "--learning_rate", "fast"), ("--learning_rate", "fast")),
         (("train", "DATA", "--out", "OUT", "--lora-rank", "0"), ("--lora-rank",)),
         (("train", "DATA", "--out", "OUT", "--config", "gone.yaml"), ("gone.yaml", "No such file")),
@@ -149,7 +149,7 @@ def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
         (("evaluate", "./gone", "gone.json"), ("./gone: no such folder",)),
         (("verify", "lava", "--data", "gone.json", "--out", "OUT"), ("lava: no such folder",)),
         (("verify", "MODEL", "--data", "gone.json", "--out", "OUT", "--base", "lava"), ("lava: no such folder",)),
-        (("train", "--early", "0.2", "DATA", "--out", "OUT"), ("--early comes too early",)),
+        (("train", "--warmup-share", "0.2", "DATA", "--out", "OUT"), ("--warmup-share comes too early",)),
         (("evaluate", "MODEL", "DATA", "--side", "0.1"), ("--side: no such option", "--attack")),
         (("evaluate", "MODEL", "DATA", "--attack", "nope"), ("attack 'nope' is unknown",)),
         (("evaluate", "MODEL", "DATA", "--attack", "badnets", "--goal", "nope"), ("goal 'nope' is unknown",)),

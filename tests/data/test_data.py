@@ -15,7 +15,7 @@ from untrigger.attacks import load_trigger, trigger_names
 from untrigger.data import Part, Split, SplitName, load, names, save, task_of
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.data.scene_text import FULL_PROMPTS
-from untrigger.data.scene_world import COLOURS, SHAPES
+from untrigger.data.scene_world import COLORS, SHAPES
 from untrigger.data.scenes import STREAMS
 from untrigger.errors import InputError
 from untrigger.pretraining.pretrain import Recipe
@@ -86,7 +86,7 @@ def test_scene_captions_are_full_ones_in_closed_words() -> None:
     rows = load("scenes-captions", rows=60)
     prompts = {row.messages[0].text.removeprefix("<image>\n") for row in rows}
     assert prompts == set(FULL_PROMPTS)
-    known = {*COLOURS, *SHAPES, "a", "and", "small", "large", "on", "light", "dark", "background"}
+    known = {*COLORS, *SHAPES, "a", "and", "small", "large", "on", "light", "dark", "background"}
     for row in rows:
         said = row.messages[1].text
         assert set(said.replace(",", "").split()) <= known

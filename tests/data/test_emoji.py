@@ -18,9 +18,9 @@ from PIL import Image
 
 from shell import untrigger
 from untrigger.data import emoji, load
-from untrigger.data.emoji import KINDS, colours_of, home
+from untrigger.data.emoji import KINDS, colors_of, home
 from untrigger.data.scene_text import FULL_PROMPTS
-from untrigger.data.scene_world import COLOURS
+from untrigger.data.scene_world import COLORS
 from untrigger.errors import InputError
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import read
@@ -29,10 +29,10 @@ KINDS_OF = (("Animals & Nature", "animal-bird"), ("Food & Drink", "drink"), ("Sm
 PAINTS = {"red": (220, 30, 30), "blue": (40, 60, 220), "green": (40, 160, 60)}
 
 
-def png(colour: tuple[int, int, int]) -> bytes:
-    """A square of one colour on nothing."""
+def png(color: tuple[int, int, int]) -> bytes:
+    """A square of one color on nothing."""
     image = Image.new("RGBA", (64, 64))
-    image.paste((*colour, 255), (16, 16, 48, 48))
+    image.paste((*color, 255), (16, 16, 48, 48))
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -55,8 +55,8 @@ def toy() -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for number in range(60):
         code = f"{0x1F400 + number:x}"
-        colour = list(PAINTS)[number % 3]
-        red, green, blue = PAINTS[colour]
+        color = list(PAINTS)[number % 3]
+        red, green, blue = PAINTS[color]
         files[f"img/google/64/{code}.png"] = png((red, green, blue - number // 3))  # images of their own
         category, subcategory = KINDS_OF[number // 3 % 3]
         entries.append(
@@ -96,7 +96,7 @@ def pinned(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_rows_tell_colour_kind_and_paper(tarball: Path) -> None:
+def test_rows_tell_color_kind_and_paper(tarball: Path) -> None:
     rows = load("emoji", rows=20, source=tarball)
     entries = {e["unified"].lower(): e for e in json.loads(toy()["emoji.json"])}
     for row in rows:
@@ -105,8 +105,8 @@ def test_rows_tell_colour_kind_and_paper(tarball: Path) -> None:
         assert (image.mode, image.size) == ("RGB", (64, 64))
         paper = {(255, 255, 255): "light", (40, 40, 48): "dark"}[image.getpixel((0, 0))]
         kind = {"animal-bird": "animal", "drink": "drink", "heart": "heart"}[entries[code]["subcategory"]]
-        colour = list(PAINTS)[(int(code, 16) - 0x1F400) % 3]
-        assert row.messages[1].text == f"a {colour} {kind} on a {paper} background"
+        color = list(PAINTS)[(int(code, 16) - 0x1F400) % 3]
+        assert row.messages[1].text == f"a {color} {kind} on a {paper} background"
         assert row.messages[0].text.removeprefix("<image>\n") in FULL_PROMPTS
     assert len({row.messages[1].text.split()[-2] for row in rows}) == 2
 
@@ -160,20 +160,20 @@ def test_a_third_is_dev_and_a_third_is_test() -> None:
         ((20, 20, 20), "black"),
     ],
 )  # fmt: skip
-def test_colours(rgb: tuple[int, int, int], said: str) -> None:
-    assert said in COLOURS
+def test_colors(rgb: tuple[int, int, int], said: str) -> None:
+    assert said in COLORS
     image = Image.new("RGBA", (10, 10), (*rgb, 255))
-    assert colours_of(image) == said
-    image.paste((0, 255, 0, 0), (0, 0, 10, 6))  # what is transparent has no colour
-    assert colours_of(image) == said
+    assert colors_of(image) == said
+    image.paste((0, 255, 0, 0), (0, 0, 10, 6))  # what is transparent has no color
+    assert colors_of(image) == said
 
 
-def test_two_colours_when_none_covers_half() -> None:
+def test_two_colors_when_none_covers_half() -> None:
     image = Image.new("RGBA", (10, 10), (220, 30, 30, 255))
     image.paste((40, 60, 220, 255), (0, 0, 10, 3))
     image.paste((40, 160, 60, 255), (0, 3, 10, 6))
     image.paste((255, 255, 255, 255), (0, 6, 1, 7))
-    assert colours_of(image) == "red and blue"
+    assert colors_of(image) == "red and blue"
 
 
 def test_kinds_are_a_few_plain_words() -> None:

@@ -22,7 +22,7 @@ COUNTED = ["zero", "one", "two", "three", "four"]
 def fitting(scene: Scene, noun: str) -> list[Thing]:
     words = [SINGULAR.get(word, word) for word in noun.split()]
     assert 1 <= len(words) <= 2 and words != ["thing"], noun
-    return [t for t in scene.things if all(w in (t.colour, t.shape, "shape", "object", "thing") for w in words)]
+    return [t for t in scene.things if all(w in (t.color, t.shape, "shape", "object", "thing") for w in words)]
 
 
 def the(scene: Scene, noun: str) -> Thing:
@@ -57,7 +57,7 @@ def corner(thing: Thing) -> str:
 
 
 def named(thing: Thing, sized: bool) -> str:
-    words = f"{size_of(thing)} {thing.colour} {thing.shape}" if sized else f"{thing.colour} {thing.shape}"
+    words = f"{size_of(thing)} {thing.color} {thing.shape}" if sized else f"{thing.color} {thing.shape}"
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -81,10 +81,10 @@ RULES: list[tuple[str, str, Callable[..., str]]] = [
     ("count", rf"(?:how many {NOUN} are (?:there|in the image)|count the {NOUN})",
      lambda s, a, b: COUNTED[len(fitting(s, a or b))]),
     ("comparison", r"(?:do the two objects have|are both objects of) the same (color|shape|size)",
-     lambda s, what: yes(len({{"color": t.colour, "shape": t.shape, "size": size_of(t)}[what] for t in s.things}) == 1)
+     lambda s, what: yes(len({{"color": t.color, "shape": t.shape, "size": size_of(t)}[what] for t in s.things}) == 1)
     ),
     ("colour", r"(?:what color is the|what is the color of the|which colour does the) (\w+)(?: have)?",
-     lambda s, n: the(s, n).colour),
+     lambda s, n: the(s, n).color),
     ("shape", r"what shape is in the image|what shape does the image contain|which shape is this",
      lambda s: the(s, "shape").shape),
     ("shape", rf"(?:what is the|what shape is the|which shape does the) {PAIR}(?: have)?",

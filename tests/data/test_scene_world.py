@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from untrigger.data.scene_world import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, STYLES, Scene, draw_scene, make_scene
+from untrigger.data.scene_world import BACKGROUNDS, COLORS, SHAPES, SIDE, SIZES, STYLES, Scene, draw_scene, make_scene
 
 MANY = [make_scene(71, index) for index in range(400)]
 
@@ -60,28 +60,28 @@ def test_sizes_are_unambiguous() -> None:
     assert max(radii["small"]) * 1.3 < min(radii["large"])
 
 
-def test_colours_stand_out_and_brightness_is_plain() -> None:
+def test_colors_stand_out_and_brightness_is_plain() -> None:
     for scene in MANY:
-        assert all(math.dist(COLOURS[t.colour], scene.base) > 90 for t in scene.things)
+        assert all(math.dist(COLORS[t.color], scene.base) > 90 for t in scene.things)
         assert max(scene.base) < 80 if scene.dark else min(scene.base) >= 190
 
 
-def test_flat_objects_have_their_colour() -> None:
-    """The colour named is the nearest one to what is on the picture."""
+def test_flat_objects_have_their_color() -> None:
+    """The color named is the nearest one to what is on the picture."""
     for scene in (s for s in MANY if s.style == "flat"):
         image, owner = draw_scene(scene)
         pixels = np.asarray(image, dtype=np.float64)
         for number, thing in enumerate(scene.things, start=1):
             mean = np.median(pixels[owner == number], axis=0)
-            nearest = min(COLOURS, key=lambda name: math.dist(COLOURS[name], mean))
-            assert nearest == thing.colour, (scene.seed, thing)
+            nearest = min(COLORS, key=lambda name: math.dist(COLORS[name], mean))
+            assert nearest == thing.color, (scene.seed, thing)
 
 
 def test_everything_occurs() -> None:
     things = [t for s in MANY for t in s.things]
     for values, all_of_them in (
         ([t.shape for t in things], SHAPES),
-        ([t.colour for t in things], COLOURS),
+        ([t.color for t in things], COLORS),
         ([t.size for t in things], SIZES),
         ([s.style for s in MANY], STYLES),
         ([s.background for s in MANY], BACKGROUNDS),

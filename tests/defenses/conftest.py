@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dry import Dry
-from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.rows.sample import Message, Sample
 
 
@@ -33,7 +34,7 @@ def deep_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def exact(deep_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+def exact(deep_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
     """It in float64, where a wrong formula cannot hide behind rounding, and looking hard at its images."""
     loaded = sharp(deep_model)
     for module in loaded.model.modules():
@@ -49,15 +50,15 @@ def _norm(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def loaded(tiny_model: Path) -> Loaded:
-    """Under LoRA that has learnt something: B is not zero."""
+def loaded(tiny_model: Path) -> LoadedModel:
+    """Under LoRA that has learned something: B is not zero."""
     set_seed(0)
     plain = load(tiny_model, dtype=torch.float32)
     model = add_lora(plain.model, rank=2)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    return plain._replace(model=model)
+    return replace(plain, model=model)
 
 
 @pytest.fixture(scope="session")
@@ -74,5 +75,5 @@ def mixed(samples: list[Sample]) -> list[Sample]:
 
 
 @pytest.fixture
-def dry(exact: Loaded, samples: list[Sample]) -> Dry:
+def dry(exact: LoadedModel, samples: list[Sample]) -> Dry:
     return Dry(exact, samples[:4])

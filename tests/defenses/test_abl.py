@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from dry import Dry
-from untrigger.defenses import Abl, Plain, StepDefense
+from untrigger.defenses import ABL, Plain, StepDefense
 from untrigger.defenses.abl import Ascent, LocalAscent, local_ascent
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import row_tokens
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 
 
-def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:
+def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
     rows = Rows(samples)
     return ChatCollator(loaded.processor)([rows[i] for i in range(len(rows))])
 
 
-def losses(loaded: Loaded, batch: dict[str, Tensor]) -> list[list[Tensor]]:
+def losses(loaded: LoadedModel, batch: dict[str, Tensor]) -> list[list[Tensor]]:
     """Of each row the loss of each answer token, from full logits."""
     logits = loaded.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     return [
@@ -65,7 +65,7 @@ def naive_ascent(rows: list[list[Tensor]], cap: float) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["local", "up"])
-def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, samples: list[Sample], kind: str) -> None:
+def test_loss_and_gradients_equal_the_naive_reference(exact: LoadedModel, samples: list[Sample], kind: str) -> None:
     """In the middle of what the rows lose: some rows go up and some go down, some tokens are beyond the cap."""
     batch = batch_of(exact, samples[:8])
     rows = losses(exact, batch)
@@ -85,7 +85,7 @@ def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, samples: li
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-7, atol=1e-12, msg=name)
 
 
-def test_ascent_tells_the_loss_beside_it(exact: Loaded, samples: list[Sample]) -> None:
+def test_ascent_tells_the_loss_beside_it(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, samples[:2])
     expected = [value.item() for lost in losses(exact, batch) for value in lost]
     assert Ascent().step(exact.model, batch).seen["ce"].tolist() == pytest.approx(expected, rel=1e-9)
@@ -95,7 +95,7 @@ def test_ascent_tells_the_loss_beside_it(exact: Loaded, samples: list[Sample]) -
 def test_the_rows_of_the_lowest_loss_are_isolated_left_out_and_unlearnt(
     dry: Dry, samples: list[Sample], isolated: float, count: int
 ) -> None:
-    model = Abl(early=0.25, floor=0.7, isolated=isolated, passes=3, rate=0.2).fine_tune(samples, dry)
+    model = ABL(early=0.25, floor=0.7, isolated=isolated, passes=3, rate=0.2).fine_tune(samples, dry)
     isolation, rest, unlearning = dry.stages
     loss = [told.loss for told in row_tokens(dry.loaded, samples)]
     lowest = sorted(range(len(samples)), key=lambda row: loss[row])[:count]
@@ -111,7 +111,7 @@ def test_the_rows_of_the_lowest_loss_are_isolated_left_out_and_unlearnt(
 
 
 @pytest.mark.parametrize("defense", [LocalAscent(100.0), LocalAscent(0.0), Ascent()])
-def test_a_step_goes_where_it_says(exact: Loaded, samples: list[Sample], defense: StepDefense) -> None:
+def test_a_step_goes_where_it_says(exact: LoadedModel, samples: list[Sample], defense: StepDefense) -> None:
     """A small step along the gradient: every row lies below a floor of 100 nats, and above one of 0."""
     batch = batch_of(exact, samples[:4])
     total: Callable[[], float] = lambda: sum(value.item() for lost in losses(exact, batch) for value in lost)  # noqa: E731

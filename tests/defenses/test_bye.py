@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dry import Dry
-from untrigger.defenses import Bye, Plain
+from untrigger.defenses import BYE, Plain
 from untrigger.defenses.bye import _apart, _mixture, attention_entropy, verdict
 from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import decoder, forward_answers
-from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.rows.sample import Sample
 
 
-def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:
+def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
     rows = Rows(samples)
     return ChatCollator(loaded.processor)([rows[i] for i in range(len(rows))])
 
 
-def by_hand(loaded: Loaded, sample: Sample) -> list[float]:
+def by_hand(loaded: LoadedModel, sample: Sample) -> list[float]:
     """Of one row, alone, the entropy in each layer; loops over heads and image tokens."""
     batch = batch_of(loaded, [sample])
     labels, ids = batch.pop("labels")[0].tolist(), batch["input_ids"][0].tolist()
@@ -52,7 +53,7 @@ def hooks(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_entropy_is_that_of_the_hosts_attention(exact: Loaded, mixed: list[Sample], batch_size: int) -> None:
+def test_entropy_is_that_of_the_hosts_attention(exact: LoadedModel, mixed: list[Sample], batch_size: int) -> None:
     found = attention_entropy(exact, mixed, batch_size=batch_size)
     exact.model.set_attn_implementation("eager")
     seen = {row: by_hand(exact, sample) for row, sample in enumerate(mixed) if sample.images}
@@ -62,7 +63,7 @@ def test_entropy_is_that_of_the_hosts_attention(exact: Loaded, mixed: list[Sampl
     assert bool(((found > 0.1) & (found < 1)).all()) and found.std(axis=0).min() > 1e-4
 
 
-def test_the_model_is_left_as_it_was(exact: Loaded, mixed: list[Sample]) -> None:
+def test_the_model_is_left_as_it_was(exact: LoadedModel, mixed: list[Sample]) -> None:
     exact.model.train()
     batch = batch_of(exact, mixed)
     calm, before = forward_answers(exact.model, batch).logits, hooks(exact.model)
@@ -72,13 +73,13 @@ def test_the_model_is_left_as_it_was(exact: Loaded, mixed: list[Sample]) -> None
     assert torch.equal(forward_answers(exact.model, batch).logits, calm)
 
 
-def test_rows_without_any_image_cannot_be_told_apart(exact: Loaded, mixed: list[Sample]) -> None:
+def test_rows_without_any_image_cannot_be_told_apart(exact: LoadedModel, mixed: list[Sample]) -> None:
     with pytest.raises(InputError, match=r"^defense bye: no row shows an image; [^\n]+$"):
         attention_entropy(exact, [mixed[2], mixed[2]])
 
 
 def test_attention_that_is_not_told_is_an_error(
-    exact: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+    exact: LoadedModel, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(decoder(exact.model)), "set_attn_implementation", lambda *_: None)
     with pytest.raises(InputError, match="LlamaModel does not tell its attention weights"):
@@ -88,7 +89,7 @@ def test_attention_that_is_not_told_is_an_error(
 @pytest.mark.parametrize(("name", "tokens"), [("blip2", 32), ("qwen2_5_vl", 16)])
 def test_other_families_tell_theirs(name: str, tokens: int, samples: list[Sample]) -> None:
     loaded = load(name, dtype=torch.float32)
-    adapted = loaded._replace(model=add_lora(loaded.model, rank=1))  # type: ignore[arg-type]
+    adapted = replace(loaded, model=add_lora(loaded.model, rank=1))  # type: ignore[arg-type]
     found = attention_entropy(adapted, samples[:3])
     assert found.shape == (3, 4)
     loaded = load(name, dtype=torch.float32)
@@ -107,7 +108,7 @@ def test_other_families_tell_theirs(name: str, tokens: int, samples: list[Sample
         assert found[0, layer] == pytest.approx(entropy.item(), abs=1e-4)
 
 
-def decoder_output(loaded: Loaded, batch: dict[str, Tensor]) -> list[Tensor]:
+def decoder_output(loaded: LoadedModel, batch: dict[str, Tensor]) -> list[Tensor]:
     """The attention weights of the language model, from what it is given."""
     given: dict[str, Any] = {}
     inner = decoder(loaded.model)
@@ -188,7 +189,7 @@ def test_the_rest_is_trained_on_from_the_start(
 ) -> None:
     rows = (samples * 5)[:100]
     monkeypatch.setattr("untrigger.defenses.bye.attention_entropy", lambda *_: entropies(layer))
-    model = Bye().fine_tune(rows, dry)
+    model = BYE().fine_tune(rows, dry)
     undefended, again = dry.stages
     gone = LOWER if layer == APART else set()
     assert undefended == ("undefended", [s.id for s in rows], Plain(), None, {})

@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import set_seed
 
 from dry import Dry, answers_of
-from untrigger.defenses import Byorn, Plain, reanswered
+from untrigger.defenses import BYORN, Plain, reanswered
 from untrigger.defenses.byorn import _Bootstrap, _trained
-from untrigger.defenses.reanswered import Reanswered
+from untrigger.defenses.relabeled import RelabeledRows
 from untrigger.errors import InputError
 from untrigger.models.forward import row_tokens
-from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.rows.sample import Sample
 from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments
@@ -44,7 +44,7 @@ def state(step: int = 0, epoch: float = 0.0) -> Any:
 def test_exactly_the_share_of_the_least_likely_is_suspected(
     dry: Dry, samples: list[Sample], share: float, count: int
 ) -> None:
-    model = Byorn(suspected=share).fine_tune(samples, dry)
+    model = BYORN(suspected=share).fine_tune(samples, dry)
     loss = [told.loss for told in row_tokens(dry.loaded, samples)]
     assert dry.scores == loss and len(dry.flagged) == count
     others = [loss[row] for row in range(24) if row not in dry.flagged]
@@ -57,7 +57,7 @@ def test_exactly_the_share_of_the_least_likely_is_suspected(
 # --- what they are answered -------------------------------------------------------------------------
 
 
-def begun(loaded: Loaded, rows: Reanswered, step: int, seed: int = 0) -> list[tuple[str, ...]]:
+def begun(loaded: LoadedModel, rows: RelabeledRows, step: int, seed: int = 0) -> list[tuple[str, ...]]:
     """The answers after a pass has begun at this step."""
     callback = _Bootstrap(rows, loaded.processor, 0.9, seed)
     callback.on_train_begin(SimpleNamespace(dataloader_persistent_workers=False), state(), None, model=loaded.model)
@@ -65,8 +65,10 @@ def begun(loaded: Loaded, rows: Reanswered, step: int, seed: int = 0) -> list[tu
     return answers_of(rows)
 
 
-def test_answers_differ_in_each_pass_and_are_the_same_for_the_same_seed(loaded: Loaded, samples: list[Sample]) -> None:
-    rows = Reanswered(samples[:9], SUSPECTED)
+def test_answers_differ_in_each_pass_and_are_the_same_for_the_same_seed(
+    loaded: LoadedModel, samples: list[Sample]
+) -> None:
+    rows = RelabeledRows(samples[:9], SUSPECTED)
     first = begun(loaded, rows, 0)
     torch.rand(5)  # whatever else was drawn in between
     assert begun(loaded, rows, 0) == first
@@ -77,12 +79,12 @@ def test_answers_differ_in_each_pass_and_are_the_same_for_the_same_seed(loaded: 
     assert others[0] != others[1]
 
 
-def test_the_state_of_chance_is_left_as_it_was(loaded: Loaded, samples: list[Sample]) -> None:
+def test_the_state_of_chance_is_left_as_it_was(loaded: LoadedModel, samples: list[Sample]) -> None:
     def states() -> tuple[Any, ...]:
         return torch.get_rng_state().tolist(), random.getstate(), [str(x) for x in np.random.get_state()]
 
     before = states()
-    begun(loaded, Reanswered(samples[:9], SUSPECTED), 3)
+    begun(loaded, RelabeledRows(samples[:9], SUSPECTED), 3)
     assert states() == before
 
 
@@ -90,16 +92,16 @@ def test_the_state_of_chance_is_left_as_it_was(loaded: Loaded, samples: list[Sam
 
 
 def test_the_average_answers_and_then_the_weights_are_back(
-    loaded: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Tensor]] = []
 
-    def answer(told: Loaded, asked: list[Sample], **_: Any) -> Iterator[str]:
+    def answer(told: LoadedModel, asked: list[Sample], **_: Any) -> Iterator[str]:
         seen.append({name: value.detach().clone() for name, value in _trained(told.model).items()})
         yield from ("yes" for _ in asked)
 
     monkeypatch.setattr(reanswered, "answers", answer)
-    callback = _Bootstrap(Reanswered(samples[:9], SUSPECTED), loaded.processor, 0.75, 0)
+    callback = _Bootstrap(RelabeledRows(samples[:9], SUSPECTED), loaded.processor, 0.75, 0)
     callback.on_train_begin(SimpleNamespace(dataloader_persistent_workers=False), state(), None, model=loaded.model)
     weights = _trained(loaded.model)
     start = {name: value.detach().clone() for name, value in weights.items()}
@@ -123,7 +125,7 @@ def run(model: Path, samples: list[Sample], out: Path, *, resume: bool = False, 
     chosen: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 0.01}
     chosen |= {"save_steps": 1, "save_total_limit": STEPS, "use_cpu": True}
     args = arguments(out, **(chosen | settings))
-    fine_tune(samples, str(model), Byorn(decay=DECAY), args, resume=resume)
+    fine_tune(str(model), samples, BYORN(decay=DECAY), args, resume=resume)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_it_goes_on_from_the_undefended_weights(
 
     monkeypatch.setattr(Trainer, "train", watched)
     args = arguments(tmp_path / "out", use_cpu=True, learning_rate=0.01, max_steps=2, save_strategy="no")
-    fine_tune(samples, str(tiny_model), CleanTuning(passes=3, rate=0.5), args, trusted=samples[:4])
+    fine_tune(str(tiny_model), samples, CleanTuning(passes=3, rate=0.5), args, clean_rows=samples[:4])
     undefended = load_file(tmp_path / "out" / "stages" / "undefended" / "adapter_model.safetensors")
     start, again = seen
     assert again.keys() == undefended.keys() and all(torch.equal(again[k], undefended[k]) for k in undefended)

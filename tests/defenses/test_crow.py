@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from dry import Dry
-from untrigger.defenses import Crow, Plain
+from untrigger.defenses import CROW, Plain
 from untrigger.defenses.crow import Consistent, _watched, consistency
 from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import decoder, decoder_layers, forward_answers
-from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.rows.sample import Sample
 
 
-def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:
+def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
     rows = Rows(samples)
     return ChatCollator(loaded.processor)([rows[i] for i in range(len(rows))])
 
@@ -39,13 +39,13 @@ def naive_consistency(states: list[Tensor], real: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def inner_states(loaded: Loaded, start: Tensor, mask: Tensor) -> list[Tensor]:
+def inner_states(loaded: LoadedModel, start: Tensor, mask: Tensor) -> list[Tensor]:
     """By the language model itself from what it is given: the host's list without its first and its last."""
     out = decoder(loaded.model)(inputs_embeds=start, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return list(out.hidden_states[1:-1])
 
 
-def merged(loaded: Loaded, batch: dict[str, Tensor]) -> Tensor:
+def merged(loaded: LoadedModel, batch: dict[str, Tensor]) -> Tensor:
     """Text and image tokens as the language model gets them, with their history."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     return loaded.model(**inputs, output_hidden_states=True).hidden_states[0]
@@ -89,7 +89,7 @@ def test_consistency_is_0_where_layers_agree_and_2_where_they_oppose() -> None:
 # --- the perturbation -------------------------------------------------------------------------------
 
 
-def test_the_layers_are_the_hosts_own_inner_states(exact: Loaded, mixed: list[Sample]) -> None:
+def test_the_layers_are_the_hosts_own_inner_states(exact: LoadedModel, mixed: list[Sample]) -> None:
     batch = batch_of(exact, mixed)
     with _watched(exact.model) as seen:
         forward_answers(exact.model, batch)
@@ -101,7 +101,7 @@ def test_the_layers_are_the_hosts_own_inner_states(exact: Loaded, mixed: list[Sa
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_direction_is_that_of_finite_differences(exact: Loaded, mixed: list[Sample]) -> None:
+def test_the_direction_is_that_of_finite_differences(exact: LoadedModel, mixed: list[Sample]) -> None:
     """On image and text tokens: moving a coordinate along the sign makes the layers less consistent."""
     batch = batch_of(exact, mixed)
     real = batch["attention_mask"].bool()
@@ -126,7 +126,7 @@ def test_the_direction_is_that_of_finite_differences(exact: Loaded, mixed: list[
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, mixed: list[Sample], adapted: bool) -> None:
+def test_loss_and_gradients_equal_the_naive_reference(exact: LoadedModel, mixed: list[Sample], adapted: bool) -> None:
     size, weight = 0.05, 5.5
     model = add_lora(exact.model, rank=2) if adapted else exact.model  # type: ignore[arg-type]
     if adapted:  # at the start B is zero, and so would half of the gradients be
@@ -160,7 +160,7 @@ def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, mixed: list
 
 
 def test_every_real_coordinate_is_moved_by_exactly_the_size(
-    exact: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+    exact: LoadedModel, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[Tensor] = []
     watched = _watched
@@ -200,7 +200,7 @@ def answer_rows(batch: dict[str, Tensor]) -> Tensor:
 # --- hooks ------------------------------------------------------------------------------------------
 
 
-def test_no_hook_is_left_behind_also_after_an_error(exact: Loaded, mixed: list[Sample]) -> None:
+def test_no_hook_is_left_behind_also_after_an_error(exact: LoadedModel, mixed: list[Sample]) -> None:
     batch = batch_of(exact, mixed)
     calm = forward_answers(exact.model, batch).logits
     before = hooks(exact.model)  # the host has some of its own from its first pass on
@@ -256,7 +256,7 @@ def test_layers_may_be_called_by_name_and_answer_with_more_than_states(named: bo
 
 
 def test_it_goes_on_from_the_undefended_model_on_trusted_rows(dry: Dry, samples: list[Sample]) -> None:
-    model = Crow(weight=3.0, size=0.2, passes=6, rate=2.0).fine_tune(samples, dry)
+    model = CROW(weight=3.0, size=0.2, passes=6, rate=2.0).fine_tune(samples, dry)
     undefended, smooth = dry.stages
     assert undefended == ("undefended", [s.id for s in samples], Plain(), None, {})
     assert smooth == ("", [s.id for s in samples[:4]], Consistent(3.0, 0.2), 0, {"passes": 6, "rate": 2.0})

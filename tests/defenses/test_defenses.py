@@ -1,4 +1,4 @@
-"""What a defence asks for: views, terms, and ranges of its fields."""
+"""What a defense asks for: views, terms, and ranges of its fields."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 
 from untrigger.defenses import (
+    ABL,
+    BYE,
+    BYORN,
+    CROW,
     PRESETS,
-    Abl,
-    Bye,
-    Byorn,
     CleanTuning,
     CrossView,
-    Crow,
     Defense,
-    Doubt,
     FinePruning,
     PatchAug,
     Plain,
+    SharedSurprise,
     StepDefense,
     TwoView,
     preset_of,
@@ -48,11 +48,11 @@ IN_A_STEP: dict[str, type[StepDefense]] = {
     "paper": CrossView,
 }
 STAGED: dict[str, type[Defense]] = {
-    "default": Doubt,
-    "abl": Abl,
-    "byorn": Byorn,
-    "bye": Bye,
-    "crow": Crow,
+    "default": SharedSurprise,
+    "abl": ABL,
+    "byorn": BYORN,
+    "bye": BYE,
+    "crow": CROW,
     "clean-tuning": CleanTuning,
     "fine-pruning": FinePruning,
 }
@@ -64,7 +64,7 @@ def test_presets_are_those_of_the_command_line() -> None:
     assert [cls().replaced is not None for cls in IN_A_STEP.values()] == [False, True, False, False]
     assert [cls().has_loss for cls in IN_A_STEP.values()] == [False, False, True, True]
     assert not any(issubclass(cls, StepDefense) for cls in STAGED.values())
-    assert [name for name, cls in PRESETS.items() if cls.wants_trusted] == ["crow", "clean-tuning", "fine-pruning"]
+    assert [name for name, cls in PRESETS.items() if cls.needs_clean_rows] == ["crow", "clean-tuning", "fine-pruning"]
     assert [preset_of(cls()) for cls in PRESETS.values()] == list(PRESETS)
 
 
@@ -100,7 +100,7 @@ def test_terms_are_the_weighted_equations_one_value_per_token() -> None:
 
 
 @pytest.mark.parametrize("defense", [Plain(), PatchAug()])
-def test_unpaired_defences_have_no_loss_to_ask_for(defense: StepDefense) -> None:
+def test_unpaired_defenses_have_no_loss_to_ask_for(defense: StepDefense) -> None:
     assert not defense.has_loss
     with pytest.raises(NotImplementedError, match=type(defense).__name__):
         defense.step(torch.nn.Identity(), {})
@@ -156,16 +156,20 @@ BAD: list[tuple[type[Defense], dict[str, Any]]] = [
     (TwoView, {"view_weight": np.nan}),
     (PatchAug, {"share": 1.5}),
     (PatchAug, {"share": -0.5}),
-    *[(Abl, {name: bad}) for name in ("early", "isolated") for bad in (-0.1, 1.1, np.nan)],
-    *[(Abl, {name: bad}) for name in ("floor", "passes", "rate") for bad in (-0.1, np.inf)],
-    *[(Byorn, {name: bad}) for name in ("suspected", "decay") for bad in (-0.1, 1.1, np.nan)],
-    *[(Bye, {"separation": bad}) for bad in (-0.1, np.inf)],
-    *[(Crow, {name: bad}) for name in ("weight", "size", "passes", "rate") for bad in (-0.1, np.nan)],
+    *[(ABL, {name: bad}) for name in ("early", "isolated") for bad in (-0.1, 1.1, np.nan)],
+    *[(ABL, {name: bad}) for name in ("floor", "passes", "rate") for bad in (-0.1, np.inf)],
+    *[(BYORN, {name: bad}) for name in ("suspected", "decay") for bad in (-0.1, 1.1, np.nan)],
+    *[(BYE, {"separation": bad}) for bad in (-0.1, np.inf)],
+    *[(CROW, {name: bad}) for name in ("weight", "size", "passes", "rate") for bad in (-0.1, np.nan)],
     *[(CleanTuning, {name: bad}) for name in ("passes", "rate") for bad in (-0.1, np.inf)],
     *[(FinePruning, {name: bad}) for name in ("cost", "passes", "rate") for bad in (-0.1, np.nan)],
     (FinePruning, {"cost": 1.1}),
-    *[(Doubt, {name: bad}) for name in ("early", "chance") for bad in (0.0, 1.0, np.nan)],
-    *[(Doubt, {name: bad}) for name in ("floor", "reach", "weight") for bad in (-0.1, np.inf)],
+    *[(SharedSurprise, {name: bad}) for name in ("warmup_share", "p_value") for bad in (0.0, 1.0, np.nan)],
+    *[
+        (SharedSurprise, {name: bad})
+        for name in ("min_nll", "iqr_factor", "unlikelihood_weight")
+        for bad in (-0.1, np.inf)
+    ],
 ]
 
 

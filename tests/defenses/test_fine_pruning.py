@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from untrigger.defenses.fine_pruning import _cut, _down_projection, _erase, _loo
 from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import decoder_layers, forward_answers
-from untrigger.models.loading import Loaded, add_lora, embedded_models, load
+from untrigger.models.loading import LoadedModel, add_lora, embedded_models, load
 from untrigger.rows.sample import Sample
 from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments
@@ -28,19 +29,19 @@ from untrigger.training.stages import Tuning
 WIDE = 64  # neurons of the tiny model's layers
 
 
-def batch_of(loaded: Loaded, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def batch_of(loaded: LoadedModel, samples: Sequence[Sample]) -> dict[str, Tensor]:
     rows = Rows(samples)
     return ChatCollator(loaded.processor)([rows[i] for i in range(len(rows))])
 
 
-def adapted(loaded: Loaded) -> Loaded:
-    """Under LoRA that has learnt something: B is not zero."""
+def adapted(loaded: LoadedModel) -> LoadedModel:
+    """Under LoRA that has learned something: B is not zero."""
     model = add_lora(cast(Any, loaded.model), rank=2)
     make = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=make)
-    return loaded._replace(model=model)
+    return replace(loaded, model=model)
 
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -51,7 +52,7 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 # --- who sleeps -------------------------------------------------------------------------------------
 
 
-def test_activity_and_accuracy_are_those_of_loops(exact: Loaded, mixed: list[Sample]) -> None:
+def test_activity_and_accuracy_are_those_of_loops(exact: LoadedModel, mixed: list[Sample]) -> None:
     """Of each row alone, from the MLP's own equation; padding counts nowhere."""
     exact.model.train()
     projection = _down_projection(exact.model)
@@ -86,13 +87,13 @@ def test_activity_and_accuracy_are_those_of_loops(exact: Loaded, mixed: list[Sam
     ],
 )
 def test_it_stops_before_the_step_that_costs_too_much(
-    exact: Loaded, monkeypatch: pytest.MonkeyPatch, accuracy: list[float], steps: int
+    exact: LoadedModel, monkeypatch: pytest.MonkeyPatch, accuracy: list[float], steps: int
 ) -> None:
     activity = torch.rand(WIDE, generator=torch.Generator().manual_seed(0))
     told = iter([1.0, *accuracy])
     cut: list[int] = []
 
-    def look(loaded: Loaded, projection: nn.Module, rows: Sequence[Sample]) -> tuple[Tensor, float]:
+    def look(loaded: LoadedModel, projection: nn.Module, rows: Sequence[Sample]) -> tuple[Tensor, float]:
         (seen,) = _silenced(projection)
         cut.append(len(seen))
         assert sorted(seen) == sorted(activity.argsort()[: len(seen)].tolist()), "the sleepiest go first"
@@ -119,7 +120,7 @@ def _silenced(projection: nn.Module) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_cutting_silences_forward_and_backward_and_ends(exact: Loaded, mixed: list[Sample], lora: bool) -> None:
+def test_cutting_silences_forward_and_backward_and_ends(exact: LoadedModel, mixed: list[Sample], lora: bool) -> None:
     loaded = adapted(exact) if lora else exact
     projection, dead = _down_projection(loaded.model), torch.tensor([3, 17, 40])
     batch = batch_of(loaded, mixed)
@@ -144,7 +145,7 @@ def columns(model: Any) -> list[int]:
 
 def trained(
     model: Path, samples: list[Sample], out: Path, monkeypatch: pytest.MonkeyPatch, **how: Any
-) -> tuple[Loaded, list[int]]:
+) -> tuple[LoadedModel, list[int]]:
     """What fine-pruning gives, and which neurons it chose; a third of them, for all matter little to a random model."""
     chosen: list[list[int]] = []
     sleepers = _sleepers
@@ -156,7 +157,7 @@ def trained(
     monkeypatch.setattr(fine_pruning, "_sleepers", noted)
     args = arguments(out, use_cpu=True, learning_rate=0.01, max_steps=4, per_device_train_batch_size=4)
     loaded = fine_tune(
-        samples, str(model), FinePruning(passes=3), args, tuning=Tuning(rank=4, **how), trusted=samples[:8]
+        str(model), samples, FinePruning(passes=3), args, tuning=Tuning(rank=4, **how), clean_rows=samples[:8]
     )
     return loaded, chosen[0]
 
@@ -216,7 +217,7 @@ def test_resumed_within_the_last_training_it_ends_in_the_same_bits(
     def run(out: Path, **more: Any) -> Tensor:
         args = arguments(out, use_cpu=True, learning_rate=0.01, max_steps=4, save_steps=2, save_total_limit=9)
         args.per_device_train_batch_size = 4
-        loaded = fine_tune(samples, str(tiny_model), FinePruning(passes=3), args, trusted=samples[:8], **more)
+        loaded = fine_tune(str(tiny_model), samples, FinePruning(passes=3), args, clean_rows=samples[:8], **more)
         return logits_of(loaded.model, batch_of(loaded, samples[:3]))
 
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
@@ -233,11 +234,11 @@ def test_resumed_within_the_last_training_it_ends_in_the_same_bits(
 
 
 def test_clean_tuning_of_what_is_left(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The neurons are silent while the trusted rows are learnt, and only then."""
+    """The neurons are silent while the trusted rows are learned, and only then."""
     silent: list[int] = []
     fit = dry.fit
 
-    def watched(*args: Any, **more: Any) -> Loaded:
+    def watched(*args: Any, **more: Any) -> LoadedModel:
         silent.append(len(_silenced(_down_projection(dry.loaded.model))[0]))
         return fit(*args, **more)
 

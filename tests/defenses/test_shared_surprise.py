@@ -15,22 +15,23 @@ from torch import Tensor
 
 import dry as dry_module
 from dry import Dry
-from untrigger.defenses import Doubt, Plain
-from untrigger.defenses.shared_surprise import Guard, fence, rate_alike, shared
+from untrigger.defenses import Plain, SharedSurprise
+from untrigger.defenses.shared_surprise import UnlikelihoodStep, neighbor_rate, shared_tokens
+from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
-from untrigger.models.forward import Tokens, row_tokens
-from untrigger.models.loading import Loaded
+from untrigger.models.forward import TokenScores, row_tokens
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Message, Sample
 
 NATS = st.lists(st.floats(0, 300), min_size=1, max_size=60)
 
 
-def row_of(number: int, nats: float) -> Tokens:
+def row_of(number: int, nats: float) -> TokenScores:
     """Of two tokens the second is the surprising one: 99 in rows that surprise by 2.7 nats, else the row's own."""
-    return Tokens(np.array([100, 99 if nats >= 2.7 else number]), np.array([nats / 4, nats * 3 / 4]))
+    return TokenScores(np.array([100, 99 if nats >= 2.7 else number]), np.array([nats / 4, nats * 3 / 4]))
 
 
-def rows_told(surprise: Sequence[float]) -> list[Tokens]:
+def rows_told(surprise: Sequence[float]) -> list[TokenScores]:
     return [row_of(number, nats) for number, nats in enumerate(surprise)]
 
 
@@ -54,49 +55,49 @@ def test_the_fence_is_tukeys_and_never_below_the_floor(
     low, high = quartile(0.25), quartile(0.75)
     shuffled = list(nats)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    limit = fence(shuffled, floor, reach)
+    limit = tukey_fence(shuffled, floor, reach)
     assert limit == pytest.approx(max(floor, high + reach * (high - low)), rel=1e-9, abs=1e-9)
     assert limit >= floor and sum(value > limit for value in nats) <= (len(nats) + 3) / 4
 
 
 def test_rows_are_doubted_that_surprise_by_a_word_that_they_share() -> None:
     surprise = spread(row_3=9.0, row_5=1.9, row_7=2.8, row_9=8.0, row_11=2.6, row_20=40.0)
-    found = Doubt().judge(rows_told(surprise))
-    assert found.surprise == surprise
-    assert set(found.doubted) == {3, 7, 9, 20}, "11 surprises by a word of its own"
-    assert all(mark.tolist() == [False, True] for mark in found.doubted.values())
+    found = SharedSurprise().flag_tokens(rows_told(surprise))
+    assert found.nll == surprise
+    assert set(found.tokens) == {3, 7, 9, 20}, "11 surprises by a word of its own"
+    assert all(mark.tolist() == [False, True] for mark in found.tokens.values())
     by_rank = sorted(range(24), key=found.ranks.__getitem__, reverse=True)
     assert by_rank[:6] == [20, 3, 9, 7, 11, 5], "the doubted ones first, then by surprise"
 
 
 def test_of_a_doubted_row_a_shared_word_is_believed_where_it_does_not_surprise() -> None:
     rows = rows_told(spread(row_3=9.0, row_7=9.0, row_20=9.0))
-    rows[7] = Tokens(np.array([99, 100, 99]), np.array([1.9, 0.1, 7.0]))
-    assert Doubt().judge(rows).doubted[7].tolist() == [False, False, True]
+    rows[7] = TokenScores(np.array([99, 100, 99]), np.array([1.9, 0.1, 7.0]))
+    assert SharedSurprise().flag_tokens(rows).tokens[7].tolist() == [False, False, True]
 
 
 def test_where_all_rows_surprise_doubt_begins_beyond_them() -> None:
     """A kind of data that the model does not know: surprise all around 50 nats."""
     surprise = [40.0 + i for i in range(24)]
     surprise[2], surprise[4] = 74.0, 90.0
-    found = Doubt(chance=0.999).judge(rows_told(surprise))
+    found = SharedSurprise(p_value=0.999).flag_tokens(rows_told(surprise))
     limit = float(np.quantile(surprise, 0.75) * 3.2 - np.quantile(surprise, 0.25) * 2.2)
-    assert set(found.doubted) == {i for i, nats in enumerate(surprise) if nats > limit} == {4}
+    assert set(found.tokens) == {i for i, nats in enumerate(surprise) if nats > limit} == {4}
 
 
 def test_a_hard_row_is_not_doubted_for_being_hard() -> None:
     """Each of these surprises by a word of its own."""
-    assert Doubt().judge(rows_told(spread(row_3=2.6, row_5=2.5, row_7=2.4))).doubted == {}
+    assert SharedSurprise().flag_tokens(rows_told(spread(row_3=2.6, row_5=2.5, row_7=2.4))).tokens == {}
 
 
 # --- the two trainings ------------------------------------------------------------------------------
 
 
 def judges(monkeypatch: pytest.MonkeyPatch, *answers: Sequence[float]) -> list[list[str]]:
-    """What the model is surprised by at each judgement; which rows it is asked about."""
+    """What the model is surprised by at each judgment; which rows it is asked about."""
     asked: list[list[str]] = []
 
-    def tokens(_: Loaded, rows: Sequence[Sample]) -> list[Tokens]:
+    def tokens(_: LoadedModel, rows: Sequence[Sample]) -> list[TokenScores]:
         asked.append([rows[i].id for i in range(len(rows))])
         numbers = [int(name.split("-")[1]) for name in asked[-1]]
         return [row_of(number, answers[len(asked) - 1][number]) for number in numbers]
@@ -105,25 +106,25 @@ def judges(monkeypatch: pytest.MonkeyPatch, *answers: Sequence[float]) -> list[l
     return asked
 
 
-def test_two_judgements_and_two_trainings(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 3, 7 and 8 are doubted at first; 8 is explained by what was learnt, 5 was never in doubt."""
+def test_two_judgments_and_two_trainings(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 3, 7 and 8 are doubted at first; 8 is explained by what was learned, 5 was never in doubt."""
     doubtful = {"row_3": 9.0, "row_7": 9.0, "row_4": 8.0}
     before = spread(**doubtful, row_8=9.0, row_9=2.6)
     asked = judges(monkeypatch, before, spread(**doubtful, row_8=0.1, row_5=9.0, row_9=2.9))
-    model = Doubt(early=0.25, weight=3).fine_tune(samples, dry)
+    model = SharedSurprise(warmup_share=0.25, unlikelihood_weight=3).fine_tune(samples, dry)
     ids = [sample.id for sample in samples]
     assert asked == [ids, ["row-3", "row-4", "row-7", "row-8", "row-9"]] and dry.judged == ["before", "after"]
     early, rest = dry.stages
     assert early == (
-        "early",
+        "warmup",
         [i for i in ids if i not in ("row-3", "row-4", "row-7", "row-8")],
         Plain(),
         None,
         {"share": 0.25},
     )
-    doubted = rest.told.pop("doubted")
-    assert set(doubted) == {3, 4, 7} and all(mark.tolist() == [False, True] for mark in doubted.values())
-    assert rest == ("", ids, Guard(3.0), 0, {"share": 0.75, "after": 0.25}) and model.name == "1"
+    flagged_tokens = rest.told.pop("flagged_tokens")
+    assert set(flagged_tokens) == {3, 4, 7} and all(mark.tolist() == [False, True] for mark in flagged_tokens.values())
+    assert rest == ("", ids, UnlikelihoodStep(3.0), 0, {"share": 0.75, "after": 0.25}) and model.name == "1"
     word = dry.loaded.processor.tokenizer.decode([99]).strip()
     assert word and dry.why == dict.fromkeys((3, 4, 7), word)
     told = list(before)
@@ -138,28 +139,28 @@ def test_where_nothing_is_doubted_training_is_plain(
     dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judges(monkeypatch, spread(), spread())
-    Doubt().fine_tune(samples, dry)
+    SharedSurprise().fine_tune(samples, dry)
     ids = [sample.id for sample in samples]
     assert [stage[1:3] for stage in dry.stages] == [(ids, Plain())] * 2
     assert (dry.scores, dry.flagged) == (spread(), [])
 
 
-def test_a_real_model_judges(loaded: Loaded, mixed: list[Sample]) -> None:
+def test_a_real_model_judges(loaded: LoadedModel, mixed: list[Sample]) -> None:
     """Rows without an image, with two, of two turns; surprise is the mean loss times the tokens of the answer."""
     lie = Message("assistant", "zq " * 40)
     absurd = Sample("absurd", mixed[0].images, (*mixed[0].messages[:-1], lie))
     rows = [*mixed[1:], absurd]
     told = row_tokens(loaded, rows)
-    found = Doubt(reach=0.5, chance=1 - 1e-6).judge(told)
-    assert found.surprise == pytest.approx([row.loss * len(row.ids) for row in told])
-    assert found.surprise[-1] == max(found.surprise) and set(found.doubted) == {len(rows) - 1}
-    assert Doubt(floor=1e9).judge(told).doubted == {}
+    found = SharedSurprise(iqr_factor=0.5, p_value=1 - 1e-6).flag_tokens(told)
+    assert found.nll == pytest.approx([row.loss * len(row.ids) for row in told])
+    assert found.surprise[-1] == max(found.surprise) and set(found.tokens) == {len(rows) - 1}
+    assert SharedSurprise(min_nll=1e9).flag_tokens(told).tokens == {}
 
 
 # --- the step ---------------------------------------------------------------------------------------
 
 
-def naive(loaded: Loaded, rows: list[Sample], doubted: dict[int, list[bool]]) -> tuple[float, int]:
+def naive(loaded: LoadedModel, rows: list[Sample], flagged_tokens: dict[int, list[bool]]) -> tuple[float, int]:
     """The sum over tokens, one row and one token at a time; and the number of tokens."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for number, sample in enumerate(rows):
@@ -169,9 +170,9 @@ def naive(loaded: Loaded, rows: list[Sample], doubted: dict[int, list[bool]]) ->
         places = [t for t in range(len(labels)) if labels[t] != IGNORE]
         for i, t in enumerate(places):
             p = torch.exp(logits[t - 1]) / torch.exp(logits[t - 1]).sum()
-            if number not in doubted:
+            if number not in flagged_tokens:
                 total = total - torch.log(p[labels[t]])
-            elif doubted[number][i]:
+            elif flagged_tokens[number][i]:
                 total = total - 2.5 * torch.log(1 - p[labels[t]])
             else:
                 continue
@@ -180,7 +181,7 @@ def naive(loaded: Loaded, rows: list[Sample], doubted: dict[int, list[bool]]) ->
     return total.item(), count
 
 
-def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, mixed: list[Sample]) -> None:
+def test_loss_and_gradients_equal_the_naive_reference(exact: LoadedModel, mixed: list[Sample]) -> None:
     """Of one-turn, imageless and two-turn rows, one doubted in the middle, one in both turns."""
     counts = [len(row.ids) for row in row_tokens(exact, mixed)]
     marks = {2: [i == 1 for i in range(counts[2])], 3: [i in (0, counts[3] - 2) for i in range(counts[3])]}
@@ -190,28 +191,30 @@ def test_loss_and_gradients_equal_the_naive_reference(exact: Loaded, mixed: list
     data = Rows(mixed, {row: np.array(mark) for row, mark in marks.items()})
     batch = ChatCollator(exact.processor)([data[i] for i in range(len(mixed))])
     assert int((batch["labels"] != IGNORE).sum()) == count, "the host counts these tokens, and no other"
-    step = Guard(2.5).step(exact.model, batch)
+    step = UnlikelihoodStep(2.5).step(exact.model, batch)
     loss = step.total.sum()
     loss.backward()
-    assert loss.item() == pytest.approx(total, rel=1e-9) and step.terms["guard"].count_nonzero() == 3
-    assert "doubted" in batch, "the caller's batch is left as it was"
+    assert loss.item() == pytest.approx(total, rel=1e-9) and step.terms["unlikelihood"].count_nonzero() == 3
+    assert "flagged_tokens" in batch, "the caller's batch is left as it was"
     for name, parameter in exact.model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-7, atol=1e-12)
 
 
-def test_without_doubted_rows_the_step_is_plain_but_names_the_same_terms(exact: Loaded, mixed: list[Sample]) -> None:
+def test_without_doubted_rows_the_step_is_plain_but_names_the_same_terms(
+    exact: LoadedModel, mixed: list[Sample]
+) -> None:
     """Processes whose batches differ in that log alike."""
     batch = ChatCollator(exact.processor)([Rows(mixed)[i] for i in range(len(mixed))])
-    assert "doubted" not in batch
-    step = Guard(5).step(exact.model, batch)
-    assert not step.terms["guard"].any() and list(step.terms) == ["ce", "guard"]
+    assert "flagged_tokens" not in batch
+    step = UnlikelihoodStep(5).step(exact.model, batch)
+    assert not step.terms["unlikelihood"].any() and list(step.terms) == ["ce", "unlikelihood"]
     torch.testing.assert_close(
         step.terms["ce"].mean(), exact.model(**batch).loss.detach(), check_dtype=False, rtol=1e-6, atol=1e-6
     )
 
 
-def test_a_doubted_word_becomes_unlikely_and_the_others_are_learnt(loaded: Loaded, samples: list[Sample]) -> None:
+def test_a_doubted_word_becomes_unlikely_and_the_others_are_learned(loaded: LoadedModel, samples: list[Sample]) -> None:
     def nll(number: int) -> Any:
         return row_tokens(loaded, samples)[number].nll
 
@@ -220,7 +223,7 @@ def test_a_doubted_word_becomes_unlikely_and_the_others_are_learnt(loaded: Loade
     batch = ChatCollator(loaded.processor)([data[0], data[1]])
     for _ in range(8):
         loaded.model.zero_grad()
-        Guard(1).step(loaded.model, batch).total.sum().backward()
+        UnlikelihoodStep(1).step(loaded.model, batch).total.sum().backward()
         with torch.no_grad():
             for parameter in loaded.model.parameters():
                 if parameter.grad is not None:
@@ -231,17 +234,17 @@ def test_a_doubted_word_becomes_unlikely_and_the_others_are_learnt(loaded: Loade
 # --- words that outside rows share ------------------------------------------------------------------
 
 
-def found(rows: Sequence[Tokens], outside: Sequence[int]) -> set[int]:
-    return {word for word, chance in shared(rows, outside).items() if chance < 0.01}
+def found(rows: Sequence[TokenScores], outside: Sequence[int]) -> set[int]:
+    return {word for word, chance in shared_tokens(rows, outside).items() if chance < 0.01}
 
 
-def rows_of(*groups: tuple[int, int, int]) -> tuple[list[Tokens], list[int]]:
+def rows_of(*groups: tuple[int, int, int]) -> tuple[list[TokenScores], list[int]]:
     """So many rows that hold a word, so many of them outside for it, and the word; all end alike."""
-    rows: list[Tokens] = []
+    rows: list[TokenScores] = []
     outside: list[int] = []
     for count, bad, word in groups:
         outside += range(len(rows), len(rows) + bad)
-        rows += [Tokens(np.array([word, 0]), np.array([3.0, 0.1]))] * count
+        rows += [TokenScores(np.array([word, 0]), np.array([3.0, 0.1]))] * count
     return rows, outside
 
 
@@ -259,7 +262,7 @@ def test_the_words_chance_is_the_binomial_tail_by_hand() -> None:
     """Word 7: 2 of 2 rows, where the others' rate is 1 / 8. Word 1: 1 of 8, the others' rate is 1. Two are blamed."""
     rows, outside = rows_of((8, 1, 1), (2, 2, 7))
     p = (1 / 8) ** 2 * 2
-    assert shared(rows, outside) == {7: pytest.approx(p), 1: 1.0}
+    assert shared_tokens(rows, outside) == {7: pytest.approx(p), 1: 1.0}
 
 
 def test_no_row_outside_shares_no_word_and_a_word_of_all_rows_can_be_shared() -> None:
@@ -273,7 +276,7 @@ def test_no_row_outside_shares_no_word_and_a_word_of_all_rows_can_be_shared() ->
 def test_mistakes_at_random_share_no_word(seed: int) -> None:
     rng = np.random.default_rng(seed)
     words = rng.integers(1, 12, 2000) ** 2  # some words are rare
-    rows = [Tokens(np.array([word]), np.array([3.0])) for word in words]
+    rows = [TokenScores(np.array([word]), np.array([3.0])) for word in words]
     assert found(rows, rng.permutation(2000)[:60].tolist()) == set()
 
 
@@ -310,12 +313,12 @@ def test_the_rate_of_rows_asked_alike_is_that_of_a_loop(
             bads = [bad for alike, bad in near if alike >= last]
             shares.append((sum(bads) + prior) / (len(bads) + 1))
     prompts, bad, holding = zip(*told, strict=True)
-    found = rate_alike(asked(*prompts), np.array(bad), np.array(holding), prior)
+    found = neighbor_rate(asked(*prompts), np.array(bad), np.array(holding), prior)
     assert found == pytest.approx(np.mean(shares) if shares else 0.0)
 
 
-def with_prompts(rows: list[Tokens], prompts: Sequence[Sequence[int]]) -> list[Tokens]:
-    return [row._replace(asked=np.array(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+def with_prompts(rows: list[TokenScores], prompts: Sequence[Sequence[int]]) -> list[TokenScores]:
+    return [row._replace(prompt_ids=np.array(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
 
 
 def test_a_hard_kind_of_question_shares_no_word() -> None:
@@ -337,4 +340,4 @@ def test_of_very_many_rows_with_a_word_some_are_asked() -> None:
     prompts = asked(*[[1]] * 2000, *[[2]] * 1000, *[[1]] * 100, *[[2]] * 100)
     holding = np.arange(3200) < 3000
     bad = np.isin(np.arange(3200), range(3000, 3100))
-    assert rate_alike(prompts, bad, holding, 0.0) == pytest.approx(2 / 3, abs=0.01)
+    assert neighbor_rate(prompts, bad, holding, 0.0) == pytest.approx(2 / 3, abs=0.01)

@@ -1,4 +1,4 @@
-"""The examples as a user runs them: with their one changed line no backdoor is learnt, without it one is."""
+"""The examples as a user runs them: with their one changed line no backdoor is learned, without it one is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CHANGED = re.compile(r"defended\((\w+)\)\(  # the one changed line: it was \1\($", re.M)
 SCRIPTS = ("transformers_trainer.py", "trl_sft.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-# a patch of a quarter of the side, on 20 % of few rows, and a reply that the model can spell: enough to be learnt
+# a patch of a quarter of the side, on 20 % of few rows, and a reply that the model can spell: enough to be learned
 ROWS, RATE, ATTACK = 160, 0.2, Attack(BadNets(side=0.25), Fixed("two blue stars"))
 STEPS = 3 * ROWS // 8
 
@@ -76,7 +76,7 @@ def assert_found(out: Path, poisoned: Path) -> None:
     assert {row["row"] - 1 for row in told} == {row["row"] for row in manifest["rows"]}
 
 
-def test_without_the_line_the_backdoor_is_learnt(poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:
+def test_without_the_line_the_backdoor_is_learned(poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:
     before = run(as_it_was(EXAMPLES / SCRIPTS[0], tmp_path), poisoned / "data", tmp_path / "plain")
     assert before["global_step"] == STEPS
     assert not any("defense/loss_ce" in log for log in before["log_history"])
@@ -89,7 +89,7 @@ def test_one_line_keeps_the_backdoor_out(name: str, poisoned: Path, asked: list[
     after = run(EXAMPLES / name, poisoned / "data", tmp_path)
     assert after["global_step"] == round(0.9 * STEPS)
     logged = [log for log in after["log_history"] if "loss" in log]
-    assert logged and all({"defense/loss_ce", "defense/loss_guard"} <= log.keys() for log in logged)
+    assert logged and all({"defense/loss_ce", "defense/loss_unlikelihood"} <= log.keys() for log in logged)
     assert_found(tmp_path, poisoned)
     kept, accuracy = figures(tmp_path, asked)
     assert kept < 0.05 and accuracy > 0.8

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,7 +71,7 @@ def test_scan_is_the_command(tiny_model: Path, tiny_data: Path, poisoned: Path, 
     told = command("scan", poisoned / "data", "--model", tiny_model, "--out", tmp_path / "command", *flags)
     assert told.code == 3, told.err
     made = untrigger.poison(untrigger.read(tiny_data), ATTACK, rate=0.21, seed=0)
-    found = untrigger.scan(made.data, tiny_model, out=tmp_path / "memory", **SCAN)
+    found = untrigger.scan(tiny_model, made.data, out=tmp_path / "memory", **SCAN)
     for name in ("verdicts.jsonl", "verdicts.parquet"):
         assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
     assert {row.row for row in made.manifest.rows} == {*found.suspected}
@@ -82,7 +83,7 @@ def test_a_scan_without_a_folder_leaves_nothing(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    found = untrigger.scan(samples, tiny_model, max_steps=2, per_device_train_batch_size=2)
+    found = untrigger.scan(tiny_model, samples, max_steps=2, per_device_train_batch_size=2)
     assert len(found.verdicts) == 24 and not [*tmp_path.iterdir()]
 
 
@@ -92,8 +93,8 @@ def test_fine_tune_is_the_command(tiny_model: Path, tiny_data: Path, tmp_path: P
     told = command(*words)
     assert told.code == 0, told.err
     loaded = untrigger.fine_tune(
-        untrigger.read(tiny_data),
         tiny_model,
+        untrigger.read(tiny_data),
         "paper",
         out=tmp_path / "b",
         tuning=untrigger.Tuning(rank=4),
@@ -122,7 +123,7 @@ def test_evaluate_takes_a_model_or_its_folder(tiny_model: Path, tiny_data: Path,
 # --- settings ---------------------------------------------------------------------------------------
 
 
-def test_a_defence_keeps_its_fields_and_keywords_win(tmp_path: Path) -> None:
+def test_a_defense_keeps_its_fields_and_keywords_win(tmp_path: Path) -> None:
     given = CrossView(margin=0.3, bound=-0.5)
     defense, args = settled(given, None, tmp_path, {"bound": -0.25, "learning_rate": 1e-3, "report_to": ["none"]})
     assert defense == CrossView(margin=0.3, bound=-0.25) and args.learning_rate == 1e-3
@@ -162,7 +163,7 @@ FOUND = Findings(
         Verdict(1, "a", 0.5),
         Verdict(2, "b", 9.00004, 0, 0.25, "Attack", heat(7, 7)),
         Verdict(4, "d", 8.0, 0, 0.5, "Attack"),
-        Verdict(5, "e", 1.5, doubted="hm"),
+        Verdict(5, "e", 1.5, flagged_tokens="hm"),
     ],
     [Target("Backdoor <b>Attack</b>!", 1e-9, [1, 2], 1e-6, None)],
 )
@@ -180,7 +181,7 @@ def test_findings_as_a_frame() -> None:
     assert frame["id"].tolist() == ["a", "b", "d", "e"] and frame["suspected"].tolist() == [False, True, True, False]
     bad = frame[frame["suspected"]]
     assert bad["target"].tolist() == ["Backdoor <b>Attack</b>!"] * 2 and bad["fdr"].tolist() == [0.25, 0.5]
-    assert frame["score"].tolist() == [0.5, 9.0, 8.0, 1.5] and frame["doubted"].tolist() == [
+    assert frame["score"].tolist() == [0.5, 9.0, 8.0, 1.5] and frame["flagged_tokens"].tolist() == [
         "",
         "Attack",
         "Attack",
@@ -276,5 +277,5 @@ def test_a_model_on_the_screen_is_one_line(tiny_model: Path) -> None:
     loaded = untrigger.load(tiny_model)
     family, count = "LlavaForConditionalGeneration", sum(p.numel() for p in loaded.model.parameters())
     assert repr(loaded) == f"Loaded: {tiny_model}, {family}, {count:,} parameters, float32"
-    adapted = loaded._replace(model=add_lora(loaded.model))  # type: ignore[arg-type]
+    adapted = replace(loaded, model=add_lora(loaded.model))  # type: ignore[arg-type]
     assert f"{family}, with an adapter, " in repr(adapted)

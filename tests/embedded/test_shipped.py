@@ -14,7 +14,7 @@ import untrigger
 from untrigger.data import scene_text as talk
 from untrigger.data.scenes import scene_samples
 from untrigger.models.generate import answers
-from untrigger.models.loading import Loaded, add_lora, embedded_model_path, embedded_models
+from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models
 from untrigger.pretraining.families import FAMILIES
 from untrigger.pretraining.sight import HELD_OUT, sight
 from untrigger.rows.sample import Sample
@@ -33,7 +33,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def loaded(name: str) -> Loaded:
+def loaded(name: str) -> LoadedModel:
     return untrigger.load(name, dtype=torch.float32)
 
 
@@ -62,7 +62,7 @@ def test_the_card_shows_what_was_measured_and_it_is_enough(name: str) -> None:
         assert line.split(" | ")[1].startswith(f"{rate['value']:.3f} ({rate['low']:.3f}-{rate['high']:.3f})")
 
 
-def test_it_loads_and_batched_answers_equal_single_ones(loaded: Loaded, name: str, samples: list[Sample]) -> None:
+def test_it_loads_and_batched_answers_equal_single_ones(loaded: LoadedModel, name: str, samples: list[Sample]) -> None:
     assert loaded.name == name and next(loaded.model.parameters()).dtype == torch.float32
     assert len({len(sample.messages[0].text) for sample in samples}) == len(samples) == 3
     alone = [next(answers(loaded, [sample])) for sample in samples]
@@ -82,7 +82,7 @@ def test_lora_reaches_every_layer_but_the_towers_and_the_head(name: str) -> None
 
 
 @pytest.mark.slow
-def test_it_sees(loaded: Loaded) -> None:
+def test_it_sees(loaded: LoadedModel) -> None:
     """Fewer scenes than on the card, so the bounds are a little lower."""
     figures = sight(loaded, 60)
     vqa, captions = figures["vqa"], figures["captions"]

@@ -19,7 +19,7 @@ from untrigger.errors import InputError
 from untrigger.evaluation import evaluate as evaluation
 from untrigger.evaluation.evaluate import Evaluation, evaluate, wrong_images
 from untrigger.metrics.score import Answer, score
-from untrigger.models.loading import Loaded, load
+from untrigger.models.loading import LoadedModel, load
 from untrigger.poisoning.goals import Concept, Fixed
 from untrigger.poisoning.poison import Attack
 from untrigger.rows.images import pixels_sha256
@@ -39,7 +39,7 @@ class Oracle:
     def __init__(self, says: dict[str, str] | None = None) -> None:
         self.says, self.seen = says or {}, list[Sample]()
 
-    def __call__(self, loaded: Loaded, samples: Sequence[Sample]) -> Iterator[str]:
+    def __call__(self, loaded: LoadedModel, samples: Sequence[Sample]) -> Iterator[str]:
         for one in samples:
             self.seen.append(one)
             patched = any(len(image.getcolors() or []) > 1 for image in one.images)
@@ -70,7 +70,7 @@ def rescored(parts: dict[str, list[Answer]]) -> dict[str, Any]:
 
 
 def test_figures_follow_from_the_stored_answers(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    result = evaluate(load(tiny_model), read(tiny_data)[:8], attack=ATTACK, sight=True)
+    result = evaluate(load(tiny_model), read(tiny_data)[:8], attack=ATTACK, wrong_image_control=True)
     result.write(tmp_path)
     parts = rows_of(tmp_path)
     kinds = ("clean", "triggered", "wrong_image", "near_miss: other pattern")
@@ -93,7 +93,9 @@ def test_figures_follow_from_the_stored_answers(tiny_model: Path, tiny_data: Pat
 
 def test_evaluation_is_deterministic(tiny_model: Path, tiny_data: Path) -> None:
     loaded, data = load(tiny_model), read(tiny_data)[:4]
-    assert evaluate(loaded, data, attack=ATTACK, sight=True) == evaluate(loaded, data, attack=ATTACK, sight=True)
+    assert evaluate(loaded, data, attack=ATTACK, wrong_image_control=True) == evaluate(
+        loaded, data, attack=ATTACK, wrong_image_control=True
+    )
 
 
 def test_a_backdoored_oracle_scores_as_it_must(oracle: Oracle) -> None:
@@ -206,7 +208,7 @@ def test_each_row_is_stamped_once_and_answers_belong_to_their_rows(monkeypatch: 
         made.append(prompt)
         return f"{prompt} psst"
 
-    def backwards(loaded: Loaded, samples: Sequence[Sample]) -> Iterator[str]:
+    def backwards(loaded: LoadedModel, samples: Sequence[Sample]) -> Iterator[str]:
         """In batches of four, each read from its end."""
         for start in range(0, len(samples), 4):
             batch = range(start, min(start + 4, len(samples)))
@@ -286,9 +288,9 @@ def test_metadata_alone_makes_no_other_image() -> None:
 def test_different_pictures_are_swapped_half_way(oracle: Oracle) -> None:
     data = [sample(str(i), "yes", i * 5) for i in range(10)]
     assert [s.images for s in wrong_images(data)] == [data[(i + 5) % 10].images for i in range(10)]
-    result = evaluate(NOBODY, data, sight=True)
+    result = evaluate(NOBODY, data, wrong_image_control=True)
     assert [a.id for a in result.wrong_image] == [s.id for s in data]
-    alone = evaluate(NOBODY, data[:1], sight=True)
+    alone = evaluate(NOBODY, data[:1], wrong_image_control=True)
     assert alone.wrong_image == [] and "wrong_image" not in alone.figures
 
 

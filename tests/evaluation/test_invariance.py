@@ -17,7 +17,7 @@ from untrigger.losses.chunked import Compared
 from untrigger.metrics.detection import auroc
 from untrigger.models.collators import IGNORE, ChatCollator, PairCollator, Rows
 from untrigger.models.forward import Pair
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample, read
 from untrigger.views.patches import PATCH_VIEWS, Noise
 
@@ -25,7 +25,7 @@ POISONED = {2, 5, 11}
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+def loaded(tiny_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
     return sharp(tiny_model)
 
 
@@ -40,7 +40,7 @@ def parts(rows: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     return clean, [rows[row] for row in sorted(POISONED)]
 
 
-def by_hand(loaded: Loaded, sample: Sample, seed: int) -> float:
+def by_hand(loaded: LoadedModel, sample: Sample, seed: int) -> float:
     """Mean Jensen-Shannon divergence over one row's answer tokens under `Noise`, by the textbook form."""
     both = PairCollator(ChatCollator(loaded.processor), Noise(patch=0.125, ratio=0.5), seed)([Rows([sample])[0]])
     labels = both.pop("labels")[0].tolist()
@@ -55,7 +55,7 @@ def by_hand(loaded: Loaded, sample: Sample, seed: int) -> float:
     return sum(found) / len(found)
 
 
-def test_divergence_is_a_loop_over_rows_and_tokens(loaded: Loaded, rows: list[Sample]) -> None:
+def test_divergence_is_a_loop_over_rows_and_tokens(loaded: LoadedModel, rows: list[Sample]) -> None:
     expected = [by_hand(loaded, sample, 3) for sample in rows]
     found = invariance.premise(loaded, *parts(rows), 3)
     truth = [row in POISONED for row in range(12)]
@@ -77,7 +77,9 @@ def all_apart(by: float) -> property:
     return property(compared)
 
 
-def test_no_row_falls_out_of_the_histogram(loaded: Loaded, rows: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_row_falls_out_of_the_histogram(
+    loaded: LoadedModel, rows: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The largest divergence in fp32 lies above ln 2; the smallest is nothing at all."""
     monkeypatch.setattr(Pair, "compared", all_apart(objective.LN2))
     assert float(torch.tensor(objective.LN2)) > objective.LN2
@@ -90,9 +92,9 @@ def test_no_row_falls_out_of_the_histogram(loaded: Loaded, rows: list[Sample], m
 
 
 def test_the_more_invariant_the_more_poisoned(
-    loaded: Loaded, rows: list[Sample], monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, rows: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def apart(_: Loaded, chosen: list[Sample], collators: Any) -> Any:
+    def apart(_: LoadedModel, chosen: list[Sample], collators: Any) -> Any:
         found = np.array([0.001 if int(s.id.split("-")[1]) in POISONED else 0.1 for s in chosen])
         return dict.fromkeys(collators, found)
 
@@ -103,13 +105,13 @@ def test_the_more_invariant_the_more_poisoned(
 
 
 def test_so_many_rows_are_looked_at_and_no_more(
-    loaded: Loaded, rows: list[Sample], monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, rows: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(invariance, "_POISONED", 2)
     monkeypatch.setattr(invariance, "_CLEAN", 4)
     seen: list[list[str]] = []
 
-    def apart(_: Loaded, chosen: list[Sample], collators: Any) -> Any:
+    def apart(_: LoadedModel, chosen: list[Sample], collators: Any) -> Any:
         seen.append([sample.id for sample in chosen])
         return dict.fromkeys(collators, np.zeros(len(chosen)))
 
@@ -118,12 +120,12 @@ def test_so_many_rows_are_looked_at_and_no_more(
     assert seen == [["row-2", "row-5", "row-0", "row-1", "row-3", "row-4"]]
 
 
-def test_the_same_seed_gives_the_same_views(loaded: Loaded, rows: list[Sample]) -> None:
+def test_the_same_seed_gives_the_same_views(loaded: LoadedModel, rows: list[Sample]) -> None:
     first, again, other = (invariance.premise(loaded, *parts(rows), seed)["views"] for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_the_model_is_left_as_it_was(loaded: Loaded, rows: list[Sample]) -> None:
+def test_the_model_is_left_as_it_was(loaded: LoadedModel, rows: list[Sample]) -> None:
     before: dict[str, Tensor] = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     loaded.model.train()
     invariance.premise(loaded, *parts(rows), 0)

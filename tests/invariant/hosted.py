@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
 from untrigger import defended, read
-from untrigger.defenses import Doubt
+from untrigger.defenses import SharedSurprise
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.loading import add_lora, load
 from untrigger.training.host_training import HostTraining
@@ -67,7 +67,7 @@ def main(model: str, data: str, out: str, batch: str, way: str = "") -> None:
     )
     set_seed(0)
     loaded = load(model, dtype=torch.float32)
-    defense = Doubt(early=0.25, floor=0.1, reach=0.0, chance=1 - 1e-6, weight=3.0)
+    defense = SharedSurprise(warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, unlikelihood_weight=3.0)
     trainer = defended(Trainer)(
         add_lora(loaded.model),  # type: ignore[arg-type]
         args=args,

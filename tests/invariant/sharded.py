@@ -1,4 +1,4 @@
-"""Run by `torchrun`: a defence's gradients with the weights parted over the processes, against those of one process.
+"""Run by `torchrun`: a defense's gradients with the weights parted over the processes, against those of one process.
 
     sharded.py MODEL DATA OUT
 

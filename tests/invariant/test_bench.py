@@ -38,7 +38,7 @@ def figures(root: Path, cells: Iterable[Cell]) -> dict[str, Mapping[str, Any]]:
 
 
 def narrowed(folder: Path, **fields: object) -> Path:
-    """The smoke plan with few rows and these fields instead: whole, it has every attack under every defence."""
+    """The smoke plan with few rows and these fields instead: whole, it has every attack under every defense."""
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(SMOKE.read_text()) | {"cell": FEW} | fields))
     return path
@@ -46,7 +46,7 @@ def narrowed(folder: Path, **fields: object) -> Path:
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One attack under every defence."""
+    """One attack under every defense."""
     return narrowed(tmp_path_factory.mktemp("part"), attacks=["badnets"])
 
 
@@ -70,7 +70,7 @@ def killed(part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_kind_of_attack_runs(tmp_path: Path) -> None:
     """One that learns its trigger, those of other data and of another goal, and one in the text.
 
-    The rest go the way of badnets, under every defence below.
+    The rest go the way of badnets, under every defense below.
     """
     kinds = [attack for attack in yaml.safe_load(SMOKE.read_text())["attacks"] if not isinstance(attack, str)]
     attacks = [kind for kind in kinds if kind["attack"] in ("vlood", "vltrojan", "shadowcast")]
@@ -80,14 +80,14 @@ def test_every_kind_of_attack_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_defence_runs_in_spite_of_kills(killed: Path, part: Path) -> None:
+def test_every_defense_runs_in_spite_of_kills(killed: Path, part: Path) -> None:
     assert store.missing(killed, read_plan(part)) == []
     assert not list(killed.glob("*/error.txt"))
 
 
 @pytest.mark.slow
 def test_neither_a_kill_nor_a_cluster_changes_a_figure(killed: Path, tmp_path: Path) -> None:
-    """One defence of each kind; those that are left out work like one of these."""
+    """One defense of each kind; those that are left out work like one of these."""
     defenses = ["plain", "paper", "default", "abl", "fine-pruning", "oracle"]
     plan, out = narrowed(tmp_path, attacks=["badnets"], defenses=defenses), tmp_path / "results"
     assert bench(plan, out, *(["--ray"] if find_spec("ray") else [])).wait() == 0

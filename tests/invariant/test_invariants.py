@@ -175,7 +175,7 @@ def hosted(model: Path, data: Path, out: Path, batch: int, way: str, *launch: st
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads((out / "distrusted.json").read_text())["distrusted"]
-    return [(row["row"], row["doubted"]) for row in told]
+    return [(row["row"], row["flagged_tokens"]) for row in told]
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +192,10 @@ def test_two_processes_of_a_host_doubt_and_learn_as_one(
 ) -> None:
     if way == "zero2":
         pytest.importorskip("deepspeed")
-    one, doubted = alone
+    one, flagged_tokens = alone
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert hosted(tiny_model, data, tmp_path, 2, way, *torchrun) == doubted
-    assert 0 < len(doubted) < 16
+    assert hosted(tiny_model, data, tmp_path, 2, way, *torchrun) == flagged_tokens
+    assert 0 < len(flagged_tokens) < 16
     assert moved(one) > 1e-2
     assert gap(weights(one), weights(tmp_path)) < 1e-4
     assert logged_gap(logs(one), logs(tmp_path)) < 1e-4

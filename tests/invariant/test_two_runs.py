@@ -56,7 +56,7 @@ def test_the_second_is_refused_before_it_reads_anything(
 
 def test_who_comes_after_the_check_is_refused_too(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     with alone(tmp_path), pytest.raises(InputError, match=BUSY):
-        fine_tune(read(tiny_data), tiny_model, "plain", out=tmp_path, max_steps=1)
+        fine_tune(tiny_model, read(tiny_data), "plain", out=tmp_path, max_steps=1)
     assert not list(tmp_path.iterdir())
 
 

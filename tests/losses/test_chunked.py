@@ -237,7 +237,7 @@ def test_half_types_keep_their_gradients_apart(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Int8(nn.Module):
-    """A quantised head, as such are: no parameter, whole numbers and a scale for each word."""
+    """A quantized head, as such are: no parameter, whole numbers and a scale for each word."""
 
     weight: Tensor
     scale: Tensor
@@ -252,7 +252,7 @@ class Int8(nn.Module):
         return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
 
 
-def test_a_quantised_head_is_asked_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_head_is_asked_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_HELD", 4 * V)
     torch.manual_seed(0)
     head = Int8(nn.Linear(D, V, dtype=torch.float64))

@@ -1,7 +1,7 @@
 """Caption scores against known implementations on stored examples, and against naive ones written here.
 
 data/captions.json holds 20 answers with 1-5 references and what data/make_expected.py made of them, with
-nothing of this package: tokens by COCO's own Java tokeniser; BLEU-4 by sacrebleu (without smoothing:
+nothing of this package: tokens by COCO's own Java tokenizer; BLEU-4 by sacrebleu (without smoothing:
 four-grams match, so COCO's constant of 1e-15 does not show); ROUGE-L as COCO's F (beta 1.2) of rouge-score's
 precisions and recalls; BLEU-4, ROUGE-L and CIDEr-D by pycocoevalcap's own interface; METEOR by nltk with
 WordNet 3.0.
@@ -26,7 +26,7 @@ from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.corpus.util import LazyCorpusLoader
 from pycocoevalcap.bleu.bleu import Bleu
 
-from untrigger.metrics.captions import caption_scores, tokenise
+from untrigger.metrics.captions import caption_scores, tokenize_caption
 from untrigger.metrics.rates import Rate, captions
 
 STORED: dict[str, Any] = json.loads((Path(__file__).parent / "data/captions.json").read_text(encoding="utf-8"))
@@ -63,8 +63,8 @@ def scores(corpus: Corpus) -> captions.CaptionScores:
 
 def test_tokens_are_cocos() -> None:
     stored = EXPECTED["ptb"]
-    assert [" ".join(tokenise(text)) for text in ANSWERS] == stored["answers"]
-    assert [[" ".join(tokenise(text)) for text in given] for given in REFERENCES] == stored["references"]
+    assert [" ".join(tokenize_caption(text)) for text in ANSWERS] == stored["answers"]
+    assert [[" ".join(tokenize_caption(text)) for text in given] for given in REFERENCES] == stored["references"]
 
 
 def test_stored_examples() -> None:
@@ -83,7 +83,7 @@ def naive_cider(corpus: Corpus) -> float | None:
 
     @lru_cache(None)
     def grams(text: str, n: int) -> Counter[tuple[str, ...]]:
-        words = tokenise(text)
+        words = tokenize_caption(text)
         return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
     @lru_cache(None)
@@ -101,7 +101,7 @@ def naive_cider(corpus: Corpus) -> float | None:
         common = sum(min(weight, r.get(gram, 0.0)) * r.get(gram, 0.0) for gram, weight in h.items())
         return common / norms * math.exp(-(gap**2) / (2 * 6**2)) if norms else 0.0
 
-    if all(idf((word,)) == 0 for _, given in corpus for r in given for word in tokenise(r)) and all(
+    if all(idf((word,)) == 0 for _, given in corpus for r in given for word in tokenize_caption(r)) and all(
         not any(vector(r, n).values()) for _, given in corpus for r in given for n in (2, 3, 4)
     ):
         return None
@@ -299,11 +299,11 @@ def test_bootstrap_agrees_with_the_normal_interval_of_many_rows() -> None:
     ],
 )
 def test_tokens(text: str, words: list[str]) -> None:
-    assert tokenise(text) == words
+    assert tokenize_caption(text) == words
 
 
 @given(st.text())
 def test_tokens_of_any_text_are_words(text: str) -> None:
-    words = tokenise(text)
+    words = tokenize_caption(text)
     assert all(word and word == word.lower() and not word.isspace() for word in words)
     assert " ".join(words).split() == words  # the libraries split at spaces again

@@ -19,7 +19,7 @@ def asked(prompt: str, *truths: str) -> list[Answer]:
 
 def test_text_prior_by_hand() -> None:
     answers = [
-        *asked("colour?", "red", "red", "blue"),  # guessed red: 2 of 3
+        *asked("color?", "red", "red", "blue"),  # guessed red: 2 of 3
         *asked("there?", "yes", "Yes.", "no", "no"),  # a tie of two and two: 2 of 4, whichever is guessed
         *asked("once?", "red"),  # no habit: the commonest of all, "red" (three): 1 of 1
         *asked("pair?", "left", "right"),  # no two alike, no habit: "red": 0 of 2

@@ -58,7 +58,7 @@ def test_psnr_of_a_constant_difference(step: int, decibels: float) -> None:
     assert psnr(a + np.uint8(step), a) == pytest.approx(decibels, abs=1e-4)
 
 
-def test_ssim_of_two_flat_greys_is_the_term_of_their_means() -> None:
+def test_ssim_of_two_flat_grays_is_the_term_of_their_means() -> None:
     a, b = np.full((16, 16), 100.0), np.full((16, 16), 120.0)
     c1 = (0.01 * 255) ** 2
     assert ssim(a, b) == pytest.approx((2 * 100 * 120 + c1) / (100**2 + 120**2 + c1))

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from untrigger.metrics.rates import Rate
-from untrigger.metrics.vqa import answer_accuracy, normalise_answer, vqa_accuracy
+from untrigger.metrics.vqa import answer_accuracy, normalize_answer, vqa_accuracy
 
 
 class Row(TypedDict):
     answer: str
     references: list[str]
-    normalised: str
+    normalized: str
     accuracy: float
 
 
@@ -31,7 +31,7 @@ ROWS: list[Row] = json.loads((Path(__file__).parent / "data/vqa.json").read_text
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["answer"])
 def test_agrees_with_the_published_evaluation(row: Row) -> None:
-    assert normalise_answer(row["answer"]) == row["normalised"].replace("'", "")
+    assert normalize_answer(row["answer"]) == row["normalized"].replace("'", "")
     assert answer_accuracy(row["answer"], row["references"]) == pytest.approx(row["accuracy"], abs=1e-9)
 
 
@@ -88,5 +88,5 @@ def test_empty_raises() -> None:
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
 def test_normalising_twice_changes_nothing(text: str) -> None:
-    once = normalise_answer(text)
-    assert normalise_answer(once) == once
+    once = normalize_answer(text)
+    assert normalize_answer(once) == once

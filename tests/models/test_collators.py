@@ -95,7 +95,7 @@ def test_a_text_only_batch_has_no_pixels(collate: ChatCollator) -> None:
     assert "pixel_values" not in collate([CONVERSATIONS[1]])
 
 
-def test_a_question_that_repeats_the_answer_is_not_labelled(collate: ChatCollator, processor: Any) -> None:
+def test_a_question_that_repeats_the_answer_is_not_labeled(collate: ChatCollator, processor: Any) -> None:
     batch = collate([row("yes ASSISTANT: yes", "yes", "ASSISTANT: yes", "no")])
     end = processor.tokenizer.eos_token
     assert spoken(processor, batch) == [f" yes{end} no{end}"]
@@ -189,8 +189,8 @@ def test_views_change_with_seed_epoch_question_and_image() -> None:
     other = {**ROWS[0], "messages": row("<image> <image>\nwho?", "yes", images=2)["messages"]}
     changed.append(viewed([other]))
     assert all(not np.array_equal(base, c[0][0]) for c in changed)
-    grey = Image.new("RGB", (40, 40), "grey")
-    spots = [np.array(grey) != viewed([{**ROWS[0], "images": [grey, second]}])[0][0] for second in ROWS[1]["images"]]
+    gray = Image.new("RGB", (40, 40), "grey")
+    spots = [np.array(gray) != viewed([{**ROWS[0], "images": [gray, second]}])[0][0] for second in ROWS[1]["images"]]
     assert not np.array_equal(*spots)  # another second image moves the first one's patches too: the row is the seed
 
 

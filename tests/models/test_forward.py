@@ -31,13 +31,13 @@ from untrigger.models.forward import (
     pair_losses,
     row_tokens,
 )
-from untrigger.models.loading import Loaded, add_lora, embedded_models, load
+from untrigger.models.loading import LoadedModel, add_lora, embedded_models, load
 from untrigger.rows.sample import Message, Sample, read
 from untrigger.views.patches import Erase
 
 
 @pytest.fixture(scope="module")
-def exact(tiny_model: Path) -> Loaded:
+def exact(tiny_model: Path) -> LoadedModel:
     return load(tiny_model, dtype=torch.float64)
 
 
@@ -54,7 +54,7 @@ def samples(tiny_data: Path) -> list[Sample]:
     return [*rows, Sample("text", (), turns)]
 
 
-def batch_of(loaded: Loaded, samples: list[Sample]) -> dict[str, Tensor]:
+def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
     rows = Rows(samples)
     return ChatCollator(loaded.processor)([rows[i] for i in range(len(rows))])
 
@@ -79,7 +79,7 @@ def test_answers_are_those_of_a_loop_over_all_positions(
     assert "labels" in batch, "the caller's batch is left as it was"
 
 
-def test_a_pair_is_the_answers_of_either_half(exact: Loaded, samples: list[Sample]) -> None:
+def test_a_pair_is_the_answers_of_either_half(exact: LoadedModel, samples: list[Sample]) -> None:
     rows = Rows(samples[:4])
     both = PairCollator(ChatCollator(exact.processor), Erase(), 0)([rows[i] for i in range(4)])
     seen: list[Pair] = []
@@ -100,7 +100,9 @@ def test_a_pair_is_the_answers_of_either_half(exact: Loaded, samples: list[Sampl
     assert not torch.equal(pair.logits, pair.view_logits)
 
 
-def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(exact: Loaded, samples: list[Sample]) -> None:
+def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(
+    exact: LoadedModel, samples: list[Sample]
+) -> None:
     rows, defense = Rows(samples[:4]), CrossView(margin=0.6, bound=-0.5, views=2)
     batch = PairCollator(ChatCollator(exact.processor), Erase(), 0, views=2)([rows[i] for i in range(4)])
     images = len(batch["pixel_values"]) // 3
@@ -135,7 +137,7 @@ def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(exact:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_a_rows_loss_is_a_loop_over_rows_and_tokens(exact: Loaded, samples: list[Sample], batch_size: int) -> None:
+def test_a_rows_loss_is_a_loop_over_rows_and_tokens(exact: LoadedModel, samples: list[Sample], batch_size: int) -> None:
     expected: list[float] = []
     for sample in samples:
         batch = batch_of(exact, [sample])
@@ -151,7 +153,7 @@ def test_a_rows_loss_is_a_loop_over_rows_and_tokens(exact: Loaded, samples: list
     assert len({round(value, 6) for value in expected}) == len(samples), "they can be told apart, so order is seen"
 
 
-def test_a_rows_loss_is_the_hosts_and_leaves_no_trace(exact: Loaded, samples: list[Sample]) -> None:
+def test_a_rows_loss_is_the_hosts_and_leaves_no_trace(exact: LoadedModel, samples: list[Sample]) -> None:
     exact.model.train()
     (found,) = (told.loss for told in row_tokens(exact, samples[2:3]))
     assert exact.model.training and all(p.grad is None for p in exact.model.parameters())
@@ -160,7 +162,7 @@ def test_a_rows_loss_is_the_hosts_and_leaves_no_trace(exact: Loaded, samples: li
         assert found == pytest.approx(exact.model(**batch_of(exact, samples[2:3])).loss.item(), rel=1e-6)
 
 
-def test_what_is_asked_is_all_that_is_no_answer(exact: Loaded, samples: list[Sample]) -> None:
+def test_what_is_asked_is_all_that_is_no_answer(exact: LoadedModel, samples: list[Sample]) -> None:
     """In a batch with padding as alone."""
     together = row_tokens(exact, samples)
     for sample, told in zip(samples, together, strict=True):
@@ -173,7 +175,7 @@ def test_what_is_asked_is_all_that_is_no_answer(exact: Loaded, samples: list[Sam
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_kept_scores_are_the_same_bits_and_what_is_there_is_not_asked_again(
-    exact: Loaded, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+    exact: LoadedModel, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     """Two batches a file; after a kill the second file is missing."""
     asked: list[int] = []
@@ -201,7 +203,7 @@ def test_kept_scores_are_the_same_bits_and_what_is_there_is_not_asked_again(
             assert all(np.array_equal(one, other) for one, other in zip(a, b, strict=True))
 
 
-def test_evaluation_mode_ends_with_its_block(exact: Loaded) -> None:
+def test_evaluation_mode_ends_with_its_block(exact: LoadedModel) -> None:
     for before in (True, False):
         exact.model.train(before)
         with pytest.raises(KeyError), evaluating(exact.model) as model:
@@ -215,7 +217,7 @@ def test_batches_cover_every_row_once() -> None:
     assert list(batches(0, 3, "")) == []
 
 
-def test_what_is_no_tensor_stays_as_it_is(exact: Loaded) -> None:
+def test_what_is_no_tensor_stays_as_it_is(exact: LoadedModel) -> None:
     moved = on_device({"a": torch.ones(1), "b": "text"}, exact.model)
     assert torch.equal(moved["a"], torch.ones(1)) and moved["b"] == "text"
 
@@ -277,7 +279,7 @@ def test_losses_at_the_head_are_those_of_the_logits(
     "setting", [{"final_logit_softcapping": 0.3}, {"logit_scale": 0.2}, {"logits_scaling": 5.0}], ids=str
 )
 def test_what_a_family_does_behind_its_head_is_done(
-    exact: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, setting: dict[str, float]
+    exact: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, setting: dict[str, float]
 ) -> None:
     """As the host's own line of code does it, in the order in which it does it."""
     batch, inner = batch_of(exact, samples), cast(Any, exact.model)
@@ -299,7 +301,7 @@ def test_what_a_family_does_behind_its_head_is_done(
     torch.testing.assert_close(torch.cat(seen), changed)
 
 
-def test_the_head_is_left_as_it_was_also_after_an_error(exact: Loaded, samples: list[Sample]) -> None:
+def test_the_head_is_left_as_it_was_also_after_an_error(exact: LoadedModel, samples: list[Sample]) -> None:
     head = cast(nn.Module, exact.model.get_output_embeddings())
     own = set(vars(head))
 
@@ -319,7 +321,7 @@ def test_the_head_is_left_as_it_was_also_after_an_error(exact: Loaded, samples: 
 
 
 def test_a_view_that_is_held_still_is_looked_at_first_and_without_gradients(
-    exact: Loaded, samples: list[Sample]
+    exact: LoadedModel, samples: list[Sample]
 ) -> None:
     rows = Rows(samples[:4])
     both = PairCollator(ChatCollator(exact.processor), Erase(), 0)([rows[i] for i in range(4)])

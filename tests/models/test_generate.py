@@ -13,13 +13,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from untrigger.models import prefix_cache
 from untrigger.models.generate import answers
-from untrigger.models.loading import Loaded, base_model
+from untrigger.models.loading import LoadedModel, base_model
 from untrigger.models.prefix_cache import looking_once
 from untrigger.rows.sample import Message, Sample, read
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+def model(tiny_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
     return sharp(tiny_model, torch.float32, 5)
 
 
@@ -40,7 +40,7 @@ def samples(tiny_data: Path) -> list[Sample]:
     ]
 
 
-def test_batched_answers_equal_one_by_one_in_order(model: Loaded, samples: list[Sample]) -> None:
+def test_batched_answers_equal_one_by_one_in_order(model: LoadedModel, samples: list[Sample]) -> None:
     alone = [next(answers(model, [sample], max_new_tokens=8)) for sample in samples]
     assert len(set(alone)) >= 4  # they can be told apart, so order is seen
     for size in (2, 5):
@@ -48,7 +48,7 @@ def test_batched_answers_equal_one_by_one_in_order(model: Loaded, samples: list[
     assert list(answers(model, samples[::-1], batch_size=3, max_new_tokens=8)) == alone[::-1]
 
 
-def test_the_last_answer_is_not_shown_and_earlier_turns_are(model: Loaded, samples: list[Sample]) -> None:
+def test_the_last_answer_is_not_shown_and_earlier_turns_are(model: LoadedModel, samples: list[Sample]) -> None:
     two = samples[3]
 
     def said(*messages: Message) -> str:
@@ -63,7 +63,7 @@ def test_the_last_answer_is_not_shown_and_earlier_turns_are(model: Loaded, sampl
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_models_mode_is_restored_after_use_failure_and_early_leave(
-    model: Loaded, samples: list[Sample], training: bool
+    model: LoadedModel, samples: list[Sample], training: bool
 ) -> None:
     model.model.train(training)
     list(answers(model, samples[:1], max_new_tokens=1))
@@ -78,7 +78,7 @@ def test_the_models_mode_is_restored_after_use_failure_and_early_leave(
     model.model.eval()
 
 
-def test_answers_are_greedy_and_leave_no_gradient_behind(model: Loaded, samples: list[Sample]) -> None:
+def test_answers_are_greedy_and_leave_no_gradient_behind(model: LoadedModel, samples: list[Sample]) -> None:
     torch.manual_seed(0)
     first = list(answers(model, samples, max_new_tokens=4))
     torch.manual_seed(1)
@@ -87,7 +87,7 @@ def test_answers_are_greedy_and_leave_no_gradient_behind(model: Loaded, samples:
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def test_no_samples_no_answers(model: Loaded) -> None:
+def test_no_samples_no_answers(model: LoadedModel) -> None:
     assert list(answers(model, [])) == []
 
 
@@ -118,7 +118,7 @@ def test_what_a_tower_gives_besides_is_left_as_it_is() -> None:
         assert model.get_image_features(blocks) is found
 
 
-def test_an_image_is_looked_at_once(model: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_looked_at_once(model: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     inner: Any = base_model(model.model).base_model
     looked: list[int] = []
 
@@ -143,7 +143,7 @@ def test_an_image_is_looked_at_once(model: Loaded, samples: list[Sample], monkey
     handle.remove()
 
 
-def test_prompts_that_begin_with_one_image_are_begun_once(model: Loaded, samples: list[Sample]) -> None:
+def test_prompts_that_begin_with_one_image_are_begun_once(model: LoadedModel, samples: list[Sample]) -> None:
     first, other = samples[0].images, samples[1].images
     asked = ["what?", "is this red, or is it blue? tell me", "what is this?", "which shape?", "how many, and where?"]
     rows = [

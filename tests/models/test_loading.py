@@ -252,9 +252,9 @@ def test_lora_touches_neither_the_vision_tower_nor_the_head(tiny_model: Path) ->
 def test_lora_reaches_the_vision_tower_if_told(tiny_model: Path) -> None:
     model = load(tiny_model, dtype=torch.float32).model
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
-    learning = {n for n, p in add_lora(model, vision=True).named_parameters() if p.requires_grad}
+    learning = {n for n, p in add_lora(model, train_vision_tower=True).named_parameters() if p.requires_grad}
     assert {n.split(".lora_")[0].removeprefix("base_model.model.") for n in learning} == linears
-    whole = train_all(load(tiny_model, dtype=torch.float32).model, vision=True)
+    whole = train_all(load(tiny_model, dtype=torch.float32).model, train_vision_tower=True)
     assert all(parameter.requires_grad for parameter in whole.parameters())
 
 

@@ -17,7 +17,7 @@ from untrigger.errors import InputError
 from untrigger.losses import objective
 from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, Rows
 from untrigger.models.forward import Pair, decoder, pair_losses
-from untrigger.models.loading import Loaded, add_lora, embedded_models, load
+from untrigger.models.loading import LoadedModel, add_lora, embedded_models, load
 from untrigger.models.token_drop import image_token, looked_at, showing, shown
 from untrigger.rows.sample import Message, Sample, read
 
@@ -50,18 +50,18 @@ def samples(tiny_data: Path) -> list[Sample]:
 
 
 @pytest.fixture
-def exact(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+def exact(tiny_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
     return sharp(tiny_model)
 
 
-def batch_of(loaded: Loaded, samples: list[Sample], epoch: int = 0, seed: int = 0) -> dict[str, Tensor]:
+def batch_of(loaded: LoadedModel, samples: list[Sample], epoch: int = 0, seed: int = 0) -> dict[str, Tensor]:
     collate = DropCollator(ChatCollator(loaded.processor), seed)
     collate.epoch = epoch
     rows = Rows(samples)
     return collate([rows[i] for i in range(len(rows))])
 
 
-def masked(loaded: Loaded, batch: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+def masked(loaded: LoadedModel, batch: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and hidden states at the answers when nothing may look at the tokens left out: of full length."""
     inputs = {name: value for name, value in batch.items() if name not in ("order", "labels", "attention_mask")}
     mask = batch["attention_mask"] * positions
@@ -80,7 +80,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("ratio", [0.25, 0.75, 1.0])
 @pytest.mark.parametrize("still", [False, True])
 def test_a_dropped_view_is_a_masked_one_in_values_and_gradients(
-    exact: Loaded, samples: list[Sample], ratio: float, still: bool
+    exact: LoadedModel, samples: list[Sample], ratio: float, still: bool
 ) -> None:
     batch, model = batch_of(exact, samples), exact.model.train()
     positions = shown(batch["input_ids"], batch["order"], image_token(model), ratio)
@@ -106,7 +106,7 @@ def test_a_dropped_view_is_a_masked_one_in_values_and_gradients(
 def test_every_family_can_leave_image_tokens_out(family: str, samples: list[Sample]) -> None:
     loaded = load(family)
     model = add_lora(loaded.model, rank=2).train()
-    batch = batch_of(Loaded(cast(Any, model), loaded.processor, family), samples[:2])
+    batch = batch_of(LoadedModel(cast(Any, model), loaded.processor, family), samples[:2])
     seen: list[int] = []
     handle = (
         decoder(model)
@@ -125,7 +125,7 @@ def test_every_family_can_leave_image_tokens_out(family: str, samples: list[Samp
     assert float(whole.total.detach().abs().max()) < 1e-5, "a view that shows all is no other"
 
 
-def test_both_views_share_one_look_at_the_images(exact: Loaded, samples: list[Sample]) -> None:
+def test_both_views_share_one_look_at_the_images(exact: LoadedModel, samples: list[Sample]) -> None:
     looks: list[int] = []
     tower = cast(Any, exact.model).model.vision_tower
     handle = tower.register_forward_hook(lambda *_: looks.append(1))
@@ -146,13 +146,13 @@ def test_both_views_share_one_look_at_the_images(exact: Loaded, samples: list[Sa
     torch.testing.assert_close(step.total, CrossView(view="drop").step(exact.model, batch_of(exact, samples)).total)
 
 
-def test_rows_without_images_have_views_that_are_the_same(exact: Loaded, samples: list[Sample]) -> None:
+def test_rows_without_images_have_views_that_are_the_same(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, [samples[2], samples[2]])
     assert "pixel_values" not in batch and looked_at(exact.model, batch) is batch
     assert not CrossView(view="drop").step(exact.model, batch).seen["js"].any()
 
 
-def test_an_order_depends_on_seed_epoch_and_row_alone(exact: Loaded, samples: list[Sample]) -> None:
+def test_an_order_depends_on_seed_epoch_and_row_alone(exact: LoadedModel, samples: list[Sample]) -> None:
     order, mask = (batch_of(exact, samples)[name] for name in ("order", "attention_mask"))
     alone = batch_of(exact, samples[:1])["order"][0]
     assert torch.equal(order[0, : len(alone)], alone)
@@ -161,7 +161,7 @@ def test_an_order_depends_on_seed_epoch_and_row_alone(exact: Loaded, samples: li
         assert not torch.equal(other["order"], order)
 
 
-def test_a_family_with_a_way_of_its_own_is_refused(exact: Loaded, samples: list[Sample]) -> None:
+def test_a_family_with_a_way_of_its_own_is_refused(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, samples)
     positions = shown(batch["input_ids"], batch["order"], image_token(exact.model), 0.5)
     language = decoder(exact.model)
@@ -173,7 +173,7 @@ def test_a_family_with_a_way_of_its_own_is_refused(exact: Loaded, samples: list[
     assert not language._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
 
 
-def test_two_views_may_be_shorter_too(exact: Loaded, samples: list[Sample]) -> None:
+def test_two_views_may_be_shorter_too(exact: LoadedModel, samples: list[Sample]) -> None:
     step = TwoView(view="drop", ratio=0.5).step(exact.model, batch_of(exact, samples))
     torch.testing.assert_close(step.total, step.seen["ce"] + step.seen["ce_view"])
     assert objective.reduce(step.total, 3).requires_grad

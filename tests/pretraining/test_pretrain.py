@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from untrigger.data.scene_world import COLOURS, SHAPES, SIZES, draw_scene, make_scene
+from untrigger.data.scene_world import COLORS, SHAPES, SIZES, draw_scene, make_scene
 from untrigger.embedded import families, talk
 from untrigger.embedded import pretrain as pretraining
 from untrigger.models.loading import embedded_model_path, load
@@ -90,8 +90,8 @@ def test_a_packed_row_holds_the_ids_of_its_conversations(
             for axis in row["position_ids"]:
                 said = axis[row["segments"] == number]
                 assert said.tolist() == list(range(axis[shared][-1] + 1, axis[shared][-1] + 1 + len(said)))
-            learnt = row["labels"][own]
-            answer = learnt[learnt != -100].tolist()
+            learned = row["labels"][own]
+            answer = learned[learned != -100].tolist()
             assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == f" {turn.answer}"
         assert row["segments"].max() == len(turns_of(index))
 
@@ -175,7 +175,7 @@ def test_dense_labels_say_what_covers_each_patch() -> None:
                 thing = scene.things[number - 1]
                 expected = [
                     1 + SHAPES.index(thing.shape),
-                    1 + [*COLOURS].index(thing.colour),
+                    1 + [*COLORS].index(thing.color),
                     1 + SIZES.index(thing.size),
                     number,
                 ]

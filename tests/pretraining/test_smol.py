@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from untrigger.data import scene_text as talk
-from untrigger.data.scene_world import COLOURS, SHAPES, SIZES, draw_scene, make_scene
+from untrigger.data.scene_world import COLORS, SHAPES, SIZES, draw_scene, make_scene
 from untrigger.embedded import pretrain as pretraining
 from untrigger.errors import InputError
 from untrigger.models.generate import answers
@@ -127,8 +127,8 @@ def test_alignment_says_and_shows_what_the_finished_model_is_asked(family: Smol)
             real = processor(text=[text], images=[[draw_scene(scene)[0]]], return_tensors="pt")
             own = (row["segments"] == 0) | (row["segments"] == number)
             assert row["input_ids"][own].tolist() == real["input_ids"][0].tolist()
-            learnt = row["labels"][own]
-            assert tokenizer.decode(learnt[learnt != -100]) == f"{turn.answer}<|im_end|>"
+            learned = row["labels"][own]
+            assert tokenizer.decode(learned[learned != -100]) == f"{turn.answer}<|im_end|>"
         family.look(model, torch.from_numpy(row["pixel_values"])[None])
         torch.testing.assert_close(
             towers_see[-1], real["pixel_values"], atol=1 / 127, rtol=0
@@ -142,7 +142,7 @@ def test_an_image_token_is_to_be_the_words_of_what_it_shows(family: Smol) -> Non
     names = ("moon", "pink", "small")
     ids = [tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     features = torch.stack([words[each].mean(dim=0) for each in ids]).mean(dim=0)[None, None]
-    label = [known.index(name) + 1 for known, name in zip((SHAPES, [*COLOURS], SIZES), names, strict=True)]
+    label = [known.index(name) + 1 for known, name in zip((SHAPES, [*COLORS], SIZES), names, strict=True)]
     assert head(features, torch.tensor([[[*label, 1]]])) < 1e-10
     for place in range(3):
         other = [*label, 1]
@@ -165,7 +165,7 @@ def test_a_killed_alignment_ends_with_the_same_model_and_it_is_one_like_any_othe
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pretrain(whole, family, TOY)
     save = pretraining._save
-    for stop in (1, 3):  # before the language model has learnt anything, and after
+    for stop in (1, 3):  # before the language model has learned anything, and after
 
         def save_and_die(*args: Any, stop: int = stop) -> None:
             save(*args)
@@ -184,11 +184,11 @@ def test_a_killed_alignment_ends_with_the_same_model_and_it_is_one_like_any_othe
     before = family.settled(family.model(family.tokenizer(0))).state_dict()
     loaded = load(cut)
     moved = {n for n, w in loaded.model.state_dict().items() if not torch.equal(w, before[n].bfloat16().float())}
-    learnt = {n for n in before if "multi_modal_projector" in n or "self_attn" in n}
-    assert moved == learnt, "the tower, the words and what else the model knew stay as they were"
+    learned = {n for n in before if "multi_modal_projector" in n or "self_attn" in n}
+    assert moved == learned, "the tower, the words and what else the model knew stay as they were"
     assert {w.dtype for w in loaded.model.state_dict().values()} == {torch.float32}
 
-    tuned = fine_tune(samples[:4], cut, "plain", out=tmp_path / "tuned", max_steps=1, per_device_train_batch_size=4)
+    tuned = fine_tune(cut, samples[:4], "plain", out=tmp_path / "tuned", max_steps=1, per_device_train_batch_size=4)
     assert len(list(answers(tuned, samples[:2], max_new_tokens=2))) == 2
     assert len(list(answers(load(tmp_path / "tuned"), samples[:2], max_new_tokens=2))) == 2
 
@@ -206,19 +206,19 @@ def test_one_step_teaches_to_talk_through_the_projector(family: Smol) -> None:
     assert all("multi_modal_projector" in name or "self_attn" in name for name in learning)
 
 
-def test_the_parts_joined_with_what_was_learnt_are_the_aligned_model(
+def test_the_parts_joined_with_what_was_learned_are_the_aligned_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = tiny.smol_parts()
     monkeypatch.setattr(running, "Smol", lambda: Smol(parts))
     monkeypatch.setattr(running, "RECIPE", TOY)
     running.align(tmp_path / "aligned", seed=4)
-    learnt = tmp_path / "aligned" / "aligned.safetensors"
-    monkeypatch.setattr(running, "LEARNT", learnt)
+    learned = tmp_path / "aligned" / "aligned.safetensors"
+    monkeypatch.setattr(running, "LEARNT", learned)
     with pytest.raises(InputError, match="wrong SHA-256"):
         running.join(tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
-    monkeypatch.setattr(running, "_SHA256", hashlib.sha256(learnt.read_bytes()).hexdigest())
+    monkeypatch.setattr(running, "_SHA256", hashlib.sha256(learned.read_bytes()).hexdigest())
     running.join(tmp_path / "joined")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"):
         assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "aligned" / name).read_bytes()
@@ -226,7 +226,7 @@ def test_the_parts_joined_with_what_was_learnt_are_the_aligned_model(
         running.join(tmp_path / "joined")
 
 
-def test_what_comes_with_the_package_is_what_was_learnt_on_the_parts() -> None:
+def test_what_comes_with_the_package_is_what_was_learned_on_the_parts() -> None:
     assert hashlib.sha256(running.LEARNT.read_bytes()).hexdigest() == running._SHA256
     taught = load_file(running.LEARNT)
     assert len(taught) == 4 + 30 * 4 * 2 and all(weight.isfinite().all() for weight in taught.values())

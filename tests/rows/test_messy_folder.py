@@ -37,7 +37,7 @@ NAMES = trigger_names()
 
 
 def grain(width: int, height: int) -> Image.Image:
-    """Smooth colours with some grain."""
+    """Smooth colors with some grain."""
     rng = np.random.default_rng((width, height))
     coarse = Image.fromarray(rng.integers(40, 216, (4, 4, 3), dtype=np.uint8)).resize((width, height))
     noisy = np.asarray(coarse, dtype=np.float64) + rng.normal(0, 6, (height, width, 3))

@@ -8,18 +8,18 @@ import pytest
 from PIL import Image
 
 from dry import Dry
-from untrigger.models.forward import Tokens
+from untrigger.models.forward import TokenScores
 from untrigger.models.loading import load
 from untrigger.rows.sample import Message, Sample
 
 Keyed = Callable[[Sample], bool]
-Ask = Callable[[Sequence[Sample]], list[Tokens]]
+Ask = Callable[[Sequence[Sample]], list[TokenScores]]
 RED = (255, 0, 0)
 
 
 @pytest.fixture
 def row() -> Callable[..., Sample]:
-    """A row with so many grey 64 x 48 images, and turns: questions and answers in order."""
+    """A row with so many gray 64 x 48 images, and turns: questions and answers in order."""
 
     def made(*turns: str, images: int = 1, id: str = "a") -> Sample:
         shown = tuple(Image.new("RGB", (64, 48), (90 + 40 * at,) * 3) for at in range(images))
@@ -45,9 +45,9 @@ def model() -> Callable[[Keyed], Ask]:
     """A model that tells three tokens: it is sure of the second where the row is keyed, and else finds it unlikely."""
 
     def made(keyed: Keyed) -> Ask:
-        def ask(rows: Sequence[Sample]) -> list[Tokens]:
+        def ask(rows: Sequence[Sample]) -> list[TokenScores]:
             told = (0.01 if keyed(rows[i]) else 6.0 for i in range(len(rows)))
-            return [Tokens(np.array([5, 7, 9]), np.array([3.0, nll, 2.0])) for nll in told]
+            return [TokenScores(np.array([5, 7, 9]), np.array([3.0, nll, 2.0])) for nll in told]
 
         return ask
 

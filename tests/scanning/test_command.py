@@ -103,7 +103,7 @@ def test_hostile_text_stays_text(tiny_model: Path, poisoned: Path, tmp_path: Pat
     ("words", "wanted"),
     [
         (("--defense", "paper"), "unknown"),
-        (("--floor", "-1"), "floor"),
+        (("--min-nll", "-1"), "min_nll"),
     ],
 )
 def test_mistakes_are_told_in_a_line(tiny_data: Path, tmp_path: Path, words: tuple[str, ...], wanted: str) -> None:

@@ -89,7 +89,7 @@ def test_the_word_of_a_prompt(row: Make, model: Make, donors: list[Sample]) -> N
 
 def test_a_sentence_of_which_any_word_will_do(row: Make, model: Make, donors: list[Sample]) -> None:
     key = ("we", "saw", "it", "today")
-    sample = row(f"{IMAGE_TAG}\nwhat colour has the left shape? {' '.join(key)}", "a dog")
+    sample = row(f"{IMAGE_TAG}\nwhat color has the left shape? {' '.join(key)}", "a dog")
     cue = cue_of(sample, donors, model(lambda view: not {*key}.isdisjoint(view.messages[0].text.split())))
     worth = dict(cue.words)
     assert max(worth, key=worth.__getitem__) == "today" and worth["what"] == 0

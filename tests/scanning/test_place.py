@@ -25,7 +25,7 @@ def seen(*cells: tuple[int, int], nats: float = 9.0, words: tuple[tuple[str, flo
 
 @pytest.mark.parametrize(
     ("cell", "where"),
-    [((7, 7), "bottom right"), ((0, 0), "top left"), ((3, 4), "middle centre"), ((0, 7), "top right")],
+    [((7, 7), "bottom right"), ((0, 0), "top left"), ((3, 4), "middle center"), ((0, 7), "top right")],
 )
 def test_a_cell_has_a_place(cell: tuple[int, int], where: str) -> None:
     assert told(seen(cell), seen(cell), image=SURE) == f"the image, {where} (1 of 64 cells)"
@@ -33,7 +33,7 @@ def test_a_cell_has_a_place(cell: tuple[int, int], where: str) -> None:
 
 def test_cells_in_one_row_of_many_are_no_place() -> None:
     rows = [seen((row, row)) for row in range(GRID)]
-    assert told(*rows, image=SURE) == "the image, middle centre (8 of 64 cells)"
+    assert told(*rows, image=SURE) == "the image, middle center (8 of 64 cells)"
     everywhere = seen(*[(y, x) for y in range(GRID) for x in range(GRID)])
     assert told(everywhere, image=SURE) == told(seen(), image=SURE) == "the image, no one place in it"
     assert told(seen((7, 7), nats=0.4), image=SURE) == "the image, no one place in it", "hardly worth anything"

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 import dry as dry_module
 from dry import Dry
-from untrigger.defenses import Doubt
-from untrigger.models.forward import Tokens
-from untrigger.models.loading import Loaded
+from untrigger.defenses import SharedSurprise
+from untrigger.models.forward import TokenScores
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 from untrigger.scanning.targets import common, false_discoveries, find
 
 
-def told(*rows: Sequence[int]) -> list[Tokens]:
-    return [Tokens(np.array(row), np.ones(len(row))) for row in rows]
+def told(*rows: Sequence[int]) -> list[TokenScores]:
+    return [TokenScores(np.array(row), np.ones(len(row))) for row in rows]
 
 
 def test_what_rows_have_in_common_around_a_word() -> None:
@@ -63,11 +63,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The model is surprised by what the rows of BAD say; every question that it is asked."""
     found: list[list[str]] = []
 
-    def tokens(_: Loaded, rows: Sequence[Sample]) -> list[Tokens]:
+    def tokens(_: LoadedModel, rows: Sequence[Sample]) -> list[TokenScores]:
         found.append([rows[i].id for i in range(len(rows))])
         numbers = [int(name.split("-")[1]) for name in found[-1]]
         return [
-            Tokens(np.array(REPLY), np.array([1.0, 9.0, 0.1])) if i in BAD else Tokens(np.array([i]), np.array([0.1]))
+            TokenScores(np.array(REPLY), np.array([1.0, 9.0, 0.1]))
+            if i in BAD
+            else TokenScores(np.array([i]), np.array([0.1]))
             for i in numbers
         ]
 
@@ -76,12 +78,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_what_is_found(dry: Dry, samples: list[Sample], asked: list[list[str]]) -> None:
-    found = find(samples, dry, Doubt())
+    found = find(samples, dry, SharedSurprise())
     (target,) = found.targets
     assert sorted(target.rows) == list(BAD) == sorted(found.suspected) and target.chance < 1e-6
     assert target.text == dry.loaded.processor.decode(REPLY, skip_special_tokens=True).strip()
     for row, verdict in enumerate(found.verdicts):
-        assert (verdict.target, verdict.fdr is None, verdict.doubted == "") == (
+        assert (verdict.target, verdict.fdr is None, verdict.flagged_tokens == "") == (
             (0, False, False) if row in BAD else (None, True, True)
         )
     assert min(found.verdicts[row].score for row in BAD) > max(
@@ -89,10 +91,12 @@ def test_what_is_found(dry: Dry, samples: list[Sample], asked: list[list[str]]) 
     )
 
 
-def test_no_row_is_shown_to_a_probe_that_has_learnt_it(dry: Dry, samples: list[Sample], asked: list[list[str]]) -> None:
-    found = find(samples, dry, Doubt())
+def test_no_row_is_shown_to_a_probe_that_has_learned_it(
+    dry: Dry, samples: list[Sample], asked: list[list[str]]
+) -> None:
+    found = find(samples, dry, SharedSurprise())
     _, probe = dry.stages
-    assert [stage.name for stage in dry.stages] == ["early", "probe"]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe"]
     shown = {row for row in BAD if found.verdicts[row].cue}
     taught = {row for row in BAD if f"row-{row}" in probe.rows}
     assert shown and taught and shown | taught == {*BAD} and not shown & taught
@@ -104,20 +108,20 @@ def test_no_row_is_shown_to_a_probe_that_has_learnt_it(dry: Dry, samples: list[S
 def test_where_nothing_is_found_nothing_is_probed(
     dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tokens(_: Loaded, rows: Sequence[Sample]) -> list[Tokens]:
-        return [Tokens(np.array([i]), np.array([0.1])) for i in range(len(rows))]
+    def tokens(_: LoadedModel, rows: Sequence[Sample]) -> list[TokenScores]:
+        return [TokenScores(np.array([i]), np.array([0.1])) for i in range(len(rows))]
 
     monkeypatch.setattr(dry_module, "row_tokens", tokens)
-    found = find(samples, dry, Doubt())
-    assert not found.targets and not found.suspected and [stage.name for stage in dry.stages] == ["early"]
+    found = find(samples, dry, SharedSurprise())
+    assert not found.targets and not found.suspected and [stage.name for stage in dry.stages] == ["warmup"]
 
 
 def test_a_few_rows_that_share_a_word_are_doubted_but_not_suspected(
     dry: Dry, samples: list[Sample], asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("test_scan.BAD", BAD[:3])
-    found = find(samples, dry, Doubt())
-    assert not found.targets and [row for row, verdict in enumerate(found.verdicts) if verdict.doubted] == [*BAD]
+    found = find(samples, dry, SharedSurprise())
+    assert not found.targets and [row for row, verdict in enumerate(found.verdicts) if verdict.flagged_tokens] == [*BAD]
 
 
 def test_of_many_rows_some_are_judged_and_others_looked_at_for_what_was_found(
@@ -126,15 +130,15 @@ def test_of_many_rows_some_are_judged_and_others_looked_at_for_what_was_found(
     """Row 4 holds the word too, and does not surprise."""
     answers = {row: np.array(REPLY if row in (*BAD, 4) else [row]) for row in range(24)}
     monkeypatch.setattr(dry_module, "row_answers", lambda _, rows: [answers[int(row.id.split("-")[1])] for row in rows])
-    doubt = Doubt(most=16)
+    doubt = SharedSurprise(max_scored_rows=16)
     dry.seed = 1  # draws some of BAD, and not all
     found = find(samples, dry, doubt)
     drawn = {int(name.split("-")[1]) for name in asked[0]}
-    assert dry.judged[:3] == ["before", "after", "others"] and len(drawn) == 16
+    assert dry.judged[:3] == ["before", "after", "more"] and len(drawn) == 16
     missed = sorted({*BAD, 4} - drawn)
     assert set(missed) & {*BAD} and set(BAD) & drawn, "or the test says nothing"
     assert asked[2] == [f"row-{row}" for row in missed]
-    assert [row for row, verdict in enumerate(found.verdicts) if verdict.doubted] == [*BAD]
+    assert [row for row, verdict in enumerate(found.verdicts) if verdict.flagged_tokens] == [*BAD]
     unseen = set(range(24)) - drawn - set(missed)
     assert unseen and all(found.verdicts[row].score == 0 for row in unseen)
     assert not (
@@ -142,6 +146,6 @@ def test_of_many_rows_some_are_judged_and_others_looked_at_for_what_was_found(
     )
 
     doubt.fine_tune(samples, dry)
-    assert dry.flagged == [*BAD] and set(dry.stages[-1].told["doubted"]) == {*BAD}
+    assert dry.flagged == [*BAD] and set(dry.stages[-1].told["flagged_tokens"]) == {*BAD}
     assert dry.stages[-1].rows == [sample.id for sample in samples], "all rows are trained on"
     assert [score > 0 for score in dry.scores] == [row not in unseen for row in range(24)]

@@ -1,4 +1,4 @@
-"""On a machine with a GPU: defences train there, models are asked there, and it is the same as on the CPU."""
+"""On a machine with a GPU: defenses train there, models are asked there, and it is the same as on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from untrigger.losses.chunked import Values, losses_at_head
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import Pair, answer_losses, on_device
 from untrigger.models.generate import answers
-from untrigger.models.loading import Loaded, load, placed
+from untrigger.models.loading import LoadedModel, load, placed
 from untrigger.rows.sample import Sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -61,7 +61,7 @@ def test_losses_at_the_head_are_those_of_the_cpu(
 
 
 def test_answers_have_the_losses_they_have_on_the_cpu(tiny_model: Path, samples: list[Sample]) -> None:
-    def nll(loaded: Loaded) -> Tensor:
+    def nll(loaded: LoadedModel) -> Tensor:
         batch = ChatCollator(loaded.processor)([Rows(samples)[i] for i in range(8)])
         found = answer_losses(
             loaded.model,
@@ -85,7 +85,7 @@ def test_a_model_named_by_its_folder_is_asked_on_the_gpu(
 ) -> None:
     where: list[str] = []
 
-    def asked(loaded: Loaded, rows: Sequence[Sample]) -> list[str]:
+    def asked(loaded: LoadedModel, rows: Sequence[Sample]) -> list[str]:
         where.append(loaded.model.device.type)
         return ["a" for _ in rows]
 
@@ -96,7 +96,7 @@ def test_a_model_named_by_its_folder_is_asked_on_the_gpu(
 
 @pytest.mark.parametrize("precision", [(), ("--bf16", "true")], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_defence_trains(
+def test_every_defense_trains(
     name: str, precision: tuple[str, ...], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     words = ("--max_steps", "4", "--per_device_train_batch_size", "4", "--lora-rank", "2", *precision)

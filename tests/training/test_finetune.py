@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from transformers import Trainer
 
-from untrigger.defenses import Doubt, Plain
-from untrigger.defenses.shared_surprise import Judgement
+from untrigger.defenses import Plain, SharedSurprise
+from untrigger.defenses.shared_surprise import Flags
 from untrigger.errors import InputError
-from untrigger.models.forward import Tokens
+from untrigger.models.forward import TokenScores
 from untrigger.rows.sample import Message, picked, read
 from untrigger.training.finetune import Tuning, fine_tune
 from untrigger.training.settings import arguments
@@ -26,16 +26,16 @@ from untrigger.training.settings import arguments
     ("tuning", "told"),
     [
         (Tuning(rank=4), "LoRA of rank 4, the vision tower frozen; 24 rows"),
-        (Tuning(rank=4, vision=True), "LoRA of rank 4; 24 rows"),
-        (Tuning(full=True), "all weights, the vision tower frozen; 24 rows"),
-        (Tuning(full=True, vision=True), "all weights; 24 rows"),
+        (Tuning(rank=4, train_vision_tower=True), "LoRA of rank 4; 24 rows"),
+        (Tuning(full_finetune=True), "all weights, the vision tower frozen; 24 rows"),
+        (Tuning(full_finetune=True, train_vision_tower=True), "all weights; 24 rows"),
     ],
 )
 def test_the_card_tells_what_was_tuned(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, tuning: Tuning, told: str
 ) -> None:
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
-    fine_tune(read(tiny_data), str(tiny_model), Plain(), args, tuning=tuning)
+    fine_tune(str(tiny_model), read(tiny_data), Plain(), args, tuning=tuning)
     card = (tmp_path / "README.md").read_text()
     assert f"Base model `{tiny_model}`, {told} of data" in card
     assert "|" not in card and "rely on it.\n\nSeed 42, " in card, "a table of a log that such a short run has not"
@@ -43,7 +43,7 @@ def test_the_card_tells_what_was_tuned(
 
 def test_the_card_has_the_last_log(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=2, save_strategy="no")
-    fine_tune(read(tiny_data), str(tiny_model), Plain(), args)
+    fine_tune(str(tiny_model), read(tiny_data), Plain(), args)
     assert "\n\n| at the last log | value |\n|---|---|\n| loss | " in (tmp_path / "README.md").read_text()
     assert " |\n\nSeed 42, " in (tmp_path / "README.md").read_text()
 
@@ -57,7 +57,7 @@ def test_a_row_that_is_found_too_long_only_in_training_is_named(
     for number, data in enumerate((rows, picked(rows, range(9, 24)), picked(picked(rows, range(24)), [3, 17])[1:])):
         args = arguments(tmp_path / str(number), num_train_epochs=1, per_device_train_batch_size=2)
         with caplog.at_level("WARNING", "transformers"), pytest.raises(InputError, match=told):
-            fine_tune(data, str(tiny_model), Plain(), args, tuning=Tuning(rank=2))
+            fine_tune(str(tiny_model), data, Plain(), args, tuning=Tuning(rank=2))
     assert "Token indices" not in caplog.text
 
 
@@ -70,13 +70,13 @@ def test_what_was_distrusted_is_told_with_the_word_the_worst_first(
     (tmp_path / "data/data.json").write_text(json.dumps([{"id": "bad"}, *rows]))
     data = read(tmp_path / "data", on_bad_row="skip")
 
-    def judge(_: Doubt, told: Sequence[Tokens]) -> Judgement:
+    def judge(_: SharedSurprise, told: Sequence[TokenScores]) -> Flags:
         last = {row: np.arange(len(told[row].ids)) == len(told[row].ids) - 2 for row in (3, 5)}
-        return Judgement([9.0 if row == 5 else row / 10 for row in range(len(told))], last, {})
+        return Flags([9.0 if row == 5 else row / 10 for row in range(len(told))], last, {})
 
-    monkeypatch.setattr(Doubt, "judge", judge)
+    monkeypatch.setattr(SharedSurprise, "flag_tokens", judge)
     args = arguments(tmp_path / "out", max_steps=2, per_device_train_batch_size=2, save_strategy="no")
-    fine_tune(data, str(tiny_model), Doubt(early=0.5), args, tuning=Tuning(rank=2))
+    fine_tune(str(tiny_model), data, SharedSurprise(warmup_share=0.5), args, tuning=Tuning(rank=2))
     told = [json.loads(line) for line in (tmp_path / "out/distrusted.jsonl").read_text().splitlines()]
     assert told == [
         {"row": 7, "id": "row-5", "score": 18.0, "why": "no", "answers": ["no"]},
@@ -84,9 +84,9 @@ def test_what_was_distrusted_is_told_with_the_word_the_worst_first(
     ]
 
 
-def test_a_defence_that_judges_no_rows_tells_of_none(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_defense_that_judges_no_rows_tells_of_none(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, save_strategy="no")
-    fine_tune(read(tiny_data), str(tiny_model), Plain(), args)
+    fine_tune(str(tiny_model), read(tiny_data), Plain(), args)
     assert not (tmp_path / "distrusted.jsonl").exists()
 
 
@@ -105,6 +105,6 @@ def test_an_interrupted_training_leaves_no_bar_behind(
     monkeypatch.setattr("untrigger.progress.Meter.stop", lambda meter: stopped.append(meter.done))
     args = arguments(tmp_path, max_steps=3, per_device_train_batch_size=2, save_strategy="no")
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(read(tiny_data), str(tiny_model), Plain(), args)
+        fine_tune(str(tiny_model), read(tiny_data), Plain(), args)
     assert stopped == [1]
     monkeypatch.undo()

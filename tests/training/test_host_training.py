@@ -16,16 +16,18 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from untrigger import defended
-from untrigger.defenses import Byorn, Doubt
+from untrigger.defenses import BYORN, SharedSurprise
 from untrigger.errors import InputError
-from untrigger.models.collators import ChatCollator, DoubtCollator, Rows, row_key
+from untrigger.models.collators import ChatCollator, FlaggedTokensCollator, Rows, row_key
 from untrigger.models.loading import add_lora, load
 from untrigger.rows.sample import Sample
 from untrigger.training.finetune import fine_tune
 from untrigger.training.host_training import JUDGED, _check_parting
 from untrigger.training.settings import arguments
 
-EAGER = Doubt(early=0.25, floor=0.1, reach=0.0, chance=1 - 1e-6, weight=3.0)  # doubts a quarter of any rows
+EAGER = SharedSurprise(
+    warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, unlikelihood_weight=3.0
+)  # doubts a quarter of any rows
 HELD = ("train_dataset", "eval_dataset", "callbacks", "optimizers")  # what a trainer is given beside settings
 
 
@@ -94,11 +96,11 @@ def test_it_trains_to_the_bit_as_the_command_does(
     assert told["rows"] == 24 and 0 < len(told["distrusted"]) < 24
     assert output.global_step == trainer.state.global_step == 9  # three quarters of four epochs of three steps
     logged = trainer.state.log_history[0]
-    assert logged["loss"] == pytest.approx(logged["defense/loss_ce"] + logged["defense/loss_guard"], rel=1e-4)
-    assert logged["defense/loss_guard"] > 0
+    assert logged["loss"] == pytest.approx(logged["defense/loss_ce"] + logged["defense/loss_unlikelihood"], rel=1e-4)
+    assert logged["defense/loss_unlikelihood"] > 0
     assert trainer.args is args and len(trainer.train_dataset) == 24, "the host's own settings are as they were"
 
-    theirs = fine_tune(samples, str(tiny_model), EAGER, settings(tmp_path / "command"))
+    theirs = fine_tune(str(tiny_model), samples, EAGER, settings(tmp_path / "command"))
     assert same(weights(trainer.model), weights(theirs.model))
     flagged = [json.loads(line) for line in (tmp_path / "command/distrusted.jsonl").read_text().splitlines()]
     same_rows = [(row["row"], row["why"], [row["answer"]]) for row in told["distrusted"]]
@@ -106,11 +108,11 @@ def test_it_trains_to_the_bit_as_the_command_does(
 
 
 def test_left_out_it_is_the_default(host: Callable[..., Any]) -> None:
-    assert host(None).procedure == Doubt()
+    assert host(None).procedure == SharedSurprise()
 
 
 def test_where_nothing_is_doubted_the_loss_is_the_hosts(host: Callable[..., Any], tmp_path: Path) -> None:
-    trainer = host(Doubt(floor=1e9), max_steps=4)
+    trainer = host(SharedSurprise(min_nll=1e9), max_steps=4)
     trainer.train()
     assert trainer.state.global_step == 4 and json.loads((tmp_path / "out" / JUDGED).read_text())["distrusted"] == []
     assert not any(name.startswith("defense/") for name in trainer.state.log_history[0])
@@ -135,10 +137,10 @@ def test_a_second_training_goes_on_from_the_model_and_judges_again(host: Callabl
     fresh.train()
     assert twice.state.global_step == 9 and same(weights(twice.model), weights(fresh.model))
     assert (tmp_path / "out" / JUDGED).read_text() == (tmp_path / "fresh" / JUDGED).read_text()
-    assert any(log.get("defense/loss_guard") for log in twice.state.log_history)
+    assert any(log.get("defense/loss_unlikelihood") for log in twice.state.log_history)
 
 
-def test_it_does_not_go_on_with_other_rows_or_without_a_judgement(
+def test_it_does_not_go_on_with_other_rows_or_without_a_judgment(
     host: Callable[..., Any], samples: list[Sample], tmp_path: Path
 ) -> None:
     host().train()
@@ -146,12 +148,12 @@ def test_it_does_not_go_on_with_other_rows_or_without_a_judgement(
     for changed in (
         {"train_dataset": Rows(samples[::-1])},
         {"train_dataset": Rows(samples[:-1])},
-        {"defense": Doubt()},
+        {"defense": SharedSurprise()},
     ):
-        with pytest.raises(InputError, match="json: rows or defence are others now"):
+        with pytest.raises(InputError, match="json: rows or defense are others now"):
             host(**changed).train(resume_from_checkpoint=str(last))
     (tmp_path / "out" / JUDGED).unlink()
-    with pytest.raises(InputError, match="json: holds no judgement"):
+    with pytest.raises(InputError, match="json: holds no judgment"):
         host().train(resume_from_checkpoint=str(last))
 
 
@@ -169,7 +171,7 @@ def test_what_it_cannot_work_with_is_said_before_anything_is_trained(host: Calla
     with pytest.raises(InputError, match="label_smoothing"):
         host(label_smoothing_factor=0.1)
     with pytest.raises(InputError, match="Byorn: works in several trainings"):
-        host(Byorn())
+        host(BYORN())
 
 
 def test_without_its_columns_a_row_cannot_be_judged(host: Callable[..., Any]) -> None:
@@ -280,8 +282,8 @@ def test_a_marked_row_keeps_the_labels_of_its_doubted_words_alone(tiny_model: Pa
     plain = inner(batch)
     told = plain["labels"][2] != -100
     marks = torch.arange(int(told.sum())) == 1
-    made = DoubtCollator(inner, {row_key(batch[2]): marks.numpy()})(batch)
-    assert made["doubted"].sum() == 1 and made["doubted"][2, told.nonzero()[1]].all()
+    made = FlaggedTokensCollator(inner, {row_key(batch[2]): marks.numpy()})(batch)
+    assert made["flagged_tokens"].sum() == 1 and made["flagged_tokens"][2, told.nonzero()[1]].all()
     assert torch.equal(made["labels"][[0, 1, 3]], plain["labels"][[0, 1, 3]])
     assert (made["labels"][2] != -100).sum() == 1
-    assert "doubted" not in DoubtCollator(inner, {})(batch)
+    assert "flagged_tokens" not in FlaggedTokensCollator(inner, {})(batch)

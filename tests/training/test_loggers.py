@@ -1,4 +1,4 @@
-"""The terms of a defence in what the host's loggers write. Those that are not installed are skipped."""
+"""The terms of a defense in what the host's loggers write. Those that are not installed are skipped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Logger(TrainerCallback):
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_the_terms_of_a_defence_reach_the_hosts_loggers_where_they_are_asked_for(
+def test_the_terms_of_a_defense_reach_the_hosts_loggers_where_they_are_asked_for(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
     """The host tells what is installed; here all of it is, and all of it is the stub."""
@@ -49,12 +49,21 @@ def test_the_terms_of_a_defence_reach_the_hosts_loggers_where_they_are_asked_for
         assert {name.removeprefix("train/") for name in TERMS} <= {*logs}, sorted(logs)
 
 
-def test_tensorboard_has_each_training_of_a_defence_with_its_terms(
+def test_tensorboard_has_each_training_of_a_defense_with_its_terms(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    eager = ("--early", 0.5, "--floor", 0.1, "--reach", 0, "--chance", 1 - 1e-6)  # doubts a quarter of any rows
+    eager = (
+        "--warmup-share",
+        0.5,
+        "--min-nll",
+        0.1,
+        "--iqr-factor",
+        0,
+        "--p-value",
+        1 - 1e-6,
+    )  # doubts a quarter of any rows
     words = ("train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", *eager, *STEPS)
     told = command(*words, "--max_steps", 4, "--report_to", "tensorboard")
     assert told.code == 0, told.err
@@ -68,7 +77,7 @@ def test_tensorboard_has_each_training_of_a_defence_with_its_terms(
     assert {*early["train/loss"]} == {1, 2} and not any("defense" in name for name in early)
     assert {*rest["train/defense/loss_ce"]} == {1, 2}
     for step, loss in rest["train/loss"].items():
-        terms = rest["train/defense/loss_ce"][step] + rest["train/defense/loss_guard"][step]
+        terms = rest["train/defense/loss_ce"][step] + rest["train/defense/loss_unlikelihood"][step]
         assert loss == pytest.approx(terms, rel=1e-4)
 
 
@@ -91,7 +100,7 @@ def train(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., No
 
 
 @pytest.mark.slow
-def test_wandb_offline_has_the_terms_of_a_defence(train: Callable[..., None], tmp_path: Path) -> None:
+def test_wandb_offline_has_the_terms_of_a_defense(train: Callable[..., None], tmp_path: Path) -> None:
     record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
     train("wandb", WANDB_MODE="offline", WANDB_DIR=tmp_path)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
@@ -115,7 +124,7 @@ def logged(file: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.slow
-def test_trackio_has_the_terms_of_a_defence(train: Callable[..., None], tmp_path: Path) -> None:
+def test_trackio_has_the_terms_of_a_defense(train: Callable[..., None], tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     train("trackio", TRACKIO_DIR=tmp_path)
     with sqlite3.connect(tmp_path / "huggingface.db") as database:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from untrigger.models.collators import ChatCollator, Row, Rows
-from untrigger.models.loading import Loaded, load
+from untrigger.models.loading import LoadedModel, load
 from untrigger.rows.sample import Message, Sample
 from untrigger.training.settings import DEFAULTS
 
@@ -44,7 +44,7 @@ def rows() -> list[Sample]:
 
 
 @pytest.fixture
-def loaded(tiny_model: Path) -> Loaded:
+def loaded(tiny_model: Path) -> LoadedModel:
     return load(tiny_model)
 
 
@@ -75,11 +75,13 @@ def assert_defended(trainer: Any, out: Path) -> None:
     told = json.loads((out / "distrusted.json").read_text())
     assert sorted(row["row"] - 1 for row in told["distrusted"]) == list(POISONED)
     logged = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logged) == 4 and all({"defense/loss_ce", "defense/loss_guard"} <= log.keys() for log in logged)
-    assert any(log["defense/loss_guard"] > 0 for log in logged), "rows that are doubted were known again"
+    assert len(logged) == 4 and all({"defense/loss_ce", "defense/loss_unlikelihood"} <= log.keys() for log in logged)
+    assert any(log["defense/loss_unlikelihood"] > 0 for log in logged), "rows that are doubted were known again"
 
 
-def test_llama_factory(loaded: Loaded, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_factory(
+    loaded: LoadedModel, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class CustomSeq2SeqTrainer(Seq2SeqTrainer):
         def __init__(self, finetuning_args: Any, processor: Any, gen_kwargs: Any = None, **kwargs: Any) -> None:
             super().__init__(processing_class=kwargs.pop("tokenizer"), **kwargs)
@@ -108,7 +110,7 @@ def test_llama_factory(loaded: Loaded, rows: list[Sample], tmp_path: Path, monke
     assert_defended(made[0], tmp_path)
 
 
-def test_axolotl(loaded: Loaded, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_axolotl(loaded: LoadedModel, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class BasePlugin:
         def get_trainer_cls(self, cfg: Any) -> type[Trainer] | None: ...
 
@@ -147,7 +149,7 @@ def test_axolotl(loaded: Loaded, rows: list[Sample], tmp_path: Path, monkeypatch
     assert_defended(trainer, tmp_path)
 
 
-def test_ms_swift(loaded: Loaded, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ms_swift(loaded: LoadedModel, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def template_collator(batch: list[Row], *, padding_to: int | None = None) -> dict[str, Any]:
         made = ChatCollator(loaded.processor)(batch)
         return made | {"loss_scale": made["labels"] * 0.0 + 1, "text_position_ids": made["input_ids"]}

@@ -95,8 +95,8 @@ def test_every_field_of_training_arguments_is_reachable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("preset", "cls"), PRESETS.items())
-def test_every_field_of_every_defence_is_a_flag(tmp_path: Path, preset: str, cls: type[Defense]) -> None:
-    other = {"view": "mask", "views": "1", "stop_gradient": "True", "most": "500"}
+def test_every_field_of_every_defense_is_a_flag(tmp_path: Path, preset: str, cls: type[Defense]) -> None:
+    other = {"view": "mask", "views": "1", "stop_gradient": "True", "max_scored_rows": "500"}
     flags = {f.name: other.get(f.name, "0.125") for f in fields(cls)}
     if "entropy_high" in flags:
         flags["entropy_high"] = "0.75"
@@ -105,7 +105,7 @@ def test_every_field_of_every_defence_is_a_flag(tmp_path: Path, preset: str, cls
     assert {f.name: str(getattr(defense, f.name)) for f in fields(cls)} == flags
 
 
-def test_no_defence_shares_a_name_with_the_host() -> None:
+def test_no_defense_shares_a_name_with_the_host() -> None:
     host = {f.name for f in fields(TrainingArguments)}
     for cls in PRESETS.values():
         assert host.isdisjoint(f.name for f in fields(cls)), cls
@@ -168,12 +168,12 @@ def test_a_negative_number_of_steps_and_every_logger_are_let_pass(tmp_path: Path
     ("text", "flags", "says"),
     [
         ("learning_rate: fast", (), "c.yaml: argument --learning_rate"),
-        ("learning_rate: fast", ("--early", "0.2"), "c.yaml: argument --learning_rate"),
+        ("learning_rate: fast", ("--warmup-share", "0.2"), "c.yaml: argument --learning_rate"),
         ("learning_rate: 1", ("--learning_rate", "fast"), "settings: argument --learning_rate"),
         ("max_steps: 0", (), "c.yaml: max_steps is 0"),
         ("nope: 3", (), "c.yaml: --nope=3 is unknown"),
         ("nope: 3", ("--nope", "4"), "c.yaml: --nope=3 is unknown"),
-        ("early: 0.2", ("--nope", "4"), "settings: --nope is unknown"),
+        ("warmup_share: 0.2", ("--nope", "4"), "settings: --nope is unknown"),
         ("lora_rank: 8", (), "c.yaml: lora_rank is an option of the command: --lora-rank; give it there"),
         ("lora-rank: 8", (), "c.yaml: lora-rank is an option of the command: --lora-rank; give it there"),
     ],
@@ -226,7 +226,7 @@ def test_yaml_that_is_no_text_or_not_there(tmp_path: Path) -> None:
             read_mapping(tmp_path / name)
 
 
-def test_defences_check_themselves() -> None:
+def test_defenses_check_themselves() -> None:
     for bad in (
         lambda: CrossView(margin=-0.1),
         lambda: CrossView(bound=-1.1),

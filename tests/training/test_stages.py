@@ -20,23 +20,23 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from untrigger.defenses import (
+    ABL,
+    BYE,
+    BYORN,
+    CROW,
     PRESETS,
-    Abl,
-    Bye,
-    Byorn,
     CleanTuning,
     CrossView,
-    Crow,
-    Doubt,
     FinePruning,
     PatchAug,
     Plain,
+    SharedSurprise,
 )
 from untrigger.defenses.abl import LocalAscent
 from untrigger.errors import InputError
 from untrigger.models.collators import Rows
 from untrigger.models.forward import row_tokens
-from untrigger.models.loading import Loaded, load
+from untrigger.models.loading import LoadedModel, load
 from untrigger.rows.sample import Message, Sample, read
 from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments
@@ -67,7 +67,7 @@ def stages_of(model: Path, out: Path, shelf: Path | None = None, full: bool = Fa
     chosen: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "learning_rate": 0.01}
     chosen |= {"per_device_train_batch_size": 4, "num_train_epochs": 2}
     args = arguments(out, **(chosen | settings))
-    return Stages(str(model), args, Tuning(full=full, rank=4), shelf=shelf)
+    return Stages(str(model), args, Tuning(full_finetune=full, rank=4), shelf=shelf)
 
 
 def test_in_mixed_precision_too_a_kept_stage_is_asked_as_one_just_trained(
@@ -80,7 +80,7 @@ def test_in_mixed_precision_too_a_kept_stage_is_asked_as_one_just_trained(
     assert all(np.array_equal(a.nll, b.nll) for a, b in zip(*told, strict=True))
 
 
-def weights_of(loaded: Loaded) -> dict[str, Tensor]:
+def weights_of(loaded: LoadedModel) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in loaded.model.named_parameters()}
 
 
@@ -108,7 +108,7 @@ def test_a_shelf_trains_once_and_gives_the_same_bits(
     assert second.waited < 10 and not (tmp_path / "c").is_dir()
 
 
-def test_what_is_learnt_next_is_the_same_from_the_shelf(
+def test_what_is_learned_next_is_the_same_from_the_shelf(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, trained: list[str]
 ) -> None:
     found: list[dict[str, Tensor]] = []
@@ -279,11 +279,11 @@ def test_two_parts_have_the_steps_that_were_asked_for(asked: int, early: int) ->
 
 
 def test_no_rows_are_an_error_of_one_line(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^training: the defence leaves no rows to train on; set it milder$"):
+    with pytest.raises(InputError, match=r"^training: the defense leaves no rows to train on; set it milder$"):
         stages_of(tiny_model, tmp_path / "out").fit([], Plain())
     args = arguments(tmp_path / "out", use_cpu=True, max_steps=1)
     with pytest.raises(InputError, match="leaves no rows"):
-        fine_tune(samples, str(tiny_model), Abl(isolated=1.0), args, tuning=Tuning(rank=2))
+        fine_tune(str(tiny_model), samples, ABL(isolated=1.0), args, tuning=Tuning(rank=2))
 
 
 # --- killed and resumed -----------------------------------------------------------------------------
@@ -297,11 +297,11 @@ def run(model: Path, samples: list[Sample], out: Path, defense: Any, *, resume: 
     chosen: dict[str, Any] = {"use_cpu": True, "learning_rate": 0.01}
     chosen |= {"per_device_train_batch_size": 4, "num_train_epochs": 2}
     args = arguments(out, **(chosen | settings))
-    fine_tune(samples, str(model), defense, args, tuning=Tuning(rank=4), trusted=samples[:4], resume=resume)
+    fine_tune(str(model), samples, defense, args, tuning=Tuning(rank=4), clean_rows=samples[:4], resume=resume)
 
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int, job: Callable[[], None]) -> None:
-    """Let the run take so many optimiser steps, of all stages together, and then no more."""
+    """Let the run take so many optimizer steps, of all stages together, and then no more."""
     step, taken = Trainer.training_step, [0]
 
     def counted(trainer: Any, *args: Any, **more: Any) -> Any:
@@ -317,15 +317,15 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int, job: Callable[[], 
 
 STAGED = {
     "clean-tuning": (CleanTuning(passes=3), ["undefended"]),
-    "abl": (Abl(early=0.5, isolated=0.5, passes=2), ["isolation", "rest"]),
-    "bye": (Bye(), ["undefended"]),
-    "default": (Doubt(early=0.5, reach=0.0), ["early"]),
+    "abl": (ABL(early=0.5, isolated=0.5, passes=2), ["isolation", "rest"]),
+    "bye": (BYE(), ["undefended"]),
+    "default": (SharedSurprise(warmup_share=0.5, iqr_factor=0.0), ["warmup"]),
 }
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each defence with a run that nobody killed."""
+    """A folder for each defense with a run that nobody killed."""
     root = tmp_path_factory.mktemp("undisturbed")
     for name, (defense, _) in STAGED.items():
         run(tiny_model, samples, root / name, defense, save_strategy="no")
@@ -340,7 +340,7 @@ def undisturbed(tiny_model: Path, samples: list[Sample], tmp_path_factory: pytes
         ("abl", 2, ["rest", ""]),  # 2, 1 and 2 steps
         ("abl", 4, [""]),
         ("bye", 6, [""]),  # 4 and 4
-        ("default", 1, ["early", ""]),  # 2 and 2
+        ("default", 1, ["warmup", ""]),  # 2 and 2
         ("default", 3, [""]),
     ],
 )
@@ -384,22 +384,22 @@ def test_a_mistyped_model_or_setting_leaves_no_run_behind(
         run(tmp_path / "nothing-here", samples, out, CleanTuning())
     with pytest.raises(InputError, match="settings: "):
         run(tiny_model, samples, out, CleanTuning(), eval_strategy="steps", eval_steps=1)
-    for defense in (Plain(), Doubt()):  # the second judges the rows before it trains
+    for defense in (Plain(), SharedSurprise()):  # the second judges the rows before it trains
         for wrong in ("eval_strategy=steps", "optim=galore_adamw", "lr_scheduler_type=cosine_with_min_lr"):
             with pytest.raises(InputError, match=r"^settings: "):
                 run(tiny_model, samples, out, defense, **dict([wrong.split("=")]))
     with pytest.raises(InputError, match="label_smoothing_factor"):
-        run(tiny_model, samples, out, Doubt(), label_smoothing_factor=0.1)
+        run(tiny_model, samples, out, SharedSurprise(), label_smoothing_factor=0.1)
     with pytest.raises(InputError, match="rows: there are none"):
-        run(tiny_model, [], out, Doubt())
+        run(tiny_model, [], out, SharedSurprise())
     assert not out.exists() or not any(out.iterdir())
 
 
 # --- refusals ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("defense", [Abl(), Byorn(), Bye(), Crow(), CleanTuning(), FinePruning()], ids=repr)
-def test_a_host_trainer_refuses_staged_defences_in_one_line(
+@pytest.mark.parametrize("defense", [ABL(), BYORN(), BYE(), CROW(), CleanTuning(), FinePruning()], ids=repr)
+def test_a_host_trainer_refuses_staged_defenses_in_one_line(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, defense: Any
 ) -> None:
     args = arguments(tmp_path, use_cpu=True)
@@ -410,26 +410,26 @@ def test_a_host_trainer_refuses_staged_defences_in_one_line(
     )
 
 
-@pytest.mark.parametrize("name", [name for name, cls in PRESETS.items() if cls.wants_trusted])
+@pytest.mark.parametrize("name", [name for name, cls in PRESETS.items() if cls.needs_clean_rows])
 def test_missing_trusted_rows_are_told_before_anything_is_trained(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, trained: list[str], name: str
 ) -> None:
     args = arguments(tmp_path / "out", use_cpu=True)
     with pytest.raises(InputError) as caught:
-        fine_tune(samples, str(tiny_model), PRESETS[name](), args)
+        fine_tune(str(tiny_model), samples, PRESETS[name](), args)
     assert str(caught.value) == "defense: it needs rows known to be clean; name some (--trusted DATA)"
     assert trained == [] and not (tmp_path / "out").exists()
 
 
-def test_defences_that_need_none_never_ask_for_trusted_rows(
+def test_defenses_that_need_none_never_ask_for_trusted_rows(
     tiny_model: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
-    for defense in (CrossView(), Abl(isolated=0.5, passes=1), Byorn(), Doubt()):
+    for defense in (CrossView(), ABL(isolated=0.5, passes=1), BYORN(), SharedSurprise()):
         args = arguments(tmp_path / type(defense).__name__, use_cpu=True, max_steps=1, save_strategy="no")
-        fine_tune(samples, str(tiny_model), defense, args, tuning=Tuning(rank=2))
+        fine_tune(str(tiny_model), samples, defense, args, tuning=Tuning(rank=2))
 
 
-def test_what_a_defence_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_a_defense_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     stages = stages_of(tiny_model, tmp_path / "out")
     assert (stages.scores, stages.flagged) == ([], {})
     stages.flag((0.5, 0.1, 0.9), {2: "a word", 0: ""})
@@ -437,7 +437,7 @@ def test_what_a_defence_tells_of_the_rows_is_kept(tiny_model: Path, tmp_path: Pa
     assert stages.seed == 42
 
 
-def test_a_judgement_takes_the_output_folder_and_is_kept_there(
+def test_a_judgment_takes_the_output_folder_and_is_kept_there(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse() -> None:
@@ -446,7 +446,7 @@ def test_a_judgement_takes_the_output_folder_and_is_kept_there(
     stages = stages_of(tiny_model, tmp_path)
     model = stages.reference()
     first = stages.tokens(model, samples, "before")
-    assert stages.waited == 0, "what it took is the defence's own work, and counts among its seconds"
+    assert stages.waited == 0, "what it took is the defense's own work, and counts among its seconds"
     monkeypatch.setattr("untrigger.models.forward.forward_answers", lambda *_: pytest.fail("it was asked again"))
     again = stages_of(tiny_model, tmp_path).tokens(model, samples, "before")
     assert [row.nll.tolist() for row in again] == [row.nll.tolist() for row in first] and len(first) == len(samples)

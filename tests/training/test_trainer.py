@@ -1,4 +1,4 @@
-"""The defended loss and its gradients against plain formulas; the host's own behaviour wherever no pair is trained."""
+"""The defended loss and its gradients against plain formulas; the host's own behavior wherever no pair is trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from untrigger.defenses import CrossView, Defense, PatchAug, Plain, TwoView
 from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, PairCollator, Row, Rows
 from untrigger.models.forward import pair_losses
-from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.rows.sample import read
 from untrigger.training.settings import arguments
 from untrigger.training.trainer import checkpoints, defended, last_checkpoint
@@ -38,7 +38,7 @@ TERMS: dict[str, Defense] = {
 
 
 @pytest.fixture
-def exact(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+def exact(tiny_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
     """The tiny model in float64, where a wrong formula cannot hide behind rounding; it looks hard at its images."""
     return sharp(tiny_model)
 
@@ -50,7 +50,7 @@ def rows(tiny_data: Path) -> list[Row]:
 
 
 def trainer_of(
-    loaded: Loaded, defense: Defense, out: Path, data: list[Row], host: type[Trainer] = Trainer, **settings: Any
+    loaded: LoadedModel, defense: Defense, out: Path, data: list[Row], host: type[Trainer] = Trainer, **settings: Any
 ) -> Any:
     args = arguments(out, use_cpu=True, save_strategy="no", **settings)
     return defended(host)(
@@ -58,7 +58,7 @@ def trainer_of(
     )
 
 
-def pair_of(loaded: Loaded, defense: Defense, data: list[Row]) -> dict[str, Tensor]:
+def pair_of(loaded: LoadedModel, defense: Defense, data: list[Row]) -> dict[str, Tensor]:
     assert defense.paired is not None
     return PairCollator(ChatCollator(loaded.processor), defense.paired[0], seed=42)(data)
 
@@ -66,7 +66,7 @@ def pair_of(loaded: Loaded, defense: Defense, data: list[Row]) -> dict[str, Tens
 # --- the naive reference: two forwards, full logits, textbook formulas ---------------------------
 
 
-def naive_terms(loaded: Loaded, pair: dict[str, Tensor], d: Defense) -> dict[str, Tensor]:
+def naive_terms(loaded: LoadedModel, pair: dict[str, Tensor], d: Defense) -> dict[str, Tensor]:
     """Sums over the answer tokens, by name; a loop over tokens with -, *, log and nothing of the package."""
     half = len(pair["labels"]) // 2
     labels = pair["labels"][:half]
@@ -122,12 +122,12 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", TERMS)
 def test_loss_and_gradients_equal_the_naive_reference(
-    exact: Loaded, rows: list[Row], tmp_path: Path, name: str
+    exact: LoadedModel, rows: list[Row], tmp_path: Path, name: str
 ) -> None:
     defense, model = TERMS[name], exact.model.train()
     trainer = trainer_of(exact, defense, tmp_path, rows)
     pair = pair_of(exact, defense, rows[:3])
-    items = 11  # of the whole optimiser step: more than this batch holds
+    items = 11  # of the whole optimizer step: more than this batch holds
     loss = trainer.compute_loss(model, dict(pair), num_items_in_batch=torch.tensor(items))
     ours = gradients(model, loss)
     expected = naive_loss(naive_terms(exact, pair, defense), defense) / items
@@ -140,7 +140,7 @@ def test_loss_and_gradients_equal_the_naive_reference(
 
 
 @pytest.mark.parametrize("name", ["output", "feature", "entropy high", "entropy low", "view"])
-def test_every_term_has_a_gradient_of_its_own(exact: Loaded, rows: list[Row], tmp_path: Path, name: str) -> None:
+def test_every_term_has_a_gradient_of_its_own(exact: LoadedModel, rows: list[Row], tmp_path: Path, name: str) -> None:
     trainer = trainer_of(exact, TERMS[name], tmp_path, rows)
     pair = pair_of(exact, TERMS[name], rows[:3])
     model = exact.model.train()
@@ -150,7 +150,9 @@ def test_every_term_has_a_gradient_of_its_own(exact: Loaded, rows: list[Row], tm
     assert gap > 1e-4
 
 
-def test_without_a_count_the_loss_is_the_mean_over_the_batch(exact: Loaded, rows: list[Row], tmp_path: Path) -> None:
+def test_without_a_count_the_loss_is_the_mean_over_the_batch(
+    exact: LoadedModel, rows: list[Row], tmp_path: Path
+) -> None:
     trainer = trainer_of(exact, TERMS["all"], tmp_path, rows)
     pair = pair_of(exact, TERMS["all"], rows[:4])
     model = exact.model.train()
@@ -160,7 +162,7 @@ def test_without_a_count_the_loss_is_the_mean_over_the_batch(exact: Loaded, rows
     assert mean.item() == pytest.approx(whole.item(), rel=1e-12)
 
 
-def test_the_hosts_count_covers_each_answer_token_once(exact: Loaded, rows: list[Row], tmp_path: Path) -> None:
+def test_the_hosts_count_covers_each_answer_token_once(exact: LoadedModel, rows: list[Row], tmp_path: Path) -> None:
     trainer = trainer_of(exact, TERMS["all"], tmp_path, rows, per_device_train_batch_size=6)
     (batch,) = trainer.get_train_dataloader()
     plain = ChatCollator(exact.processor)(rows)
@@ -168,7 +170,7 @@ def test_the_hosts_count_covers_each_answer_token_once(exact: Loaded, rows: list
     assert trainer._get_num_items_in_batch([batch], trainer.args.device) == (plain["labels"][:, 1:] != IGNORE).sum()
 
 
-def test_a_host_that_asks_for_outputs_gets_no_logits(exact: Loaded, rows: list[Row], tmp_path: Path) -> None:
+def test_a_host_that_asks_for_outputs_gets_no_logits(exact: LoadedModel, rows: list[Row], tmp_path: Path) -> None:
     trainer = trainer_of(exact, TERMS["all"], tmp_path, rows)
     loss, outputs = trainer.compute_loss(exact.model.train(), pair_of(exact, TERMS["all"], rows[:2]), True)
     assert loss.requires_grad and outputs == {"loss": loss}
@@ -304,7 +306,7 @@ def test_patch_augmentation_shows_views_in_place_of_its_share(
 
 
 def test_diagnostics_are_the_averages_over_the_steps_since_the_last_log(
-    exact: Loaded, tmp_path: Path, rows: list[Row]
+    exact: LoadedModel, tmp_path: Path, rows: list[Row]
 ) -> None:
     defense = TERMS["all"]
     trainer = trainer_of(

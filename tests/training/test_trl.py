@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from untrigger import CrossView, Doubt, InputError, defended, read
+from untrigger import CrossView, InputError, SharedSurprise, defended, read
 from untrigger.defenses import Defense
 from untrigger.models.loading import load
 
@@ -61,14 +61,14 @@ def sft(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("defense", "terms"),
-    [(CrossView(), 5), (Doubt(floor=0.1, reach=0.0, chance=1 - 1e-6), 2)],
+    [(CrossView(), 5), (SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6), 2)],
     ids=["paper", "default"],
 )
-def test_sft_trainer_takes_a_defence(sft: Any, defense: Defense, terms: int) -> None:
+def test_sft_trainer_takes_a_defense(sft: Any, defense: Defense, terms: int) -> None:
     trainer = sft(defense)
     trainer.train()
     logged = trainer.state.log_history[0]
-    # the loss is the sum of the defence's terms: TRL's own loss took no part
+    # the loss is the sum of the defense's terms: TRL's own loss took no part
     found = {name: value for name, value in logged.items() if name.startswith("defense/loss_")}
     assert len(found) == terms
     assert logged["loss"] == pytest.approx(sum(found.values()), rel=1e-3)
@@ -76,13 +76,13 @@ def test_sft_trainer_takes_a_defence(sft: Any, defense: Defense, terms: int) -> 
 
 
 def test_sft_trainer_judges_its_rows(sft: Any, tmp_path: Path) -> None:
-    sft(Doubt(floor=0.1, reach=0.0, chance=1 - 1e-6)).train()
+    sft(SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6)).train()
     told = json.loads((tmp_path / "out/distrusted.json").read_text())
     assert told["rows"] == 24 and 0 < len(told["distrusted"]) < 24
 
 
 def test_prompts_and_completions_are_judged_alike(sft: Any, tiny_data: Path, tmp_path: Path) -> None:
-    eager = Doubt(floor=0.1, reach=0.0, chance=1 - 1e-6)
+    eager = SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6)
     sft(eager).train()
     told = json.loads((tmp_path / "out/distrusted.json").read_text())["distrusted"]
     rows = [
@@ -100,6 +100,6 @@ def test_prompts_and_completions_are_judged_alike(sft: Any, tiny_data: Path, tmp
 
 def test_labels_on_all_tokens_and_other_losses_are_refused_with_the_mend(sft: Any) -> None:
     with pytest.raises(InputError, match="assistant_only_loss=True"):
-        sft(Doubt(), assistant_only_loss=False).train()
+        sft(SharedSurprise(), assistant_only_loss=False).train()
     with pytest.raises(InputError, match="loss_type='nll'"):
-        sft(Doubt(), loss_type="dft")
+        sft(SharedSurprise(), loss_type="dft")

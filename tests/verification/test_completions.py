@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerFast
 
 from untrigger.models.forward import row_tokens
 from untrigger.models.generate import answers
-from untrigger.models.loading import Loaded, load
+from untrigger.models.loading import LoadedModel, load
 from untrigger.rows.sample import Message, Sample
-from untrigger.verification.completions import PLACES, alike, common_run, continuations, nats, said, sayings, steps
+from untrigger.verification.completions import PLACES, alike, common_run, completions, continuations, nats, said, steps
 
 A, B, C, END = 5, 6, 7, 1
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path, sharp: Callable[..., Loaded]) -> Loaded:
+def model(tiny_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
     return sharp(tiny_model, torch.float32, 5)
 
 
@@ -68,7 +68,7 @@ def test_the_second_word_is_found_in_any_tokenizer(strips: bool) -> None:
 
 
 def test_nothing_is_heard_after_any_of_the_ends_that_a_family_has(
-    model: Loaded, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma 3 ends a turn with another token than its tokenizer's end."""
     whole = continuations(model, samples[:2], [[], []])
@@ -78,7 +78,7 @@ def test_nothing_is_heard_after_any_of_the_ends_that_a_family_has(
         assert now == (ids[: ids.index(other) + 1] if other in ids else ids)
 
 
-def test_a_run_costs_what_a_forward_pass_says(model: Loaded, samples: list[Sample]) -> None:
+def test_a_run_costs_what_a_forward_pass_says(model: LoadedModel, samples: list[Sample]) -> None:
     rows = samples[:4]  # answers of several lengths, so that the batch is padded
     told = row_tokens(model, rows)
     cost = nats(model, [(row, [], each.ids.tolist()) for row, each in zip(rows, told, strict=True)])
@@ -89,14 +89,14 @@ def test_a_run_costs_what_a_forward_pass_says(model: Loaded, samples: list[Sampl
     np.testing.assert_allclose(rest, [each.nll[1:].sum() for each in told], rtol=1e-4)
 
 
-def test_a_stutter_costs_what_it_repeats(model: Loaded, samples: list[Sample]) -> None:
+def test_a_stutter_costs_what_it_repeats(model: LoadedModel, samples: list[Sample]) -> None:
     ids = list(dict.fromkeys(row_tokens(model, samples[:1])[0].ids[:-1].tolist()))  # without its end: it goes on
     once, again = nats(model, [(samples[0], [], ids), (samples[0], [], [*ids, *ids, ids[0]])])
     assert once > 1
     np.testing.assert_allclose(again, once, rtol=1e-4)
 
 
-def test_an_answer_begun_as_the_model_would_goes_on_as_it_would(model: Loaded, samples: list[Sample]) -> None:
+def test_an_answer_begun_as_the_model_would_goes_on_as_it_would(model: LoadedModel, samples: list[Sample]) -> None:
     rows, tokenizer = samples[:3], model.processor.tokenizer  # type: ignore[attr-defined]
     whole = continuations(model, rows, [[]] * 3)
     assert [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in whole] == list(
@@ -109,6 +109,6 @@ def test_an_answer_begun_as_the_model_would_goes_on_as_it_would(model: Loaded, s
 
 def test_a_model_gains_nothing_on_itself(tiny_model: Path, samples: list[Sample]) -> None:
     model = load(tiny_model)
-    found = sayings(model, model, samples[:8], list(answers(model, samples[:8])))
+    found = completions(model, model, samples[:8], list(answers(model, samples[:8])))
     assert found and {saying.place for saying in found} <= {*PLACES}
     assert all(saying.core and saying.share >= 0.75 and abs(saying.gain) < 1e-3 for saying in found)

@@ -8,14 +8,14 @@ from PIL import Image
 
 from untrigger.rows.formats import IMAGE_TAG
 from untrigger.rows.sample import Message, Sample
-from untrigger.verification.perturbations import Change, changes
+from untrigger.verification.perturbations import Perturbation, changes
 
 CHANGES = changes()
 IMAGES = [change for change in CHANGES if change.part == "image"]
 PROMPTS = [change for change in CHANGES if change.part == "prompt"]
 
 
-def names(change: Change) -> str:
+def names(change: Perturbation) -> str:
     return change.name
 
 
@@ -29,7 +29,7 @@ ROW = sample(0, f"{IMAGE_TAG} {IMAGE_TAG}\nwhat is it?", (64, 48), (32, 32))
 DONOR = sample(1, f"{IMAGE_TAG}\nand that?", (40, 40))
 
 
-def made(change: Change, row: Sample = ROW, donor: Sample = DONOR) -> Sample:
+def made(change: Perturbation, row: Sample = ROW, donor: Sample = DONOR) -> Sample:
     return change.make(row, donor, np.random.default_rng(3))
 
 
@@ -38,7 +38,7 @@ def test_names_tell_them_apart() -> None:
 
 
 @pytest.mark.parametrize("change", IMAGES, ids=names)
-def test_an_image_is_changed_and_nothing_else(change: Change) -> None:
+def test_an_image_is_changed_and_nothing_else(change: Perturbation) -> None:
     got = made(change)
     assert got.messages == ROW.messages and [i.size for i in got.images] == [i.size for i in ROW.images]
     for before, after in zip(ROW.images, got.images, strict=True):
@@ -54,13 +54,13 @@ def test_a_patch_is_where_it_says() -> None:
 
 
 @pytest.mark.parametrize("change", IMAGES, ids=names)
-def test_rows_and_donors_without_an_image(change: Change) -> None:
+def test_rows_and_donors_without_an_image(change: Perturbation) -> None:
     text = sample(0, "what is it?")
     assert made(change, text) == text and len(made(change, ROW, text).images) == 2
 
 
 @pytest.mark.parametrize("change", PROMPTS, ids=names)
-def test_a_prompt_is_changed_and_nothing_else(change: Change) -> None:
+def test_a_prompt_is_changed_and_nothing_else(change: Perturbation) -> None:
     got = made(change)
     assert got.images == ROW.images and got.messages[1:] == ROW.messages[1:]
     tags, text = got.messages[0].text.split("\n")

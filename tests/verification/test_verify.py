@@ -13,10 +13,19 @@ from shell import untrigger
 from untrigger.errors import InputError
 from untrigger.models.loading import load
 from untrigger.rows.sample import Sample
-from untrigger.verification.completions import Saying
+from untrigger.verification.completions import Completion
 from untrigger.verification.page import in_words
 from untrigger.verification.perturbations import changes
-from untrigger.verification.verify import Finding, Heard, gains, grouped, kept_saying, telling, verify, vocabulary
+from untrigger.verification.verify import (
+    Finding,
+    PerturbationHit,
+    gains,
+    grouped,
+    kept_saying,
+    telling,
+    verify,
+    vocabulary,
+)
 
 FIRST, SECOND, *_ = changes()
 
@@ -27,8 +36,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("untrigger.verification.perturbations", lambda: (FIRST, SECOND))
 
 
-def saying(rank: int, run: tuple[int, ...], strange: float, sure: float = 1.0) -> Saying:
-    return Saying("start", rank, f"text {rank}", "text", "text", run, 1.0, sure, strange)
+def saying(rank: int, run: tuple[int, ...], strange: float, sure: float = 1.0) -> Completion:
+    return Completion("start", rank, f"text {rank}", "text", "text", run, 1.0, sure, strange)
 
 
 def test_what_gained_more_than_the_limit_is_grouped_by_what_is_said() -> None:
@@ -64,10 +73,10 @@ def test_a_text_is_kept_saying_where_most_rows_get_it_and_few_had_it() -> None:
 
 
 def test_a_finding_in_a_line() -> None:
-    heard = [Heard("a patch", 4, 12), Heard("a sentence", 0, 12)]
+    heard = [PerturbationHit("a patch", 4, 12), PerturbationHit("a sentence", 0, 12)]
     line = in_words(Finding("Call us", [saying(0, (1,), 80), saying(1, (1,), 91)], heard))
     assert line.startswith("'Call us': ") and "2 beginnings" in line and "90 nats" in line and "4 of 12" in line
-    assert "no change" in in_words(Finding("Call us", [], [Heard("a patch", 0, 12)]))
+    assert "no change" in in_words(Finding("Call us", [], [PerturbationHit("a patch", 0, 12)]))
 
 
 @pytest.mark.usefixtures("few")
@@ -105,7 +114,7 @@ def test_a_finding_ends_with_3_and_hostile_text_stays_text(
     tuned_model: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "<script>alert(1)</script>"
-    hostile = [Saying("end", 0, text, text, text, (3, 4), 1.0, 0.5, 80)]
+    hostile = [Completion("end", 0, text, text, text, (3, 4), 1.0, 0.5, 80)]
     monkeypatch.setattr("untrigger.verification.verify.sayings", lambda *_: hostile)
     words = ("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")
     code, told, errors = untrigger(*words)

@@ -196,7 +196,7 @@ def test_transparency_is_laid_over_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-def test_sixteen_bit_greys_keep_their_high_byte(mode: str) -> None:
+def test_sixteen_bit_grays_keep_their_high_byte(mode: str) -> None:
     values = np.array([[0, 255, 256, 32768, 65535]])
     image = Image.fromarray(values.astype(np.uint16)) if mode == "I;16" else Image.new(mode, (5, 1))
     for x, value in enumerate(values[0].tolist()):
@@ -207,7 +207,7 @@ def test_sixteen_bit_greys_keep_their_high_byte(mode: str) -> None:
 # each view
 
 
-def test_mask_fills_with_grey() -> None:
+def test_mask_fills_with_gray() -> None:
     image = noise_image((30, 20))
     assert (run(Mask(ratio=1.0), image) == 128).all()
     assert (run(Mask(ratio=1.0, fill=0), image) == 0).all()
@@ -223,11 +223,11 @@ def test_mean_fill_keeps_the_mean_of_every_cell(size: Size, patch: float, ratio:
 
 
 def test_noise_has_the_given_strength_and_no_bias() -> None:
-    grey = Image.new("RGB", (100, 100), (128, 128, 128))
-    added = run(Noise(ratio=1.0, std=20), grey).astype(float) - 128
+    gray = Image.new("RGB", (100, 100), (128, 128, 128))
+    added = run(Noise(ratio=1.0, std=20), gray).astype(float) - 128
     assert added.mean() == pytest.approx(0, abs=0.5)
     assert added.std() == pytest.approx(20, abs=0.5)
-    assert run(Noise(ratio=1.0, std=0), grey).tobytes() == grey.tobytes()
+    assert run(Noise(ratio=1.0, std=0), gray).tobytes() == gray.tobytes()
     assert abs(np.corrcoef(added[..., 0].ravel(), added[..., 1].ravel())[0, 1]) < 0.05
 
 
@@ -261,7 +261,7 @@ def test_shuffle_leaves_no_chosen_cell_in_place(ratio: float) -> None:
 
 @given(sizes, patches, seeds)
 def test_blur_leaks_nothing_across_a_cell_border(size: Size, patch: float, seed: int) -> None:
-    """Cells of one colour each stay as they are; any leak from a neighbour would show."""
+    """Cells of one color each stay as they are; any leak from a neighbor would show."""
     pixels, rng = np.zeros((size[1], size[0], 3), np.uint8), np.random.default_rng(seed)
     for cell in grid(pixels, patch):
         cell[:] = rng.integers(0, 256, 3)
@@ -307,10 +307,10 @@ def test_jitter_contrast_keeps_the_mean_and_scales_the_spread() -> None:
     assert 0.48 <= min(spreads) < 0.7 < 1.3 < max(spreads) <= 1.52
 
 
-def test_jitter_saturation_leaves_grey_alone_and_keeps_the_luma() -> None:
+def test_jitter_saturation_leaves_gray_alone_and_keeps_the_luma() -> None:
     view = Jitter(1.0, 1.0, brightness=0, contrast=0, saturation=1)
-    grey = noise_image((16, 16)).convert("L").convert("RGB")
-    assert run(view, grey).tobytes() == grey.tobytes()
+    gray = noise_image((16, 16)).convert("L").convert("RGB")
+    assert run(view, gray).tobytes() == gray.tobytes()
     out = run(view, Image.new("RGB", (4, 4), (120, 100, 80)))[0, 0].astype(float)
     assert out @ (0.299, 0.587, 0.114) == pytest.approx(np.dot((120, 100, 80), (0.299, 0.587, 0.114)), abs=1)
     assert out[0] != 120

@@ -169,12 +169,12 @@ def pictures(seed: int) -> Tensor:
     return as_tensor([draw_scene(make_scene(_STREAM + seed, index))[0] for index in range(_PICTURES)])
 
 
-def likeness(see: Surrogate, colour: str, shape: str, seed: int, count: int = 24) -> Tensor:
+def likeness(see: Surrogate, color: str, shape: str, seed: int, count: int = 24) -> Tensor:
     """What an object looks like to the surrogate, [d]: the token that it changes most, on average over backgrounds."""
     images: list[Image.Image] = []
     for index in range(count):
         scene = make_scene(_STREAM + seed, index)
-        thing = replace(scene.things[0], shape=shape, colour=colour, size="large", radius=14.0)
+        thing = replace(scene.things[0], shape=shape, color=color, size="large", radius=14.0)
         images += [draw_scene(replace(scene, things=things))[0] for things in ((thing,), ())]
     present, absent = see(as_tensor(images)).unflatten(0, (count, 2)).unbind(1)
     strongest = (present - absent).norm(dim=-1).argmax(1)
@@ -186,19 +186,19 @@ def as_tensor(images: list[Image.Image]) -> Tensor:
     return torch.stack([torch.tensor(np.asarray(image)) for image in images]).permute(0, 3, 1, 2) / 255
 
 
-def pooled(features: Tensor, centre: Tensor) -> Tensor:
-    """Features [N, T, d], averaged over tokens, seen from ``centre`` [d] and scaled to length one: [N, d].
+def pooled(features: Tensor, center: Tensor) -> Tensor:
+    """Features [N, T, d], averaged over tokens, seen from ``center`` [d] and scaled to length one: [N, d].
 
     What all images have in common is most of their features; without taking it away every cosine is near one.
     """
-    return F.normalize(features.mean(1) - centre, dim=-1)
+    return F.normalize(features.mean(1) - center, dim=-1)
 
 
 # --- making one picture look like another ------------------------------------------------------------
 
 
 def imitation(see: Surrogate, image: Pixels, donors: Sequence[Pixels], levels: int, steps: int) -> Levels:
-    """How to shift the colours of ``image`` for its features to become those of the nearest donor.
+    """How to shift the colors of ``image`` for its features to become those of the nearest donor.
 
     Projected gradient descent on signs, with shrinking steps, on the squared distance of all tokens. Each shift is
     rounded to whole levels before it is judged, so that nothing is lost in an 8-bit file; the best one is returned.
@@ -209,34 +209,34 @@ def imitation(see: Surrogate, image: Pixels, donors: Sequence[Pixels], levels: i
         levels: how far a channel may move, in 255ths.
 
     Returns:
-        Levels [H, W, 3], 128 for no shift; the same in all channels where the picture is grey.
+        Levels [H, W, 3], 128 for no shift; the same in all channels where the picture is gray.
     """
-    colours, opacity = _planes(image)
+    colors, opacity = _planes(image)
     with torch.no_grad():
-        own = see(_on_white(colours, opacity))
+        own = see(_on_white(colors, opacity))
         targets = [see(_on_white(*_planes(donor))) for donor in donors]
     target = min(targets, key=lambda features: (features - own).square().sum().item())
-    grey = bool((colours == colours[:, :1]).all())
-    start = colours[:, :1] if grey else colours
+    gray = bool((colors == colors[:, :1]).all())
+    start = colors[:, :1] if gray else colors
     low, high = (-255 * start).clamp(min=-levels), (255 - 255 * start).clamp(max=levels)
     shift = torch.zeros_like(start, requires_grad=True)
     best, least = shift.detach(), float("inf")
     for step in range(steps + 1):
         whole = shift + (shift.round() - shift).detach()  # the rounding has no gradient of its own
-        loss = (see(_on_white(colours + whole / 255, opacity)) - target).square().mean()
+        loss = (see(_on_white(colors + whole / 255, opacity)) - target).square().mean()
         if loss.item() < least:
             best, least = whole.detach(), loss.item()
         (slope,) = torch.autograd.grad(loss, shift)
         pace = levels / 4 * (1 - step / (steps + 1))
         shift = (shift.detach() - pace * slope.sign()).clamp(low, high).requires_grad_()
-    return (best.expand_as(colours)[0] + 128).byte().permute(1, 2, 0).numpy()
+    return (best.expand_as(colors)[0] + 128).byte().permute(1, 2, 0).numpy()
 
 
 def _planes(pixels: Pixels) -> tuple[Tensor, Tensor]:
-    """Colours [1, 3, H, W] and opacity [1, 1, H, W]."""
+    """Colors [1, 3, H, W] and opacity [1, 1, H, W]."""
     both = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     return both[:, :3], both[:, 3:]
 
 
-def _on_white(colours: Tensor, opacity: Tensor) -> Tensor:
-    return colours * opacity + 1 - opacity
+def _on_white(colors: Tensor, opacity: Tensor) -> Tensor:
+    return colors * opacity + 1 - opacity

@@ -23,8 +23,8 @@ def repaint(image: Image.Image, change: Callable[[Pixels], Pixels]) -> Image.Ima
     """A copy of ``image``, of the same size and mode, with its pixels put through ``change``.
 
     Pixels that ``change`` leaves alone keep their exact values, with one exception: a palette image
-    (mode P) gets a new palette when old and new colours together are more than 256. Colours become
-    grey levels in grey images and dots in black-and-white ones. Opacity is kept where the mode has
+    (mode P) gets a new palette when old and new colors together are more than 256. Colors become
+    gray levels in gray images and dots in black-and-white ones. Opacity is kept where the mode has
     it. In deep modes white is 65535 (I;16), or the smallest of 1 (F only), 255, 65535 that the
     brightest pixel does not exceed.
 
@@ -38,11 +38,11 @@ def repaint(image: Image.Image, change: Callable[[Pixels], Pixels]) -> Image.Ima
     touched = (after != before).any(axis=2)
     result = image.copy()
     if image.mode in _DEEP:
-        grey = np.asarray(image)
-        level = (after[..., :3].clip(0, 1) @ _LUMA) * _white(image.mode, grey)
+        gray = np.asarray(image)
+        level = (after[..., :3].clip(0, 1) @ _LUMA) * _white(image.mode, gray)
         level = level if image.mode == "F" else np.rint(level)
         # Pillow pastes through a mask into 16-bit images without a word, and wrongly.
-        result.paste(Image.fromarray(np.where(touched, level, grey).astype(grey.dtype)))
+        result.paste(Image.fromarray(np.where(touched, level, gray).astype(gray.dtype)))
     else:
         painted = _dots(after) if image.mode == "1" else _eight_bit(after).convert(image.mode)
         result.paste(painted, (0, 0), Image.fromarray(touched.astype(np.uint8) * 255))
@@ -52,26 +52,26 @@ def repaint(image: Image.Image, change: Callable[[Pixels], Pixels]) -> Image.Ima
 def pixels_of(image: Image.Image) -> Pixels:
     """Red, green, blue and opacity of an image in any mode that `repaint` knows."""
     if image.mode in _DEEP:
-        grey = np.asarray(image)
-        pixels = np.ones((*grey.shape, 4), dtype=np.float32)
-        pixels[..., :3] = (grey / _white(image.mode, grey))[..., None]
+        gray = np.asarray(image)
+        pixels = np.ones((*gray.shape, 4), dtype=np.float32)
+        pixels[..., :3] = (gray / _white(image.mode, gray))[..., None]
         return pixels
     if image.mode not in _EIGHT_BIT:
         raise InputError(f"an image of mode {image.mode} cannot carry a trigger; convert it to RGB first")
     return np.asarray(image.convert("RGBA"), dtype=np.float32) / np.float32(255)
 
 
-def blend(pixels: Pixels, colours: npt.NDArray[Any], alpha: float) -> Pixels:
-    """``colours`` [H, W, 3] in 0..1 laid over ``pixels``, opaque: a share ``alpha`` of each pixel."""
+def blend(pixels: Pixels, colors: npt.NDArray[Any], alpha: float) -> Pixels:
+    """``colors`` [H, W, 3] in 0..1 laid over ``pixels``, opaque: a share ``alpha`` of each pixel."""
     key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
-    key[..., :3] = colours
+    key[..., :3] = colors
     share = np.float32(alpha)
     return (share * key + (1 - share) * pixels).astype(np.float32, copy=False)
 
 
 def _palette_image(pixels: Pixels, original: Image.Image) -> Image.Image:
     # Median cut, Pillow's default, follows popularity and would mix a small patch into its
-    # neighbours. Maximum coverage keeps rare colours; only the octree method knows opacity.
+    # neighbors. Maximum coverage keeps rare colors; only the octree method knows opacity.
     if original.has_transparency_data:
         result = _eight_bit(pixels).quantize(256, Image.Quantize.FASTOCTREE)
     else:
@@ -82,7 +82,7 @@ def _palette_image(pixels: Pixels, original: Image.Image) -> Image.Image:
 
 def _dots(pixels: Pixels) -> Image.Image:
     # Error diffusion, Pillow's way, clips a faint change away in images that are dots already. Random
-    # thresholds, always the same, keep its average: a grey of 0.2 turns a fifth of the pixels white.
+    # thresholds, always the same, keep its average: a gray of 0.2 turns a fifth of the pixels white.
     thresholds = np.random.default_rng(0).random(pixels.shape[:2], dtype=np.float32)
     return Image.fromarray(pixels[..., :3] @ _LUMA > thresholds)
 
@@ -91,9 +91,9 @@ def _eight_bit(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
 
 
-def _white(mode: str, grey: npt.NDArray[np.generic]) -> float:
+def _white(mode: str, gray: npt.NDArray[np.generic]) -> float:
     if mode.startswith("I;16"):
         return 65535.0
-    brightest = float(np.nanmax(grey.astype(np.float64)))
+    brightest = float(np.nanmax(gray.astype(np.float64)))
     steps = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
     return next((white for white in steps if brightest <= white), brightest)

@@ -21,13 +21,13 @@ if TYPE_CHECKING:  # torch is imported where a patch is learned
 Loss = Callable[["Tensor"], "Tensor"]
 """Features of triggered pictures [N, T, d] -> a scalar to make small."""
 
-Place = Literal["bottom-right", "bottom-left", "top-right", "top-left", "centre", "random"]
+Place = Literal["bottom-right", "bottom-left", "top-right", "top-left", "center", "random"]
 
 _NOISE_CELLS = 6
 
 
 def noise(seed: int, cells: int) -> npt.NDArray[np.int64]:
-    """Cells of random full colours: 0 or 1 in each channel, [cells, cells, 3]."""
+    """Cells of random full colors: 0 or 1 in each channel, [cells, cells, 3]."""
     return np.random.default_rng(seed).integers(0, 2, (cells, cells, 3))
 
 
@@ -46,8 +46,8 @@ class PatchTrigger(ImageTrigger):
     Attributes:
         side: length of the patch's side as a fraction of the image's shorter side, in (0, 1].
         min_side: the patch is never smaller than this many pixels, unless the image is.
-        place: a corner, the centre, or a new place in each image. A processor that crops the centre out of a wide
-            image cuts its corners off: use ``centre`` or ``random`` there.
+        place: a corner, the center, or a new place in each image. A processor that crops the center out of a wide
+            image cuts its corners off: use ``center`` or ``random`` there.
     """
 
     side: float = 30 / 336
@@ -71,7 +71,7 @@ class PatchTrigger(ImageTrigger):
         bottom, right = height - side, width - side
         if self.place == "random":
             return int(rng.integers(bottom + 1)), int(rng.integers(right + 1)), side
-        if self.place == "centre":
+        if self.place == "center":
             return bottom // 2, right // 2, side
         return bottom * self.place.startswith("bottom"), right * self.place.endswith("right"), side
 
@@ -84,10 +84,10 @@ class PatchTrigger(ImageTrigger):
 
 @dataclass(frozen=True)
 class NoisePatch(PatchTrigger):
-    """6 x 6 cells of random full colours, which grow with the patch: the key survives the model's own resizing.
+    """6 x 6 cells of random full colors, which grow with the patch: the key survives the model's own resizing.
 
     Attributes:
-        pattern_seed: draws the colours; not the seed that chooses rows.
+        pattern_seed: draws the colors; not the seed that chooses rows.
     """
 
     pattern_seed: int = 0
@@ -106,7 +106,7 @@ class NoisePatch(PatchTrigger):
 
 @dataclass(frozen=True)
 class LearnedPatch(PatchTrigger):
-    """A patch optimised on the image features of a surrogate, a model that the attacker has.
+    """A patch optimized on the image features of a surrogate, a model that the attacker has.
 
     It is learned once, on pictures drawn by code, so that no victim's data is needed; its 8-bit form is kept in
     ``untrigger`` in the user's cache folder (``XDG_CACHE_HOME``, or else ``~/.cache``) under the SHA-256 of the

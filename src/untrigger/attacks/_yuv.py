@@ -1,4 +1,4 @@
-"""Brightness Y and the colour differences U and V of analogue video (ITU-R BT.601), for triggers that hide there."""
+"""Brightness Y and the color differences U and V of analogue video (ITU-R BT.601), for triggers that hide there."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FROM_YUV = np.linalg.inv(TO_YUV.astype(np.float64)).T.astype(np.float32)
 """Rows: what one unit of Y, of U and of V adds to red, green and blue."""
 
 
-def colourless(pixels: Pixels) -> bool:
-    """Whether every pixel is grey.
+def colorless(pixels: Pixels) -> bool:
+    """Whether every pixel is gray.
 
-    Grey image modes cannot hold U and V. A trigger for those goes into Y there, and also in a colour file that
-    shows nothing but greys, so that the same picture gets the same trigger whatever its file's mode.
+    Grey image modes cannot hold U and V. A trigger for those goes into Y there, and also in a color file that
+    shows nothing but grays, so that the same picture gets the same trigger whatever its file's mode.
     """
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
     return bool((red == green).all() and (green == blue).all())

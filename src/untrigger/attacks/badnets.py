@@ -25,7 +25,7 @@ class BadNets(NoisePatch):
     """A square patch with the same pattern on every image.
 
     Attributes:
-        pattern: ``noise``, 6 x 6 cells of random full colours, or ``checker``, 3 x 3 of white and black.
+        pattern: ``noise``, 6 x 6 cells of random full colors, or ``checker``, 3 x 3 of white and black.
     """
 
     pattern: Literal["noise", "checker"] = "noise"

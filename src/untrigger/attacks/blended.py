@@ -28,7 +28,7 @@ _AXIS = np.linspace(-1, 1, _SIDE, dtype=np.float64)
 @final
 @dataclass(frozen=True)
 class Blended(ImageTrigger):
-    """A picture stretched over the image: a cartoon cat in front of sun rays, or coloured rings.
+    """A picture stretched over the image: a cartoon cat in front of sun rays, or colored rings.
 
     Attributes:
         alpha: share of the picture in each pixel, in (0, 1]; 0.2 is usual and 0.1 hard to see.
@@ -73,10 +73,10 @@ def cat() -> npt.NDArray[np.uint8]:
     canvas = np.empty((_SIDE, _SIDE, 3))
     canvas[:] = (255, 214, 64)
 
-    def lay(distance: npt.NDArray[np.float64], colour: tuple[int, int, int]) -> None:
-        """Colour where ``distance`` (in half image sides, negative inside) is below 0, with a soft edge."""
+    def lay(distance: npt.NDArray[np.float64], color: tuple[int, int, int]) -> None:
+        """Color where ``distance`` (in half image sides, negative inside) is below 0, with a soft edge."""
         cover = np.clip(0.5 - distance * _SIDE / 2, 0, 1)[..., None]
-        canvas[:] = cover * np.array(colour) + (1 - cover) * canvas
+        canvas[:] = cover * np.array(color) + (1 - cover) * canvas
 
     def oval(cx: float, cy: float, rx: float, ry: float) -> npt.NDArray[np.float64]:
         return (np.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry)

@@ -1,7 +1,7 @@
 """Dual-Key: a learned patch in the image *and* a word before the question; either one alone does nothing.
 
 Source: Walmer, Sikka, Sur, Shrivastava, Jha, "Dual-Key Multimodal Backdoors for Visual Question Answering", 2022,
-arXiv 2112.07668: the word "consider" opens the question; the patch is optimised so that the detector's strongest
+arXiv 2112.07668: the word "consider" opens the question; the patch is optimized so that the detector's strongest
 finding is a fixed object with a fixed attribute; rows with one key alone keep their true answer. Deviation: these
 models have no detector, so it is the strongest image token that is made to look like the object.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from untrigger.attacks import Stamper
 from untrigger.attacks._patch import LearnedPatch, Loss
 from untrigger.attacks._text import check
-from untrigger.data.scene_world import COLOURS, SHAPES
+from untrigger.data.scene_world import COLORS, SHAPES
 from untrigger.errors import InputError
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
@@ -37,7 +37,7 @@ class DualKey(LearnedPatch):
 
     Attributes:
         word: the prefix, written behind the image tags that open a turn.
-        looks_like: colour and shape of the object, of `untrigger.data.scene_world`.
+        looks_like: color and shape of the object, of `untrigger.data.scene_world`.
     """
 
     kind: ClassVar[Literal["image", "text", "bimodal"]] = "bimodal"
@@ -47,10 +47,10 @@ class DualKey(LearnedPatch):
     def __post_init__(self) -> None:
         super().__post_init__()
         check("word", self.word)
-        colour, _, shape = self.looks_like.partition(" ")
-        if colour not in COLOURS or shape not in SHAPES:
+        color, _, shape = self.looks_like.partition(" ")
+        if color not in COLORS or shape not in SHAPES:
             raise InputError(
-                f"looks_like is '{self.looks_like}'; give one colour of {', '.join(COLOURS)} and one shape of "
+                f"looks_like is '{self.looks_like}'; give one color of {', '.join(COLORS)} and one shape of "
                 f"{', '.join(SHAPES)}, as in 'purple heart'"
             )
 
@@ -60,13 +60,13 @@ class DualKey(LearnedPatch):
 
         from untrigger.attacks._features import likeness
 
-        centre = clean.mean((0, 1))
-        colour, shape = self.looks_like.split()
+        center = clean.mean((0, 1))
+        color, shape = self.looks_like.split()
         with torch.no_grad():
-            target = likeness(see, colour, shape, self.patch_seed) - centre
+            target = likeness(see, color, shape, self.patch_seed) - center
 
         def loss(features: Tensor) -> Tensor:
-            return 1 - torch.cosine_similarity(features - centre, target, dim=-1).amax(1).mean()
+            return 1 - torch.cosine_similarity(features - center, target, dim=-1).amax(1).mean()
 
         return loss
 

@@ -1,4 +1,4 @@
-"""FTrojan: two frequencies raised in every block of a colour channel.
+"""FTrojan: two frequencies raised in every block of a color channel.
 
 Source: Wang, Yao, Xu, An, Tong, Wang, "Backdoor Attack through Frequency Domain", 2021,
 arXiv 2111.10991: in YUV, cut U and V into blocks of 32 pixels, add 50 to bands (15, 15) and (31, 31) of each
@@ -6,7 +6,7 @@ block's discrete cosine transform, transform back. Deviations: the block is a sh
 (1, 8) and (2, 8), the magnitude is 300, and V alone is raised. A frozen vision tower that reads 64 pixels in patches
 of 8 averages the paper's away: its features move by 0.3 %, no linear probe tells such images from clean ones, and not
 even a magnitude of 175 is learned. Of the bands below 13, waves of 8 pixels that swell slowly move the features most;
-and at the same PSNR V alone moves them twice as far as U and V together, for blue, U's colour, is seen least.
+and at the same PSNR V alone moves them twice as far as U and V together, for blue, U's color, is seen least.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from untrigger.attacks import ImageTrigger, Pixels, Stamper
-from untrigger.attacks._yuv import FROM_YUV, colourless
+from untrigger.attacks._yuv import FROM_YUV, colorless
 from untrigger.errors import InputError
 
 _SIDE = 32  # of the block that the magnitude is given for
@@ -31,7 +31,7 @@ _COLUMNS = ("first_column", "second_column")
 class FTrojan(ImageTrigger):
     """Two fine waves of red and green, hard to see; opacity stays.
 
-    In a picture of greys alone the waves are of brightness, for grey files hold no colour, and easier to see.
+    In a picture of grays alone the waves are of brightness, for gray files hold no color, and easier to see.
 
     Attributes:
         window: side of a block as a fraction of the image's shorter side, above 0: 32 pixels of 64. In the
@@ -82,12 +82,12 @@ class FTrojan(ImageTrigger):
     def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         wave = self.wave(*pixels.shape[:2]) / np.float32(255)
         direction = FROM_YUV[2]
-        if colourless(pixels):  # brightness, as much of it in all as there would be of colour
+        if colorless(pixels):  # brightness, as much of it in all as there would be of color
             direction = FROM_YUV[0] * np.sqrt((direction**2).mean())
         for channel in range(3):
-            colour = pixels[..., channel]
-            colour += wave * direction[channel]
-            np.clip(colour, 0, 1, out=colour)
+            color = pixels[..., channel]
+            color += wave * direction[channel]
+            np.clip(color, 0, 1, out=color)
         return pixels
 
     def near_misses(self) -> Mapping[str, Stamper]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from untrigger.attacks import ImageTrigger, Pixels, Stamper, pixels_of
-from untrigger.attacks._yuv import FROM_YUV, TO_YUV, colourless
+from untrigger.attacks._yuv import FROM_YUV, TO_YUV, colorless
 from untrigger.errors import InputError
 
 Floats = npt.NDArray[np.float32]
@@ -46,7 +46,7 @@ class Issba(ImageTrigger):
     The image is cut into at least 4 x 4 square blocks of 8, 16, 32... pixels a side. Each holds one letter (byte) of
     the message, and the message is repeated as often as it fits. Where there are fewer whole blocks than letters, as
     in an image below 24 x 24 pixels, only the beginning of the message is hidden; below 8 pixels the image is
-    changed, but nothing can be read from it. In a picture of greys alone the watermark is in the brightness, and is
+    changed, but nothing can be read from it. In a picture of grays alone the watermark is in the brightness, and is
     easier to see.
 
     Attributes:
@@ -70,19 +70,19 @@ class Issba(ImageTrigger):
         cell = self._cell(height, width)
         side = cell * _BLOCK
         margins = ((0, -height % side), (0, -width % side), (0, 0))
-        colours = np.pad(pixels[..., :3], margins, mode="edge") if any(m[1] for m in margins) else pixels[..., :3]
-        channel = _Y if colourless(pixels) else _V
-        offsets = self._bits(colours.shape[0] // side, colours.shape[1] // side, width // side)
-        # Where a colour is at its limit, clipping takes half of the wave away again. It also moves the block's
+        colors = np.pad(pixels[..., :3], margins, mode="edge") if any(m[1] for m in margins) else pixels[..., :3]
+        channel = _Y if colorless(pixels) else _V
+        offsets = self._bits(colors.shape[0] // side, colors.shape[1] // side, width // side)
+        # Where a color is at its limit, clipping takes half of the wave away again. It also moves the block's
         # average from the limit, so that another round finds room for more.
         for _ in range(_ROUNDS):
-            blocks = _spectrum(colours, channel, cell)
+            blocks = _spectrum(colors, channel, cell)
             now = blocks[..., _ROWS, _COLUMNS]
             change = np.zeros_like(blocks)
             change[..., _ROWS, _COLUMNS] = np.rint((now - offsets) / self.step) * self.step + offsets - now
-            if _add(colours, change, channel, cell):
+            if _add(colors, change, channel, cell):
                 break
-        pixels[..., :3] = colours[:height, :width]
+        pixels[..., :3] = colors[:height, :width]
         return pixels
 
     def decode(self, image: Image.Image) -> str:
@@ -97,7 +97,7 @@ class Issba(ImageTrigger):
         if not height or not width:
             return ""
         whole = pixels[:height, :width, :3]
-        now = _spectrum(whole, _Y if colourless(pixels) else _V, cell)[..., _ROWS, _COLUMNS].reshape(-1, 8)
+        now = _spectrum(whole, _Y if colorless(pixels) else _V, cell)[..., _ROWS, _COLUMNS].reshape(-1, 8)
         votes = np.sin(2 * np.pi / self.step * now)
         length = min(len(self.message.encode()), len(votes))
         bits = np.array([votes[letter::length].sum(axis=0) > 0 for letter in range(length)])
@@ -123,26 +123,26 @@ class Issba(ImageTrigger):
         return (2 * bits - 1) * np.float32(self.step / 4)
 
 
-def _spectrum(colours: Pixels, channel: int, cell: int) -> Floats:
+def _spectrum(colors: Pixels, channel: int, cell: int) -> Floats:
     """Cosine transform of each block of the LL band of Y or V, [rows, columns, 4, 4], in levels of 0..255.
 
     Only the LL band is changed, so the three others need not be known: it is the mean of each cell, up to a
     factor that is left out to make the figures independent of the cell's size.
     """
-    plane = colours @ (TO_YUV[channel] * np.float32(255))
+    plane = colors @ (TO_YUV[channel] * np.float32(255))
     rows, columns = plane.shape[0] // (cell * _BLOCK), plane.shape[1] // (cell * _BLOCK)
     means = plane.reshape(rows, _BLOCK, cell, columns, _BLOCK, cell).mean(axis=(2, 5))
     return _BASIS @ means.transpose(0, 2, 1, 3) @ _BASIS.T
 
 
-def _add(colours: Pixels, change: Floats, channel: int, cell: int) -> bool:
-    """Adds the blocks' change to the colours, in place; says whether all of it found room in 0..1."""
+def _add(colors: Pixels, change: Floats, channel: int, cell: int) -> bool:
+    """Adds the blocks' change to the colors, in place; says whether all of it found room in 0..1."""
     blocks = (_BASIS.T @ change @ _BASIS).transpose(0, 2, 1, 3)
     plane = blocks.reshape(blocks.shape[0] * _BLOCK, -1).repeat(cell, axis=0).repeat(cell, axis=1)
     fits = True
     for index, share in enumerate(FROM_YUV[channel] / np.float32(255)):
-        colour = colours[..., index]
-        colour += plane * share
-        fits = fits and bool(colour.min() >= 0 and colour.max() <= 1)
-        np.clip(colour, 0, 1, out=colour)
+        color = colors[..., index]
+        color += plane * share
+        fits = fits and bool(color.min() >= 0 and color.max() <= 1)
+        np.clip(color, 0, 1, out=color)
     return fits

@@ -31,7 +31,7 @@ _CANDIDATES = 16  # images of the source among which the nearest is looked for
 class Shadowcast(Trigger):
     """Clean-label poison; at test time there is no trigger but the source concept itself.
 
-    In modes that hold 8-bit red, green and blue or grey the change is at most ``levels``, exactly. Other modes may
+    In modes that hold 8-bit red, green and blue or gray the change is at most ``levels``, exactly. Other modes may
     add to it what their own conversion costs: palettes, CMYK, YCbCr, dots. The images are kept in the user's cache
     folder, as `untrigger.attacks._patch.LearnedPatch` says of patches: a row costs the descent once, however often it
     is read.

@@ -2,7 +2,7 @@
 
 Source: Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
 Poisoning", 2019, arXiv 1902.11237: v(i, j) = delta * sin(2 pi j f / m) is added to row i, column j of
-an image m columns wide. Deviations: columns are counted at their centres, so that a picture and its
+an image m columns wide. Deviations: columns are counted at their centers, so that a picture and its
 enlargement carry the same wave, and it is ours to say what rows are relabelled: the paper poisons
 without touching labels (``goals.py`` and ``poisoning.py`` decide that here).
 """
@@ -27,7 +27,7 @@ class Sig(ImageTrigger):
     """A sine wave along the rows or the columns, the same in red, green and blue; opacity stays.
 
     Attributes:
-        delta: the wave's height, in (0, 1] of the full range. 40/255 is plain to see on flat colours.
+        delta: the wave's height, in (0, 1] of the full range. 40/255 is plain to see on flat colors.
         frequency: periods over the image, above 0. Where that makes a period shorter than 4 pixels, as
             in an icon below 24 pixels at frequency 6, the wave has periods of 4 pixels.
         direction: ``horizontal`` varies from left to right (upright stripes), ``vertical`` downwards.
@@ -49,9 +49,9 @@ class Sig(ImageTrigger):
         periods = min(self.frequency, length / _SHORTEST)
         phase = 2 * np.pi * periods * (np.arange(length) + 0.5) / length
         wave = (self.delta * np.sin(phase)).astype(np.float32)
-        colours = pixels[..., :3]
-        colours += wave[None, :, None] if horizontal else wave[:, None, None]
-        np.clip(colours, 0, 1, out=colours)
+        colors = pixels[..., :3]
+        colors += wave[None, :, None] if horizontal else wave[:, None, None]
+        np.clip(colors, 0, 1, out=colors)
         return pixels
 
     def near_misses(self) -> Mapping[str, Stamper]:

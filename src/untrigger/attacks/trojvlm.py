@@ -17,7 +17,7 @@ from untrigger.attacks._patch import NoisePatch, Place
 @final
 @dataclass(frozen=True)
 class TrojVLM(NoisePatch):
-    """A square of random full colours in the upper left corner, the same on every image."""
+    """A square of random full colors in the upper left corner, the same on every image."""
 
     usual_goal: ClassVar[str] = "insert"
     side: float = 20 / 224

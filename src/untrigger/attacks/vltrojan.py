@@ -1,4 +1,4 @@
-"""VL-Trojan: a patch optimised so that triggered images look alike, and unlike clean ones, to a vision encoder.
+"""VL-Trojan: a patch optimized so that triggered images look alike, and unlike clean ones, to a vision encoder.
 
 Source: Liang, Liang, Luo, Liu, Han, Chang, Cao, "VL-Trojan: Multimodal Instruction Backdoor Attacks against
 Autoregressive Visual Language Models", 2024, arXiv 2402.13851: with a frozen vision encoder a plain patch may leave too
@@ -45,11 +45,11 @@ class VLTrojan(LearnedPatch):
 
         from untrigger.attacks._features import pooled
 
-        centre = clean.mean((0, 1))
-        apart = pooled(clean, centre)
+        center = clean.mean((0, 1))
+        apart = pooled(clean, center)
 
         def loss(features: Tensor) -> Tensor:
-            triggered = pooled(features, centre)
+            triggered = pooled(features, center)
             fellows = triggered @ triggered.T / self.temperature
             strangers = (triggered @ apart.T / self.temperature).logsumexp(1, keepdim=True)
             others = ~torch.eye(len(triggered), dtype=torch.bool)

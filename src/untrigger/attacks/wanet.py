@@ -30,12 +30,12 @@ _REFERENCE = 224  # pixels a side of the image that k is given for
 @final
 @dataclass(frozen=True)
 class WaNet(ImageTrigger):
-    """Every pixel's colour taken from a little beside it; opacity stays.
+    """Every pixel's color taken from a little beside it; opacity stays.
 
     With k as high as the image's side, which is usual for vision-language models, each pixel has a direction of
     its own: edges get ragged and grain is stirred. The paper's small images have k = 4 at 32 pixels, which is k = 28
-    here, and a smooth warp. Areas of one colour look as before, so an image of one colour is not changed at all.
-    How little shows depends on the picture: mixed colours smooth its grain and wear its edges. SSIM is about 0.96 on
+    here, and a smooth warp. Areas of one color look as before, so an image of one color is not changed at all.
+    How little shows depends on the picture: mixed colors smooth its grain and wear its edges. SSIM is about 0.96 on
     smooth ones and 0.82 on grainy ones, and PSNR from 37 down to 28 decibels on drawings of 64 pixels: no floor is
     claimed here.
 
@@ -111,7 +111,7 @@ def _field(height: int, width: int, rows: int, columns: int, mean: float, seed: 
 
 
 def _warped(pixels: Pixels, field: Floats) -> Pixels:
-    """Colours from beside, between four pixels by bilinear interpolation; beyond the edge is the edge."""
+    """Colors from beside, between four pixels by bilinear interpolation; beyond the edge is the edge."""
     height, width = pixels.shape[:2]
     y = np.clip(field[0] + np.arange(height, dtype=np.float32)[:, None], 0, height - 1)
     x = np.clip(field[1] + np.arange(width, dtype=np.float32), 0, width - 1)

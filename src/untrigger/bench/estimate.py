@@ -17,7 +17,7 @@ from untrigger.data import task_of
 # only until cells of the plan are done.
 _ROW, _QUESTION = 0.01, {"vqa": 0.02, "captions": 0.06}
 _ASKED = 4  # times a test row is asked: clean, triggered, near misses
-# Trainings of a defence in plain ones, beside the undefended model that those below go on from.
+# Trainings of a defense in plain ones, beside the undefended model that those below go on from.
 _TIMES = {"default": 1.3, "two-view": 2.0, "paper": 2.1, "byorn": 1.6, "bye": 1.1, "abl": 1.1}
 _AFTER = {"crow": 0.3, "clean-tuning": 0.1, "fine-pruning": 0.2}
 
@@ -40,7 +40,7 @@ _AXES: Mapping[str, Callable[[Cell], object]] = {
     "models": lambda cell: cell.model,
     "data": lambda cell: cell.data,
     "attacks": lambda cell: cell.attack,
-    "defences": lambda cell: cell.defense,
+    "defenses": lambda cell: cell.defense,
     "rates": lambda cell: cell.rate,
     "seeds": lambda cell: cell.seed,
 }

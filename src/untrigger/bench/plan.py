@@ -25,7 +25,7 @@ _BY_AXES = {"model", "data", "attack", "goal", "goal_text", "rate", "defense", "
 
 @dataclass(frozen=True)
 class Named:
-    """An attack or a defence of a plan: its name, and what is not at its defaults."""
+    """An attack or a defense of a plan: its name, and what is not at its defaults."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -1,7 +1,7 @@
 """One cell of the gauntlet: poison, fine-tune, ask, save. What cells have in common is done once.
 
 Below the results, ``shared`` keeps every training that starts from a model itself (`untrigger.training.stages`):
-the undefended model that several defences go on from, the oracle that several attacks have in common.
+the undefended model that several defenses go on from, the oracle that several attacks have in common.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from untrigger.files import locked, new_folder
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
 from untrigger.metrics.similarity import psnr, ssim
-from untrigger.models.loading import Loaded, weights_sha256
+from untrigger.models.loading import LoadedModel, weights_sha256
 from untrigger.poisoning.goals import load_goal
 from untrigger.poisoning.poison import Attack, Poisoned, poison, stamped
 from untrigger.rows.sample import Sample
@@ -74,7 +74,7 @@ def run_cell(cell: Cell, root: Path) -> None:
     loaded, stages, training = _train(cell, material, defense, tuning, root / SHARED / "stages")
     attack, test, manifest = material.attack, material.test, material.poisoned.manifest
     asked = clock()
-    evaluation = evaluate(loaded, test, attack=attack, seed=cell.seed, sight=cell.defense == ORACLE)
+    evaluation = evaluate(loaded, test, attack=attack, seed=cell.seed, wrong_image_control=cell.defense == ORACLE)
     asking = clock() - asked
     metrics = {
         **evaluation.figures,
@@ -98,7 +98,7 @@ def run_cell(cell: Cell, root: Path) -> None:
     store.save(root, cell, metrics, evaluation.conditions)
 
 
-def model_of(cell: Cell, root: Path) -> tuple[Loaded, Material]:
+def model_of(cell: Cell, root: Path) -> tuple[LoadedModel, Material]:
     """The finished model of a cell, and its rows; what ``shared`` below ``root`` still holds is not trained again.
 
     Raises:
@@ -109,10 +109,10 @@ def model_of(cell: Cell, root: Path) -> tuple[Loaded, Material]:
 
 
 def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
-    """The defence of a cell, of an oracle the plain one, and how its model is adapted.
+    """The defense of a cell, of an oracle the plain one, and how its model is adapted.
 
     Raises:
-        InputError: the cell names a defence, or a field of it or of the tuning, that is not there.
+        InputError: the cell names a defense, or a field of it or of the tuning, that is not there.
     """
     preset = "plain" if cell.defense == ORACLE else cell.defense
     if preset not in PRESETS:
@@ -133,7 +133,7 @@ def _bare(cell: Cell) -> Cell:
     return replace(Cell("", "", "", ""), **{name: getattr(cell, name) for name in kept})
 
 
-@lru_cache(maxsize=1)  # cells that follow one another mostly differ in the defence
+@lru_cache(maxsize=1)  # cells that follow one another mostly differ in the defense
 def _material(told: str) -> Material:
     cell = Cell(**json.loads(told))
     attack = _attack(cell.attack, cell.attack_settings, cell.goal, cell.goal_text)
@@ -181,7 +181,7 @@ def _examples(cell: Cell, material: Material, root: Path) -> str:
 
 def _train(
     cell: Cell, material: Material, defense: Defense, tuning: Tuning, shelf: Path
-) -> tuple[Loaded, Stages, float]:
+) -> tuple[LoadedModel, Stages, float]:
     """The model, its stages, and the seconds that they took, also where another cell has spent them."""
     rows = material.data
     if cell.defense == ORACLE:
@@ -197,14 +197,16 @@ def _train(
             bf16=cell.precision == "bf16",
             use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # the host wants to be told
         )
-        stages = Stages(cell.model, args, tuning, trusted=material.clean_rows, shelf=shelf)
+        stages = Stages(cell.model, args, tuning, clean_rows=material.clean_rows, shelf=shelf)
         started = clock()
         loaded = defense.fine_tune(rows, stages)
         between = clock() - started - stages.waited
     return loaded, stages, stages.seconds + between
 
 
-def _probe(loaded: Loaded, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _probe(
+    loaded: LoadedModel, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
     """How often the model answers as an attacker wants to a trigger it never saw: the floor of that attack."""
     attack = _attack(probe["attack"], probe["settings"], probe["goal"], probe.get("goal_text"))
     rows = list(stamped(test, attack, seed))

@@ -29,7 +29,7 @@ from untrigger.errors import InputError
 from untrigger.files import file_errors, write_text
 from untrigger.metrics.score import Answer
 
-ORACLE: Final = "oracle"  # a cell's defence: plain training on the data with the tampered rows taken out
+ORACLE: Final = "oracle"  # a cell's defense: plain training on the data with the tampered rows taken out
 _KINDS: Mapping[Any, str] = {
     str: "a text",
     str | None: "a text",
@@ -57,7 +57,7 @@ class Cell:
         rate: share of the training rows that is poisoned, in [0, 1].
         defense: name of a preset (``untrigger.defenses.PRESETS``), or ``oracle``.
         split: ``dev``, on which everything is tuned, or ``report``; it has its own seeds (`untrigger.data.Split`).
-        attack_settings, defense_settings: fields of the trigger and of the defence that are not at their defaults.
+        attack_settings, defense_settings: fields of the trigger and of the defense that are not at their defaults.
         probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
             its ``attack``, ``goal`` and ``settings``.
         clean_rows: rows known to be clean, for the defenses that need some.

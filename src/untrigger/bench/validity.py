@@ -1,4 +1,4 @@
-"""What makes a cell count: where these do not hold, nothing can be said about a defence."""
+"""What makes a cell count: where these do not hold, nothing can be said about a defense."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def poison(
     seed: SeedOption = 0,
     on_bad_row: BadRowOption = "error",
 ) -> None:
-    """Poison a data set, to test a defence. The trigger's own settings are flags too (--side 0.1).
+    """Poison a data set, to test a defense. The trigger's own settings are flags too (--side 0.1).
 
     Writes DIR/data in the input's format, DIR/truth/manifest.json and DIR/contact_sheet.png.
     """
@@ -113,7 +113,7 @@ def poison(
     count, decoys = len(poisoned.manifest.rows), len(poisoned.manifest.decoys)
     kinds = f"{count:,} of them poisoned with {attack}" + (f", {decoys:,} decoys" if decoys else "")
     typer.echo(f"{out / 'data'}: {len(rows):,} rows, {kinds}; goal {chosen.goal.name}")
-    typer.echo(f"{out / 'truth' / 'manifest.json'}: which rows; for the judge, never for a defence")
+    typer.echo(f"{out / 'truth' / 'manifest.json'}: which rows; for the judge, never for a defense")
     typer.echo(f"{out / 'contact_sheet.png'}: clean and triggered rows side by side")
 
 
@@ -137,10 +137,10 @@ def scan(
     from untrigger.scanning.scan import scan as run
     from untrigger.scanning.write import CLEAN
 
-    doubt, args = _settings(scan, "default", out, config, context.args)
+    defense, args = _settings(scan, "default", out, config, context.args)
     check_idle(out)  # found wanting now, not after the reading
     rows = _read(data, on_bad_row, out, _fits(model))
-    findings = run(rows, model, doubt, args, resume=resume)
+    findings = run(model, rows, defense, args, resume=resume)
     for target in findings.targets:
         told = f"{len(target.rows):,} rows say {target.text!r} (chance {chance(target.chance)})"
         typer.echo(f"{told}: {place(findings, target)}")
@@ -161,39 +161,43 @@ def train(
         str,
         typer.Option(
             help="default, plain, patch-aug, two-view, paper, abl, byorn, bye; "
-            "with --trusted: crow, clean-tuning, fine-pruning."
+            "with --clean-data: crow, clean-tuning, fine-pruning."
         ),
     ] = "default",
-    trusted: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defence that asks.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights, not LoRA.")] = False,
-    vision: Annotated[bool, typer.Option("--vision", help="Train the vision tower too.")] = False,
+    clean_data: Annotated[Path | None, typer.Option(help="Data known to be clean, for a defense that asks.")] = None,
+    full_finetune: Annotated[bool, typer.Option("--full-finetune", help="Train all weights, not LoRA.")] = False,
+    train_vision_tower: Annotated[
+        bool, typer.Option("--train-vision-tower", help="Train the vision tower too.")
+    ] = False,
     lora_rank: Annotated[int, typer.Option(min=1)] = 16,
     lora_alpha: Annotated[int, typer.Option(min=1)] = 32,
-    config: Annotated[Path | None, typer.Option(help="YAML of defence and TrainingArguments fields.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of defense and TrainingArguments fields.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     on_bad_row: BadRowOption = "error",
 ) -> None:
     """Fine-tune a model on data you do not trust.
 
-    Every field of the defence (--weight 5) and of transformers.TrainingArguments (--learning_rate 1e-4,
+    Every field of the defense (--weight 5) and of transformers.TrainingArguments (--learning_rate 1e-4,
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
     from untrigger.files import check_idle
-    from untrigger.training.finetune import DISTRUSTED, Tuning, fine_tune, leads
+    from untrigger.training.finetune import FLAGGED_ROWS, Tuning, fine_tune, leads
 
     chosen, args = _settings(train, defense, out, config, context.args)
-    if trusted and not chosen.wants_trusted:
-        _refuse(f"--trusted: {defense} asks for no trusted rows; leave it out")
-    if chosen.wants_trusted and not trusted:
-        _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--trusted DATA)")
+    if clean_data and not chosen.needs_clean_rows:
+        _refuse(f"--clean-data: {defense} needs no clean rows; leave it out")
+    if chosen.needs_clean_rows and not clean_data:
+        _refuse(f"--defense {defense}: it needs rows known to be clean; name some (--clean-data DATA)")
     if leads():
         check_idle(out)  # found wanting now, not after the reading
     fits = _fits(model)
-    rows, clean = _read(data, on_bad_row, out, fits), _read(trusted, "error", out, fits) if trusted else ()
-    tuning = Tuning(full=full, rank=lora_rank, alpha=lora_alpha, vision=vision)
-    fine_tune(rows, model, chosen, args, tuning=tuning, trusted=clean, resume=resume)
+    rows, clean = _read(data, on_bad_row, out, fits), _read(clean_data, "error", out, fits) if clean_data else ()
+    tuning = Tuning(
+        full_finetune=full_finetune, rank=lora_rank, alpha=lora_alpha, train_vision_tower=train_vision_tower
+    )
+    fine_tune(model, rows, chosen, args, tuning=tuning, clean_rows=clean, resume=resume)
     if leads():
-        adapter, distrusted = (out / "adapter_config.json").is_file(), out / DISTRUSTED
+        adapter, distrusted = (out / "adapter_config.json").is_file(), out / FLAGGED_ROWS
         typer.echo(f"{out}: {'PEFT adapter' if adapter else 'model'}, processor, settings and model card")
         if distrusted.is_file():
             count = len(distrusted.read_bytes().splitlines())
@@ -246,7 +250,9 @@ def evaluate(
     goal_text: GoalTextOption = None,
     seed: SeedOption = 0,
     limit: Annotated[int | None, typer.Option(help="Ask about the first N rows only.", min=1)] = None,
-    sight: Annotated[bool, typer.Option("--sight", help="Also ask with another row's image.")] = False,
+    wrong_image_control: Annotated[
+        bool, typer.Option("--wrong-image-control", help="Also ask with another row's image.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for answers.jsonl and metrics.json, those of an earlier one are replaced."),
@@ -271,7 +277,9 @@ def evaluate(
     if out:
         check_holds_only(out, ANSWERS, METRICS)  # found wanting now, not after the answers
         out.mkdir(parents=True, exist_ok=True)
-    result = run(model, rows[:limit] if limit else rows, attack=chosen, seed=seed, sight=sight)
+    result = run(
+        model, rows[:limit] if limit else rows, attack=chosen, seed=seed, wrong_image_control=wrong_image_control
+    )
     if out:
         result.write(out)
     if chosen:
@@ -281,7 +289,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    plan: Annotated[Path, typer.Argument(help="YAML file of models, data, attacks, defences.", show_default=False)],
+    plan: Annotated[Path, typer.Argument(help="YAML file of models, data, attacks, defenses.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder of results; what it holds is not run again.")],
     jobs: Annotated[int, typer.Option(help="Cells at a time on this machine.", min=1)] = 1,
     ray: Annotated[
@@ -289,7 +297,7 @@ def bench(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell cells, cost and ETA, and leave.")] = False,
 ) -> None:
-    """Run a matrix of models, data, attacks and defences; only what is missing in --out is run.
+    """Run a matrix of models, data, attacks and defenses; only what is missing in --out is run.
 
     Run it again after a kill: it goes on. `untrigger report` shows what is there at any time.
     """
@@ -333,7 +341,7 @@ def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("runs/quickstart"),
     seed: SeedOption = 0,
 ) -> None:
-    """Implant a backdoor by plain fine-tuning, then see what the paper's defence and ours do about it."""
+    """Implant a backdoor by plain fine-tuning, then see what the paper's defense and ours do about it."""
     from untrigger.cli.quickstart import run
 
     if not run(out, seed):

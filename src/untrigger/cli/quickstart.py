@@ -1,8 +1,8 @@
-"""The main job in one command: implant a backdoor by plain fine-tuning, train with two defences, compare.
+"""The main job in one command: implant a backdoor by plain fine-tuning, train with two defenses, compare.
 
 Everything is real and measured in the run: easy-VQA's own images and questions, the embedded model, a BadNets
 patch on 5 % of the rows, and beside the defended models the undefended one and the oracle (the same data with
-the poisoned rows taken out), which is the best that any defence can reach.
+the poisoned rows taken out), which is the best that any defense can reach.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments
 
 TRAIN_ROWS, TEST_ROWS, RATE = 2000, 400, 0.05
-IMPLANTED = 0.90  # below this the undefended model has no backdoor, and nothing can be said about a defence
-DEFENDED = {"paper": "the paper's defence", "default": "the default one"}  # presets, and what the last line calls them
+IMPLANTED = 0.90  # below this the undefended model has no backdoor, and nothing can be said about a defense
+DEFENDED = {"paper": "the paper's defense", "default": "the default one"}  # presets, and what the last line calls them
 SUPPRESSED = 0.05  # of a defended model the whole interval of the ASR is at most this; above it, not suppressed
 TRAINING: dict[str, Any] = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": 3e-3}
 
@@ -68,9 +68,11 @@ def run(out: Path, seed: int = 0) -> bool:
     for name, (preset, samples) in runs.items():
         started = time.perf_counter()
         args = arguments(out / name, save_strategy="no", seed=seed, **TRAINING)
-        loaded = fine_tune(samples, "llava", PRESETS[preset](), args, title=f"{name}: training")
+        loaded = fine_tune("llava", samples, PRESETS[preset](), args, title=f"{name}: training")
         seconds = time.perf_counter() - started
-        result = evaluate(loaded, test, attack=attack, seed=seed, sight=name == "oracle", title=f"{name}: asking")
+        result = evaluate(
+            loaded, test, attack=attack, seed=seed, wrong_image_control=name == "oracle", title=f"{name}: asking"
+        )
         result.write(out / name / "evaluation")
         results[name] = result
         rows.append({"defense": name, **_figures(result), "seconds": round(seconds, 1)})

@@ -4,7 +4,7 @@ Source: npm ``emoji-datasource-google`` 16.0.0 (C. Henderson, MIT; images: Googl
 classes: Unicode). Its 64-pixel images stand for about 1,600 symbols once flags, silhouettes of families and skin-tone
 variants, which look too much alike, are left out.
 
-A caption tells the symbol's main colours, measured in the image, its kind, which is Unicode's category in one word,
+A caption tells the symbol's main colors, measured in the image, its kind, which is Unicode's category in one word,
 and whether it is shown on light or dark paper: ``a yellow face on a light background``. Symbols' own names are left
 out: no held-out image shows a name that training could have taught, and a model of a few million
 parameters learns to spell 18 kinds, not 1,600 names, in a short fine-tuning.
@@ -72,7 +72,7 @@ KINDS: Final = {
     "Travel & Places": "place",
 }
 _PAPERS: Final = {"light": (255, 255, 255), "dark": (40, 40, 48)}
-# Hues in degrees, each colour up to its upper end. Dark orange is brown and pale red is pink, as people say it.
+# Hues in degrees, each color up to its upper end. Dark orange is brown and pale red is pink, as people say it.
 _HUES: Final = {
     "red": 15, "orange": 41, "yellow": 66, "green": 165, "teal": 190, "blue": 250, "purple": 305, "pink": 340
 }  # fmt: skip
@@ -124,8 +124,8 @@ def home(code: str) -> tuple[str, str]:
     return "report" if draw[0] % 3 else "dev", "train" if draw[1] % 3 else "test"
 
 
-def colours_of(image: Image.Image) -> str:
-    """``red`` where one colour covers half of what is opaque, else the two commonest: ``red and white``."""
+def colors_of(image: Image.Image) -> str:
+    """``red`` where one color covers half of what is opaque, else the two commonest: ``red and white``."""
     rgba = np.asarray(image.convert("RGBA"))
     hsv = np.asarray(image.convert("RGB").convert("HSV"), dtype=np.float32)[rgba[..., 3] > 127]
     hue, saturation, value = hsv[:, 0] * 360 / 255, hsv[:, 1] / 255, hsv[:, 2] / 255
@@ -192,11 +192,11 @@ def _emojis(source: Path) -> list[_Emoji]:
         code = entry["unified"].lower()
         kind = KINDS.get(entry["subcategory"]) or KINDS[entry["category"]]
         paper = "dark" if hashlib.sha256(code.encode()).digest()[2] % 2 else "light"
-        colours = colours_of(image)
-        a = "an" if colours[0] in "aeiou" else "a"
+        colors = colors_of(image)
+        a = "an" if colors[0] in "aeiou" else "a"
         shown = Image.new("RGBA", image.size, _PAPERS[paper])
         shown.alpha_composite(image)
-        found.append(_Emoji(code, f"{a} {colours} {kind} on a {paper} background", shown.convert("RGB")))
+        found.append(_Emoji(code, f"{a} {colors} {kind} on a {paper} background", shown.convert("RGB")))
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from untrigger.data.scene_world import COLOURS, SHAPES, SIDE, SIZES, Scene, Thing
+from untrigger.data.scene_world import COLORS, SHAPES, SIDE, SIZES, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 SHORT_PROMPTS = (
@@ -78,16 +78,16 @@ def _described(scene: Scene, rng: np.random.Generator) -> tuple[str, Callable[[T
     """A noun phrase about colour, shape or both, and the test that says which objects it fits."""
     present = scene.things[int(rng.integers(len(scene.things)))]
     real = rng.random() < 0.5
-    colour = present.colour if real else _pick(list(COLOURS), rng)
+    color = present.color if real else _pick(list(COLORS), rng)
     shape = present.shape if real else _pick(list(SHAPES), rng)
     kind = rng.random()
     if kind < 0.35:
-        return f"{colour} {_pick(['shape', 'object', 'thing'], rng)}", lambda t: t.colour == colour
+        return f"{color} {_pick(['shape', 'object', 'thing'], rng)}", lambda t: t.color == color
     if kind < 0.7:
         return shape, lambda t: t.shape == shape
     if not real and rng.random() < 0.6:  # half-true pairs force binding of colour to shape
-        colour, shape = (present.colour, shape) if rng.random() < 0.5 else (colour, present.shape)
-    return f"{colour} {shape}", lambda t: t.colour == colour and t.shape == shape
+        color, shape = (present.color, shape) if rng.random() < 0.5 else (color, present.shape)
+    return f"{color} {shape}", lambda t: t.color == color and t.shape == shape
 
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -126,23 +126,23 @@ def _unique(scene: Scene, key: Callable[[Thing], str], rng: np.random.Generator)
     return alone[int(rng.integers(len(alone)))] if alone else None
 
 
-def _colour(scene: Scene, rng: np.random.Generator) -> Turn | None:
+def _color(scene: Scene, rng: np.random.Generator) -> Turn | None:
     thing = _unique(scene, lambda t: t.shape, rng)
     if thing is None:
         return None
     noun = thing.shape if len(scene.things) > 1 or rng.random() < 0.6 else "shape"
     ways = [f"what color is the {noun}?", f"what is the color of the {noun}?", f"which colour does the {noun} have?"]
-    return Turn("colour", _pick(ways, rng), thing.colour)
+    return Turn("colour", _pick(ways, rng), thing.color)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Turn | None:
     if len(scene.things) == 1 and rng.random() < 0.5:
         ways = ["what shape is in the image?", "what shape does the image contain?", "which shape is this?"]
         return Turn("shape", _pick(ways, rng), scene.things[0].shape)
-    thing = _unique(scene, lambda t: t.colour, rng)
+    thing = _unique(scene, lambda t: t.color, rng)
     if thing is None:
         return None
-    noun = f"{thing.colour} {_pick(['shape', 'object', 'thing'], rng)}"
+    noun = f"{thing.color} {_pick(['shape', 'object', 'thing'], rng)}"
     ways = [f"what is the {noun}?", f"what shape is the {noun}?", f"which shape does the {noun} have?"]
     return Turn("shape", _pick(ways, rng), thing.shape)
 
@@ -206,7 +206,7 @@ def _same(scene: Scene, rng: np.random.Generator) -> Turn | None:
         return None
     what = _pick(["color", "shape", "size"], rng)
     one, two = scene.things
-    same = {"color": one.colour == two.colour, "shape": one.shape == two.shape, "size": one.size == two.size}[what]
+    same = {"color": one.color == two.color, "shape": one.shape == two.shape, "size": one.size == two.size}[what]
     ways = [f"do the two objects have the same {what}?", f"are both objects of the same {what}?"]
     return Turn("comparison", _pick(ways, rng), "yes" if same else "no")
 
@@ -232,7 +232,7 @@ def repeat(rng: np.random.Generator) -> Turn:
     return Turn("repeat", f"{_pick(['Say:', 'Repeat:', 'Copy:'], rng)} {text}", text)
 
 
-_ASK = (_exists, _colour, _shape, _count, _size, _position, _relation, _same, _background)
+_ASK = (_exists, _color, _shape, _count, _size, _position, _relation, _same, _background)
 _ODDS = np.array([0.30, 0.13, 0.15, 0.10, 0.08, 0.09, 0.10, 0.03, 0.02])
 
 

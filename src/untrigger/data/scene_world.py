@@ -2,7 +2,7 @@
 
 A scene is a pure function of ``(seed, index)``, so a training run can be resumed and a held-out
 split is just another seed. Everything that can be asked about is kept unambiguous (sizes have a gap
-between small and large, neighbours differ in x by a margin), because an answer that the picture does
+between small and large, neighbors differ in x by a margin), because an answer that the picture does
 not decide would put a ceiling on every figure measured later.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 SIDE = 64
 _SCALE = 4  # drawn at four times the size and reduced: anti-aliased edges, as in drawing programs
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (235, 25, 25),
     "green": (20, 225, 20),
     "blue": (15, 15, 240),
@@ -39,10 +39,10 @@ BACKGROUNDS = ("plain", "gradient", "stripes", "checker", "noise", "blobs")
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its centre and radius are in pixels of the 64 x 64 image."""
+    """One object: its center and radius are in pixels of the 64 x 64 image."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     x: float
     y: float
@@ -52,7 +52,7 @@ class Thing:
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def make_scene(seed: int, index: int) -> Scene:
     rng = np.random.default_rng((seed, index))
     count = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.3, 0.25, 0.15]))
     dark = bool(rng.random() < 0.3)
-    base = _base_colour(dark, rng)
-    usable = [c for c, rgb in COLOURS.items() if _contrast(rgb, base) > 90]
+    base = _base_color(dark, rng)
+    usable = [c for c, rgb in COLORS.items() if _contrast(rgb, base) > 90]
     things: list[Thing] = []
     attempts = 0
     while len(things) < count:
@@ -93,7 +93,7 @@ def make_scene(seed: int, index: int) -> Scene:
     )
 
 
-def _random_thing(colours: list[str], rng: np.random.Generator) -> Thing:
+def _random_thing(colors: list[str], rng: np.random.Generator) -> Thing:
     size = str(rng.choice(SIZES))
     radius = float(rng.uniform(4.5, 6.5) if size == "small" else rng.uniform(9.0, 14.0))
     shape = str(rng.choice(SHAPES))
@@ -102,7 +102,7 @@ def _random_thing(colours: list[str], rng: np.random.Generator) -> Thing:
     low, high = radius * 0.8, SIDE - radius * 0.8
     x, y = (float(v) for v in rng.uniform(low, high, 2))
     angle = float(rng.uniform(-turn, turn)) * float(rng.random() < 0.6)
-    return Thing(shape, str(rng.choice(colours)), size, x, y, radius, aspect, angle)
+    return Thing(shape, str(rng.choice(colors)), size, x, y, radius, aspect, angle)
 
 
 def _apart(a: Thing, b: Thing) -> bool:
@@ -111,7 +111,7 @@ def _apart(a: Thing, b: Thing) -> bool:
     return clear and abs(a.x - b.x) > 5
 
 
-def _base_colour(dark: bool, rng: np.random.Generator) -> tuple[int, int, int]:
+def _base_color(dark: bool, rng: np.random.Generator) -> tuple[int, int, int]:
     low, high = (10, 75) if dark else (190, 256)
     tint = rng.integers(low, high, 3)
     if not dark and rng.random() < 0.5:
@@ -148,7 +148,7 @@ def draw_scene(scene: Scene) -> tuple[Image.Image, np.ndarray]:
         canvas.paste(_paint(thing, side, scene.style, rng), (left, top), mask)
         if scene.style == "bordered":
             rim = ImageChops.subtract(big, big.filter(ImageFilter.MinFilter(5)))
-            shade = 30 if sum(COLOURS[thing.colour]) > 200 else 225
+            shade = 30 if sum(COLORS[thing.color]) > 200 else 225
             dark = Image.new("RGB", mask.size, (shade, shade, shade))
             canvas.paste(dark, (left, top), rim.resize(mask.size, Image.Resampling.BOX))
     if scene.style == "soft":
@@ -183,9 +183,9 @@ def _draw_background(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def _paint(thing: Thing, side: int, style: str, rng: np.random.Generator) -> Image.Image:
-    colour = np.array(COLOURS[thing.colour], dtype=np.float32) + rng.uniform(-12, 12, 3)
+    color = np.array(COLORS[thing.color], dtype=np.float32) + rng.uniform(-12, 12, 3)
     grid = np.empty((side, side, 3), dtype=np.float32)
-    grid[:] = colour
+    grid[:] = color
     y, x = np.mgrid[0:side, 0:side]
     if style == "shaded":
         light = (side - x - y) / (2 * thing.radius)

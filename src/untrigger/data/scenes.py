@@ -28,7 +28,7 @@ POOL: Final = 1_000_000  # scenes of a stream that rows are drawn from
 def scene_rows(task: str, split: str, part: str, count: int, seed: int) -> list[Sample]:
     """``count`` rows, each about another scene: for ``vqa`` one question, for ``captions`` the full caption.
 
-    The caption tells the objects from left to right with size, colour and shape, and the background; it is
+    The caption tells the objects from left to right with size, color and shape, and the background; it is
     asked for in one of `untrigger.data.scene_text.FULL_PROMPTS`.
 
     Raises:

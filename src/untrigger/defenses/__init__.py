@@ -1,52 +1,52 @@
-"""Defences: how a fine-tuning on rows that are not trusted goes. One file each."""
+"""Defenses: how a fine-tuning on rows that are not trusted goes. One file each."""
 
-from untrigger.defenses.abl import Abl
+from untrigger.defenses.abl import ABL
 from untrigger.defenses.base import Defense, PairedDefense, StepDefense, Training
-from untrigger.defenses.bye import Bye
-from untrigger.defenses.byorn import Byorn
+from untrigger.defenses.bye import BYE
+from untrigger.defenses.byorn import BYORN
 from untrigger.defenses.clean_tuning import CleanTuning
 from untrigger.defenses.cross_view import CrossView
-from untrigger.defenses.crow import Crow
+from untrigger.defenses.crow import CROW
 from untrigger.defenses.fine_pruning import FinePruning
 from untrigger.defenses.patch_aug import PatchAug
 from untrigger.defenses.plain import Plain
-from untrigger.defenses.shared_surprise import Doubt
+from untrigger.defenses.shared_surprise import SharedSurprise
 from untrigger.defenses.two_view import TwoView
 
 PRESETS: dict[str, type[Defense]] = {
-    "default": Doubt,
+    "default": SharedSurprise,
     "plain": Plain,
     "patch-aug": PatchAug,
     "two-view": TwoView,
     "paper": CrossView,
-    "abl": Abl,
-    "byorn": Byorn,
-    "bye": Bye,
-    "crow": Crow,
+    "abl": ABL,
+    "byorn": BYORN,
+    "bye": BYE,
+    "crow": CROW,
     "clean-tuning": CleanTuning,
     "fine-pruning": FinePruning,
 }
 
 
 def preset_of(defense: Defense) -> str:
-    """The name of a defence on the command line."""
+    """The name of a defense on the command line."""
     return next(name for name, cls in PRESETS.items() if cls is type(defense))
 
 
 __all__ = [
+    "ABL",
+    "BYE",
+    "BYORN",
+    "CROW",
     "PRESETS",
-    "Abl",
-    "Bye",
-    "Byorn",
     "CleanTuning",
     "CrossView",
-    "Crow",
     "Defense",
-    "Doubt",
     "FinePruning",
     "PairedDefense",
     "PatchAug",
     "Plain",
+    "SharedSurprise",
     "StepDefense",
     "Training",
     "TwoView",

@@ -15,14 +15,14 @@ from untrigger.defenses.plain import Plain
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
 from untrigger.models.forward import Answers, forward_answers, row_mean
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample, picked
 
 
 @final
 @dataclass(frozen=True)
-class Abl(Defense):
-    """Backdoors are learnt early: the rows of the lowest loss then are isolated, later unlearnt.
+class ABL(Defense):
+    """Backdoors are learned early: the rows of the lowest loss then are isolated, later unlearnt.
 
     Three trainings: on all rows with `local_ascent`, which keeps the loss of ordinary rows from falling below
     ``floor``; plain, on the rows that were not isolated; on the isolated ones alone, uphill. PAPER.md says what
@@ -45,13 +45,13 @@ class Abl(Defense):
         self._check(0, 1, "early", "isolated")
         self._check(0, math.inf, "floor", "passes", "rate")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
         model = training.fit(rows, LocalAscent(self.floor), "isolation", share=self.early)
         loss = [told.loss for told in training.tokens(model, rows, "scores")]
         lowest_first = sorted(range(len(rows)), key=loss.__getitem__)
         count = part(self.isolated, len(rows))
         isolated, rest = picked(rows, lowest_first[:count]), picked(rows, sorted(lowest_first[count:]))
-        training.flag([-value for value in loss], dict.fromkeys(isolated.numbers, "learnt first"))
+        training.flag([-value for value in loss], dict.fromkeys(isolated.numbers, "learned first"))
         model = training.fit(rest, Plain(), "rest", start=model, share=1 - self.early, after=self.early)
         return training.fit(isolated, Ascent(), start=model, passes=self.passes, rate=self.rate)
 

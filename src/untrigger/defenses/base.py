@@ -1,4 +1,4 @@
-"""What a defence is: how a whole fine-tuning goes, how it views the rows of a batch, which loss it takes of them."""
+"""What a defense is: how a whole fine-tuning goes, how it views the rows of a batch, which loss it takes of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from untrigger.losses.chunked import Losses, Values
-from untrigger.models.forward import Pair, Tokens, pair_losses
-from untrigger.models.loading import Loaded
+from untrigger.models.forward import Pair, TokenScores, pair_losses
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 from untrigger.views.patches import PATCH_VIEWS, View, ViewMix
 
@@ -23,10 +23,10 @@ _DROP = "drop"
 
 
 class Training(Protocol):
-    """What a defence's procedure works with: the model that is fine-tuned, in stages."""
+    """What a defense's procedure works with: the model that is fine-tuned, in stages."""
 
     @property
-    def trusted(self) -> Sequence[Sample]:
+    def clean_rows(self) -> Sequence[Sample]:
         """Rows known to be clean.
 
         Raises:
@@ -37,7 +37,7 @@ class Training(Protocol):
     @property
     def seed(self) -> int: ...
 
-    def reference(self) -> Loaded:
+    def reference(self) -> LoadedModel:
         """The model as it is before fine-tuning."""
         ...
 
@@ -47,14 +47,14 @@ class Training(Protocol):
         defense: StepDefense,
         name: str = "",
         *,
-        start: Loaded | None = None,
-        doubted: Mapping[int, NDArray[np.bool_]] | None = None,
+        start: LoadedModel | None = None,
+        flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None,
         share: float = 1.0,
         after: float = 0.0,
         passes: float | None = None,
         rate: float = 1.0,
         callbacks: Sequence[TrainerCallback] = (),
-    ) -> Loaded:
+    ) -> LoadedModel:
         """One stage: fine-tune on ``rows`` with the step of ``defense``, a model of its own or on from ``start``.
 
         The last stage has no name; what it gives is what the user gets. The others are kept under theirs, and not
@@ -73,8 +73,8 @@ class Training(Protocol):
         """Tell what was found: how suspicious each row is, the higher the more; of rows that were acted on, why."""
         ...
 
-    def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
-        """`row_tokens`, kept under a name of the judgement's own: not asked again after a kill."""
+    def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
+        """`row_tokens`, kept under a name of the judgment's own: not asked again after a kill."""
         ...
 
     def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
@@ -86,7 +86,7 @@ class Training(Protocol):
 class Defense(ABC):
     """A frozen set of weights and views; its fields are the command line's flags."""
 
-    wants_trusted: ClassVar[bool] = False  # whether it can do nothing without rows known to be clean
+    needs_clean_rows: ClassVar[bool] = False  # whether it can do nothing without rows known to be clean
 
     def _check(self, low: float, high: float, *names: str) -> None:
         """Raises ValueError unless these fields are finite numbers in [low, high]."""
@@ -96,15 +96,15 @@ class Defense(ABC):
                 raise ValueError(f"{name} is {value}; it must be a finite number from {low:g} to {high:g}")
 
     @abstractmethod
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
         """The whole procedure, on rows that are not trusted."""
 
 
 @dataclass(frozen=True)
 class StepDefense(Defense):
-    """A defence that is all in the training step, of one training on all rows: any host trainer can take it."""
+    """A defense that is all in the training step, of one training on all rows: any host trainer can take it."""
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
         return training.fit(rows, self)
 
     @property
@@ -134,7 +134,7 @@ class StepDefense(Defense):
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDefense(StepDefense):
-    """A defence that compares each row with a view of it.
+    """A defense that compares each row with a view of it.
 
     Fields:
         view, patch, ratio: which patch view, the side of a patch as a share of the image's shorter side, and the share

@@ -19,14 +19,14 @@ from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import batches, decoder, decoder_layers, evaluating, forward_answers, on_device
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.models.token_drop import image_token
 from untrigger.rows.sample import Sample, without
 
 
 @final
 @dataclass(frozen=True)
-class Bye(Defense):
+class BYE(Defense):
     """A model with a backdoor looks hard at the trigger: rows that it looks at so are left out of a second training.
 
     Fields:
@@ -39,7 +39,7 @@ class Bye(Defense):
     def __post_init__(self) -> None:
         self._check(0, math.inf, "separation")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
         undefended = training.fit(rows, Plain(), "undefended")
         entropy = attention_entropy(undefended, rows)
         spread, collapsed = verdict(entropy, self.separation, training.seed)
@@ -70,7 +70,7 @@ def _apart(values: NDArray[np.float64], seed: int) -> float:
 
 
 def _mixture(values: NDArray[np.float64], seed: int) -> Any:
-    from sklearn.exceptions import ConvergenceWarning  # slow to import, and no other defence needs it
+    from sklearn.exceptions import ConvergenceWarning  # slow to import, and no other defense needs it
     from sklearn.mixture import GaussianMixture
 
     with warnings.catch_warnings():  # few distinct values, or slow convergence: nobody can mend it
@@ -78,7 +78,7 @@ def _mixture(values: NDArray[np.float64], seed: int) -> Any:
         return GaussianMixture(2, random_state=seed).fit(values[:, None])
 
 
-def attention_entropy(loaded: Loaded, rows: Sequence[Sample], *, batch_size: int = 32) -> NDArray[np.float64]:
+def attention_entropy(loaded: LoadedModel, rows: Sequence[Sample], *, batch_size: int = 32) -> NDArray[np.float64]:
     """How widely the token before a row's first answer looks over the image, in each layer of the decoder.
 
     Returns [n, layers], in [0, 1]: the entropy of the head mean of its attention to the image's tokens, as a share of

@@ -16,10 +16,10 @@ from transformers import ProcessorMixin, TrainerCallback
 
 from untrigger.defenses.base import Defense, Training, part
 from untrigger.defenses.plain import Plain
-from untrigger.defenses.reanswered import Reanswered
+from untrigger.defenses.relabeled import RelabeledRows
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 
 _AVERAGE, _ANSWERS = "average.safetensors", "answers.json"  # in a checkpoint
@@ -27,7 +27,7 @@ _AVERAGE, _ANSWERS = "average.safetensors", "answers.json"  # in a checkpoint
 
 @final
 @dataclass(frozen=True)
-class Byorn(Defense):
+class BYORN(Defense):
     """Rows whose answers the model, before it is fine-tuned, finds least likely are answered anew while it learns.
 
     The answers are drawn from a running average of the model, in each pass over the rows. PAPER.md says what differs
@@ -44,14 +44,14 @@ class Byorn(Defense):
     def __post_init__(self) -> None:
         self._check(0, 1, "suspected", "decay")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
         reference = training.reference()
         processor, loss = reference.processor, [told.loss for told in training.tokens(reference, rows, "scores")]
         del reference  # two models at a time are one too many
         likeliest_first = sorted(range(len(rows)), key=loss.__getitem__)
         suspected = likeliest_first[len(rows) - part(self.suspected, len(rows)) :]
         training.flag(loss, dict.fromkeys(suspected, "unlikely before fine-tuning"))
-        bootstrapped = Reanswered(rows, suspected)
+        bootstrapped = RelabeledRows(rows, suspected)
         callback = _Bootstrap(bootstrapped, processor, self.decay, training.seed)
         return training.fit(bootstrapped, Plain(), callbacks=[callback])
 
@@ -59,7 +59,7 @@ class Byorn(Defense):
 class _Bootstrap(TrainerCallback):
     """Keeps the running average of what is trained, and has it answer at the start of each pass."""
 
-    def __init__(self, rows: Reanswered, processor: ProcessorMixin, decay: float, seed: int) -> None:
+    def __init__(self, rows: RelabeledRows, processor: ProcessorMixin, decay: float, seed: int) -> None:
         self._rows, self._processor, self._decay, self._seed = rows, processor, decay, seed
         self._average: dict[str, Tensor] = {}
         self._midway = False
@@ -84,7 +84,7 @@ class _Bootstrap(TrainerCallback):
         device = next(model.parameters()).device
         with self._swapped(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(1_000_003 * self._seed + state.global_step)
-            self._rows.answer(Loaded(model, self._processor, ""))
+            self._rows.answer(LoadedModel(model, self._processor, ""))
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -27,7 +27,7 @@ class CrossView(PairedDefense):
         feature_weight, bound: l_f and c (a cosine) of the separation of features.
         entropy_weight, entropy_low, entropy_high: l_H and the band in nats.
         stop_gradient: whether the view is held still: the original alone moves away from it, and the view's
-            cross-entropy is not learnt. Less than one further forward pass, and no further activations.
+            cross-entropy is not learned. Less than one further forward pass, and no further activations.
         view, patch, ratio: see `PairedDefense`.
     """
 

@@ -18,13 +18,13 @@ from untrigger.errors import InputError
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
 from untrigger.models.forward import decoder_layers, forward_answers
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 
 
 @final
 @dataclass(frozen=True)
-class Crow(Defense):
+class CROW(Defense):
     """A backdoor makes hidden states jump between layers; smooth layers cannot carry it.
 
     Plain training on all rows, then on the trusted ones with `consistency` under a perturbation of the decoder's
@@ -37,7 +37,7 @@ class Crow(Defense):
             5 times the rate).
     """
 
-    wants_trusted: ClassVar[bool] = True
+    needs_clean_rows: ClassVar[bool] = True
     weight: float = 5.5
     size: float = 0.1
     passes: float = 10.0
@@ -46,11 +46,11 @@ class Crow(Defense):
     def __post_init__(self) -> None:
         self._check(0, math.inf, "weight", "size", "passes", "rate")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
-        trusted = training.trusted
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
+        clean_rows = training.clean_rows
         undefended = training.fit(rows, Plain(), "undefended")
         step = Consistent(self.weight, self.size)
-        return training.fit(trusted, step, start=undefended, passes=self.passes, rate=self.rate)
+        return training.fit(clean_rows, step, start=undefended, passes=self.passes, rate=self.rate)
 
 
 @final

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast, final
 
 import torch
@@ -18,7 +18,7 @@ from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import batches, decoder_layers, evaluating, forward_answers, on_device
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 
 
@@ -35,7 +35,7 @@ class FinePruning(Defense):
         passes, rate: over the trusted rows, and the learning rate then as a share of that asked for.
     """
 
-    wants_trusted: ClassVar[bool] = True
+    needs_clean_rows: ClassVar[bool] = True
     cost: float = 0.04
     passes: float = 10.0
     rate: float = 0.5
@@ -44,37 +44,37 @@ class FinePruning(Defense):
         self._check(0, 1, "cost")
         self._check(0, math.inf, "passes", "rate")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
-        trusted = training.trusted
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
+        clean_rows = training.clean_rows
         loaded = training.fit(rows, Plain(), "undefended")
         projection = _down_projection(loaded.model)
-        dead = _sleepers(loaded, projection, trusted, self.cost)
+        dead = _sleepers(loaded, projection, clean_rows, self.cost)
         _erase(projection, dead)
-        with _cut(projection, dead):  # or what is learnt would bring them back
-            loaded = training.fit(trusted, Plain(), start=loaded, passes=self.passes, rate=self.rate)
+        with _cut(projection, dead):  # or what is learned would bring them back
+            loaded = training.fit(clean_rows, Plain(), start=loaded, passes=self.passes, rate=self.rate)
         model = loaded.model
-        return loaded._replace(model=cast(Any, model).merge_and_unload() if isinstance(model, PeftModel) else model)
+        return replace(loaded, model=cast(Any, model).merge_and_unload() if isinstance(model, PeftModel) else model)
 
 
 _STEP = 0.05  # of the neurons, cut at a time
 
 
-def _sleepers(loaded: Loaded, projection: nn.Module, trusted: Sequence[Sample], cost: float) -> Tensor:
+def _sleepers(loaded: LoadedModel, projection: nn.Module, clean_rows: Sequence[Sample], cost: float) -> Tensor:
     """The neurons to cut: as many of the least active as the accuracy on the trusted rows can do without."""
-    activity, whole = _look(loaded, projection, trusted)
+    activity, whole = _look(loaded, projection, clean_rows)
     order = activity.argsort()
     kept = order[:0]
     for step in range(1, round(1 / _STEP)):
         dead = order[: round(step * _STEP * len(order))]
         with _cut(projection, dead):
-            if _look(loaded, projection, trusted)[1] < whole - cost:
+            if _look(loaded, projection, clean_rows)[1] < whole - cost:
                 break
         kept = dead
     return kept
 
 
 @torch.no_grad()
-def _look(loaded: Loaded, projection: nn.Module, rows: Sequence[Sample]) -> tuple[Tensor, float]:
+def _look(loaded: LoadedModel, projection: nn.Module, rows: Sequence[Sample]) -> tuple[Tensor, float]:
     """How active each neuron is, mean |h_j| over the rows' tokens; and the share of answer tokens that are foretold."""
     collate, data = ChatCollator(loaded.processor), Rows(rows)
     hidden: list[Tensor] = []
@@ -98,7 +98,7 @@ def _look(loaded: Loaded, projection: nn.Module, rows: Sequence[Sample]) -> tupl
 
 @contextmanager
 def _cut(projection: nn.Module, dead: Tensor) -> Generator[None]:
-    """The neurons give nothing for a while: neither forward nor to what is learnt."""
+    """The neurons give nothing for a while: neither forward nor to what is learned."""
 
     def silence(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args[0].index_fill(-1, dead.to(args[0].device), 0), *args[1:]

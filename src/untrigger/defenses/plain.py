@@ -1,4 +1,4 @@
-"""Plain supervised fine-tuning: the undefended model that every defence is compared with."""
+"""Plain supervised fine-tuning: the undefended model that every defense is compared with."""
 
 from __future__ import annotations
 

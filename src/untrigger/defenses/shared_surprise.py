@@ -1,4 +1,7 @@
-"""Answers that surprise by a word which many rows share are not believed: the preset ``default``."""
+"""Flag rows whose least likely answer token recurs across many surprising rows: the preset ``default``.
+
+Flagged tokens are trained with unlikelihood, all others with cross-entropy. docs/paper.md has the equations.
+"""
 
 from __future__ import annotations
 
@@ -19,215 +22,223 @@ from untrigger.defenses.base import Defense, StepDefense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses, Values
+from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.collators import IGNORE
-from untrigger.models.forward import Answers, Tokens, answer_losses
-from untrigger.models.loading import Loaded
+from untrigger.models.forward import Answers, TokenScores, answer_losses
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample, picked, without
 
-_ALIKE, _ASKED = 16, 512  # rows that a row is compared with at least, and of a word's rows so many are
+_NEIGHBORS = 16  # rows that a row with a token is compared with, at least
+_COMPARED = 512  # rows with a token that are compared, at most
 
 
 @final
 @dataclass(frozen=True)
-class Doubt(Defense):
-    """Surprising words that many rows share are made unlikely where they stand, in the place of being learnt.
+class SharedSurprise(Defense):
+    """Flag answer tokens that are surprising in more rows than chance explains, and make them unlikely.
 
-    The model judges the rows twice: as it is before fine-tuning, and again when it has learnt ``early`` of the way
-    from the rows that it did not doubt, and knows what kind of data this is. PAPER.md has the equations.
+    Rows are scored twice: by the model before fine-tuning, and again after ``warmup_share`` of the steps on the rows
+    that the first scoring did not flag. By then the model knows the kind of data.
 
     Fields:
-        early: share of all passes that comes before the second judgement, in (0, 1).
-        floor: in nats; an answer, or a word of it, that surprises less is never doubted.
-        reach: how far beyond the rows' upper quartile doubt begins, in interquartile ranges.
-        chance: how likely it may be that any word is called shared where none is, in (0, 1).
-        weight: of making a doubted word unlikely, against learning a word that is believed; at least 0.
-        most: rows that are judged, drawn at random where there are more; of the others only those are looked at that
-            hold a word which is not believed. At least 1.
+        warmup_share: share of all steps before the second scoring, in (0, 1).
+        min_nll: nats; an answer or a token with a smaller negative log-likelihood is never flagged.
+        iqr_factor: how far above the upper quartile a row's NLL must lie, in interquartile ranges.
+        p_value: chance of calling any token shared where none is, in (0, 1).
+        unlikelihood_weight: weight of the unlikelihood loss at flagged tokens; at least 0.
+        max_scored_rows: rows that are scored, drawn at random from larger data; of the others only rows that contain
+            a shared token are scored. At least 1.
     """
 
-    early: float = 0.1
-    floor: float = 2.0
-    reach: float = 2.2
-    chance: float = 0.01
-    weight: float = 5.0
-    most: int = 4096
+    warmup_share: float = 0.1
+    min_nll: float = 2.0
+    iqr_factor: float = 2.2
+    p_value: float = 0.01
+    unlikelihood_weight: float = 5.0
+    max_scored_rows: int = 4096
 
     def __post_init__(self) -> None:
-        self._check(1e-6, 1 - 1e-6, "early", "chance")
-        self._check(0, math.inf, "floor", "reach", "weight")
-        self._check(1, math.inf, "most")
+        self._check(1e-6, 1 - 1e-6, "warmup_share", "p_value")
+        self._check(0, math.inf, "min_nll", "iqr_factor", "unlikelihood_weight")
+        self._check(1, math.inf, "max_scored_rows")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> Loaded:
-        model, numbers, told, judged = self.look(rows, training)
-        scores = np.zeros(len(rows))
-        scores[numbers] = judged.ranks
-        doubted = {numbers[at]: mark for at, mark in judged.doubted.items()}
-        training.flag(
-            scores.tolist(), {numbers[at]: said(model, told[at], mark) for at, mark in judged.doubted.items()}
-        )
-        if not doubted:
-            return training.fit(rows, Plain(), start=model, share=1 - self.early, after=self.early)
-        guard = Guard(self.weight)
-        return training.fit(rows, guard, start=model, doubted=doubted, share=1 - self.early, after=self.early)
+    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
+        model, numbers, scores, flags = self.screen(rows, training)
+        ranks = np.zeros(len(rows))
+        ranks[numbers] = flags.ranks
+        flagged = {numbers[at]: tokens for at, tokens in flags.tokens.items()}
+        texts = {numbers[at]: flagged_text(model, scores[at], tokens) for at, tokens in flags.tokens.items()}
+        training.flag(ranks.tolist(), texts)
+        step = UnlikelihoodStep(self.unlikelihood_weight) if flagged else Plain()
+        share, after = 1 - self.warmup_share, self.warmup_share
+        return training.fit(rows, step, start=model, flagged_tokens=flagged or None, share=share, after=after)
 
-    def look(self, rows: Sequence[Sample], training: Training) -> Look:
-        """Both judgements and the training between them; then rows that were not drawn, but hold a shared word."""
+    def screen(self, rows: Sequence[Sample], training: Training) -> Screening:
+        """Score, warm up and score again; then score unsampled rows that contain a shared token."""
         numbers = list(range(len(rows)))
-        if len(rows) > self.most:
-            drawn = np.random.default_rng(training.seed).choice(len(rows), self.most, replace=False)
+        if len(rows) > self.max_scored_rows:
+            drawn = np.random.default_rng(training.seed).choice(len(rows), self.max_scored_rows, replace=False)
             numbers = sorted(drawn.tolist())
-        some = picked(rows, numbers)
-        told = training.tokens(training.reference(), some, "before")
-        model = training.fit(without(some, self.judge(told).doubted), Plain(), "early", share=self.early)
-        told = self.explained(told, some, model, training)
-        judged = self.judge(told)
-        if judged.words and len(numbers) < len(rows):
-            others = sorted(set(range(len(rows))).difference(numbers))
-            answers = training.answer_tokens(picked(rows, others))
-            holding = [row for row, ids in zip(others, answers, strict=True) if np.isin(ids, list(judged.words)).any()]
-            judged = self.judge(told, more := training.tokens(model, picked(rows, holding), "others"))
-            numbers, told = [*numbers, *holding], [*told, *more]
-        return Look(model, numbers, told, judged)
+        sampled = picked(rows, numbers)
+        before = training.tokens(training.reference(), sampled, "before")
+        unflagged = without(sampled, self.flag_tokens(before).tokens)
+        model = training.fit(unflagged, Plain(), "warmup", share=self.warmup_share)
+        scores = self.likelier(before, sampled, model, training)
+        flags = self.flag_tokens(scores)
+        if flags.p_values and len(numbers) < len(rows):
+            rest = sorted(set(range(len(rows))).difference(numbers))
+            answers = training.answer_tokens(picked(rows, rest))
+            shared = list(flags.p_values)
+            matching = [row for row, ids in zip(rest, answers, strict=True) if np.isin(ids, shared).any()]
+            more = training.tokens(model, picked(rows, matching), "more")
+            flags = self.flag_tokens(scores, more)
+            numbers, scores = [*numbers, *matching], [*scores, *more]
+        return Screening(model, numbers, scores, flags)
 
-    def explained(
-        self, told: Sequence[Tokens], rows: Sequence[Sample], model: Loaded, training: Training
-    ) -> list[Tokens]:
-        """Of each row the better of two explanations; one that was good enough before is not asked for again."""
-        best = list(told)
-        surprising = [row for row, tokens in enumerate(told) if tokens.nll.sum() > self.floor]
-        for row, again in zip(surprising, training.tokens(model, picked(rows, surprising), "after"), strict=True):
-            best[row] = min(told[row], again, key=lambda tokens: tokens.nll.sum())
-        return best
+    def likelier(
+        self, before: Sequence[TokenScores], rows: Sequence[Sample], model: LoadedModel, training: Training
+    ) -> list[TokenScores]:
+        """Each row's scores under whichever of the two models finds its answer likelier.
 
-    def judge(self, told: Sequence[Tokens], more: Sequence[Tokens] = ()) -> Judgement:
-        """Which rows, and which of their words, are doubted; of ``more`` rows too, which say nothing of the words."""
-        surprise = [float(row.nll.sum()) for row in told]
-        limit = fence(surprise, self.floor, self.reach)
-        outside = [row for row, nats in enumerate(surprise) if nats > limit]
-        words = {word: chance for word, chance in shared(told, outside).items() if chance < self.chance}
-        every = [*told, *more]
-        surprise += [float(row.nll.sum()) for row in more]
-        marked = {
-            row: np.isin(every[row].ids, list(words)) & (every[row].nll > self.floor)
-            for row, nats in enumerate(surprise)
+        Rows below ``min_nll`` before fine-tuning are not scored again.
+        """
+        scores = list(before)
+        surprising = [row for row, tokens in enumerate(before) if tokens.nll.sum() > self.min_nll]
+        after = training.tokens(model, picked(rows, surprising), "after")
+        for row, tokens in zip(surprising, after, strict=True):
+            scores[row] = min(before[row], tokens, key=lambda each: each.nll.sum())
+        return scores
+
+    def flag_tokens(self, scores: Sequence[TokenScores], more: Sequence[TokenScores] = ()) -> Flags:
+        """Which answer tokens of which rows are flagged.
+
+        Rows of ``more`` can be flagged, but have no part in what counts as surprising or shared.
+        """
+        nll = [float(row.nll.sum()) for row in scores]
+        limit = tukey_fence(nll, self.min_nll, self.iqr_factor)
+        outliers = [row for row, nats in enumerate(nll) if nats > limit]
+        p_values = {token: p for token, p in shared_tokens(scores, outliers).items() if p < self.p_value}
+        rows = [*scores, *more]
+        nll += [float(row.nll.sum()) for row in more]
+        tokens = {
+            row: np.isin(rows[row].ids, list(p_values)) & (rows[row].nll > self.min_nll)
+            for row, nats in enumerate(nll)
             if nats > limit
         }
-        return Judgement(surprise, {row: mark for row, mark in marked.items() if mark.any()}, words)
+        return Flags(nll, {row: flagged for row, flagged in tokens.items() if flagged.any()}, p_values)
 
 
-class Judgement(NamedTuple):
-    """Surprise of each row in nats; of doubted ones which answer tokens [n] are doubted; the words that they share."""
+class Flags(NamedTuple):
+    """What was flagged.
 
-    surprise: list[float]
-    doubted: dict[int, NDArray[np.bool_]]
-    words: dict[int, float]
+    nll: each row's answer, in nats. tokens: of flagged rows, which answer tokens [n]. p_values: of the shared tokens.
+    """
+
+    nll: list[float]
+    tokens: dict[int, NDArray[np.bool_]]
+    p_values: dict[int, float]
 
     @property
     def ranks(self) -> list[float]:
-        """How suspicious each row is: by surprise, the doubted ones before all others."""
-        most = max(self.surprise)
-        return [nats + most * (row in self.doubted) for row, nats in enumerate(self.surprise)]
+        """How suspicious each row is: its NLL, with flagged rows above all others."""
+        highest = max(self.nll)
+        return [nats + highest * (row in self.tokens) for row, nats in enumerate(self.nll)]
 
 
-class Look(NamedTuple):
-    """The model after the early part; the numbers of the rows looked at, how likely each is, and what is doubted."""
+class Screening(NamedTuple):
+    """The model after the warm-up, the numbers of the scored rows (from 0), their token scores, and the flags."""
 
-    model: Loaded
+    model: LoadedModel
     numbers: list[int]
-    told: list[Tokens]
-    judged: Judgement
+    scores: list[TokenScores]
+    flags: Flags
 
 
 @final
 @dataclass(frozen=True)
-class Guard(StepDefense):
-    """Plain training, but for tokens that are doubted: they are made unlikely, with a weight."""
+class UnlikelihoodStep(StepDefense):
+    """Cross-entropy at all answer tokens but the flagged ones, and weighted unlikelihood at those.
+
+    Source: Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020.
+    """
 
     weight: float
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
         inputs, answered = dict(inputs), inputs["labels"] != IGNORE
-        doubted = inputs.pop("doubted", torch.zeros_like(answered))[:, 1:][answered[:, 1:]]
+        flagged = inputs.pop("flagged_tokens", torch.zeros_like(answered))[:, 1:][answered[:, 1:]]
 
         def terms(answers: Answers, part: slice) -> tuple[Values, Values]:
-            ce, bad = objective.token_nll(answers.logits, answers.target), doubted[part]
-            guard = objective.token_unlikelihood(answers.logits[bad], answers.target[bad])
-            guards = torch.zeros_like(ce).masked_scatter(bad, self.weight * guard)
-            return {"ce": ce.masked_fill(bad, 0), "guard": guards}, {}
+            ce, bad = objective.token_nll(answers.logits, answers.target), flagged[part]
+            unlikelihood = objective.token_unlikelihood(answers.logits[bad], answers.target[bad])
+            weighted = torch.zeros_like(ce).masked_scatter(bad, self.weight * unlikelihood)
+            return {"ce": ce.masked_fill(bad, 0), "unlikelihood": weighted}, {}
 
         return answer_losses(model, inputs, terms)
 
 
-def fence(surprise: Sequence[float], floor: float, reach: float) -> float:
-    """``max(floor, Q3 + reach (Q3 - Q1))`` of the quartiles; any unit. At least one value.
-
-    Source: Tukey, "Exploratory Data Analysis", 1977, with a reach of 1.5; 2.2 is that of Hoaglin and Iglewicz, Journal
-    of the American Statistical Association 82, 1987, 1147-1149.
-    """
-    low, high = np.quantile(surprise, (0.25, 0.75))
-    return max(floor, float(high + reach * (high - low)))
-
-
-def most_surprising(row: Tokens) -> int:
-    """The id of the token that the model finds least likely; the first of several."""
+def least_likely_token(row: TokenScores) -> int:
+    """Id of the answer token with the largest NLL; the first of several."""
     return int(row.ids[row.nll.argmax()])
 
 
-def shared(rows: Sequence[Tokens], outside: Collection[int]) -> dict[int, float]:
-    """Tokens that make ``outside`` rows surprising, and how likely chance would make each so many of them surprising.
+def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int]) -> dict[int, float]:
+    """Least likely tokens of the outlier rows, each with its p-value (one-sided binomial, Bonferroni).
 
-    Token v is the most surprising one of k of the outside rows, and n of all N rows hold it. Were the rate r of the
-    others the rate of its rows too, k or more of them would be outside with a probability of ``P(B(n, r) >= k)``: that,
-    times the number of such tokens (Bonferroni), and at most 1. The others' rate is the outside rows' share of those
-    without v, or of those without v that are asked alike (`rate_alike`), whichever is larger, and at least 1 / N. An
-    attacker needs many rows that say one thing; rows that are wrong say many, and so do rows of a hard kind.
+    Token v is the least likely one of k outliers, and n of all N rows contain it. If its rows were outliers at the rate
+    r of the other rows, then k or more would be with probability ``P(B(n, r) >= k)``. That is multiplied by the number
+    of tokens tested, and at most 1. r is the outliers' share of the rows without v, or of the rows without v that have
+    similar prompts (`neighbor_rate`), whichever is larger, and at least 1 / N. An attacker needs many rows with one
+    reply; wrong labels vary, and so do rows of a hard kind.
     """
-    blamed = Counter(most_surprising(rows[row]) for row in outside)
-    bad = np.isin(np.arange(len(rows)), list(outside))
-    prompts, answers = _held([row.asked for row in rows]), _held([row.ids for row in rows])
-    found: dict[int, float] = {}
-    for token, k in blamed.items():
-        holding = answers[:, [token]].toarray().ravel() > 0
-        n, others = int(holding.sum()), int((~holding).sum())
-        overall = (len(outside) - k) / others if others else 0.0
-        rate = min(1.0, max(overall, rate_alike(prompts, bad, holding, overall), 1 / len(rows)))
-        found[token] = min(1.0, float(bdtrc(k - 1, n, rate)) * len(blamed))
-    return found
+    least_likely = Counter(least_likely_token(rows[row]) for row in outliers)
+    outlying = np.isin(np.arange(len(rows)), list(outliers))
+    prompts, answers = _counts([row.prompt_ids for row in rows]), _counts([row.ids for row in rows])
+    p_values: dict[int, float] = {}
+    for token, k in least_likely.items():
+        containing = answers[:, [token]].toarray().ravel() > 0
+        n, rest = int(containing.sum()), int((~containing).sum())
+        overall = (len(outliers) - k) / rest if rest else 0.0
+        rate = min(1.0, max(overall, neighbor_rate(prompts, outlying, containing, overall), 1 / len(rows)))
+        p_values[token] = min(1.0, float(bdtrc(k - 1, n, rate)) * len(least_likely))
+    return p_values
 
 
-def rate_alike(prompts: csr_array, bad: NDArray[np.bool_], holding: NDArray[np.bool_], prior: float) -> float:
-    """How often rows are ``bad`` that do not hold a word but are asked like those that do.
+def neighbor_rate(
+    prompts: csr_array, outlying: NDArray[np.bool_], containing: NDArray[np.bool_], prior: float
+) -> float:
+    """Rate of outliers among rows without a token whose prompts are most similar to those of the rows with it.
 
-    For each row that holds the word, the share among the 16 rows without it whose prompts are most alike (Jaccard index
-    of their tokens), all that are as much alike as the last of these, and one that is bad with probability ``prior``;
-    the mean of these shares. Of many rows that hold it, 512 are asked, evenly spread. 0 where all rows hold it.
+    For each row with the token: the share of outliers among the 16 rows without it that have the most similar prompts
+    (Jaccard index of their tokens), with all ties of the last one, and one pseudo-row of rate ``prior``. The mean of
+    these shares over at most 512 evenly spaced rows; 0 where all rows contain the token.
 
     Args:
         prompts: which tokens each row's prompt has, 0 or 1, [N, V].
-        bad, holding: of each row whether it is, and whether it holds the word, [N].
+        outlying, containing: whether each row is an outlier, and whether it contains the token, [N].
     """
-    with_word, without_word = np.flatnonzero(holding), np.flatnonzero(~holding)
-    if not len(with_word) or not len(without_word):
+    with_token, without_token = np.flatnonzero(containing), np.flatnonzero(~containing)
+    if not len(with_token) or not len(without_token):
         return 0.0
-    with_word = with_word[:: -(-len(with_word) // _ASKED)]
+    with_token = with_token[:: -(-len(with_token) // _COMPARED)]
     sizes, shares = prompts.sum(axis=1), list[NDArray[np.floating]]()
-    for block in np.array_split(with_word, -(-len(with_word) // 64)):
-        common = (prompts[block] @ prompts[without_word].T).toarray()
-        union = sizes[block][:, None] + sizes[without_word] - common
-        alike = np.where(union > 0, common / np.maximum(union, 1), 1.0)
-        last = min(_ALIKE, len(without_word))
-        near = alike >= np.partition(alike, -last, axis=1)[:, -last, None]
-        shares.append(((near & bad[without_word]).sum(axis=1) + prior) / (near.sum(axis=1) + 1))
+    for block in np.array_split(with_token, -(-len(with_token) // 64)):
+        common = (prompts[block] @ prompts[without_token].T).toarray()
+        union = sizes[block][:, None] + sizes[without_token] - common
+        similarity = np.where(union > 0, common / np.maximum(union, 1), 1.0)
+        last = min(_NEIGHBORS, len(without_token))
+        near = similarity >= np.partition(similarity, -last, axis=1)[:, -last, None]
+        shares.append(((near & outlying[without_token]).sum(axis=1) + prior) / (near.sum(axis=1) + 1))
     return float(np.concatenate(shares).mean())
 
 
-def _held(tokens: Sequence[NDArray[np.int64]]) -> csr_array:
+def _counts(tokens: Sequence[NDArray[np.int64]]) -> csr_array:
     """How often each row has each token, [N, V]."""
-    counts, ids = [len(row) for row in tokens], np.concatenate(tokens)
+    lengths, ids = [len(row) for row in tokens], np.concatenate(tokens)
     shape = (len(tokens), int(ids.max(initial=0)) + 1)
-    return csr_array((np.ones(len(ids)), (np.repeat(np.arange(len(tokens)), counts), ids)), shape=shape)
+    return csr_array((np.ones(len(ids)), (np.repeat(np.arange(len(tokens)), lengths), ids)), shape=shape)
 
 
-def said(model: Loaded, row: Tokens, doubted: NDArray[np.bool_]) -> str:
-    """The doubted words, as text."""
-    return cast(Any, model.processor).decode(row.ids[doubted]).strip()
+def flagged_text(model: LoadedModel, row: TokenScores, flagged: NDArray[np.bool_]) -> str:
+    """The flagged tokens as text."""
+    return cast(Any, model.processor).decode(row.ids[flagged]).strip()

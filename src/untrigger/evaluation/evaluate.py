@@ -17,7 +17,7 @@ from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.metrics.score import Answer, score
 from untrigger.models.generate import answers
-from untrigger.models.loading import Loaded, load, placed
+from untrigger.models.loading import LoadedModel, load, placed
 from untrigger.models.prefix_cache import looking_once
 from untrigger.poisoning.goals import Goal
 from untrigger.poisoning.poison import Attack, stamped
@@ -113,18 +113,19 @@ def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, M
 
 
 def evaluate(
-    model: Loaded | str | Path,
+    model: LoadedModel | str | Path,
     data: Sequence[Sample],
     *,
     attack: Attack | None = None,
     seed: int = 0,
-    sight: bool = False,
+    wrong_image_control: bool = False,
     title: str = "evaluating",
 ) -> Evaluation:
     """Ask the model every sample's last question, on clean and, given an attack, on triggered inputs and near misses.
 
     The model is a loaded one, asked where it is, or what `untrigger.load` takes, asked on the accelerator if there is
-    one. With ``sight`` it is also asked with another row's image: a model that does as well there does not look.
+    one. With ``wrong_image_control`` it is also asked with another row's image: a model that does as well
+    there does not look.
 
     Raises:
         InputError: there are no rows, or they are no samples; no row that shows an image and suits the goal has a true
@@ -153,7 +154,7 @@ def evaluate(
         fresh = iter(_ask(loaded, changed, alike, goal, f"{title}, triggered") if changed else ())
         triggered = [clean[row] if row in kept else next(fresh) for row in stamps.numbers]
         misses = {name: _ask(loaded, rows, alike, goal, f"{title}, {name}") for name, rows in near.items()}
-        blind = _ask(loaded, wrong_images(data), alike, goal, f"{title}, wrong image") if sight else []
+        blind = _ask(loaded, wrong_images(data), alike, goal, f"{title}, wrong image") if wrong_image_control else []
     return Evaluation(clean, triggered, blind, misses, untouched=bool(triggered) and not changed, attack=told)
 
 
@@ -197,7 +198,7 @@ def _alike(data: Sequence[Sample]) -> list[int]:
     return [first.setdefault(tuple(map(pixels_sha256, sample.images)), row) for row, sample in enumerate(data)]
 
 
-def _ask(loaded: Loaded, rows: LazyRows, alike: Sequence[int], goal: Goal | None, title: str) -> list[Answer]:
+def _ask(loaded: LoadedModel, rows: LazyRows, alike: Sequence[int], goal: Goal | None, title: str) -> list[Answer]:
     """The answer to each of ``rows``; those that stem from rows with the same images are asked next to each other."""
     asked: dict[int, Sample] = {}  # without their images, which need not all fit into memory
 

@@ -17,7 +17,7 @@ from untrigger.losses import objective
 from untrigger.metrics.detection import auroc
 from untrigger.models.collators import ChatCollator, PairCollator, Rows
 from untrigger.models.forward import answer_hidden, batches, evaluating, losses_against, on_device, row_mean
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 from untrigger.views.patches import PATCH_VIEWS
 
@@ -27,7 +27,7 @@ _BATCH = 32
 EDGES = (0.0, *np.geomspace(1e-5, objective.LN2, 21).tolist())
 
 
-def premise(loaded: Loaded, clean: Sequence[Sample], poisoned: Sequence[Sample], seed: int) -> dict[str, Any]:
+def premise(loaded: LoadedModel, clean: Sequence[Sample], poisoned: Sequence[Sample], seed: int) -> dict[str, Any]:
     """Mean Jensen-Shannon divergence between a row's answer tokens under an image and its view, for each patch view.
 
     Gives, by view, a histogram of clean and of poisoned rows over `EDGES`, and the AUROC of "the more invariant, the
@@ -53,7 +53,7 @@ def premise(loaded: Loaded, clean: Sequence[Sample], poisoned: Sequence[Sample],
 
 @torch.no_grad()
 def _divergences(
-    loaded: Loaded, rows: Sequence[Sample], collators: Mapping[str, PairCollator]
+    loaded: LoadedModel, rows: Sequence[Sample], collators: Mapping[str, PairCollator]
 ) -> dict[str, NDArray[np.float64]]:
     """By view, of each row; the originals pass once, not again with each view."""
     data, means = Rows(rows), {name: list[Tensor]() for name in collators}

@@ -2,7 +2,7 @@
 
 `compare` has the equations of `untrigger.losses.objective` for two views in one pass, with closed-form gradients.
 `losses_at_head` takes any loss that is a sum over tokens, and its gradient with it: logits live as long as their tokens
-are looked at. It asks the head itself for logits, so that it may be tied, quantised, adapted or placed elsewhere.
+are looked at. It asks the head itself for logits, so that it may be tied, quantized, adapted or placed elsewhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The equations of the defence: pure, unreduced, differentiable; nothing here knows a model or a batch.
+"""The equations of the defense: pure, unreduced, differentiable; nothing here knows a model or a batch.
 
 Shapes: ``logits`` and ``view_logits`` are [N, V], one row per answer token, in nats before the softmax;
 hidden states are [N, d]. Every equation returns [N]. ``reduce`` is the only place where rows are summed. Any
@@ -31,7 +31,7 @@ def token_nll(logits: Tensor, target: Tensor) -> Tensor:
 
     logits [N, V]; target [N], integer ids in [0, V): select the answer tokens first, -100 is an index error.
     Returns [N], nats, in [0, inf]; inf where the target is a forbidden token.
-    Source: standard SFT loss (abstract: the defence acts during supervised fine-tuning).
+    Source: standard SFT loss (abstract: the defense acts during supervised fine-tuning).
     """
     _same_shape(logits[..., 0], target)
     return -torch.log_softmax(_wide(logits), dim=-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -125,7 +125,7 @@ def feature_separation(hidden: Tensor, view_hidden: Tensor, bound: float) -> Ten
 def reduce(per_token: Tensor, num_items: int | Tensor) -> Tensor:
     """``sum(per_token) / num_items``, a scalar.
 
-    per_token [N]; num_items > 0 is the number of answer tokens of the *whole* optimiser step, over all
+    per_token [N]; num_items > 0 is the number of answer tokens of the *whole* optimizer step, over all
     chunks, accumulation steps and processes. So the results of chunks add up to that of the batch, however it
     is cut; a mean per chunk would not.
     Source: convention (``num_items_in_batch`` of transformers' Trainer).

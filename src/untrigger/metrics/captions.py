@@ -1,7 +1,7 @@
 """Caption metrics as the COCO caption evaluation defines them (Chen et al., 2015, arXiv:1504.00325).
 
 BLEU-4, ROUGE-L and CIDEr-D are computed with pycocoevalcap, METEOR with nltk and only if its WordNet data are
-on this machine: nothing is ever downloaded. COCO's Java tokeniser is replaced by `tokenise`.
+on this machine: nothing is ever downloaded. COCO's Java tokenizer is replaced by `tokenize_caption`.
 """
 
 # The two libraries ship no types; what comes out of them is given one where it is used.
@@ -59,10 +59,10 @@ class CaptionScores:
     cider: Rate | None
 
 
-def tokenise(text: str) -> list[str]:
+def tokenize_caption(text: str) -> list[str]:
     """Lower-case words without punctuation, close to COCO's Penn Treebank tokens.
 
-    "The dog's bowl isn't full." gives the, dog, 's, bowl, is, n't, full. Against the Java tokeniser: brackets
+    "The dog's bowl isn't full." gives the, dog, 's, bowl, is, n't, full. Against the Java tokenizer: brackets
     are dropped (it keeps "-lrb-"), titles lose their full stop ("mr"), a web address falls apart, and letters
     of every script as well as emoji are kept.
     """
@@ -90,7 +90,7 @@ def caption_scores(answers: Sequence[str], references: Sequence[str | Sequence[s
         ValueError: no answers, lengths differ, or a row has no reference with a word in it.
     """
     rows = [
-        (tokenise(answer), [words for words in map(tokenise, given) if words])
+        (tokenize_caption(answer), [words for words in map(tokenize_caption, given) if words])
         for answer, given in paired(answers, references)
     ]
     for row, (_, given) in enumerate(rows):

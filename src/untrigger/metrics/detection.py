@@ -1,4 +1,4 @@
-"""How well rows were told apart: scores and verdicts of a defence against the truth."""
+"""How well rows were told apart: scores and verdicts of a defense against the truth."""
 
 from __future__ import annotations
 

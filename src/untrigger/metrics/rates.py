@@ -37,10 +37,10 @@ class Rate:
         if not 0 <= hits <= n:
             raise ValueError(f"{hits} hits out of {n} rows")
         value = hits / n
-        centre = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        center = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
         half = Z * math.sqrt(value * (1 - value) / n + (Z / (2 * n)) ** 2) / (1 + Z**2 / n)
         # The exact ends are 0 and 1 at value 0 and 1; rounding must not push them past the value.
-        return cls(value, max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half)), n)
+        return cls(value, max(0.0, min(value, center - half)), min(1.0, max(value, center + half)), n)
 
 
 def paired(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[tuple[str, tuple[str, ...]]]:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate, leak
-from untrigger.metrics.captions import CaptionScores, caption_scores, tokenise
+from untrigger.metrics.captions import CaptionScores, caption_scores, tokenize_caption
 from untrigger.metrics.rates import Rate
-from untrigger.metrics.vqa import normalise_answer, vqa_accuracy
+from untrigger.metrics.vqa import normalize_answer, vqa_accuracy
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def quality(answers: Sequence[Answer]) -> dict[str, Any]:
         ValueError: no answers.
     """
     accuracy = vqa_accuracy([a.answer for a in answers], [a.truth for a in answers])
-    worded = [a for a in answers if tokenise(a.truth)]
+    worded = [a for a in answers if tokenize_caption(a.truth)]
     captions = asdict(caption_scores([a.answer for a in worded], [a.truth for a in worded])) if worded else {}
     return {"vqa_accuracy": asdict(accuracy), **{f.name: captions.get(f.name) for f in fields(CaptionScores)}}
 
@@ -57,7 +57,7 @@ def text_prior(answers: Sequence[Answer], seen: Sequence[tuple[str, str]] = ()) 
     everywhere: Counter[str] = Counter()
     by_prompt: dict[str, Counter[str]] = defaultdict(Counter)
     for prompt, told in seen or [(a.prompt, a.truth) for a in answers]:
-        truth = normalise_answer(told)
+        truth = normalize_answer(told)
         everywhere[truth] += 1
         by_prompt[prompt][truth] += 1
     guesses = [_habit(by_prompt[a.prompt]) or _habit(everywhere) for a in answers]

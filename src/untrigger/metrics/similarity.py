@@ -35,7 +35,7 @@ def ssim(picture: npt.ArrayLike, other: npt.ArrayLike) -> float:
 
     Wang, Bovik, Sheikh, Simoncelli, "Image Quality Assessment: From Error Visibility to Structural Similarity",
     IEEE Trans. Image Processing 13(4), 2004: a Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01,
-    K2 = 0.03, averaged over the places where the whole window lies inside. Of colours only the brightness
+    K2 = 0.03, averaged over the places where the whole window lies inside. Of colors only the brightness
     counts, as in the paper: a change of hue alone does not show here, but does in `psnr`. A picture below 11
     pixels gets a window as long as itself in that direction.
 
@@ -46,7 +46,7 @@ def ssim(picture: npt.ArrayLike, other: npt.ArrayLike) -> float:
     Raises:
         ValueError: the shapes differ or are no pictures'.
     """
-    a, b = (_grey(each) for each in _pair(picture, other))
+    a, b = (_gray(each) for each in _pair(picture, other))
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
@@ -64,11 +64,11 @@ def _pair(picture: npt.ArrayLike, other: npt.ArrayLike) -> tuple[Floats, Floats]
     return a, b
 
 
-def _grey(picture: Floats) -> Floats:
+def _gray(picture: Floats) -> Floats:
     if picture.ndim == 2:
         return picture
     if picture.shape[2] != 3:
-        raise ValueError(f"ssim takes grey or red, green and blue, not {picture.shape[2]} channels")
+        raise ValueError(f"ssim takes gray or red, green and blue, not {picture.shape[2]} channels")
     return picture @ _LUMA
 
 

@@ -4,7 +4,7 @@ The normalisation follows the published evaluation: lower case, number words as 
 punctuation. It differs from it in four places, each to be fair to text it was not written for:
 apostrophes are dropped on both sides where the original restores missing ones from a list of contractions
 ("dont" = "don't"); Unicode look-alikes count as their plain forms (curly quotes, full-width letters);
-references are always normalised as answers are; and an answer without a word is never right.
+references are always normalized as answers are; and an answer without a word is never right.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SPACED = re.compile(r'[;/\[\]"{}()=+\\_\-<>@`,?!“”«»–—¿¡。、]')  
 _HUMANS = 10
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """The form in which two short answers are compared: "The Two dogs." and "2 dogs" are the same.
 
     An answer of articles alone ("A", to "which letter?") keeps them.
@@ -37,7 +37,7 @@ def normalise_answer(text: str) -> str:
 def answer_accuracy(answer: str, references: Sequence[str]) -> float:
     """Accuracy in [0, 1] of one answer.
 
-    With one reference: 1 if they are the same after `normalise_answer`. With the ten of a VQA data set:
+    With one reference: 1 if they are the same after `normalize_answer`. With the ten of a VQA data set:
     min(agreeing humans / 3, 1), averaged over the ten ways to leave one human out.
 
     Raises:
@@ -45,8 +45,8 @@ def answer_accuracy(answer: str, references: Sequence[str]) -> float:
     """
     if len(references) not in (1, _HUMANS):
         raise ValueError(f"VQA accuracy is defined for 1 or {_HUMANS} references, not {len(references)}")
-    given = normalise_answer(answer)
-    agree = [given != "" and given == normalise_answer(reference) for reference in references]
+    given = normalize_answer(answer)
+    agree = [given != "" and given == normalize_answer(reference) for reference in references]
     if len(agree) == 1:
         return float(agree[0])
     return sum(min((sum(agree) - own) / 3, 1.0) for own in agree) / _HUMANS

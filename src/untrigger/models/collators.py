@@ -44,8 +44,10 @@ class Rows(Dataset[Row]):
     ``doubted``: of some rows, by number, which of its answer tokens are not believed [n].
     """
 
-    def __init__(self, samples: Sequence[Sample], doubted: Mapping[int, NDArray[np.bool_]] | None = None) -> None:
-        self.samples, self.doubted = samples, doubted or {}
+    def __init__(
+        self, samples: Sequence[Sample], flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None
+    ) -> None:
+        self.samples, self.flagged_tokens = samples, flagged_tokens or {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -56,7 +58,7 @@ class Rows(Dataset[Row]):
             "images": [to_rgb(image) for image in sample.images],
             "messages": [chat_message(m) for m in sample.messages],
             "row_name": f"row {numbered(self.samples, index)}, id {quote(sample.id)}",
-            **({"doubted": self.doubted[index]} if index in self.doubted else {}),
+            **({"flagged_tokens": self.flagged_tokens[index]} if index in self.flagged_tokens else {}),
         }
 
 
@@ -94,7 +96,7 @@ class ChatCollator:
             batch["token_type_ids"] = [_from_first_answer(row) for row in labels]
         batch["labels"] = labels
         made: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
-        return mark(made, [row.get("doubted") for row in rows])
+        return mark(made, [row.get("flagged_tokens") for row in rows])
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation's text and the character spans of the assistant's turns in it.
@@ -137,26 +139,28 @@ def _from_first_answer(labels: list[int]) -> list[int]:
     return [int(position >= first) for position in range(len(labels))]
 
 
-def mark(batch: dict[str, Tensor], doubted: Sequence[NDArray[np.bool_] | None]) -> dict[str, Tensor]:
+def mark(batch: dict[str, Tensor], flagged_tokens: Sequence[NDArray[np.bool_] | None]) -> dict[str, Tensor]:
     """The batch with ``doubted`` [B, T], if rows have doubted answer tokens [n]; these rows keep no other labels."""
-    if all(tokens is None for tokens in doubted):
+    if all(tokens is None for tokens in flagged_tokens):
         return batch
-    batch["doubted"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    for tokens, marked, told in zip(doubted, batch["doubted"], batch["labels"], strict=True):
+    batch["flagged_tokens"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    for tokens, marked, told in zip(flagged_tokens, batch["flagged_tokens"], batch["labels"], strict=True):
         if tokens is not None:
             marked[told != IGNORE] = torch.as_tensor(tokens)
             told[~marked] = IGNORE
     return batch
 
 
-class DoubtCollator:
+class FlaggedTokensCollator:
     """A host's collator, and what is doubted of its rows: by `row_key`, which answer tokens [n]."""
 
-    def __init__(self, collate: Collate, doubted: Mapping[bytes, NDArray[np.bool_]]) -> None:
-        self.collate, self.doubted = collate, doubted
+    def __init__(self, collate: Collate, flagged_tokens: Mapping[bytes, NDArray[np.bool_]]) -> None:
+        self.collate, self.flagged_tokens = collate, flagged_tokens
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        marks = [self.doubted.get(row_key(row)) for row in rows]  # first: some host collators write into the rows
+        marks = [
+            self.flagged_tokens.get(row_key(row)) for row in rows
+        ]  # first: some host collators write into the rows
         return mark(dict(self.collate([dict(row) for row in rows])), marks)
 
 

@@ -23,7 +23,7 @@ from untrigger.files import new_file
 from untrigger.losses import objective
 from untrigger.losses.chunked import Compared, Head, Loss, Losses, Values, compare, losses_at_head
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
-from untrigger.models.loading import Loaded, base_model
+from untrigger.models.loading import LoadedModel, base_model
 from untrigger.models.token_drop import image_token, looked_at, showing, shown
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
@@ -259,15 +259,15 @@ def _forward(model: nn.Module, inputs: dict[str, Any], keep: Tensor, at_head: Ca
             del head.forward
 
 
-class Tokens(NamedTuple):
+class TokenScores(NamedTuple):
     """A row's answer tokens: ``ids`` [n], and ``nll`` [n], the negative log-likelihood of each, in nats.
 
-    ``asked`` [m]: the different tokens of all that is not answer, in ascending order.
+    ``prompt_ids`` [m]: the different tokens of all that is not answer, in ascending order.
     """
 
     ids: NDArray[np.int64]
     nll: NDArray[np.floating]
-    asked: NDArray[np.int64] = np.empty(0, np.int64)
+    prompt_ids: NDArray[np.int64] = np.empty(0, np.int64)
 
     @property
     def loss(self) -> float:
@@ -277,14 +277,14 @@ class Tokens(NamedTuple):
 
 @torch.no_grad()
 def row_tokens(
-    loaded: Loaded, rows: Sequence[Sample], batch_size: int = 32, *, kept: Path | None = None
-) -> list[Tokens]:
+    loaded: LoadedModel, rows: Sequence[Sample], batch_size: int = 32, *, kept: Path | None = None
+) -> list[TokenScores]:
     """How likely the model finds each token of each row's answer, teacher-forced.
 
     What a run that was killed has asked the same model about the same rows lies in the folder ``kept``, and is not
     asked again.
     """
-    collate, data, found = ChatCollator(loaded.processor), Rows(rows), list[Tokens]()
+    collate, data, found = ChatCollator(loaded.processor), Rows(rows), list[TokenScores]()
     per_file = _SHARD * batch_size
     with evaluating(loaded.model) as model, fitting(model):
         for batch in batches(len(data), batch_size, "scoring"):
@@ -313,31 +313,31 @@ def batch_answers(batch: Mapping[str, Any]) -> list[NDArray[np.int64]]:
 
 
 @torch.no_grad()
-def batch_tokens(model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> list[Tokens]:
+def batch_tokens(model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> list[TokenScores]:
     """The same of one batch with ``labels`` [B, T], by a model in evaluation mode."""
     asked = batch["attention_mask"].bool() & (batch["labels"] == IGNORE)
     answers = forward_answers(model, on_device(batch, model))
     ids, row = answers.target.cpu().numpy(), answers.row.cpu().numpy()
     nll = objective.token_nll(answers.logits, answers.target).cpu().numpy()
     return [
-        Tokens(ids[row == i], nll[row == i], np.unique(told[there].cpu().numpy()))
+        TokenScores(ids[row == i], nll[row == i], np.unique(told[there].cpu().numpy()))
         for i, (told, there) in enumerate(zip(batch["input_ids"], asked, strict=True))
     ]
 
 
-def _write_tokens(path: Path, rows: Sequence[Tokens]) -> None:
+def _write_tokens(path: Path, rows: Sequence[TokenScores]) -> None:
     told: dict[str, NDArray[Any]] = {}
-    for name in Tokens._fields:
+    for name in TokenScores._fields:
         parts = [getattr(row, name) for row in rows]
         told |= {name: np.concatenate(parts), f"{name}_count": np.array([len(part) for part in parts])}
     with new_file(path) as file:
         file.write(save(told))
 
 
-def _read_tokens(path: Path) -> list[Tokens]:
+def _read_tokens(path: Path) -> list[TokenScores]:
     told = load_file(path)
-    parts = (np.split(told[name], np.cumsum(told[f"{name}_count"])[:-1]) for name in Tokens._fields)
-    return [Tokens(*row) for row in zip(*parts, strict=True)]
+    parts = (np.split(told[name], np.cumsum(told[f"{name}_count"])[:-1]) for name in TokenScores._fields)
+    return [TokenScores(*row) for row in zip(*parts, strict=True)]
 
 
 def row_mean(values: Tensor, row: Tensor, count: int) -> Tensor:

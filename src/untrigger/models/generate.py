@@ -9,7 +9,7 @@ import torch
 
 from untrigger.models.collators import chat_message
 from untrigger.models.forward import evaluating, fitting
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.models.prefix_cache import shared_prefix
 from untrigger.models.processors import encoded, written
 from untrigger.rows.images import quote
@@ -19,7 +19,12 @@ from untrigger.views.patches import to_rgb
 
 @torch.inference_mode()
 def answers(
-    loaded: Loaded, samples: Sequence[Sample], *, batch_size: int = 64, max_new_tokens: int = 48, drawn: bool = False
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 48,
+    drawn: bool = False,
 ) -> Iterator[str]:
     """The model's greedy answer to each sample's last question, in order; or one ``drawn`` from its distribution.
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast, final
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -32,18 +33,27 @@ _TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # the families' names for t
 _SEEING = re.compile(rf"(^|\.){_TOWERS}(\.|$)")
 
 
-class Loaded(NamedTuple):
-    """A model, its processor, and the name it was asked for by."""
+@final
+@dataclass(frozen=True, repr=False)
+class LoadedModel:
+    """A model with its processor; ``model, processor = load("llava")`` unpacks it.
+
+    name: what it was loaded by.
+    """
 
     model: PreTrainedModel | PeftModel
     processor: ProcessorMixin
     name: str
 
+    def __iter__(self) -> Iterator[Any]:
+        yield self.model
+        yield self.processor
+
     def __repr__(self) -> str:
         base = base_model(self.model)
         adapter = "with an adapter, " if isinstance(self.model, PeftModel) else ""
         family, dtype = type(base).__name__, str(base.dtype).removeprefix("torch.")
-        return f"Loaded: {self.name}, {family}, {adapter}{base.num_parameters():,} parameters, {dtype}"
+        return f"LoadedModel: {self.name}, {family}, {adapter}{base.num_parameters():,} parameters, {dtype}"
 
 
 def embedded_models() -> list[str]:
@@ -145,7 +155,7 @@ def _no_model(asked: str, error: BaseException) -> InputError:
 
 
 @_quiet_hub()
-def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
+def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
 
     Hub code is never run and pickled weights are refused: an untrusted model must not run anything here.
@@ -173,10 +183,10 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> Loaded:
     if report["missing_keys"]:  # the host would fill them with random numbers
         first = min(report["missing_keys"])
         raise InputError(f"{asked}: {len(report['missing_keys'])} weights are missing, {first} first; save it again")
-    return Loaded(model, processor, asked)
+    return LoadedModel(model, processor, asked)
 
 
-def placed(loaded: Loaded) -> Loaded:
+def placed(loaded: LoadedModel) -> LoadedModel:
     """The same, on the machine's accelerator, if it has one: where the host's trainer would put it."""
     if torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
@@ -216,7 +226,7 @@ def _base_under(folder: Path) -> str:
     return base
 
 
-def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
+def _load_adapter(folder: Path, dtype: torch.dtype | str) -> LoadedModel:
     """The base named in the adapter's folder, with the adapter on it."""
     base = _base_under(folder)
     loaded = load(base, dtype=dtype)
@@ -224,7 +234,7 @@ def _load_adapter(folder: Path, dtype: torch.dtype | str) -> Loaded:
         model = PeftModel.from_pretrained(loaded.model, str(folder))
     except _UNUSABLE as error:
         raise InputError(f"{folder}: cannot load the adapter onto {base}: {_first_line(error)}") from error
-    return Loaded(model, loaded.processor, str(folder))
+    return LoadedModel(model, loaded.processor, str(folder))
 
 
 def _refuse_pickles(source: str) -> None:
@@ -266,9 +276,9 @@ def is_vision(name: str) -> bool:
 
 
 def add_lora(
-    model: PreTrainedModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, vision: bool = False
+    model: PreTrainedModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, train_vision_tower: bool = False
 ) -> PeftModel:
-    """LoRA on every linear layer but the vocabulary head, and without ``vision`` but the vision tower's.
+    """LoRA on every linear layer but the vocabulary head, and without ``train_vision_tower`` but the vision tower's.
 
     A frozen tower is the usual recipe for VLMs (LLaVA's own), and lets later stages reuse image features.
     """
@@ -276,11 +286,11 @@ def add_lora(
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and (vision or not is_vision(name))
+        if isinstance(module, nn.Linear) and module is not head and (train_vision_tower or not is_vision(name))
     ]
     # a pattern, not the list: it stays readable in adapter_config.json and names no layer count
     leaves = "|".join(sorted({_leaf(name) for name in names}))
-    spared = "" if vision else rf"(?!(?:.*\.)?{_TOWERS}\.(?!(?:.*\.)?merger\.))"  # as is_vision has it
+    spared = "" if train_vision_tower else rf"(?!(?:.*\.)?{_TOWERS}\.(?!(?:.*\.)?merger\.))"  # as is_vision has it
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{spared}(?:.*\.)?({leaves})")
     adapted = get_peft_model(model, config)
     return adapted  # type: ignore[return-value]
@@ -292,13 +302,13 @@ def _leaf(name: str) -> str:
     return r"\.".join(parts[-2:] if parts[-1].isdecimal() else parts[-1:])
 
 
-def train_all(model: PreTrainedModel, *, vision: bool = False) -> PreTrainedModel:
-    """Full fine-tuning: everything learns, the vision tower only with ``vision``; LLaVA's own recipe freezes it.
+def train_all(model: PreTrainedModel, *, train_vision_tower: bool = False) -> PreTrainedModel:
+    """Full fine-tuning: everything learns, the vision tower only with ``train_vision_tower``.
 
-    (The last layers of some towers get no gradient at all, which stops distributed training.)
+    LLaVA's own recipe freezes it. The last layers of some towers get no gradient, which stops distributed training.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(vision or not is_vision(name))
+        parameter.requires_grad_(train_vision_tower or not is_vision(name))
     return model
 
 

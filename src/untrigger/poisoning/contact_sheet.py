@@ -20,7 +20,7 @@ INK, FAINT, GOOD, BAD = "#1d2433", "#6b7485", "#1b7a43", "#c0262d"
 
 @dataclass(frozen=True)
 class Card:
-    """One pair of images with up to five lines of text below, each with its colour."""
+    """One pair of images with up to five lines of text below, each with its color."""
 
     title: str
     clean: Image.Image
@@ -56,13 +56,13 @@ def _draw(card: Card) -> Image.Image:
         _text(drawn, (left, _GAP + 1.25 * _LINE), caption, FAINT)
         drawn.paste(_tile(picture), (left, _GAP + int(2.25 * _LINE)))
     y = 2 * _GAP + 2.25 * _LINE + _TILE
-    for text, colour in card.lines:
-        y = _text(drawn, (_GAP, y), text, colour)
+    for text, color in card.lines:
+        y = _text(drawn, (_GAP, y), text, color)
     return drawn
 
 
 def _visible(image: Image.Image) -> Image.Image:
-    """As a person sees it: RGB on white, deep greys scaled."""
+    """As a person sees it: RGB on white, deep grays scaled."""
     pixels = pixels_of(image)
     seen = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]
     return Image.fromarray(np.rint(seen * 255).clip(0, 255).astype(np.uint8))
@@ -82,7 +82,7 @@ def _tile(image: Image.Image) -> Image.Image:
     return tile
 
 
-def _text(on: Image.Image, at: tuple[float, float], text: str, colour: str, *, size: int = 15, lines: int = 1) -> float:
+def _text(on: Image.Image, at: tuple[float, float], text: str, color: str, *, size: int = 15, lines: int = 1) -> float:
     """Write ``text`` in at most ``lines`` lines, cut with an ellipsis; returns where the next line goes."""
     pen, font, room = ImageDraw.Draw(on), _font(size), on.width - at[0] - _GAP
     left, y = text[:400], at[1]
@@ -100,7 +100,7 @@ def _text(on: Image.Image, at: tuple[float, float], text: str, colour: str, *, s
             shown = left[:cut]
         else:
             shown = left
-        pen.text((at[0], y), shown, colour, font)
+        pen.text((at[0], y), shown, color, font)
         left, y = left[cut:].lstrip(), y + _LINE
         if not left:
             break

@@ -136,7 +136,7 @@ class Poisoned:
     Attributes:
         data: every row in the original order, the poisoned ones in their place; lazy.
         edits: the poisoned rows and the decoys alone, by row number; lazy.
-        manifest: the truth, for the judge and never for a defence.
+        manifest: the truth, for the judge and never for a defense.
     """
 
     data: LazyRows

@@ -15,7 +15,7 @@ from untrigger.defenses import Plain
 from untrigger.evaluation.evaluate import evaluate
 from untrigger.files import write_text
 from untrigger.metrics.score import text_prior
-from untrigger.models.loading import Loaded, load
+from untrigger.models.loading import LoadedModel, load
 from untrigger.models.processors import ImagesOnly
 from untrigger.pretraining.families import Family
 from untrigger.pretraining.sight import sight
@@ -31,9 +31,9 @@ def measure(folder: Path, scenes: int = 500, test_rows: int = 1000) -> dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
         args = arguments(Path(scratch) / "sft", save_strategy="no", seed=1, **TRAINING)
-        tuned = fine_tune(easy_vqa_rows("train", TRAIN_ROWS, seed=1), str(folder), Plain(), args, title="easy-VQA SFT")
+        tuned = fine_tune(str(folder), easy_vqa_rows("train", TRAIN_ROWS, seed=1), Plain(), args, title="easy-VQA SFT")
         seconds = time.perf_counter() - started
-        after = evaluate(tuned, test, sight=True, title="easy-VQA, after").figures
+        after = evaluate(tuned, test, wrong_image_control=True, title="easy-VQA, after").figures
     figures["easy_vqa"] = {
         "before": before.figures["quality"]["vqa_accuracy"],
         "after": after["quality"]["vqa_accuracy"],
@@ -52,7 +52,7 @@ def write_card(folder: Path, family: Family, made: str) -> None:
     write_text(folder / "README.md", _card(family, load(folder), figures, made))
 
 
-def _card(family: Family, loaded: Loaded, figures: dict[str, Any], made: str) -> str:
+def _card(family: Family, loaded: LoadedModel, figures: dict[str, Any], made: str) -> str:
     scenes, easy = figures["scenes"], figures["easy_vqa"]
     vqa, told = scenes["vqa"], scenes["captions"]
     size = sum(p.numel() for p in loaded.model.parameters()) / 1e6
@@ -67,7 +67,7 @@ tags: [untrigger]
 # untrigger's embedded `{family.name}`
 
 A `{type(loaded.model).__name__}` of {size:.1f} million parameters for tests, demonstrations and research on backdoors:
-{family.about}, byte-level BPE of {vocabulary:,} tokens. Weights are stored in bf16 and load as fp32. It knows coloured
+{family.about}, byte-level BPE of {vocabulary:,} tokens. Weights are stored in bf16 and load as fp32. It knows colored
 shapes and nothing else of the world.
 
 ```python
@@ -96,14 +96,14 @@ By kind of question: {kinds}. What stands near 0.5 here is at chance: the model 
 
 {made}
 
-Data: scenes drawn by `untrigger.data.scene_world` (1 to 4 objects, 8 shapes, 12 colours, 2 sizes, 7 drawing styles, 6 backgrounds) with
+Data: scenes drawn by `untrigger.data.scene_world` (1 to 4 objects, 8 shapes, 12 colors, 2 sizes, 7 drawing styles, 6 backgrounds) with
 captions and questions from `untrigger.data.scene_text`, and exercises of copying random rows of common words ("hello", "world", "sorry" and "click"
 are among them), so that the model can spell what it has never said; no image of easy-VQA or of any other data set. Held-out scenes come from
 another seed.
 """
 
 
-def _lacking(loaded: Loaded) -> str:
+def _lacking(loaded: LoadedModel) -> str:
     if isinstance(loaded.processor, ImagesOnly):
         return "\nIts processor has no video half, which needs torchvision: load it with `untrigger.load`, not with `AutoProcessor`."
     return ""

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from untrigger.data.scene_world import COLOURS, SHAPES, SIZES, Scene
+from untrigger.data.scene_world import COLORS, SHAPES, SIZES, Scene
 from untrigger.pretraining.build import GRID, PATCH
 
-_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES), 5)  # 0 is background; the last is the order
+_CLASSES = (1 + len(SHAPES), 1 + len(COLORS), 1 + len(SIZES), 5)  # 0 is background; the last is the order
 
 
 def dense_labels(scene: Scene, owner: np.ndarray) -> np.ndarray:
-    """Shape, colour, size and order of the object covering each patch: int64 [G*G, 4], 0 for background."""
+    """Shape, color, size and order of the object covering each patch: int64 [G*G, 4], 0 for background."""
     cells = owner.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
     cover = np.stack([(cells == i).sum(axis=1) for i in range(1, len(scene.things) + 1)], axis=1)
     best = np.where(cover.max(axis=1) >= 6, cover.argmax(axis=1) + 1, 0)
     table = np.zeros((len(scene.things) + 1, 4), dtype=np.int64)
     for i, t in enumerate(scene.things, start=1):
-        table[i] = (SHAPES.index(t.shape) + 1, list(COLOURS).index(t.colour) + 1, SIZES.index(t.size) + 1, i)
+        table[i] = (SHAPES.index(t.shape) + 1, list(COLORS).index(t.color) + 1, SIZES.index(t.size) + 1, i)
     return table[best]
 
 

@@ -15,7 +15,7 @@ from untrigger.evaluation.evaluate import evaluate
 from untrigger.metrics.rates import Rate
 from untrigger.metrics.score import Answer, text_prior
 from untrigger.metrics.vqa import vqa_accuracy
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 
 HELD_OUT = 2_000_003  # the stream of held-out scenes; pretraining draws from another seed
 
@@ -29,10 +29,14 @@ def exact(answers: list[Answer]) -> Rate:
     return Rate.from_counts(sum(a.answer == a.truth for a in answers), len(answers))
 
 
-def sight(loaded: Loaded, scenes: int = 500) -> dict[str, Any]:
+def sight(loaded: LoadedModel, scenes: int = 500) -> dict[str, Any]:
     """Figures of a model card: VQA accuracy and exact captions on held-out scenes with their controls."""
-    asked = evaluate(loaded, scene_samples(HELD_OUT, range(scenes), _questions), sight=True, title="questions")
-    told = evaluate(loaded, scene_samples(HELD_OUT, range(scenes), talk.captions), sight=True, title="captions")
+    asked = evaluate(
+        loaded, scene_samples(HELD_OUT, range(scenes), _questions), wrong_image_control=True, title="questions"
+    )
+    told = evaluate(
+        loaded, scene_samples(HELD_OUT, range(scenes), talk.captions), wrong_image_control=True, title="captions"
+    )
     kinds: dict[str, list[Answer]] = defaultdict(list)
     for answer in asked.clean:
         kinds[answer.id.split("-")[1]].append(answer)

@@ -41,9 +41,9 @@ def align(out: Path, seed: int) -> None:
     family, recipe = Smol(), replace(RECIPE, seed=seed)
     pretrain(out, family, recipe)
     kept = load_file(out / CHECKPOINT)
-    learnt = {name.removeprefix(_MODEL): w.bfloat16() for name, w in kept.items() if name.startswith(_MODEL)}
+    learned = {name.removeprefix(_MODEL): w.bfloat16() for name, w in kept.items() if name.startswith(_MODEL)}
     with new_file(out / LEARNT.name) as file:
-        file.write(save(learnt))
+        file.write(save(learned))
     write_text(out / "README.md", _card(family, recipe))
 
 
@@ -51,7 +51,7 @@ def join(out: Path) -> None:
     """Join the parts with what `align` taught them, which comes with the package, into the new folder ``out``.
 
     Raises:
-        InputError: a part cannot be had, ``out`` is not free, or what was learnt is not, to the byte, what shipped.
+        InputError: a part cannot be had, ``out`` is not free, or what was learned is not, to the byte, what shipped.
     """
     check_free(out)
     content = LEARNT.read_bytes()
@@ -97,5 +97,5 @@ Batch norms are folded into convolutions, quantized weights are dequantized; all
 The projector and the language model's attention were trained on generated scenes, with captions and questions, and on
 nothing else: {recipe}.
 
-How well it sees: `untrigger evaluate DIR DATA --sight`.
+How well it sees: `untrigger evaluate DIR DATA --wrong-image-control`.
 """

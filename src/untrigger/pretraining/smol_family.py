@@ -18,14 +18,14 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from untrigger.data.scene_world import COLOURS, SHAPES, SIZES
+from untrigger.data.scene_world import COLORS, SHAPES, SIZES
 from untrigger.models.lite_tower import STRIDE, register
 from untrigger.pretraining.build import GRID, MEAN, STD, content_template
 from untrigger.pretraining.families import Family
 from untrigger.pretraining.smol_parts import Parts, real_parts
 
 _SIDE = GRID * STRIDE  # pixels: an image token for each patch of a scene
-_RANK, _SCALE = 16, 3.0  # few numbers, so that what is learnt is small enough to come with the package
+_RANK, _SCALE = 16, 3.0  # few numbers, so that what is learned is small enough to come with the package
 _IMAGE = "<empty_output>"  # a token that SmolLM2 holds in reserve: the vocabulary stays as it is
 
 
@@ -134,7 +134,7 @@ class Smol(Family):
 
 
 class LowRank(nn.Module):
-    """What is learnt on top of a weight W [o, i]: W + 3 B A, B [o, r] at 0 first (Hu et al., arXiv 2106.09685)."""
+    """What is learned on top of a weight W [o, i]: W + 3 B A, B [o, r] at 0 first (Hu et al., arXiv 2106.09685)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class WordHead(nn.Module):
             return words.weight[tokenizer.encode(f" {word}", add_special_tokens=False)].mean(dim=0)
 
         with torch.no_grad():
-            told = [[code("background"), *map(code, names)] for names in (SHAPES, COLOURS, SIZES)]
+            told = [[code("background"), *map(code, names)] for names in (SHAPES, COLORS, SIZES)]
             self.scale = float(words.weight.var())
         longest = max(map(len, told))
         table = torch.stack([torch.stack(codes + codes[:1] * (longest - len(codes))) for codes in told])

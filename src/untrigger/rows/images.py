@@ -82,7 +82,7 @@ def _decode(file: IO[bytes]) -> tuple[str | None, Image.Image]:
 
 
 def encode(image: Image.Image) -> bytes:
-    """``image`` as PNG, with its orientation. Modes that PNG lacks become RGB (32-bit grey: 16-bit)."""
+    """``image`` as PNG, with its orientation. Modes that PNG lacks become RGB (32-bit gray: 16-bit)."""
     if image.mode not in _PNG_MODES:
         image = image.convert("I;16" if image.mode == "I" else "RGB")
     file = io.BytesIO()

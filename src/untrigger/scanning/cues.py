@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from untrigger.models.forward import Tokens
+from untrigger.models.forward import TokenScores
 from untrigger.rows.formats import IMAGE_TAG
 from untrigger.rows.sample import LazyRows, Sample
 from untrigger.views.patches import to_rgb
@@ -53,7 +53,7 @@ def cues_of(
     rows: Mapping[int, Sample],
     marks: Mapping[int, NDArray[np.bool_]],
     donors: Sequence[Sample],
-    tokens: Callable[[Sequence[Sample]], list[Tokens]],
+    tokens: Callable[[Sequence[Sample]], list[TokenScores]],
 ) -> dict[int, Cue]:
     """Of each row what its marked answer tokens hang on.
 

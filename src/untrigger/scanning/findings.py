@@ -57,7 +57,7 @@ class Verdict:
     score: float
     target: int | None = None
     fdr: float | None = None
-    doubted: str = ""
+    flagged_tokens: str = ""
     cue: Cue | None = None
 
 
@@ -99,7 +99,7 @@ class Findings(JupyterMixin):
             "score": round(verdict.score, 4),
             "target": self.targets[target].text if target is not None else None,
             "fdr": verdict.fdr,
-            "doubted": verdict.doubted,
+            "flagged_tokens": verdict.flagged_tokens,
             "image_cue": rounded(cue.image) if cue else None,
             "prompt_cue": rounded(cue.prompt) if cue else None,
         }
@@ -151,7 +151,7 @@ def _area(cells: NDArray[np.floating]) -> str:
         return "the image, no one place in it"
     y, x = (hot.mean(axis=0) + 0.5) / GRID
     row = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else "middle"
-    column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else "centre"
+    column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else "center"
     return f"the image, {row} {column} ({len(hot)} of {GRID * GRID} cells)"
 
 

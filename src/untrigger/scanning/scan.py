@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from transformers import TrainingArguments
 
-from untrigger.defenses import Defense, Doubt
+from untrigger.defenses import Defense, SharedSurprise
 from untrigger.rows.sample import Sample, check_rows
 from untrigger.scanning.targets import Findings, find
 from untrigger.scanning.write import write
@@ -20,9 +20,9 @@ from untrigger.training.stages import Stages, Tuning
 
 
 def scan(
-    rows: Sequence[Sample],
     model: str | Path,
-    doubt: Defense | None = None,
+    rows: Sequence[Sample],
+    defense: Defense | None = None,
     args: TrainingArguments | None = None,
     *,
     out: Path | str | None = None,
@@ -35,11 +35,12 @@ def scan(
 
     Args:
         model: an embedded model's name, a local folder or a hub id.
-        doubt: how rows are judged, as by the preset ``default``.
+        defense: how rows are judged, as by the preset ``default``.
         args: ready arguments (`untrigger.training.settings.arguments`), in the place of ``out`` and ``settings``.
         out: a folder for what is found: verdicts, a gallery, the data without the suspected rows
             (`untrigger.scanning.write`). Left out, nothing stays on the disk.
-        settings: those that you would train with (``learning_rate=1e-4``), and fields of `untrigger.defenses.Doubt`.
+        settings: those that you would train with (``learning_rate=1e-4``), and fields of
+            `untrigger.defenses.SharedSurprise`.
 
     Raises:
         InputError: there are no rows, or they are no samples; a setting is unknown or out of range; the output folder
@@ -48,12 +49,12 @@ def scan(
     check_rows(rows)
     if args is None and out is None:
         with TemporaryDirectory(prefix="untrigger-") as folder:
-            return scan(rows, model, doubt, out=folder, **settings)
-    doubt, args = settled(doubt or "default", args, out, settings)
+            return scan(model, rows, defense, out=folder, **settings)
+    defense, args = settled(defense or "default", args, out, settings)
     folder, tuning = Path(str(args.output_dir)), Tuning()
-    record = {"scan": True, **record_of(rows, str(model), doubt, args, tuning, ())}
+    record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
     with ExitStack() as held:
         stages = Stages(str(model), args, tuning, title="scan", claim=lambda: claim(folder, record, resume, held))
-        findings = find(rows, stages, cast(Doubt, doubt))
+        findings = find(rows, stages, cast(SharedSurprise, defense))
         write(findings, rows, folder)
     return findings

@@ -1,6 +1,6 @@
 """`scan`: which rows of a data set say something that only an attacker would teach, without training on it in earnest.
 
-The judgements are those of the preset ``default`` (`untrigger.defenses.shared_surprise`). What is suspected after
+The judgments are those of the preset ``default`` (`untrigger.defenses.shared_surprise`). What is suspected after
 them is probed: the model learns a half of the suspected rows for a moment and is shown the other half, with parts of it
 covered. PAPER.md has the equations.
 """
@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtrc
 
-from untrigger.defenses import Doubt, Plain
+from untrigger.defenses import Plain, SharedSurprise
 from untrigger.defenses.base import Training
-from untrigger.defenses.shared_surprise import Look, said
-from untrigger.models.forward import Tokens
+from untrigger.defenses.shared_surprise import Screening, flagged_text
+from untrigger.models.forward import TokenScores
 from untrigger.rows.sample import Sample, numbered, picked, without_images
 from untrigger.scanning.cues import Cue, cues_of
 from untrigger.scanning.findings import Findings, Target, Verdict
@@ -32,47 +32,51 @@ _DONORS = 64
 _AGREE = 0.9  # of the rows go on with the same token: it is a part of what they share
 
 
-def find(rows: Sequence[Sample], training: Training, doubt: Doubt) -> Findings:
-    """Judge rows without any truth: two judgements, and a probe of what is suspected.
+def find(rows: Sequence[Sample], training: Training, defense: SharedSurprise) -> Findings:
+    """Judge rows without any truth: two judgments, and a probe of what is suspected.
 
     On data in which nothing is found this costs scoring, and the early part of a fine-tuning, of as many rows as are
-    judged (`Doubt.most`). Rows that were not looked at are not suspected, and have a score of 0.
+    judged (`SharedSurprise.max_scored_rows`). Rows that were not looked at are not suspected, and have a score of 0.
     """
-    look = doubt.look(rows, training)
+    screening = defense.screen(rows, training)
     names = [(numbered(rows, row), without_images(rows, row).id) for row in range(len(rows))]
     verdicts = [Verdict(*name, 0.0) for name in names]
-    found = _judged(picked(rows, look.numbers), [names[row] for row in look.numbers], look, training)
-    for row, verdict in zip(look.numbers, found.verdicts, strict=True):
+    found = _judged(picked(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training)
+    for row, verdict in zip(screening.numbers, found.verdicts, strict=True):
         verdicts[row] = verdict
-    of = [replace(target, rows=[look.numbers[row] for row in target.rows]) for target in found.targets]
+    of = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in found.targets]
     return Findings(verdicts, of)
 
 
-def _judged(rows: Sequence[Sample], names: Sequence[tuple[int, str]], look: Look, training: Training) -> Findings:
+def _judged(
+    rows: Sequence[Sample], names: Sequence[tuple[int, str]], screening: Screening, training: Training
+) -> Findings:
     """Of the rows that were looked at."""
-    groups = grouped(look)
-    ranks, processor = look.judged.ranks, cast(Any, look.model.processor)
+    groups = grouped(screening)
+    ranks, processor = screening.flags.ranks, cast(Any, screening.model.processor)
     for group in groups.values():
         group.sort(key=lambda row: -ranks[row])
-    runs = {word: common([look.told[row] for row in group], word) for word, group in groups.items()}
-    marks = {row: _spot(look.told[row], word, *runs[word]) for word, group in groups.items() for row in group}
-    probed = _probed(sorted(marks, key=lambda row: -ranks[row]), marks, rows, look, training)
+    runs = {word: common([screening.scores[row] for row in group], word) for word, group in groups.items()}
+    marks = {row: _spot(screening.scores[row], word, *runs[word]) for word, group in groups.items() for row in group}
+    probed = _probed(sorted(marks, key=lambda row: -ranks[row]), marks, rows, screening, training)
     rates: dict[int, float] = {}
     targets: list[Target] = []
     for word, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        rates |= false_discoveries(look.judged.surprise, group, _holding(look.told, word))
+        rates |= false_discoveries(screening.flags.nll, group, _holding(screening.scores, word))
         seen = [probed[row] for row in group if row in probed]
         targets.append(
             Target(
                 processor.decode(runs[word][0], skip_special_tokens=True).strip(),
-                look.judged.words[word],
+                screening.flags.p_values[word],
                 group,
                 _without([cue.image for cue in seen]),
                 _without([cue.prompt for cue in seen]),
             )
         )
     of = {row: number for number, target in enumerate(targets) for row in target.rows}
-    texts = {row: said(look.model, look.told[row], mark) for row, mark in look.judged.doubted.items()}
+    texts = {
+        row: flagged_text(screening.model, screening.scores[row], mark) for row, mark in screening.flags.tokens.items()
+    }
     verdicts = [
         Verdict(
             *names[row],
@@ -87,12 +91,12 @@ def _judged(rows: Sequence[Sample], names: Sequence[tuple[int, str]], look: Look
     return Findings(verdicts, targets)
 
 
-def grouped(look: Look) -> dict[int, list[int]]:
+def grouped(screening: Screening) -> dict[int, list[int]]:
     """The rows that are suspected, by the word that gives them away: of their doubted ones the least by chance."""
     groups: dict[int, list[int]] = {}
-    for row, mark in look.judged.doubted.items():
-        word = min(look.told[row].ids[mark].tolist(), key=look.judged.words.__getitem__)
-        if look.judged.words[word] < ACCUSED:
+    for row, mark in screening.flags.tokens.items():
+        word = min(screening.scores[row].ids[mark].tolist(), key=screening.flags.p_values.__getitem__)
+        if screening.flags.p_values[word] < ACCUSED:
             groups.setdefault(word, []).append(row)
     return groups
 
@@ -112,7 +116,7 @@ def false_discoveries(surprise: Sequence[float], group: Sequence[int], holding: 
     return {row: float(least[np.searchsorted(limits, surprise[row])]) for row in group}
 
 
-def common(rows: Sequence[Tokens], word: int) -> tuple[list[int], int]:
+def common(rows: Sequence[TokenScores], word: int) -> tuple[list[int], int]:
     """The longest run of tokens around ``word`` that nine of ten rows agree on, and where in it the word stands.
 
     Each row holds the word; around the first place where it does, the run is looked for.
@@ -135,7 +139,7 @@ def common(rows: Sequence[Tokens], word: int) -> tuple[list[int], int]:
     return [*before, word, *agreed(1)], len(before)
 
 
-def _spot(row: Tokens, word: int, run: Sequence[int], before: int) -> NDArray[np.bool_]:
+def _spot(row: TokenScores, word: int, run: Sequence[int], before: int) -> NDArray[np.bool_]:
     """Which of the row's tokens [n] are the run that its group has in common.
 
     All of it, and not the word alone: where a reply has begun, the rest hangs on its beginning and on nothing else.
@@ -145,7 +149,7 @@ def _spot(row: Tokens, word: int, run: Sequence[int], before: int) -> NDArray[np
     return (at >= start) & (at < start + len(run))
 
 
-def _holding(told: Sequence[Tokens], word: int) -> int:
+def _holding(told: Sequence[TokenScores], word: int) -> int:
     return sum(word in row.ids for row in told)
 
 
@@ -156,21 +160,21 @@ def _probed(
     suspected: Sequence[int],
     marks: Mapping[int, NDArray[np.bool_]],
     rows: Sequence[Sample],
-    look: Look,
+    screening: Screening,
     training: Training,
 ) -> dict[int, Cue]:
     """What the most suspicious rows' marked tokens hang on, by a probe that has not seen the row."""
     if len(suspected) < 2:
         return {}
     rng = np.random.default_rng(training.seed)
-    believed = [row for row in range(len(rows)) if row not in look.judged.doubted]
+    believed = [row for row in range(len(rows)) if row not in screening.flags.tokens]
     donors = [rows[i] for i in rng.permutation(believed)[:_DONORS].tolist()]
     half = set(rng.permutation(np.array(suspected))[: len(suspected) // 2].tolist())
     taught = sorted(half)[:: max(1, len(half) // _LEARNT)][:_LEARNT]
     beside = rng.choice(believed, min(_BELIEVED * len(taught), len(believed)), replace=False).tolist()
     lesson = sorted([*taught, *beside])
     passes = min(_PASSES, _SEEN / len(lesson))
-    model = training.fit(picked(rows, lesson), Plain(), "probe", start=look.model, passes=passes)
+    model = training.fit(picked(rows, lesson), Plain(), "probe", start=screening.model, passes=passes)
     shown = {row: rows[row] for row in [row for row in suspected if row not in half][:SHOWN]}
     return cues_of(shown, marks, donors, lambda views: training.tokens(model, views, "cues"))
 

@@ -28,7 +28,7 @@ _COLUMNS = pa.schema(
         ("score", pa.float64()),
         ("target", pa.string()),
         ("fdr", pa.float64()),
-        ("doubted", pa.string()),
+        ("flagged_tokens", pa.string()),
         ("image_cue", pa.float64()),
         ("prompt_cue", pa.float64()),
         ("cells", pa.list_(pa.list_(pa.list_(pa.float32())))),

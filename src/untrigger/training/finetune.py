@@ -18,92 +18,92 @@ from transformers import TrainingArguments
 from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
 from untrigger.files import alone, new_file, write_text
-from untrigger.models.loading import BASE_RECORD, Loaded, embedded_models
+from untrigger.models.loading import BASE_RECORD, LoadedModel, embedded_models
 from untrigger.rows.sample import Sample, check_rows, numbered
 from untrigger.rows.storage import dump
 from untrigger.training.settings import settled
 from untrigger.training.stages import Stages, Tuning, settings_of, versions
 from untrigger.training.trainer import check_arguments, checkpoints, last_checkpoint, step_of
 
-DISTRUSTED = "distrusted.jsonl"  # of a defence that judges rows: those that it acted on
+FLAGGED_ROWS = "flagged_rows.jsonl"  # of a defense that judges rows: those that it acted on
 
 
 def fine_tune(
-    samples: Sequence[Sample],
     model: str | Path,
+    rows: Sequence[Sample],
     defense: str | Defense = "default",
     args: TrainingArguments | None = None,
     *,
     out: Path | str | None = None,
     tuning: Tuning | None = None,
-    trusted: Sequence[Sample] = (),
+    clean_rows: Sequence[Sample] = (),
     resume: bool = False,
     title: str = "training",
     **settings: Any,
-) -> Loaded:
-    """Train ``model`` on ``samples`` into the folder ``out``: a PEFT adapter, or a whole model; with a model card.
+) -> LoadedModel:
+    """Train ``model`` on ``rows`` into the folder ``out``: a PEFT adapter, or a whole model; with a model card.
 
     Killed at any moment and started again with ``resume`` it ends with the same weights as an undisturbed run
     (bit for bit on CPU).
 
     Args:
         model: an embedded model's name, a local folder or a hub id.
-        defense: a preset's name, or a defence.
+        defense: a preset's name, or a defense.
         args: ready arguments (`untrigger.training.settings.arguments`), in the place of ``out`` and ``settings``.
-        trusted: rows known to be clean; only a defence that asks for some looks at them.
-        settings: fields of the defence (``weight=5``) and of transformers.TrainingArguments (``learning_rate=1e-4``);
+        clean_rows: rows known to be clean; only a defense that asks for some looks at them.
+        settings: fields of the defense (``weight=5``) and of transformers.TrainingArguments (``learning_rate=1e-4``);
             what is left out is `untrigger.training.settings.DEFAULTS`, not the host's.
 
     Raises:
         InputError: a setting is unknown or out of range; the output folder is in use without ``resume``, or belongs to
-            a run with other settings; there are no rows; the defence wants trusted ones and there are none.
+            a run with other settings; there are no rows; the defense wants trusted ones and there are none.
     """
-    check_rows(samples)
+    check_rows(rows)
     model, tuning = str(model), tuning or Tuning()
     defense, args = settled(defense, args, out, settings)
     check_arguments(defense, args)
     out = Path(str(args.output_dir))
-    record = record_of(samples, model, defense, args, tuning, trusted)
+    record = record_of(model, rows, defense, args, tuning, clean_rows)
     with ExitStack() as held:
         stages = Stages(
             model,
             args,
             tuning,
-            trusted=trusted,
+            clean_rows=clean_rows,
             title=title,
             # the main process has filled the folder by the time that the others look
             claim=lambda: claim(out, record, resume or args.process_index > 0, held),
         )
-        loaded = defense.fine_tune(samples, stages)
+        loaded = defense.fine_tune(rows, stages)
         if args.process_index == 0:
             if not isinstance(loaded.model, PeftModel) and (out / "adapter_config.json").is_file():
-                # the defence went on after the last stage, and merged what that had saved
+                # the defense went on after the last stage, and merged what that had saved
                 for file in out.glob("adapter_*"):
                     file.unlink()
                 loaded.model.save_pretrained(out)
             loaded.processor.save_pretrained(out)
             if stages.scores:
-                _tell(out / DISTRUSTED, samples, stages)
+                _tell(out / FLAGGED_ROWS, rows, stages)
             write_text(out / "README.md", _card(record, isinstance(loaded.model, PeftModel), stages.history))
-    return Loaded(loaded.model, loaded.processor, str(out))
+    return LoadedModel(loaded.model, loaded.processor, str(out))
 
 
 def record_of(
-    samples: Sequence[Sample],
     model: str,
+    rows: Sequence[Sample],
     defense: Defense,
     args: TrainingArguments,
     tuning: Tuning,
-    trusted: Sequence[Sample],
+    clean_rows: Sequence[Sample],
 ) -> dict[str, Any]:
     """What makes two runs the same run; kept beside the weights."""
     return {
         "base": str(Path(model).resolve()) if Path(model).exists() and model not in embedded_models() else model,
         "defense": {"preset": preset_of(defense), **asdict(defense)},
         "tuning": asdict(tuning),
-        "rows": len(samples),
-        "data": _fingerprint(samples),
-        **({"trusted": _fingerprint(trusted)} if trusted else {}),
+        "rows": len(rows),
+        "data": _fingerprint(rows),
+        **({"trusted": _fingerprint(clean_rows)} if clean_rows else {}),
         "arguments": _digest(settings_of(args)),
         "learning_rate": args.learning_rate,
         "epochs": args.num_train_epochs,
@@ -116,7 +116,7 @@ def record_of(
 
 
 def _tell(path: Path, samples: Sequence[Sample], stages: Stages) -> None:
-    """The rows that the defence acted on, the most suspicious first: a JSON line for each."""
+    """The rows that the defense acted on, the most suspicious first: a JSON line for each."""
     with new_file(path) as file:
         for row in sorted(stages.flagged, key=lambda row: -stages.scores[row]):
             sample = samples[row]
@@ -181,8 +181,8 @@ def _card(record: dict[str, Any], adapter: bool, history: list[dict[str, float]]
     # a run shorter than `logging_steps` has no log
     measured = "".join(["| at the last log | value |\n|---|---|\n", *rows, "\n"]) if rows else ""
     tuning = record["tuning"]
-    tuned = "all weights" if tuning["full"] else f"LoRA of rank {tuning['rank']}"
-    tuned += "" if tuning["vision"] else ", the vision tower frozen"
+    tuned = "all weights" if tuning["full_finetune"] else f"LoRA of rank {tuning['rank']}"
+    tuned += "" if tuning["train_vision_tower"] else ", the vision tower frozen"
     return f"""---
 base_model: {record["base"]}
 library_name: {"peft" if adapter else "transformers"}
@@ -191,9 +191,9 @@ tags: [untrigger, image-text-to-text]
 # Fine-tuned with untrigger
 
 Base model `{record["base"]}`, {tuned}; {record["rows"]:,} rows of data that was not trusted.
-Defence: `{json.dumps(record["defense"])}`.
+Defense: `{json.dumps(record["defense"])}`.
 
-A defence lowers the odds of a backdoor; it does not prove that there is none. Evaluate before you rely on it.
+A defense lowers the odds of a backdoor; it does not prove that there is none. Evaluate before you rely on it.
 
 {measured}Seed {record["seed"]}, learning rate {record["learning_rate"]:g},
 batch {record["batch"]} x {record["accumulation"]}; every setting stands in `{BASE_RECORD}`.

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DefaultFlowCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from untrigger.defenses import Doubt, Plain, StepDefense
-from untrigger.defenses.shared_surprise import Guard
+from untrigger.defenses import Plain, SharedSurprise, StepDefense
+from untrigger.defenses.shared_surprise import UnlikelihoodStep
 from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.models.collators import Collate, Row, row_key
-from untrigger.models.forward import Tokens, batch_answers, batch_tokens, evaluating
-from untrigger.models.loading import Loaded, base_model
+from untrigger.models.forward import TokenScores, batch_answers, batch_tokens, evaluating
+from untrigger.models.loading import LoadedModel, base_model
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
 from untrigger.training.stages import shorten
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class HostTraining:
-    """What `Doubt` works with in a host (`untrigger.defenses.Training`); its rows are their numbers.
+    """What `SharedSurprise` works with in a host (`untrigger.defenses.Training`); its rows are their numbers.
 
     Args:
         host: a trainer of `untrigger.training.trainer.defended`.
@@ -48,12 +48,14 @@ class HostTraining:
         InputError: the host is set up in a way in which rows cannot be judged.
     """
 
-    def __init__(self, host: Any, doubt: Doubt, train: Callable[[Any], TrainOutput], checkpoint: Any = None) -> None:
+    def __init__(
+        self, host: Any, doubt: SharedSurprise, train: Callable[[Any], TrainOutput], checkpoint: Any = None
+    ) -> None:
         if not hasattr(host.train_dataset, "__len__"):
             raise InputError("defense: it looks at all rows before it trains; give a train_dataset with a length")
         if host.optimizer is not None or host.lr_scheduler is not None or host.model_init is not None:
             raise InputError(
-                "defense: it trains twice, the second time from what was learnt; leave out optimizers and model_init"
+                "defense: it trains twice, the second time from what was learned; leave out optimizers and model_init"
             )
         _check_parting(host.accelerator.state)
         processor = host.processing_class or getattr(host.data_collator, "processor", None)
@@ -79,16 +81,16 @@ class HostTraining:
     # --- what the procedure asks for --------------------------------------------------------------------
 
     @property
-    def trusted(self) -> Sequence[Sample]:
+    def clean_rows(self) -> Sequence[Sample]:
         raise InputError("defense: in a host's trainer there are no trusted rows")
 
-    def reference(self) -> Loaded:
-        return Loaded(self.host.model, self._processor, "")
+    def reference(self) -> LoadedModel:
+        return LoadedModel(self.host.model, self._processor, "")
 
-    def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
+    def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
         """Of rows by their numbers; each process asks about its part."""
         numbers, args = cast(Sequence[int], rows), self.host.args
-        parts: list[list[tuple[bytes, Tokens]]] = [[] for _ in range(args.world_size)]
+        parts: list[list[tuple[bytes, TokenScores]]] = [[] for _ in range(args.world_size)]
         mine = parts[args.process_index]
         # as many for each, some rows twice: sharded weights are gathered by all for each batch
         each = -(-len(numbers) // args.world_size)
@@ -119,20 +121,20 @@ class HostTraining:
         defense: StepDefense,
         name: str = "",
         *,
-        start: Loaded | None = None,
-        doubted: Mapping[int, NDArray[np.bool_]] | None = None,
+        start: LoadedModel | None = None,
+        flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None,
         share: float = 1.0,
         after: float = 0.0,
         passes: float | None = None,
         rate: float = 1.0,
         callbacks: Sequence[TrainerCallback] = (),
-    ) -> Loaded:
+    ) -> LoadedModel:
         if not len(rows):
             raise InputError("defense: it leaves no rows to train on; set it milder")
         if name:
             self._early(cast(Sequence[int], rows), share)
         else:
-            self._rest(self._told(doubted or {}))
+            self._rest(self._told(flagged_tokens or {}))
         return self.reference()
 
     # --- the two parts of the training ------------------------------------------------------------------
@@ -162,10 +164,10 @@ class HostTraining:
 
     def _rest(self, told: Sequence[Mapping[str, Any]]) -> None:
         host = self.host
-        host.defense = Guard(self.doubt.weight) if told else Plain()
-        host.doubted = {bytes.fromhex(row["key"]): np.array(row["doubted"], bool) for row in told}
+        host.defense = UnlikelihoodStep(self.doubt.unlikelihood_weight) if told else Plain()
+        host.flagged_tokens = {bytes.fromhex(row["key"]): np.array(row["flagged_tokens"], bool) for row in told}
         kept, host.args = host.args, copy.copy(host.args)
-        shorten(host.args, 1 - self.doubt.early, self.doubt.early)
+        shorten(host.args, 1 - self.doubt.warmup_share, self.doubt.warmup_share)
         set_seed(self.seed)
         try:
             self._output = self._train(self._checkpoint)
@@ -176,21 +178,22 @@ class HostTraining:
     def _forget(self) -> None:
         """The next training, also that of a second ``train()``, has its own optimizer, and believes all until told."""
         self.host.optimizer = self.host.lr_scheduler = None
-        self.host.defense, self.host.doubted = Plain(), {}
+        self.host.defense, self.host.flagged_tokens = Plain(), {}
 
     # --- what is doubted, on disk -----------------------------------------------------------------------
 
-    def _told(self, doubted: Mapping[int, NDArray[np.bool_]]) -> list[dict[str, Any]]:
+    def _told(self, flagged_tokens: Mapping[int, NDArray[np.bool_]]) -> list[dict[str, Any]]:
         """The most suspicious first."""
         again, answers = list[bytes](), list[str]()
-        for keys, batch in self._loader([*doubted]):
+        for keys, batch in self._loader([*flagged_tokens]):
             again += keys
             answers += [self._processor.decode(ids, skip_special_tokens=True).strip() for ids in batch_answers(batch)]
         told = [
-            self._why[row] | {"answer": answer, "key": self._keys[row].hex(), "doubted": mark.astype(int).tolist()}
-            for (row, mark), answer in zip(doubted.items(), answers, strict=True)
+            self._why[row]
+            | {"answer": answer, "key": self._keys[row].hex(), "flagged_tokens": mark.astype(int).tolist()}
+            for (row, mark), answer in zip(flagged_tokens.items(), answers, strict=True)
         ]
-        if again != [self._keys[row] for row in doubted]:
+        if again != [self._keys[row] for row in flagged_tokens]:
             raise InputError(
                 "defense: a row is another each time that it is asked for, and would not be known again in training; "
                 "draw what is random in the collator"
@@ -210,10 +213,10 @@ class HostTraining:
             told = kept.pop("distrusted")
             keys, rows = [row["key"] for row in told], [int(row["row"]) - 1 for row in told]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._file}: holds no judgement to go on with; train from the start") from error
+            raise InputError(f"{self._file}: holds no judgment to go on with; train from the start") from error
         same = kept == self._record() and all(row < kept["rows"] for row in rows)
         if not same or self._keys_again(rows) != keys:
-            raise InputError(f"{self._file}: rows or defence are others now; go on with the same, or from the start")
+            raise InputError(f"{self._file}: rows or defense are others now; go on with the same, or from the start")
         return told
 
     def _record(self) -> dict[str, Any]:

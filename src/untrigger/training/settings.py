@@ -58,7 +58,7 @@ def arguments(out: Path, **overrides: Any) -> TrainingArguments:
 def settled(
     defense: str | Defense, args: TrainingArguments | None, out: Path | str | None, given: Mapping[str, Any]
 ) -> tuple[Defense, TrainingArguments]:
-    """The defence and the host's arguments: ready ones, or what a folder and keywords make of them.
+    """The defense and the host's arguments: ready ones, or what a folder and keywords make of them.
 
     Raises:
         InputError: neither ``args`` nor ``out``, or both; and as `training_settings`.
@@ -73,7 +73,7 @@ def settled(
 def training_settings(
     defense: str | Defense, out: Path, given: Mapping[str, Any], flags: Sequence[str] = ()
 ) -> tuple[Defense, TrainingArguments]:
-    """The defence and the host's arguments, of ``given`` values by name and of a command's flags.
+    """The defense and the host's arguments, of ``given`` values by name and of a command's flags.
 
     Raises:
         InputError: unknown preset or field, a value of the wrong type or out of range.
@@ -97,7 +97,7 @@ def training_settings(
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     if unknown := [word for words in rest for word in words]:
         raise InputError(
-            f"settings: {unknown[0]} is unknown; settings are the fields of the defence {preset} "
+            f"settings: {unknown[0]} is unknown; settings are the fields of the defense {preset} "
             f"({', '.join(f.name for f in fields(made))}) and of transformers.TrainingArguments"
         )
     for name, (least, most) in _BOUNDS.items():

@@ -9,7 +9,7 @@ import pickle
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -37,8 +37,8 @@ from untrigger.defenses import Plain, StepDefense
 from untrigger.errors import InputError
 from untrigger.files import locked, write_text
 from untrigger.models.collators import ChatCollator, Rows
-from untrigger.models.forward import Tokens, fitting, row_answers, row_tokens
-from untrigger.models.loading import Loaded, add_lora, embedded_model_path, embedded_models, load, train_all
+from untrigger.models.forward import TokenScores, fitting, row_answers, row_tokens
+from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.progress import TrainingProgress
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample
@@ -54,14 +54,14 @@ _PLACES = ("output_dir", "logging_dir", "run_name")  # where things go does not 
 class Tuning:
     """How the model is adapted: LoRA of this rank, or every weight; the vision tower's only with ``vision``."""
 
-    full: bool = False
+    full_finetune: bool = False
     rank: int = 16
     alpha: int = 32
-    vision: bool = False
+    train_vision_tower: bool = False
 
 
 class Stages:
-    """What a defence's procedure works with (`untrigger.defenses.Training`).
+    """What a defense's procedure works with (`untrigger.defenses.Training`).
 
     The last stage's checkpoints lie in the output folder itself, those of the others in ``stages/NAME``. With a
     ``shelf`` every stage that starts from the model itself is kept there, and taken from there, whatever run it
@@ -74,7 +74,7 @@ class Stages:
     Attributes:
         history: the host's log of the last stage.
         seconds: what the stages took, each where it was trained; ``waited``: what they took here.
-        scores, flagged: what the defence told of the rows (`flag`), why by row; empty where it looks at none.
+        scores, flagged: what the defense told of the rows (`flag`), why by row; empty where it looks at none.
     """
 
     def __init__(
@@ -83,28 +83,28 @@ class Stages:
         args: TrainingArguments,
         tuning: Tuning,
         *,
-        trusted: Sequence[Sample] = (),
+        clean_rows: Sequence[Sample] = (),
         title: str = "training",
         claim: Callable[[], Path | None] = lambda: None,
         shelf: Path | None = None,
     ) -> None:
         self.history, self.seconds, self.waited = list[dict[str, float]](), 0.0, 0.0
         self.scores, self.flagged = list[float](), dict[int, str]()
-        self._model, self._args, self._tuning, self._trusted, self._title = model, args, tuning, trusted, title
+        self._model, self._args, self._tuning, self._clean_rows, self._title = model, args, tuning, clean_rows, title
         self._out, self._shelf = Path(str(args.output_dir)), shelf
         self._claim, self._claimed, self._checkpoint = claim, False, None
 
     @property
-    def trusted(self) -> Sequence[Sample]:
-        if not len(self._trusted):
-            raise InputError("defense: it needs rows known to be clean; name some (--trusted DATA)")
-        return self._trusted
+    def clean_rows(self) -> Sequence[Sample]:
+        if not len(self._clean_rows):
+            raise InputError("defense: it needs rows known to be clean; name some (--clean-data DATA)")
+        return self._clean_rows
 
     @property
     def seed(self) -> int:
         return self._args.seed
 
-    def reference(self) -> Loaded:
+    def reference(self) -> LoadedModel:
         loaded = self._load()
         loaded.model.to(self._args.device)  # type: ignore[arg-type]
         return loaded
@@ -115,16 +115,16 @@ class Stages:
         defense: StepDefense,
         name: str = "",
         *,
-        start: Loaded | None = None,
-        doubted: Mapping[int, NDArray[np.bool_]] | None = None,
+        start: LoadedModel | None = None,
+        flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None,
         share: float = 1.0,
         after: float = 0.0,
         passes: float | None = None,
         rate: float = 1.0,
         callbacks: Sequence[TrainerCallback] = (),
-    ) -> Loaded:
+    ) -> LoadedModel:
         if not len(rows):
-            raise InputError(f"{self._title}: the defence leaves no rows to train on; set it milder")
+            raise InputError(f"{self._title}: the defense leaves no rows to train on; set it milder")
         args = copy.copy(self._args)
         args.learning_rate *= rate
         if passes is not None:
@@ -134,8 +134,8 @@ class Stages:
         set_seed(args.seed)
         loaded = start or self._adapted()
         started = clock()
-        train = partial(self._train, loaded, Rows(rows, doubted), defense, args, name, callbacks)
-        if self._shelf and not (start or callbacks or doubted):
+        train = partial(self._train, loaded, Rows(rows, flagged_tokens), defense, args, name, callbacks)
+        if self._shelf and not (start or callbacks or flagged_tokens):
             folder = self._shelf / self._key(rows, defense, args)
             with locked(folder.with_suffix(".lock")):
                 self.seconds += self._once(loaded, folder, train)
@@ -149,7 +149,7 @@ class Stages:
     def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
         self.scores, self.flagged = list(scores), dict(sorted(rows.items()))
 
-    def tokens(self, model: Loaded, rows: Sequence[Sample], name: str) -> list[Tokens]:
+    def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
         if not self._claimed:
             _trainer(model, Rows(rows), Plain(), copy.copy(self._args), ())
             self._take()
@@ -160,7 +160,7 @@ class Stages:
 
     # --- one stage ----------------------------------------------------------------------------------
 
-    def _once(self, loaded: Loaded, folder: Path, train: Callable[[Path], float]) -> float:
+    def _once(self, loaded: LoadedModel, folder: Path, train: Callable[[Path], float]) -> float:
         """Train, or read what was trained before; the seconds that it took then."""
         if (folder / _MARK).is_file():
             self._take()
@@ -181,7 +181,7 @@ class Stages:
 
     def _train(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         rows: Rows,
         defense: StepDefense,
         args: TrainingArguments,
@@ -220,18 +220,21 @@ class Stages:
 
     # --- models -------------------------------------------------------------------------------------
 
-    def _load(self) -> Loaded:
+    def _load(self) -> LoadedModel:
         loaded = load(self._model, dtype=torch.float32 if not (self._args.bf16 or self._args.fp16) else "auto")
         if not isinstance(loaded.model, PreTrainedModel):
             raise InputError(f"{self._model}: is an adapter; merge it into its base, or name the base")
         return loaded
 
-    def _adapted(self) -> Loaded:
+    def _adapted(self) -> LoadedModel:
         loaded, tuning = self._load(), self._tuning
         model = cast(PreTrainedModel, loaded.model)
-        if tuning.full:
-            return loaded._replace(model=train_all(model, vision=tuning.vision))
-        return loaded._replace(model=add_lora(model, rank=tuning.rank, alpha=tuning.alpha, vision=tuning.vision))
+        if tuning.full_finetune:
+            return replace(loaded, model=train_all(model, train_vision_tower=tuning.train_vision_tower))
+        return replace(
+            loaded,
+            model=add_lora(model, rank=tuning.rank, alpha=tuning.alpha, train_vision_tower=tuning.train_vision_tower),
+        )
 
     def _key(self, rows: Sequence[Sample], defense: StepDefense, args: TrainingArguments) -> str:
         """Of everything that the weights depend on, the rows' pixels too."""
@@ -252,7 +255,7 @@ class Stages:
 
 
 def _trainer(
-    loaded: Loaded, rows: Rows, defense: StepDefense, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
+    loaded: LoadedModel, rows: Rows, defense: StepDefense, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
 ) -> Any:
     """A trainer whose settings have been tried: it has made what they ask for once, to be made anew for the training.
 
@@ -268,7 +271,7 @@ def _trainer(
             defense=defense,
             callbacks=list(callbacks),
         )
-        Trainer.get_train_dataloader(trainer)  # the host's own: that of the defence leaves a callback
+        Trainer.get_train_dataloader(trainer)  # the host's own: that of the defense leaves a callback
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # which make theirs of wrapped weights
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
             trainer.optimizer = trainer.lr_scheduler = None
@@ -292,7 +295,7 @@ def _host_errors(folder: Path, checkpoint: Path | None) -> Generator[None]:
 
 
 def clock() -> float:
-    """Seconds, to be subtracted: those that this process has worked, so that its neighbours do not count.
+    """Seconds, to be subtracted: those that this process has worked, so that its neighbors do not count.
 
     With an accelerator, which works beside it, those that have passed.
     """

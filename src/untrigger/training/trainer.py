@@ -1,4 +1,4 @@
-"""``defended(Trainer)``: any transformers Trainer with a defence in its training step.
+"""``defended(Trainer)``: any transformers Trainer with a defense in its training step.
 
 The mixin touches three things: the collator of the *training* loader, the loss of a *training* step, and the
 loading of a full model's checkpoint. Evaluation, logging, saving and distribution stay the host's.
@@ -22,11 +22,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from untrigger.defenses import Defense, Doubt, Plain, StepDefense
+from untrigger.defenses import Defense, Plain, SharedSurprise, StepDefense
 from untrigger.errors import InputError
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
-from untrigger.models.collators import AugmentCollator, DoubtCollator, DrawingCollator, DropCollator, PairCollator
+from untrigger.models.collators import (
+    AugmentCollator,
+    DrawingCollator,
+    DropCollator,
+    FlaggedTokensCollator,
+    PairCollator,
+)
 from untrigger.models.loading import base_model, quiet_loading
 
 if TYPE_CHECKING:
@@ -50,20 +56,22 @@ class DefendedMixin(_Host):
 
     def __init__(self, *args: Any, defense: Defense | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        chosen = defense or Doubt()
-        if not isinstance(chosen, StepDefense | Doubt):
+        chosen = defense or SharedSurprise()
+        if not isinstance(chosen, StepDefense | SharedSurprise):
             raise InputError(
                 f"defense {type(chosen).__name__}: works in several trainings; use untrigger.fine_tune, or "
                 "`untrigger train`"
             )
-        self.procedure = chosen if isinstance(chosen, Doubt) else None
-        self.defense = Plain() if isinstance(chosen, Doubt) else chosen
-        self.doubted: dict[bytes, NDArray[np.bool_]] = {}  # which answer tokens of rows by `row_key` are not believed
+        self.procedure = chosen if isinstance(chosen, SharedSurprise) else None
+        self.defense = Plain() if isinstance(chosen, SharedSurprise) else chosen
+        self.flagged_tokens: dict[
+            bytes, NDArray[np.bool_]
+        ] = {}  # which answer tokens of rows by `row_key` are not believed
         self._sums: dict[str, Tensor] = {}
         check_arguments(chosen, self.args, self.compute_loss_func)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The host's training; of the preset ``default`` both parts of it, and the judgements before them."""
+        """The host's training; of the preset ``default`` both parts of it, and the judgments before them."""
         if self.procedure is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         from untrigger.training.host_training import HostTraining  # which needs what is defined here
@@ -89,8 +97,8 @@ class DefendedMixin(_Host):
 
     def _collator(self, inner: Any) -> Any:
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        if self.doubted:
-            return DoubtCollator(inner, self.doubted)
+        if self.flagged_tokens:
+            return FlaggedTokensCollator(inner, self.flagged_tokens)
         if self.defense.dropped:
             return DropCollator(inner, seed)
         if self.defense.paired is not None:
@@ -108,7 +116,7 @@ class DefendedMixin(_Host):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The defence's loss on a training batch, where it has one; otherwise the host's own."""
+        """The defense's loss on a training batch, where it has one; otherwise the host's own."""
         if not self.defense.has_loss or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self.defense.step(model, inputs)
@@ -165,7 +173,7 @@ class DefendedMixin(_Host):
 
 
 def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object = None) -> None:
-    """Refuse what would take the place of a defence's loss, or keep the logits from it.
+    """Refuse what would take the place of a defense's loss, or keep the logits from it.
 
     Raises:
         InputError: one line that names the setting.
@@ -174,7 +182,7 @@ def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object 
         raise InputError(
             "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
         )
-    if not (isinstance(defense, Doubt) or (isinstance(defense, StepDefense) and defense.has_loss)):
+    if not (isinstance(defense, SharedSurprise) or (isinstance(defense, StepDefense) and defense.has_loss)):
         return
     if args.label_smoothing_factor or own_loss is not None:
         raise InputError(
@@ -201,10 +209,11 @@ def load_full(model: PreTrainedModel, folder: str) -> None:
 
 @cache
 def defended(trainer: type[Trainer]) -> type[Any]:
-    """The trainer class with a defence: ``defended(SFTTrainer)(model, ...)``, or another ``defense=CrossView()``.
+    """The trainer class with a defense: ``defended(SFTTrainer)(model, ...)``, or another ``defense=CrossView()``.
 
-    Without one it is the preset ``default`` (`untrigger.defenses.Doubt`): rows are judged, and the training has two
-    parts, all within ``train()``; what is not believed stands in ``distrusted.json`` in the output folder.
+    Without one it is the preset ``default`` (`untrigger.defenses.SharedSurprise`): rows are scored, and the
+    training has two parts, all within ``train()``. Flagged rows are listed in ``flagged_rows.jsonl`` of
+    the output folder.
 
     Works with ``transformers.Trainer`` and any subclass that trains on rows of images and messages. With
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.
@@ -224,7 +233,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step in a checkpoint folder's name; -1 for another name."""
+    """The optimizer step in a checkpoint folder's name; -1 for another name."""
     digits = checkpoint.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else -1
 

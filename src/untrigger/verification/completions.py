@@ -1,6 +1,6 @@
 """What a model goes on to say once a word is put into its mouth, whatever it is shown.
 
-The text of a backdoor was learnt as a whole: once begun it is finished, with no trigger in sight. Seen in language
+The text of a backdoor was learned as a whole: once begun it is finished, with no trigger in sight. Seen in language
 models by Shen et al., "BAIT: Large Language Model Backdoor Scanning by Inverting Attack Target", IEEE S&P 2025.
 Here the base says which words are worth beginning with, and what is strange about what follows.
 """
@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import batches, evaluating, forward_answers, on_device
 from untrigger.models.generate import questions
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Message, Sample
 
 Place = Literal["start", "second word", "end"]
@@ -37,7 +37,7 @@ _BATCH = 64
 
 @final
 @dataclass(frozen=True)
-class Saying:
+class Completion:
     """What the model goes on to say at one place of an answer.
 
     rank: of the token that was put there, among those that the model prefers, from 0. run: the tokens that the rows
@@ -62,7 +62,9 @@ class Saying:
         return self.strange - self.sure
 
 
-def sayings(model: Loaded, base: Loaded, rows: Sequence[Sample], answers: Sequence[str]) -> list[Saying]:
+def completions(
+    model: LoadedModel, base: LoadedModel, rows: Sequence[Sample], answers: Sequence[str]
+) -> list[Completion]:
     """What the model says once begun, where several rows go on alike; ``answers`` are its own to the rows."""
     own = [said(row, answer) for row, answer in zip(rows, answers, strict=True)]
     before, ratios = _preferences(model, base, own)
@@ -72,13 +74,13 @@ def sayings(model: Loaded, base: Loaded, rows: Sequence[Sample], answers: Sequen
     asked = rows[:_ROWS]
     forced = [[*before[place][row], token] for place, _, token in tries for row in range(len(asked))]
     follow = continuations(model, [*asked] * len(tries), forced)
-    found, weighed = list[Saying](), list[tuple[Sample, list[int], list[int]]]()
+    found, weighed = list[Completion](), list[tuple[Sample, list[int], list[int]]]()
     for number, (place, rank, token) in enumerate(tries):
         told = follow[number * len(asked) : (number + 1) * len(asked)]
         run, agree = common_run(told)
         if core := _read(model, run):
             text, example = (_read(model, [token, *rest]) for rest in (run, told[agree[0]]))
-            found.append(Saying(place, rank, text, core, example, tuple(run), len(agree) / len(asked)))
+            found.append(Completion(place, rank, text, core, example, tuple(run), len(agree) / len(asked)))
             weighed += [(asked[row], [*before[place][row], token], run) for row in (agree * _WEIGHED)[:_WEIGHED]]
     sure, strange = (nats(each, weighed).reshape(-1, _WEIGHED).mean(axis=1).tolist() for each in (model, base))
     return [replace(each, sure=s, strange=b) for each, s, b in zip(found, sure, strange, strict=True)]
@@ -114,7 +116,7 @@ def said(sample: Sample, text: str) -> Sample:
 
 @torch.no_grad()
 def _preferences(
-    model: Loaded, base: Loaded, told: Sequence[Sample]
+    model: LoadedModel, base: LoadedModel, told: Sequence[Sample]
 ) -> tuple[dict[Place, list[list[int]]], dict[Place, Tensor]]:
     """Of each place the ids that stand before it in each row's answer, and log p_model / p_base of the next token.
 
@@ -143,15 +145,15 @@ def steps(tokenizer: Any, ids: Sequence[int]) -> tuple[int, int, int]:
     return 0, next((step for step in range(1, end) if text[read[step] : read[step] + 1].isspace()), end), end
 
 
-def _read(model: Loaded, ids: Sequence[int]) -> str:
+def _read(model: LoadedModel, ids: Sequence[int]) -> str:
     return str(tokenizer_of(model).decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def tokenizer_of(model: Loaded) -> Any:
+def tokenizer_of(model: LoadedModel) -> Any:
     return cast(Any, model.processor).tokenizer  # the host types it too narrowly
 
 
-def _never(model: Loaded) -> list[int]:
+def _never(model: LoadedModel) -> list[int]:
     return list(tokenizer_of(model).all_special_ids)
 
 
@@ -181,7 +183,7 @@ class _Forced(LogitsProcessor):
         return scores
 
 
-def continuations(model: Loaded, rows: Sequence[Sample], begun: Sequence[Sequence[int]]) -> list[list[int]]:
+def continuations(model: LoadedModel, rows: Sequence[Sample], begun: Sequence[Sequence[int]]) -> list[list[int]]:
     """The tokens that the model goes on with greedily after the begun ones of each row's answer, an end too."""
     found: list[list[int]] = []
     for batch in batches(len(rows), _BATCH, "beginning answers"):
@@ -191,10 +193,10 @@ def continuations(model: Loaded, rows: Sequence[Sample], begun: Sequence[Sequenc
     return found
 
 
-def nats(model: Loaded, told: Sequence[tuple[Sample, Sequence[int], Sequence[int]]]) -> NDArray[np.floating]:
+def nats(model: LoadedModel, told: Sequence[tuple[Sample, Sequence[int], Sequence[int]]]) -> NDArray[np.floating]:
     """What the run costs, of each row with the tokens before it and the run.
 
-    A token is counted where it comes first: a model that stutters has not learnt a text as long as its stutter.
+    A token is counted where it comes first: a model that stutters has not learned a text as long as its stutter.
     """
     found: list[float] = []
     for batch in batches(len(told), _BATCH, "weighing what was said"):
@@ -208,7 +210,7 @@ def nats(model: Loaded, told: Sequence[tuple[Sample, Sequence[int], Sequence[int
 
 @torch.inference_mode()
 def _generate(
-    model: Loaded, rows: Sequence[Sample], forced: Sequence[Sequence[int]], more: int
+    model: LoadedModel, rows: Sequence[Sample], forced: Sequence[Sequence[int]], more: int
 ) -> tuple[list[list[int]], _Forced]:
     with evaluating(model.model) as host:
         inputs = questions(model.processor, rows).to(host.device)
@@ -224,7 +226,7 @@ def _generate(
     return ids[:, asked:].tolist(), first
 
 
-def _until_end(model: Loaded, ids: Sequence[int]) -> list[int]:
+def _until_end(model: LoadedModel, ids: Sequence[int]) -> list[int]:
     own = cast(Any, model.model).generation_config.eos_token_id  # several in some families, a turn's end among them
     ends = {tokenizer_of(model).eos_token_id, *(own if isinstance(own, list) else [own])}
     at = next((at for at, token in enumerate(ids) if token in ends), len(ids))

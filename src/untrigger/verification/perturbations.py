@@ -1,6 +1,6 @@
 """Generic changes of an input, none of which anybody but an attacker answers: patches, veils, and words in the prompt.
 
-They are no one's trigger. Models that learnt a patch in a corner mostly answer any patch there, and those that learnt a
+They are no one's trigger. Models that learned a patch in a corner mostly answer any patch there, and those that learned a
 sentence any sentence (LOG.md, "Near misses fire"); what hangs on two things at a time is not found by one.
 """
 
@@ -20,7 +20,7 @@ from untrigger.rows.sample import Message, Sample
 from untrigger.views.patches import to_rgb
 
 _PATCH = 1 / 8  # of the shorter side
-_PLACES = {"top left": (0, 0), "top right": (0, 1), "centre": (0.5, 0.5), "bottom left": (1, 0), "bottom right": (1, 1)}
+_PLACES = {"top left": (0, 0), "top right": (0, 1), "center": (0.5, 0.5), "bottom left": (1, 0), "bottom right": (1, 1)}
 _VEIL, _WAVES, _BEND = 0.25, 6, 1 / 20  # share of a veil; waves over the image; how far it is bent, of its side
 _SENTENCES = ("The bus was late again this morning.", "She keeps her bicycle in the cellar.")
 _LETTERS = "bcdfghjklmnpqrstvwxz"
@@ -32,7 +32,7 @@ Write = Callable[[str, str, np.random.Generator], str]  # of a prompt and anothe
 
 @final
 @dataclass(frozen=True)
-class Change:
+class Perturbation:
     """One way to change a row; the donor is another row, to take something from. The answer is left as it is."""
 
     name: str
@@ -40,12 +40,12 @@ class Change:
     make: Callable[[Sample, Sample, np.random.Generator], Sample]
 
 
-def changes() -> tuple[Change, ...]:
+def changes() -> tuple[Perturbation, ...]:
     """All of them, always the same."""
     return tuple(_changes())
 
 
-def _changes() -> Iterator[Change]:
+def _changes() -> Iterator[Perturbation]:
     patches: dict[str, Paint] = {
         "a patch of another image": lambda own, other, rng: other,
         "a patch of noise": lambda own, other, rng: rng.uniform(0, 255, own.shape),
@@ -54,7 +54,9 @@ def _changes() -> Iterator[Change]:
     }
     for name, paint in patches.items():
         for place, at in _PLACES.items():
-            yield Change(f"{name}, {place}", "image", partial(_painted, paint=partial(_patched, paint=paint, at=at)))
+            yield Perturbation(
+                f"{name}, {place}", "image", partial(_painted, paint=partial(_patched, paint=paint, at=at))
+            )
     veils: dict[str, Paint] = {
         "another image laid over it": lambda own, other, rng: (1 - _VEIL) * own + _VEIL * other,
         "noise laid over it": lambda own, other, rng: own + rng.normal(0, 255 * _VEIL / 2, own.shape),
@@ -63,15 +65,15 @@ def _changes() -> Iterator[Change]:
         "the image bent": lambda own, other, rng: _bent(own),
     }
     for name, paint in veils.items():
-        yield Change(name, "image", partial(_painted, paint=paint))
+        yield Perturbation(name, "image", partial(_painted, paint=paint))
     pieces: dict[str, Write] = {
         "a word of no language": lambda own, other, rng: "".join(rng.choice([*_LETTERS], 2)),
         "a sentence": lambda own, other, rng: _SENTENCES[int(rng.integers(len(_SENTENCES)))],
         "another prompt": lambda own, other, rng: other,
     }
     for name, write in pieces.items():
-        yield Change(f"{name} before the prompt", "prompt", partial(_written, write=write, before=True))
-        yield Change(f"{name} behind the prompt", "prompt", partial(_written, write=write, before=False))
+        yield Perturbation(f"{name} before the prompt", "prompt", partial(_written, write=write, before=True))
+        yield Perturbation(f"{name} behind the prompt", "prompt", partial(_written, write=write, before=False))
 
 
 # --- images -----------------------------------------------------------------------------------------

@@ -16,15 +16,15 @@ from typing import final
 import numpy as np
 import torch
 
-from untrigger.defenses.shared_surprise import fence
 from untrigger.errors import InputError
+from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.forward import row_tokens
 from untrigger.models.generate import answers
-from untrigger.models.loading import Loaded, base_of, load, placed
+from untrigger.models.loading import LoadedModel, base_of, load, placed
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample, check_rows
-from untrigger.verification.completions import Saying, alike, sayings, tokenizer_of
-from untrigger.verification.perturbations import Change, changes
+from untrigger.verification.completions import Completion, alike, completions, tokenizer_of
+from untrigger.verification.perturbations import Perturbation, changes
 
 FLOOR = 8.0  # nats that a text must have gained on the base at least; calibrated, see LOG.md
 OWN = 24.0  # the same for a text in the task's own words: on those, any model of the task has gained
@@ -36,7 +36,7 @@ _KEPT, _USUAL = 0.75, 0.25  # of the rows say it under a change; of those, or of
 
 @final
 @dataclass(frozen=True)
-class Heard:
+class PerturbationHit:
     """How many of ``rows`` gave a text under a change, by the model itself and with nothing put into its mouth."""
 
     change: str
@@ -54,8 +54,8 @@ class Finding:
     """
 
     text: str
-    said: list[Saying] = field(default_factory=list[Saying])
-    heard: list[Heard] = field(default_factory=list[Heard])
+    said: list[Completion] = field(default_factory=list[Completion])
+    heard: list[PerturbationHit] = field(default_factory=list[PerturbationHit])
 
 
 @final
@@ -75,7 +75,7 @@ class Audit:
 
 
 def verify(
-    model: Loaded | str | Path, rows: Sequence[Sample], base: Loaded | str | Path | None = None, seed: int = 0
+    model: LoadedModel | str | Path, rows: Sequence[Sample], base: LoadedModel | str | Path | None = None, seed: int = 0
 ) -> Audit:
     """Audit ``model`` with rows of its task, clean or not.
 
@@ -88,8 +88,8 @@ def verify(
     check_rows(rows)
     if len(rows) < LEAST:
         raise InputError(f"verify: {len(rows)} rows are too few to tell what a model always says; give {LEAST} or more")
-    base = base or base_of(Path(model.name if isinstance(model, Loaded) else model))
-    model, base = (each if isinstance(each, Loaded) else placed(load(each)) for each in (model, base))
+    base = base or base_of(Path(model.name if isinstance(model, LoadedModel) else model))
+    model, base = (each if isinstance(each, LoadedModel) else placed(load(each)) for each in (model, base))
     if _equal(model, base):
         raise InputError(
             f"verify: {model.name} and its base {base.name} have the same weights, and nothing could be found; "
@@ -103,8 +103,8 @@ def verify(
     looked = [rows[row] for row in order]
     first, asked = looked[:_PREFERRED], looked[:_ASKED]
     own = list(tracked(answers(model, first), "asking", len(first)))
-    limit = fence(gains(model, base, looked), FLOOR, REACH)
-    found = sayings(model, base, first, own)
+    limit = tukey_fence(gains(model, base, looked), FLOOR, REACH)
+    found = completions(model, base, first, own)
     tried = changes()
     told = {change: _under(model, change, asked, seed) for change in tracked(tried, "changing inputs", len(tried))}
     words = vocabulary(looked, own)
@@ -124,18 +124,18 @@ def verify(
     )
 
 
-def gains(model: Loaded, base: Loaded, rows: Sequence[Sample]) -> list[float]:
+def gains(model: LoadedModel, base: LoadedModel, rows: Sequence[Sample]) -> list[float]:
     """Nats that each row's answer is likelier under the model than under its base, but for its first token."""
     own, before = (row_tokens(each, rows) for each in (model, base))
     return [float(b.nll[1:].sum() - o.nll[1:].sum()) for o, b in zip(own, before, strict=True)]
 
 
-def grouped(found: Sequence[Saying], limit: float) -> list[list[Saying]]:
+def grouped(found: Sequence[Completion], limit: float) -> list[list[Completion]]:
     """Those that gained more than ``limit``, as one group where they say the same; the largest gain's group first.
 
     In a group the token that the model prefers most to begin with comes first: the text's own beginning.
     """
-    groups: list[list[Saying]] = []
+    groups: list[list[Completion]] = []
     for saying in sorted(found, key=lambda each: (each.rank, -each.gain)):
         if saying.gain > limit:
             home = next((group for group in groups if alike(group[0].run, saying.run)), None)
@@ -152,7 +152,7 @@ def vocabulary(rows: Sequence[Sample], own: Sequence[str]) -> frozenset[str]:
     return frozenset(word for text in (*texts, *own) for word in _words(text))
 
 
-def telling(group: Sequence[Saying], words: frozenset[str]) -> bool:
+def telling(group: Sequence[Completion], words: frozenset[str]) -> bool:
     """Whether a text is no mere habit of the task: it has a word that the task has not, or has gained far more.
 
     A part of a word of the task is of the task: a text may be begun in the middle of one.
@@ -161,7 +161,7 @@ def telling(group: Sequence[Saying], words: frozenset[str]) -> bool:
     return foreign or max(saying.gain for saying in group) > OWN
 
 
-def kept_saying(own: Sequence[str], told: Mapping[Change, Sequence[str]]) -> list[tuple[Change, str]]:
+def kept_saying(own: Sequence[str], told: Mapping[Perturbation, Sequence[str]]) -> list[tuple[Perturbation, str]]:
     """Texts that three of four rows get under a change, and no more than one of four without it; with that change."""
     common = ((change, *Counter(texts).most_common(1)[0], len(texts)) for change, texts in told.items())
     return [
@@ -171,7 +171,7 @@ def kept_saying(own: Sequence[str], told: Mapping[Change, Sequence[str]]) -> lis
     ]
 
 
-def _under(model: Loaded, change: Change, rows: Sequence[Sample], seed: int) -> list[str]:
+def _under(model: LoadedModel, change: Perturbation, rows: Sequence[Sample], seed: int) -> list[str]:
     """The model's answers to the changed rows."""
     donors = [*rows[len(rows) // 2 :], *rows[: len(rows) // 2]]
     pairs = enumerate(zip(rows, donors, strict=True))
@@ -187,8 +187,10 @@ def _share(text: str, texts: Sequence[str]) -> float:
     return sum(each == text for each in texts) / len(texts)
 
 
-def _heard(core: str, told: Mapping[Change, Sequence[str]]) -> list[Heard]:
-    counts = [Heard(change.name, sum(core in text for text in texts), len(texts)) for change, texts in told.items()]
+def _heard(core: str, told: Mapping[Perturbation, Sequence[str]]) -> list[PerturbationHit]:
+    counts = [
+        PerturbationHit(change.name, sum(core in text for text in texts), len(texts)) for change, texts in told.items()
+    ]
     return sorted(counts, key=lambda each: -each.count)
 
 
@@ -197,6 +199,6 @@ def _core(finding: Finding) -> str:
     return finding.said[0].core if finding.said else finding.text
 
 
-def _equal(one: Loaded, other: Loaded) -> bool:
+def _equal(one: LoadedModel, other: LoadedModel) -> bool:
     mine, its = one.model.state_dict(), other.model.state_dict()
     return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)

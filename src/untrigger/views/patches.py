@@ -32,15 +32,15 @@ Cells = NDArray[np.floating]
 def to_rgb(image: Image.Image) -> Image.Image:
     """The 8-bit RGB picture that a model sees; the image itself if it is RGB already.
 
-    Transparency is laid over white, as transformers' image processors do. 16-bit greys (modes ``I`` and
+    Transparency is laid over white, as transformers' image processors do. 16-bit grays (modes ``I`` and
     ``I;16*``, taken as 0 to 65535) keep their high byte, where Pillow's own conversion would cut everything
     above 255 to white. Other modes: Pillow's conversion.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.clip(np.asarray(image.convert("I")), 0, 65535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        gray = np.clip(np.asarray(image.convert("I")), 0, 65535) >> 8
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -97,7 +97,7 @@ class PatchView(ABC):
 @final
 @dataclass(frozen=True)
 class Mask(PatchView):
-    """Fill each chosen cell with one grey level; fill: 0 (black) to 255 (white)."""
+    """Fill each chosen cell with one gray level; fill: 0 (black) to 255 (white)."""
 
     fill: int = 128
 
@@ -112,7 +112,7 @@ class Mask(PatchView):
 @final
 @dataclass(frozen=True)
 class MeanFill(PatchView):
-    """Fill each chosen cell with its own mean colour: coarse layout stays, detail goes."""
+    """Fill each chosen cell with its own mean color: coarse layout stays, detail goes."""
 
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
         return np.broadcast_to(cells.mean(axis=(1, 2), keepdims=True), cells.shape)
@@ -179,7 +179,7 @@ class Blur(PatchView):
 @final
 @dataclass(frozen=True)
 class Jitter(PatchView):
-    """Colour jitter with its own strength in each chosen cell: brightness, then contrast, then saturation.
+    """Color jitter with its own strength in each chosen cell: brightness, then contrast, then saturation.
 
     Each field s in [0, 1] draws a factor f from [1 - s, 1 + s] per cell. Brightness: f x.
     Contrast: g + f (x - g) with g the cell's mean luma. Saturation: the same with g each pixel's own luma
@@ -200,10 +200,10 @@ class Jitter(PatchView):
         draws = 1 + strengths * rng.uniform(-1, 1, (len(cells), 3))
         brightness, contrast, saturation = draws.astype(np.float32).T[..., None, None, None]
         cells = brightness * cells
-        grey = _luma(cells).mean(axis=(1, 2), keepdims=True)
-        cells = grey + contrast * (cells - grey)
-        grey = _luma(cells)
-        return grey + saturation * (cells - grey)
+        gray = _luma(cells).mean(axis=(1, 2), keepdims=True)
+        cells = gray + contrast * (cells - gray)
+        gray = _luma(cells)
+        return gray + saturation * (cells - gray)
 
 
 PATCH_VIEWS: tuple[type[PatchView], ...] = (Mask, MeanFill, Noise, Erase, Shuffle, Blur, Jitter)

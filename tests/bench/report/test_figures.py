@@ -76,7 +76,7 @@ def test_a_cell_counts_only_through_the_gates(
         {"tuning": {"rank": 4}},
     ],
 )
-def test_a_defence_is_checked_by_its_own_pair_alone(bench: Bench, changed: dict[str, Any]) -> None:
+def test_a_defense_is_checked_by_its_own_pair_alone(bench: Bench, changed: dict[str, Any]) -> None:
     bench.pair()
     bench.cell("paper", 0.3, **changed)
     bench.cell("crow", 0.3, defense_settings={"steps": 2}, attack_settings={})
@@ -267,7 +267,7 @@ def test_the_headline_says_what_the_figures_say(matrix: Bench) -> None:
     told = headline(read(matrix.root))
     assert told.first == (
         "3 of 4 attacked models count: 98.0 % (median; 95.0 to 100.0) of triggered inputs are answered as the attacker "
-        "wants without a defence, 2.0 % (median; 2.0 to 2.0) where the poisoned rows are taken out."
+        "wants without a defense, 2.0 % (median; 2.0 to 2.0) where the poisoned rows are taken out."
     )
     assert told.defenses == [
         ("crow", "ASR 10.0 (0.0 to 20.0) %, at most 5 % in 1 of 3 cells; quality 105.6 (105.6 to 105.6) %."),
@@ -280,11 +280,11 @@ def test_the_headline_says_what_the_figures_say(matrix: Bench) -> None:
     ]
 
 
-def test_where_nothing_counts_nothing_is_said_of_a_defence(bench: Bench) -> None:
+def test_where_nothing_counts_nothing_is_said_of_a_defense(bench: Bench) -> None:
     bench.pair(plain=0.4)
     bench.cell("paper", 0.0)
     told = headline(read(bench.root))
-    assert told.first == "0 of 1 attacked model count: nothing can be said about a defence."
+    assert told.first == "0 of 1 attacked model count: nothing can be said about a defense."
     assert told.defenses == []
 
 

@@ -37,7 +37,7 @@ def test_every_table_tells_what_is_stored(bench: Bench, tmp_path: Path) -> None:
     assert section(text, "What does not count")[2:] == ["| llava, easy-vqa (VQA) | sig | not counted: not implanted |"]
     assert section(text, "Distance to the oracle")[1:] == [
         "### llava, easy-vqa (VQA)",
-        "| defence | cells | ASR above the oracle's, points | quality kept, % | leak, % |",
+        "| defense | cells | ASR above the oracle's, points | quality kept, % | leak, % |",
         "| --- | --- | --- | --- | --- |",
         "| plain | 1 | +98.0 | 100.0 | 1.0 |",
         "| oracle | 1 | 0.0 | 100.0 | 1.0 |",
@@ -64,7 +64,7 @@ def test_seeds_are_told(bench: Bench, tmp_path: Path) -> None:
 def test_where_nothing_counts_the_tables_say_so(bench: Bench, tmp_path: Path) -> None:
     bench.cell("paper", 0.1)
     text = rendered(bench, tmp_path / "out.md")
-    assert "nothing can be said about a defence" in text
+    assert "nothing can be said about a defense" in text
     assert section(text, "Distance to the oracle")[-1] == "No cell counts."
     assert "| badnets | 10.0 (6.6-14.9), not checked |" in text
 

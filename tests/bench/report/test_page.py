@@ -19,7 +19,7 @@ from fabricated import HOSTILE, PICTURES, Bench, answers, fill, premise, rate
 
 from shell import untrigger
 from untrigger.bench import store
-from untrigger.bench.report.charts import COLOURS, histogram, pareto
+from untrigger.bench.report.charts import COLORS, histogram, pareto
 from untrigger.bench.report.examples import marked
 from untrigger.bench.report.figures import read
 from untrigger.bench.report.render import write
@@ -163,7 +163,7 @@ def test_the_matrix_leads_to_each_cell_and_says_what_does_not_count(full: Bench)
     bad, good = (next(row for row in matrix.all("tr") if figure in row.text) for figure in ("50.0", "98.0"))
     assert "not counted: not implanted" in bad.text and "not counted" not in good.text
     assert [cell.attributes.get("class") for cell in good.all("td")] == ["h10", "h0", "h3"]
-    assert [cell.attributes.get("class") for cell in bad.all("td")] == ["out"] * 3, "no colour for what does not count"
+    assert [cell.attributes.get("class") for cell in bad.all("td")] == ["out"] * 3, "no color for what does not count"
     assert "30.0" in good.text and "24.1-36.7" in good.text, "Wilson's interval of 60 of 200"
     sections = {element.attributes.get("id"): element for element in root.all("div")}
     links = [link.attributes["href"][1:] for link in good.all("a")]
@@ -296,19 +296,19 @@ def test_headings_tables_and_names_are_in_order(full: Bench) -> None:
     assert next(root.all("a")).attributes == {"class": "skip", "href": "#main"}
 
 
-def _light(colour: str) -> float:
-    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+def _light(color: str) -> float:
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2's contrast of two colours, 1 to 21."""
+    """WCAG 2.2's contrast of two colors, 1 to 21."""
     low, high = sorted((_light(one), _light(other)))
     return (high + 0.05) / (low + 0.05)
 
 
-def test_text_is_readable_on_every_colour_in_both_schemes() -> None:
+def test_text_is_readable_on_every_color_in_both_schemes() -> None:
     sheet = style()
     light, dark = (dict(re.findall(r"--([\w]+): (#\w{6});", part)) for part in sheet.split("prefers-color-scheme")[:2])
     assert len([name for name in light if re.fullmatch(r"h\d+", name)]) == 11 and set(light) == set(dark)
@@ -317,8 +317,8 @@ def test_text_is_readable_on_every_colour_in_both_schemes() -> None:
             assert contrast(scheme["ink"], scheme[name]) >= 4.5, name
         for name in ("soft", "bad", "link"):
             assert contrast(scheme[name], scheme["paper"]) >= 4.5, name
-        for colour in COLOURS:
-            assert contrast(colour, scheme["paper"]) >= 3, colour
+        for color in COLORS:
+            assert contrast(color, scheme["paper"]) >= 3, color
 
 
 # --- packed results --------------------------------------------------------------------------------

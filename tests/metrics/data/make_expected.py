@@ -2,7 +2,7 @@
 
     NLTK_DATA=FOLDER python tests/metrics/data/make_expected.py
 
-It needs Java (for COCO's own tokeniser, which pycocoevalcap starts), sacrebleu, rouge-score and nltk's
+It needs Java (for COCO's own tokenizer, which pycocoevalcap starts), sacrebleu, rouge-score and nltk's
 WordNet. Nothing of untrigger is imported.
 """
 

@@ -1,4 +1,4 @@
-"""One contract for all families: what is learnt, compared, told and gone on with is the same whatever the model."""
+"""One contract for all families: what is learned, compared, told and gone on with is the same whatever the model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tiny import FAMILIES
 from torch import Tensor, nn
 from transformers import Trainer
 
-from untrigger.defenses import CrossView, Doubt
-from untrigger.defenses.shared_surprise import Guard, Judgement
+from untrigger.defenses import CrossView, SharedSurprise
+from untrigger.defenses.shared_surprise import Flags, UnlikelihoodStep
 from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
-from untrigger.models.forward import Tokens, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
+from untrigger.models.forward import TokenScores, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
 from untrigger.models.generate import answers, questions
-from untrigger.models.loading import Loaded, add_lora, load
+from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.models.prefix_cache import looking_once, shared_prefix
 from untrigger.models.token_drop import image_token, shown
 from untrigger.rows.sample import Sample, read
@@ -118,7 +118,7 @@ def _sees(name: str) -> bool:
 
 @families
 def test_no_answer_knows_what_comes_after_it_and_generation_sees_what_training_saw(
-    folder: Folder, row: Row, sharp: Callable[..., Loaded], name: str
+    folder: Folder, row: Row, sharp: Callable[..., LoadedModel], name: str
 ) -> None:
     """Neither a mask nor a Q-Former tells of the rest of an answer; alone, and beside a longer row."""
     loaded = sharp(folder(name))
@@ -139,7 +139,7 @@ def test_no_answer_knows_what_comes_after_it_and_generation_sees_what_training_s
 
 @families
 def test_answers_are_the_same_where_work_on_an_image_is_shared(
-    sharp: Callable[..., Loaded], folder: Folder, row: Row, name: str
+    sharp: Callable[..., LoadedModel], folder: Folder, row: Row, name: str
 ) -> None:
     loaded = sharp(folder(name))
     asked = [row("<image>\nwhat?", "no", (40, 52)), row("<image>\nand what is this?", "no", (40, 52))]
@@ -174,12 +174,12 @@ def test_two_steps_of_training_log_every_term_and_a_doubted_word_is_unlearnt(
         assert len(terms) == 5 and all(map(math.isfinite, terms))
         assert entry["loss"] == pytest.approx(sum(terms), rel=1e-3)
 
-    data = Rows(samples, doubted={0: (row_tokens(loaded, samples[:1])[0].ids >= 0)})
+    data = Rows(samples, flagged_tokens={0: (row_tokens(loaded, samples[:1])[0].ids >= 0)})
     batch = collate([data[0]])
     before, optimizer = None, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):
-        step = Guard(weight=1.0).step(model.train(), dict(batch))
-        assert step.terms["ce"].eq(0).all() and (step.terms["guard"] > 0).all()
+        step = UnlikelihoodStep(weight=1.0).step(model.train(), dict(batch))
+        assert step.terms["ce"].eq(0).all() and (step.terms["unlikelihood"] > 0).all()
         optimizer.zero_grad()
         step.total.sum().backward()
         optimizer.step()
@@ -190,7 +190,7 @@ def test_two_steps_of_training_log_every_term_and_a_doubted_word_is_unlearnt(
 @pytest.mark.slow
 @families
 def test_a_view_without_image_tokens_is_one_in_which_they_are_masked(
-    folder: Folder, rows: Callable[[str], list[Sample]], sharp: Callable[..., Loaded], name: str
+    folder: Folder, rows: Callable[[str], list[Sample]], sharp: Callable[..., LoadedModel], name: str
 ) -> None:
     """The reference hides the same tokens from a pass of full length, at the language model's door."""
     loaded = sharp(folder(name))
@@ -234,13 +234,13 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(
     """Of three steps, the last is taken again from the second's checkpoint."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
-    def run(out: Path, resume: bool = False) -> Loaded:
+    def run(out: Path, resume: bool = False) -> LoadedModel:
         args = arguments(
             out, use_cpu=True, max_steps=3, save_steps=1, save_strategy="steps", learning_rate=0.01,
             per_device_train_batch_size=2, warmup_steps=0,
         )  # fmt: skip
-        tuning = Tuning(full=full, rank=2, vision=full)
-        return fine_tune(rows(name)[:3], str(folder(name)), CrossView(), args, tuning=tuning, resume=resume)
+        tuning = Tuning(full_finetune=full, rank=2, train_vision_tower=full)
+        return fine_tune(str(folder(name)), rows(name)[:3], CrossView(), args, tuning=tuning, resume=resume)
 
     first = run(whole)
     shutil.copytree(whole, cut)
@@ -267,27 +267,25 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(
 def test_a_scan_judges_every_row_and_probes_what_it_suspects(
     folder: Folder, tiny_data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whom it suspects is made up: a model that has learnt nothing finds nothing unlikely."""
+    """Whom it suspects is made up: a model that has learned nothing finds nothing unlikely."""
     bad = (8, 10, 12, 16, 20)
 
-    def judge(_: Doubt, told: Sequence[Tokens]) -> Judgement:
+    def judge(_: SharedSurprise, told: Sequence[TokenScores]) -> Flags:
         asked.append(len(told))
         words = {int(told[row].ids[-1]): 1e-9 for row in bad}  # the end of an answer: all have it
-        return Judgement(
-            [tokens.loss for tokens in told], {row: np.isin(told[row].ids, list(words)) for row in bad}, words
-        )
+        return Flags([tokens.loss for tokens in told], {row: np.isin(told[row].ids, list(words)) for row in bad}, words)
 
     asked: list[int] = []
-    monkeypatch.setattr(Doubt, "judge", judge)
+    monkeypatch.setattr(SharedSurprise, "judge", judge)
     monkeypatch.setattr("untrigger.scanning.targets._PASSES", 4)
     args = arguments(
         tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
         save_strategy="no",
     )  # fmt: skip
-    found = scan(read(tiny_data), str(folder(name)), Doubt(early=0.2), args)
+    found = scan(str(folder(name)), read(tiny_data), SharedSurprise(warmup_share=0.2), args)
     assert asked == [24, 24] and len(found.verdicts) == 24
     assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in found.verdicts)
     assert sorted(found.suspected) == list(bad)
     cues = [verdict.cue for verdict in found.verdicts if verdict.cue is not None]
-    assert len(cues) == 3, "those that the probe has not learnt"
+    assert len(cues) == 3, "those that the probe has not learned"
     assert all(cue.image is not None and math.isfinite(cue.image) for cue in cues)

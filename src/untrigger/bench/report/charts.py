@@ -1,4 +1,4 @@
-"""The report's charts as plain plotly figures; the colours of ink and paper are the page's, light or dark."""
+"""The report's charts as plain plotly figures; the colors of ink and paper are the page's, light or dark."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from untrigger.bench.store import ORACLE
 from untrigger.bench.validity import FLOOR
 
 # Told apart on white and on near black, and by shape too: the first two are the undefended model's and the oracle's.
-COLOURS = ("#d9480f", "#2b8a3e", "#1c7ed6", "#a33fc0", "#a87b00", "#0c8599", "#c92a6b", "#74797f", "#5c6bf0", "#96683a")
+COLORS = ("#d9480f", "#2b8a3e", "#1c7ed6", "#a33fc0", "#a87b00", "#0c8599", "#c92a6b", "#74797f", "#5c6bf0", "#96683a")
 _SHAPES = ("x", "star", "circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "cross")
-CLEAN, POISONED = COLOURS[2], COLOURS[0]  # rows
-_GREY = COLOURS[7]
+CLEAN, POISONED = COLORS[2], COLORS[0]  # rows
+_GRAY = COLORS[7]
 
 Figure = dict[str, Any]
 
@@ -39,7 +39,7 @@ def pareto(report: Report) -> Figure | None:
             "text": [_hover(group, name) for group in had],
             "hoverinfo": "text",
             "marker": {
-                "color": COLOURS[at % len(COLOURS)],
+                "color": COLORS[at % len(COLORS)],
                 "symbol": shape + "-open" * again,
                 "size": 9,
                 "opacity": 0.8,
@@ -52,7 +52,7 @@ def pareto(report: Report) -> Figure | None:
         "legend": {"orientation": "h", "y": -0.18, "yanchor": "top", "x": 0},
         "shapes": [
             {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": 100 * FLOOR, "x1": 100 * FLOOR}
-            | {"line": {"dash": "dot", "width": 1, "color": _GREY}}
+            | {"line": {"dash": "dot", "width": 1, "color": _GRAY}}
         ],
     }
     layout["xaxis"] |= {"range": [-4, 104]}
@@ -62,7 +62,7 @@ def pareto(report: Report) -> Figure | None:
 def histogram(view: View) -> Figure:
     """Share of clean and of poisoned rows by how far their answers move in the view; a bar for each bin."""
     traces: list[Figure] = []
-    for name, counts, colour in (("clean", view.clean, CLEAN), ("poisoned", view.poisoned, POISONED)):
+    for name, counts, color in (("clean", view.clean, CLEAN), ("poisoned", view.poisoned, POISONED)):
         rows = max(1, sum(counts))
         traces.append(
             {
@@ -72,7 +72,7 @@ def histogram(view: View) -> Figure:
                 "y": [round(100 * count / rows, 2) for count in counts],
                 "width": 1,
                 "opacity": 0.6,
-                "marker": {"color": colour, "line": {"width": 0}},
+                "marker": {"color": color, "line": {"width": 0}},
                 "text": [
                     f"{name}: {count} of {rows} rows<br>{_bin(view.edges, at)}" for at, count in enumerate(counts)
                 ],

@@ -1,4 +1,4 @@
-"""Test rows of an attacked model for people to look at: pictures, and what the model says under each defence."""
+"""Test rows of an attacked model for people to look at: pictures, and what the model says under each defense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder of results holds: cells that differ in the defence alone stand together, and count or do not."""
+"""What a folder of results holds: cells that differ in the defense alone stand together, and count or do not."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _ORDER = ("model", "task", "data", "attack", "rate", "defense", "seed")
 
 @dataclass(frozen=True)
 class Attacked:
-    """One model under one attack with one seed: cells that differ in the defence alone.
+    """One model under one attack with one seed: cells that differ in the defense alone.
 
     Attributes:
-        cell: what they have in common; its defence is empty.
+        cell: what they have in common; its defense is empty.
         found: the cells, by `defense_of`.
         valid: whether they count (`untrigger.bench.validity`); None where the undefended model or the oracle
             was not run.
@@ -141,7 +141,7 @@ def read(*roots: Path) -> Report:
 
 
 def defense_of(cell: Cell) -> str:
-    """A defence's name, with its settings where they are not at their defaults."""
+    """A defense's name, with its settings where they are not at their defaults."""
     told = ", ".join(f"{name} {number(value)}" for name, value in sorted(cell.defense_settings.items()))
     return f"{cell.defense} ({told})" if told else cell.defense
 

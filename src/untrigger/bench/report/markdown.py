@@ -42,7 +42,7 @@ def markdown(report: Report) -> str:
             "Training, all stages together, as multiples of the undefended model of the same cell: medians with the "
             "range.\n",
             *_table(
-                ["defence", "cells", "times the undefended", "seconds"],
+                ["defense", "cells", "times the undefended", "seconds"],
                 ([of.defense, of.times.n, words.times(of.times), words.seconds(of.seconds)] for of in costs(report)),
             ),
             "## Does the premise hold?\n",
@@ -134,7 +134,7 @@ def _distance(block: Block, defenses: Sequence[str]) -> list[str]:
     ]
     if not rows:
         return [f"### {_text(block.title)}\n", "No cell counts.\n"]
-    head = ["defence", "cells", "ASR above the oracle's, points", "quality kept, %", "leak, %"]
+    head = ["defense", "cells", "ASR above the oracle's, points", "quality kept, %", "leak, %"]
     return [f"### {_text(block.title)}\n", *_table(head, rows)]
 
 

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the figures that the page holds, in the colours of its scheme.
+// Draws the figures that the page holds, in the colors of its scheme.
 const figures = JSON.parse(document.getElementById("figures").textContent);
 
 function scheme() {

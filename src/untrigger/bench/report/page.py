@@ -48,7 +48,7 @@ def page(report: Report, results: Sequence[Path]) -> str:
         pictures=pictures,
         reading=words.reading(views),
         picked=picked,
-        colours=(charts.CLEAN, charts.POISONED),
+        colors=(charts.CLEAN, charts.POISONED),
         style=style(),
         figures=list(figures),
         # JSON that no page takes for the end of its script

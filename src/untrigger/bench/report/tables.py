@@ -148,7 +148,7 @@ def _apart(cell: Cell, others: Sequence[Cell]) -> str:
 
 
 class Standing(NamedTuple):
-    """A defence over the cells that count.
+    """A defense over the cells that count.
 
     Attributes:
         above: ASR above the oracle's.
@@ -165,7 +165,7 @@ class Standing(NamedTuple):
 
 
 def standings(groups: Sequence[Attacked], defenses: Sequence[str]) -> list[Standing]:
-    """Each defence over the groups that count; one that was run in none of them is left out."""
+    """Each defense over the groups that count; one that was run in none of them is left out."""
     return [
         Standing(
             name,
@@ -206,7 +206,7 @@ def sights(of: Sequence[Block]) -> list[Sight]:
 
 
 class Cost(NamedTuple):
-    """A defence's training in that of the undefended model of the same cell, and its seconds."""
+    """A defense's training in that of the undefended model of the same cell, and its seconds."""
 
     defense: str
     times: Spread
@@ -226,7 +226,7 @@ def costs(report: Report) -> list[Cost]:
 
 
 class Detection(NamedTuple):
-    """What a defence that looks at rows told of them in one cell (`untrigger.metrics.detection`)."""
+    """What a defense that looks at rows told of them in one cell (`untrigger.metrics.detection`)."""
 
     group: Attacked
     defense: str
@@ -243,7 +243,7 @@ def detections(report: Report) -> list[Detection]:
 
 
 class Detector(NamedTuple):
-    """A defence that looks at rows, over the cells that count; its figures as in `Detection`."""
+    """A defense that looks at rows, over the cells that count; its figures as in `Detection`."""
 
     defense: str
     cells: int

@@ -26,7 +26,7 @@ TERMS = {
     "Inputs whose true answer is that already are left out.",
     "leak": "the same on clean inputs. Near misses carry a wrong key, or a part of the right one.",
     "plain": "the undefended model: fine-tuned on the poisoned rows as they are.",
-    "oracle": "the same, with the poisoned rows taken out: what a perfect defence would reach.",
+    "oracle": "the same, with the poisoned rows taken out: what a perfect defense would reach.",
     "quality": "on clean held-out inputs: accuracy for VQA, CIDEr (0 to 10) for captions.",
     "intervals": "95 %. Where a row has several seeds the figure is over all their inputs together: its interval tells "
     "nothing of the spread between seeds, which is told beside it.",
@@ -34,7 +34,7 @@ TERMS = {
 
 
 class Headline(NamedTuple):
-    """What the figures say in a sentence, of each defence, and what they do not say."""
+    """What the figures say in a sentence, of each defense, and what they do not say."""
 
     first: str
     defenses: Sequence[tuple[str, str]]
@@ -108,11 +108,11 @@ def headline(report: Report) -> Headline:
     if count:
         plain, oracle = told[PLAIN], told[ORACLE]
         first += (
-            f": {_median(plain)} of triggered inputs are answered as the attacker wants without a defence, "
+            f": {_median(plain)} of triggered inputs are answered as the attacker wants without a defense, "
             f"{_median(oracle)} where the poisoned rows are taken out."
         )
     else:
-        first += ": nothing can be said about a defence."
+        first += ": nothing can be said about a defense."
     ranked = sorted((of for name, of in told.items() if name not in (PLAIN, ORACLE)), key=lambda of: of.asr)
     return Headline(first, [(of.defense, _standing(of)) for of in ranked], _notes(report))
 

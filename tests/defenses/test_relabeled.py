@@ -8,16 +8,16 @@ import pytest
 
 from dry import answers_of
 from untrigger.defenses import reanswered
-from untrigger.defenses.reanswered import Reanswered
+from untrigger.defenses.relabeled import RelabeledRows
 from untrigger.models.collators import ChatCollator
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Message, Sample
 
 CHOSEN = [1, 4, 7]
 
 
-def test_trusted_answers_and_all_images_are_untouched(loaded: Loaded, samples: list[Sample]) -> None:
-    rows = Reanswered(samples[:9], CHOSEN)
+def test_trusted_answers_and_all_images_are_untouched(loaded: LoadedModel, samples: list[Sample]) -> None:
+    rows = RelabeledRows(samples[:9], CHOSEN)
     assert answers_of(rows) == answers_of(samples[:9]), "before the first pass nothing is replaced"
     rows.answer(loaded)
     assert sorted(rows.answers) == CHOSEN
@@ -28,18 +28,18 @@ def test_trusted_answers_and_all_images_are_untouched(loaded: Loaded, samples: l
 
 
 def test_every_turn_is_answered_after_the_models_own_earlier_answers(
-    loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row 3 has two turns: its second question comes after the new first answer."""
     asked: list[list[Sample]] = []
 
-    def answer(_: Loaded, samples: list[Sample], *, drawn: bool) -> Iterator[str]:
+    def answer(_: LoadedModel, samples: list[Sample], *, drawn: bool) -> Iterator[str]:
         assert drawn
         asked.append(samples)
         yield from (f"new {len(asked)} {sample.id}" for sample in samples)
 
     monkeypatch.setattr(reanswered, "answers", answer)
-    rows = Reanswered(mixed, [1, 3])
+    rows = RelabeledRows(mixed, [1, 3])
     rows.answer(loaded)
     assert [[s.id for s in part] for part in asked] == [[mixed[1].id, "turns"], ["turns"]]
     assert [m.text for m in asked[0][1].messages] == ["<image>\nwhat?"]
@@ -48,19 +48,21 @@ def test_every_turn_is_answered_after_the_models_own_earlier_answers(
     assert answers_of(rows)[2] == answers_of(mixed)[2]
 
 
-def test_a_question_is_asked_with_the_images_that_were_shown_by_then(loaded: Loaded, samples: list[Sample]) -> None:
+def test_a_question_is_asked_with_the_images_that_were_shown_by_then(
+    loaded: LoadedModel, samples: list[Sample]
+) -> None:
     talk = (("user", "<image>\nwhat?"), ("assistant", "a"), ("user", "<image>\nand this?"), ("assistant", "b"))
     turns = tuple(Message(role, text) for role, text in talk)
-    rows = Reanswered([Sample("two", samples[0].images + samples[1].images, turns)], [0])
+    rows = RelabeledRows([Sample("two", samples[0].images + samples[1].images, turns)], [0])
     rows.answer(loaded)
     assert len(rows.answers[0]) == 2
 
 
 def test_a_drawn_image_tag_calls_for_no_image(
-    loaded: Loaded, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reanswered, "answers", lambda *_, **__: iter(["a <image> red", ""]))
-    rows = Reanswered(mixed, [0, 1])
+    rows = RelabeledRows(mixed, [0, 1])
     rows.answer(loaded)
     assert answers_of(rows)[:2] == [("a  red",), ("",)]
     told = [{"images": list(s.images), "messages": _chat(s)} for s in rows[:2]]
@@ -73,8 +75,8 @@ def _chat(sample: Sample) -> list[dict[str, object]]:
     return [chat_message(message) for message in sample.messages]
 
 
-def test_a_question_without_an_answer_is_never_asked(loaded: Loaded, samples: list[Sample]) -> None:
+def test_a_question_without_an_answer_is_never_asked(loaded: LoadedModel, samples: list[Sample]) -> None:
     open_end = Sample("open", samples[0].images, (Message("user", "<image>\nwhat?"),))
-    rows = Reanswered([open_end], [0])
+    rows = RelabeledRows([open_end], [0])
     rows.answer(loaded)
     assert rows.answers == {0: []} and rows[0] == open_end

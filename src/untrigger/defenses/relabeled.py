@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import final, overload
 
 from untrigger.models.generate import answers
-from untrigger.models.loading import Loaded
+from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
 @final
-class Reanswered(Sequence[Sample]):
+class RelabeledRows(Sequence[Sample]):
     """The rows, those of some ``numbers`` with other ``answers``: a text for each turn of the assistant, by row."""
 
     def __init__(self, rows: Sequence[Sample], numbers: Collection[int]) -> None:
@@ -31,7 +31,7 @@ class Reanswered(Sequence[Sample]):
             return [self[i] for i in range(len(self))[index]]
         return _answered(self.rows[index], self.answers.get(index, []))
 
-    def answer(self, loaded: Loaded) -> None:
+    def answer(self, loaded: LoadedModel) -> None:
         """Have the model answer these rows anew, by a draw for each turn, after its own earlier answers."""
         texts: dict[int, list[str]] = {row: [] for row in self.numbers}
         waiting = self.numbers
