@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,18 @@ def test_workers_run_at_once_with_a_thread_each(tmp_path: Path, monkeypatch: pyt
     run_matrix(cells(3), tmp_path, work=work)
     assert notes(tmp_path)[-1][2] == "1", "a worker alone has no more, or its answers would be others"
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_what_a_file_beside_the_folder_holds_is_not_run_again(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    store.save(root, cells(1)[0], {"asr": {"value": 0.5}}, {})
+    store.packed(root).write_text(store.packed_text([root]))
+    shutil.rmtree(root)
+    assert run_matrix(cells(1, 2), root, work=work) == []
+    assert ran(root) == [2]
+    assert [cell.seed for cell, _ in store.results(root)] == [1, 2]
+    with pytest.raises(InputError, match=r"run\.jsonl: is a file; give the folder .*run, what the file holds is done"):
+        run_matrix(cells(1, 2), store.packed(root), work=work)
 
 
 def test_no_workers_are_refused(tmp_path: Path) -> None:

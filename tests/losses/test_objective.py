@@ -449,15 +449,15 @@ def test_no_rows_give_zero_and_a_gradient_of_zero() -> None:
 
 
 def test_paper_map_points_at_things_that_exist() -> None:
-    """PAPER.md: every `name` in the table is a function of objective.py, every `file::test` a test."""
-    text = (ROOT / "PAPER.md").read_text()
+    """docs/paper.md: every `name` in the table is a function of objective.py, every `file::test` a test."""
+    text = (ROOT / "docs/paper.md").read_text()
     named = re.findall(r"`(src/[\w/]+\.py|tests/[\w/]+\.py)::(\w+)`", text)
     assert len(named) > 10
     for path in {path for path, _ in named}:
         tree = ast.parse((ROOT / path).read_text())
         defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         missing = {name for p, name in named if p == path} - defined
-        assert not missing, f"PAPER.md names what {path} does not hold: {missing}"
+        assert not missing, f"docs/paper.md names what {path} does not hold: {missing}"
     public = {n for n, f in vars(objective).items() if getattr(f, "__module__", "") == objective.__name__}
     mapped = {name for path, name in named if path == "src/untrigger/losses/objective.py"}
     assert {name for name in public if not name.startswith("_")} <= mapped

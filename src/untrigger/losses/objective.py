@@ -12,7 +12,7 @@ A logit of -inf is a forbidden token: probability 0, gradient 0. A row needs at 
 
 Source: Fang et al., arXiv 2604.04488. Only its abstract was available, which names the ingredients
 (separation of the views' outputs and features, output entropy constraint) but no formula. The forms below are
-this project's reading of it; PAPER.md says how far each one can be trusted.
+this project's reading of it; docs/paper.md says how far each one can be trusted.
 """
 
 from __future__ import annotations
