@@ -293,7 +293,7 @@ def test_missing_trusted_rows_are_told_before_anything_is_trained(
     args = arguments(tmp_path / "out", use_cpu=True)
     with pytest.raises(InputError) as caught:
         fine_tune(str(tiny_model), samples, PRESETS[name](), args)
-    assert str(caught.value) == "defense: it needs rows known to be clean; name some (--trusted DATA)"
+    assert str(caught.value) == "defense: it needs rows known to be clean; name some (--clean-data DATA)"
     assert trained == [] and not (tmp_path / "out").exists()
 
 
