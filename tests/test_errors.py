@@ -22,5 +22,5 @@ def test_check_range_names_the_field_and_the_range(value: float) -> None:
 
 
 def test_check_range_can_exclude_the_lower_bound() -> None:
-    with pytest.raises(ValueError, match="^side is 0; it must be a finite number above 0 to 1$"):
+    with pytest.raises(ValueError, match=r"^side is 0; it must be a finite number above 0 to 1$"):
         check_range(0, 1, open_low=True, side=0)

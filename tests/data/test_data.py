@@ -20,7 +20,7 @@ from untrigger.data.scenes import STREAMS
 from untrigger.errors import InputError
 from untrigger.pretraining.pretrain import Recipe
 from untrigger.pretraining.sight import HELD_OUT
-from untrigger.rows.images import pixels_sha256, same
+from untrigger.rows.images import pixels_sha256, same_image
 from untrigger.rows.sample import Sample, read
 
 OFFLINE = ("easy-vqa", "scenes-vqa", "scenes-captions")
@@ -42,7 +42,7 @@ def test_rows_come_out_the_same_and_follow_the_seed(name: str) -> None:
     rows, again, other = load(name, rows=30), load(name, rows=30), load(name, rows=30, seed=1)
     assert len(rows) == 30 and len({row.id for row in rows}) == 30
     assert [(r.id, r.messages) for r in rows] == [(r.id, r.messages) for r in again]
-    assert all(same(a.images[0], b.images[0]) for a, b in zip(rows, again, strict=True))
+    assert all(same_image(a.images[0], b.images[0]) for a, b in zip(rows, again, strict=True))
     assert {r.id for r in rows} != {r.id for r in other}
     for row in rows:
         assert [message.role for message in row.messages] == ["user", "assistant"]
@@ -141,7 +141,7 @@ def test_saved_rows_read_back(name: str, tmp_path: Path) -> None:
     assert (data.format, data.path.name, len(data)) == ("messages", "data.jsonl", 7)
     for row, back in zip(rows, data, strict=True):
         assert (row.id, row.messages) == (back.id, back.messages)
-        assert same(row.images[0], back.images[0])
+        assert same_image(row.images[0], back.images[0])
     with pytest.raises(InputError, match="not an empty folder"):
         save(rows, tmp_path / "out")
 
@@ -154,7 +154,7 @@ def test_saved_rows_may_show_several_images_or_none(tmp_path: Path) -> None:
     save([both, none], tmp_path / "out")
     back = read(tmp_path / "out")
     assert [len(row.images) for row in back] == [2, 0]
-    assert all(same(a, b) for a, b in zip(both.images, back[0].images, strict=True))
+    assert all(same_image(a, b) for a, b in zip(both.images, back[0].images, strict=True))
 
 
 @pytest.mark.parametrize(

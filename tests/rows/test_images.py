@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from untrigger.errors import InputError
-from untrigger.rows.images import FORMATS, decode, encode, same
+from untrigger.rows.images import FORMATS, decode, encode, same_image
 
 RNG = np.random.default_rng(0)
 RGB = Image.fromarray(RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8))
@@ -28,7 +28,7 @@ def saved(image: Image.Image, format: str, **settings: object) -> bytes:
 @pytest.mark.parametrize("image", MODES, ids=lambda image: image.mode)
 def test_png_keeps_every_mode(image: Image.Image) -> None:
     again = decode(encode(image), "x")
-    assert again.mode == image.mode and same(again, image)
+    assert again.mode == image.mode and same_image(again, image)
     assert type(again) is Image.Image  # not a file type, which would hold the file
 
 
@@ -78,7 +78,7 @@ def test_transparent_palettes_survive() -> None:
     image = RGB.convert("P")
     image.info["transparency"] = 3
     again = decode(encode(image), "x")
-    assert same(again, image) and not same(again, RGB.convert("P"))
+    assert same_image(again, image) and not same_image(again, RGB.convert("P"))
 
 
 @pytest.mark.parametrize("side", [8193, 9500, 13400])  # Pillow is silent, warns, raises

@@ -21,7 +21,7 @@ from PIL import Image
 from shell import untrigger
 from untrigger.attacks import load_trigger, trigger_names
 from untrigger.poisoning.goals import load_goal
-from untrigger.rows.images import pixels_sha256, same
+from untrigger.rows.images import pixels_sha256, same_image
 from untrigger.rows.sample import Data, Sample, read
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -220,7 +220,7 @@ def test_every_attack_and_goal_on_every_format(
         entry = bad.get(number) or decoys.get(number)
         if entry is None:
             assert edited.messages == clean.messages
-            assert all(same(as_written(a), b) for a, b in zip(clean.images, edited.images, strict=True))
+            assert all(same_image(as_written(a), b) for a, b in zip(clean.images, edited.images, strict=True))
         else:
             check_edit(clean, edited, entry, trigger.clean_label or number in decoys, foreign=run.attack in FOREIGN)
             assert number in decoys or load_goal(run.goal).met(edited.messages[-1].text, clean)
@@ -263,6 +263,6 @@ def test_the_trigger_is_there_in_every_picture(
             assert edited.messages[0] == clean.messages[0]
         for old, new in zip(clean.images, edited.images, strict=True):
             if trigger.kind == "text":
-                assert same(as_written(old), new)
+                assert same_image(as_written(old), new)
             elif min(old.size) > 3:  # a picture of one pixel has no pattern, an invisible one no room for it
-                assert not same(as_written(old), new), clean.id
+                assert not same_image(as_written(old), new), clean.id

@@ -196,9 +196,9 @@ def test_images_are_checked_once_and_not_kept(tmp_path: Path, monkeypatch: pytes
 PEAK = """
 import sys
 from pathlib import Path
-from untrigger.rows import storage
+from untrigger.rows import arrow_rows
 from untrigger.rows.sample import read, write
-storage._READ_ROWS, storage._GROUP_BYTES = 8, 2**20  # small bounds show in a small test
+arrow_rows._READ_ROWS, arrow_rows._GROUP_BYTES = 8, 2**20  # small bounds show in a small test
 data = read(sys.argv[1])
 for sample in data:
     pass
