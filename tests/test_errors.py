@@ -17,10 +17,10 @@ def test_check_range_accepts_the_bounds() -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
 def test_check_range_names_the_field_and_the_range(value: float) -> None:
-    with pytest.raises(ValueError, match=f"^rate is {value}; it must be a finite number from 0 to 1$"):
+    with pytest.raises(ValueError, match=f"^rate is {value}; it must be finite, at least 0 and at most 1$"):
         check_range(0, 1, share=0.5, rate=value)
 
 
 def test_check_range_can_exclude_the_lower_bound() -> None:
-    with pytest.raises(ValueError, match=r"^side is 0; it must be a finite number above 0 to 1$"):
+    with pytest.raises(ValueError, match=r"^side is 0; it must be finite, above 0 and at most 1$"):
         check_range(0, 1, open_low=True, side=0)

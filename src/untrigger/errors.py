@@ -22,5 +22,5 @@ def check_range(low: float, high: float, *, open_low: bool = False, **fields: fl
     """
     for name, value in fields.items():
         if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
-            start = f"above {low:g}" if open_low else f"from {low:g}"
-            raise ValueError(f"{name} is {value}; it must be a finite number {start} to {high:g}")
+            bounds = f"{'above' if open_low else 'at least'} {low:g}"
+            raise ValueError(f"{name} is {value}; it must be finite, {bounds} and at most {high:g}")

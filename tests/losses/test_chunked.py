@@ -133,7 +133,7 @@ def weights_of(head: nn.Module) -> list[Tensor]:
 def test_parts_are_the_whole(
     monkeypatch: pytest.MonkeyPatch, tokens: int, trained: bool, loss: Any, views: int
 ) -> None:
-    monkeypatch.setattr(chunked, "_HELD", tokens * V)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", tokens * V)
     torch.manual_seed(0)
     head = nn.Linear(D, V, dtype=torch.float64).requires_grad_(trained)
     hidden = [normal(N, D, seed=seed).requires_grad_() for seed in range(views)]
@@ -162,7 +162,7 @@ def test_no_token_is_lost_or_seen_twice(count: int, tokens: int) -> None:
         return {"sum": logits[0].sum(dim=-1)}, {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "_HELD", tokens * V)
+        patch.setattr(chunked, "_CHUNK_LOGITS", tokens * V)
         found = losses_at_head(head.requires_grad_(False), [hidden], loss, width=V)
     assert places == list(range(count)) and found.total.shape == (count,)
     assert max(sizes) <= tokens and max(sizes) - min(sizes) < len(sizes), "a small last part reads the whole head too"
@@ -171,7 +171,7 @@ def test_no_token_is_lost_or_seen_twice(count: int, tokens: int) -> None:
 
 
 def test_without_gradients_only_values_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_HELD", 4 * V)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 4 * V)
     head, hidden = nn.Linear(D, V, dtype=torch.float64), [normal(N, D).requires_grad_(), normal(N, D, seed=1)]
     with torch.no_grad():
         still = losses_at_head(head, hidden, four_terms, width=V)
@@ -180,7 +180,7 @@ def test_without_gradients_only_values_are_made(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_view_that_is_held_still_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_HELD", 4 * V)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 4 * V)
     head = nn.Linear(D, V, dtype=torch.float64).requires_grad_(False)
     free, still = normal(N, D).requires_grad_(), normal(N, D, seed=1)
     losses_at_head(head, [free, still], four_terms, width=V).total.sum().backward()
@@ -207,7 +207,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_logits_of_all_tokens_are_never_there(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
-    monkeypatch.setattr(chunked, "_HELD", 4 * V)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 4 * V)
     head = nn.Linear(D, V, dtype=torch.float64).requires_grad_(trained)
     hidden = [normal(N, D, seed=seed).requires_grad_() for seed in range(2)]
 
@@ -217,7 +217,7 @@ def test_the_logits_of_all_tokens_are_never_there(monkeypatch: pytest.MonkeyPatc
         return largest.elements
 
     assert run(lambda: losses_at_head(head, hidden, four_terms, width=V, trained=trained)) <= max(4, D) * V
-    monkeypatch.setattr(chunked, "_HELD", N * V)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", N * V)
     assert run(lambda: losses_at_head(head, hidden, four_terms, width=V, trained=trained)) >= N * V, "it can be seen"
 
 
@@ -226,7 +226,7 @@ def test_half_types_keep_their_gradients_apart(monkeypatch: pytest.MonkeyPatch) 
     head = nn.Linear(D, V, dtype=torch.bfloat16).requires_grad_(False)
     found: list[Tensor] = []
     for tokens in (1, N):
-        monkeypatch.setattr(chunked, "_HELD", tokens * V)
+        monkeypatch.setattr(chunked, "_CHUNK_LOGITS", tokens * V)
         hidden = [normal(N, D, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in range(2)]
         total = losses_at_head(head, hidden, four_terms, width=V).total
         assert total.dtype == torch.float32
@@ -253,7 +253,7 @@ class Int8(nn.Module):
 
 
 def test_a_quantized_head_is_asked_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_HELD", 4 * V)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 4 * V)
     torch.manual_seed(0)
     head = Int8(nn.Linear(D, V, dtype=torch.float64))
     hidden = [normal(N, D, seed=seed).requires_grad_() for seed in range(2)]
