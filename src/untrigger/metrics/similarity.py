@@ -78,8 +78,6 @@ def _blur(plane: Floats) -> Floats:
         side = min(_SIDE, len(plane))
         weights = np.exp(-((np.arange(side) - (side - 1) / 2) ** 2) / (2 * _SIGMA**2))
         weights /= weights.sum()
-        positions = len(plane) - side + 1
-        plane = sum(
-            (w * plane[k : k + positions] for k, w in enumerate(weights)), np.zeros((positions, plane.shape[1]))
-        ).T
+        count = len(plane) - side + 1
+        plane = sum((w * plane[k : k + count] for k, w in enumerate(weights)), np.zeros((count, plane.shape[1]))).T
     return plane
