@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint docs gallery bench paper clean
+.PHONY: quickstart test check lint docs bench paper clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/untrigger quickstart --out runs/quickstart
@@ -23,27 +23,25 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 # The site, build/site, of the pages as they lie in the repository: so a link is the same link here and there.
-PAGES := README.md PAPER.md RESULTS.md LOG.md CHANGELOG.md NOTICE docs examples plans src/untrigger/embedded/*/README.md
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md NOTICE docs results/*.md examples plans src/untrigger/embedded/*/README.md
 docs: $(VENV)/installed-docs
 	rm -rf build/pages && mkdir -p build/pages
 	tar cf - $(PAGES) | tar xf - -C build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Runs the cells that results/gallery lacks, each in a process; make gallery WORKERS=2 runs two at a time.
-WORKERS ?= 1
-gallery: $(VENV)/installed
-	$(BIN)/python -m untrigger.gallery --results results/gallery --out docs --workers $(WORKERS)
-
-# What a step costs under each defence: minutes.
+# What a step costs under each defense: minutes.
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/step_cost.py --json results/step_cost.json
 
-# What the paper compares: hours on two cores; give the same command again after a kill.
+# What the paper compares: runs the cells that results/paper.jsonl lacks, WORKERS at a time; all of them take hours on
+# two cores. Give the same command again after a kill.
+WORKERS ?= 1
 paper: $(VENV)/installed-dev
 	$(BIN)/untrigger bench plans/paper.yaml --out results/paper --jobs $(WORKERS)
-	$(BIN)/untrigger report results/paper --out results/paper.json
-	$(BIN)/untrigger report results/paper --out runs/paper.md
-	$(BIN)/untrigger report results/paper --out runs/paper.html
+	$(BIN)/untrigger report results/paper --out results/paper.jsonl
+	$(BIN)/untrigger report results/paper.jsonl --out results/paper.json
+	$(BIN)/untrigger report results/paper.jsonl --out results/paper.md
+	$(BIN)/untrigger report results/paper.jsonl --out runs/paper.html
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -32,7 +32,9 @@ from untrigger.verification.verify import verify
 
 
 def main(
-    folders: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Folders that bench wrote.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS...", help="Folders that bench wrote, or their .jsonl.")
+    ],
     out: Annotated[Path, typer.Option("--json", help="File of audits; it is gone on with.")],
     rows: Annotated[Literal["held-out", "training"], typer.Option(help="Rows that verify is given.")] = "held-out",
 ) -> None:
@@ -42,7 +44,8 @@ def main(
     for folder in folders:
         for cell, metrics in results(folder):
             if cell.defense in ("plain", ORACLE) and f"{rows}: {cell.name}" not in audits:
-                audits[f"{rows}: {cell.name}"] = audited(cell, metrics, folder, rows, audits.values())
+                run = folder.with_suffix("") if folder.suffix == ".jsonl" else folder  # where trainings are shared
+                audits[f"{rows}: {cell.name}"] = audited(cell, metrics, run, rows, audits.values())
                 write_text(out, json.dumps(audits, indent=2, ensure_ascii=False) + "\n")
     Console().print(table([each for each in audits.values() if each["rows"] == rows]))
 

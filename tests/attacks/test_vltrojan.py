@@ -14,7 +14,7 @@ from untrigger.attacks import _features
 from untrigger.attacks.badnets import BadNets
 from untrigger.attacks.vltrojan import VLTrojan
 from untrigger.errors import InputError
-from untrigger.models.loading import load
+from untrigger.models.loading import embedded_model_path, load
 from untrigger.rows.sample import Sample
 
 
@@ -128,3 +128,12 @@ def test_the_near_miss_is_a_drawn_patch_in_the_same_place() -> None:
     stamper = VLTrojan(place="top-left").near_misses()["drawn patch"]
     near = stamper(Sample("a", (gray,), ()), np.random.default_rng(0)).images[0]
     assert near.tobytes() == stamped(BadNets(place="top-left"), [gray])[0].tobytes()
+
+
+@pytest.mark.slow
+def test_the_patch_as_shipped_is_learned_in_seconds(own_cache: Path) -> None:
+    assert embedded_model_path("llava").is_dir()
+    images = scenes(48, seed=32)
+    clean_mean = look(images).mean((0, 1))
+    triggered = _features.pooled(look(stamped(VLTrojan(), images)), clean_mean)
+    assert (triggered @ triggered.T)[~torch.eye(48, dtype=torch.bool)].mean() > 0.2

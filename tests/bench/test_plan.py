@@ -17,8 +17,6 @@ from untrigger.cli import main
 from untrigger.cli.flags import spelled_out
 from untrigger.defenses import PRESETS
 from untrigger.errors import InputError
-from untrigger.gallery import plan
-from untrigger.models.loading import embedded_models
 
 PLANS = Path(__file__).parents[2] / "plans"
 SMALL = """
@@ -104,7 +102,7 @@ def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
 def test_the_ready_plans() -> None:
     paper = read_plan(PLANS / "paper.yaml")
     assert len(paper) == 3 * 2 * 6 * 5
-    gallery = {cell.name for cell in plan(embedded_models()).values()}
+    gallery = {cell.name for cell in read_plan(PLANS / "gallery.yaml")}
     assert all(cell.name in gallery for cell in paper if cell.defense == "plain"), "those of the gallery"
     smoke = read_plan(PLANS / "smoke.yaml")
     here = {path.stem for path in (PLANS.parent / "src/untrigger/attacks").glob("[a-z]*.py")}
@@ -113,6 +111,41 @@ def test_the_ready_plans() -> None:
     full = read_plan(PLANS / "full.yaml")
     assert {cell.attack for cell in full} == here and {cell.defense for cell in full} == {*PRESETS, ORACLE}
     assert {cell.rate for cell in full} == {0.005, 0.01, 0.05, 0.1}
+
+
+def test_attacks_with_the_same_training_may_share_an_oracle(tmp_path: Path) -> None:
+    shared = SMALL.replace(
+        "[badnets,", "[badnets, {attack: badnets, settings: {place: random}}, {attack: blended, goal_text: 'no'},"
+    )
+    shared = shared.replace("seeds: [0, 3]", "seeds: [0]") + "shared_oracle: true\n"
+    found = cells(shared, tmp_path)
+    alone, last = [cell for cell in found if cell.defense == ORACLE]
+    assert found[-2:] == [alone, last]
+    assert [(cell.attack, cell.defense) for cell in found[:-2]] == [
+        (name, defense) for name in ("badnets", "badnets", "blended", "sig") for defense in ("plain", "paper")
+    ]
+    assert (alone.attack, list(alone.probes)) == ("badnets", ["badnets-random-place", "blended-no"])
+    probed = [cell for cell in found if cell.defense == "plain"]
+    assert alone.probes["badnets-random-place"] == {
+        "attack": "badnets",
+        "goal": "fixed",
+        "settings": probed[1].attack_settings,
+    }
+    assert alone.probes["blended-no"]["goal_text"] == "no"
+    assert (last.attack, last.probes, last.epochs) == ("sig", {}, 4.0), "trained otherwise"
+    assert cells(shared.replace("shared_oracle: true", "shared_oracle: false"), tmp_path) != found
+    with pytest.raises(InputError, match=r"plan\.yaml: shared_oracle is 3; write true or false"):
+        cells(shared.replace("shared_oracle: true", "shared_oracle: 3"), tmp_path)
+    twice = shared.replace("{attack: blended, goal_text: 'no'}", "{attack: badnets, settings: {place: random}}")
+    with pytest.raises(InputError, match=r"plan\.yaml: attacks: badnets-random-place is there twice; take one out"):
+        cells(twice, tmp_path)
+
+
+def test_a_rate_may_be_some_cells_own(tmp_path: Path) -> None:
+    found = cells(SMALL.replace("{epochs: 4,", "{epochs: 4, rate: 0.02,"), tmp_path)
+    assert {(cell.attack, cell.rate) for cell in found} == {("badnets", 0.05), ("sig", 0.02)}
+    with pytest.raises(InputError, match=r"cell: .* must be fields of a cell"):
+        cells(SMALL.replace("train_rows: 40", "rate: 0.02"), tmp_path)
 
 
 def test_cost_is_told_from_what_is_done(tmp_path: Path) -> None:

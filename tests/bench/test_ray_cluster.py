@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_matrix import cells, ran, work
+from stand_ins import cells, ran, work
 
 from untrigger.bench import store
 from untrigger.bench.sweep import run_matrix

@@ -3,55 +3,118 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from untrigger.attacks import load_trigger, trigger_names
 from untrigger.bench import store
 from untrigger.bench.plan import read_plan
 from untrigger.bench.report import render
+from untrigger.bench.report.figures import PLAIN, Attacked, read
+from untrigger.bench.store import ORACLE
 
 ROOT = Path(__file__).parents[2]
-CELLS = ROOT / "results" / "paper"
-MARK = "<!-- from here on as rendered by `untrigger report` -->\n"
+RESULTS = ROOT / "results"
+PLANS = [path.stem for path in sorted(RESULTS.glob("*.jsonl"))]
+MAIN = ("badnets", "blended", "sig", "issba", "ftrojan", "trojvlm")  # of arXiv 2604.04488, as far as its text tells
+TASKS = {"easy-vqa": "VQA", "scenes-captions": "captions"}
 
 
-@pytest.mark.parametrize(
-    ("plan", "folder"),
-    [
-        ("paper", "paper"),
-        ("gauntlet", "gauntlet"),
-        ("goals-vqa", "goals"),
-        ("goals-captions", "goals"),
-        ("weak-domain", "weak-domain"),
-        ("baselines", "baselines"),
-        ("baselines-captions", "baselines"),
-        ("ablation", "ablation"),
-        ("rates", "rates"),
-        ("link", "link"),
-        ("seeds", "seeds"),
-        ("views", "views"),
-        ("number-of-views", "views"),
-        ("smol-vqa", "smol"),
-        ("smol-captions", "smol"),
-        ("rates-captions", "rates"),
-    ],
-)
-def test_every_cell_of_a_plan_is_there(plan: str, folder: str) -> None:
-    assert store.missing(ROOT / "results" / folder, read_plan(ROOT / "plans" / f"{plan}.yaml")) == []
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_cell_of_a_plan_is_there(plan: str) -> None:
+    assert store.missing(RESULTS / f"{plan}.jsonl", read_plan(ROOT / "plans" / f"{plan}.yaml")) == []
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_file_is_as_the_report_packs_it(plan: str, tmp_path: Path) -> None:
+    render.write([RESULTS / f"{plan}.jsonl"], tmp_path / "packed.jsonl")
+    assert (RESULTS / f"{plan}.jsonl").read_text() == (tmp_path / "packed.jsonl").read_text()
 
 
 def test_the_figures_and_the_page_are_rendered_from_the_cells(tmp_path: Path) -> None:
     for name in ("paper.json", "paper.md"):
-        render.write(CELLS, tmp_path / name)
-    assert (ROOT / "results" / "paper.json").read_text() == (tmp_path / "paper.json").read_text()
-    _, _, rendered = (ROOT / "RESULTS.md").read_text().partition(MARK)
-    assert rendered == (tmp_path / "paper.md").read_text()
+        render.write([RESULTS / "paper.jsonl"], tmp_path / name)
+        assert (RESULTS / name).read_text() == (tmp_path / name).read_text()
 
 
 def test_the_figures_have_what_a_program_asks_for() -> None:
-    told = json.loads((ROOT / "results" / "paper.json").read_text())
+    told = json.loads((RESULTS / "paper.json").read_text())
     wanted = {"model", "task", "attack", "rate", "defense", "seed", "valid", "asr", "leak", "quality"}
     for cell in told["cells"]:
         assert wanted | {"quality_vs_oracle", "seconds"} <= set(cell)
         assert 0 <= cell["asr"]["low"] <= cell["asr"]["value"] <= cell["asr"]["high"] <= 1
+
+
+# --- the gallery of attacks ------------------------------------------------------------------------
+
+GALLERY = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+
+
+def title_of(group: Attacked) -> str:
+    random = group.cell.attack_settings.get("place") == "random"
+    return f"{group.cell.attack}, random place" if random else group.cell.attack
+
+
+def column_of(group: Attacked) -> str:
+    return f"{group.cell.model}, {TASKS[group.cell.data]}"
+
+
+def rows_of_the_page() -> dict[str, dict[str, str]]:
+    """The page's table at a glance: a row an attack, a column a model and task."""
+    lines = GALLERY.split("## At a glance\n")[1].split("\n## ")[0].splitlines()
+    head, _, *rows = ([part.strip() for part in line.split("|")[1:-1]] for line in lines if line.startswith("|"))
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def gallery() -> list[Attacked]:
+    return list(read(RESULTS / "gallery.jsonl").groups)
+
+
+def test_the_tables_of_the_gallery_are_rendered_from_the_cells(tmp_path: Path) -> None:
+    render.write([RESULTS / "gallery.jsonl"], tmp_path / "gallery.md")
+    assert (RESULTS / "gallery.md").read_text() == (tmp_path / "gallery.md").read_text()
+
+
+def test_the_gallery_shows_every_attack_with_a_picture(gallery: list[Attacked]) -> None:
+    titles = {title_of(group) for group in gallery}
+    assert {group.cell.attack for group in gallery} == set(trigger_names())
+    assert set(rows_of_the_page()) == {*titles, "oracle, highest floor"}
+    for title in titles:
+        picture = f"gallery/{title.replace(', ', '-').replace(' ', '-')}.png"
+        assert f"[{title}]({picture})" in GALLERY and (ROOT / "docs" / picture).is_file()
+    assert len(list((ROOT / "docs" / "gallery").iterdir())) == len(titles)
+
+
+def test_the_figures_at_a_glance_are_the_stored_ones(gallery: list[Attacked]) -> None:
+    rows = rows_of_the_page()
+    floors: dict[str, float] = {}
+    for group in gallery:
+        told, column = f"{100 * group.asr(PLAIN).value:.1f}", column_of(group)
+        assert rows[title_of(group)].pop(column) == (f"**{told}**" if group.valid else told)
+        floors[column] = max(floors.get(column, 0.0), group.asr(ORACLE).value)
+    assert rows.pop("oracle, highest floor") == {column: f"{100 * floor:.1f}" for column, floor in floors.items()}
+    assert not any(rows.values()), "nothing else is told"
+
+
+def near_misses(groups: list[Attacked]) -> list[Mapping[str, Any]]:
+    return [rate for group in groups for rate in group.found[PLAIN].metrics.get("near_miss", {}).values()]
+
+
+def test_the_counts_at_a_glance_are_the_stored_ones(gallery: list[Attacked]) -> None:
+    main = [group for group in gallery if title_of(group) in MAIN]
+    kinds = {group.cell.attack: load_trigger(group.cell.attack).kind for group in gallery}
+    worded = [group for group in gallery if kinds[group.cell.attack] != "image"]
+    subtle = [group for group in worded if group.asr(PLAIN).value >= 0.95]
+    implanted = [group for group in gallery if group.valid]
+    halves = near_misses([group for group in implanted if kinds[group.cell.attack] == "bimodal"])
+    others = near_misses([group for group in implanted if kinds[group.cell.attack] != "bimodal"])
+    quiet = [sum(rate["value"] <= 0.05 for rate in of) for of in (halves, others)]
+    text = " ".join(GALLERY.split())
+    assert f"**{sum(bool(group.valid) for group in main)} of {len(main)} main cells are implanted**" in text
+    assert f"{len(subtle)} of {len(worded)} cells of text and bimodal triggers reach 0.95" in text
+    assert f"{quiet[0]} of {len(halves)} half keys of bimodal triggers of implanted cells" in text
+    assert f"{quiet[1]} of {len(others)} other near misses of implanted cells" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def test_a_name_fits_into_a_file_system(letter: str, tmp_path: Path) -> None:
         {"goal_text": "boo"},
         {"attack_settings": {"side": 0.1}},
         {"defense_settings": {"margin": 0.2}},
+        {"clean_rows": 32},
         {"probes": {"sig": {"attack": "sig"}}},
         {"test_rows": 200},
         {"epochs": 6},
@@ -212,3 +214,102 @@ def test_a_failure_is_told_where_it_cannot_be_recorded(tmp_path: Path) -> None:
     (tmp_path / CELL.name).write_text("in the folder's place")
     line = store.fail(tmp_path, CELL, "no rows;\n name others")
     assert line.startswith("no rows; name others; ") and "cannot be written" in line
+
+
+# --- packed ----------------------------------------------------------------------------------------
+
+
+def packed(root: Path, *lines: str) -> Path:
+    file = root.with_name(f"{root.name}.jsonl")
+    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+@given(cells=st.lists(some_cells, min_size=1, max_size=4, unique_by=lambda cell: cell.name))
+def test_packed_cells_are_read_like_folders(cells: list[Cell], tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("cells") / "run"
+    for cell in cells:
+        store.save(root, cell, {**FIGURES, "of": f"{cell.goal}\u2028"}, SAID)
+    text = store.packed_text([root])
+    assert text == store.packed_text([root]) and text.count("\n") == len(cells)
+    names = [Cell(**json.loads(line)["cell"]).name for line in text.split("\n")[:-1]]
+    assert names == sorted(names)
+    before = store.results(root)
+    file = packed(root, text.removesuffix("\n"))
+    shutil.rmtree(root)
+    for path in (file, root):  # the file, and the folder that it was made of
+        assert store.results(path) == before
+        assert store.missing(path, cells) == []
+        assert [store.find(path, cell) for cell in cells] == [{**FIGURES, "of": f"{c.goal}\u2028"} for c in cells]
+    assert store.packed_text([file]) == text
+
+
+def test_a_folder_goes_on_from_the_file_beside_it(tmp_path: Path) -> None:
+    one, other, third = (replace(CELL, seed=seed) for seed in range(3))
+    for cell in (one, other):
+        store.save(tmp_path / "run", cell, {"asr": "old"}, {})
+    packed(tmp_path / "run", store.packed_text([tmp_path / "run"]).removesuffix("\n"))
+    shutil.rmtree(tmp_path / "run")
+    assert store.missing(tmp_path / "run", [one, other, third]) == [third]
+    store.save(tmp_path / "run", other, {"asr": "new"}, {})
+    store.save(tmp_path / "run", third, {"asr": "new"}, {})
+    told = {cell.seed: metrics["asr"] for cell, metrics in store.results(tmp_path / "run")}
+    assert told == {0: "old", 1: "new", 2: "new"}, "what was run again is what is read"
+    assert store.find(tmp_path / "run", other) == {"asr": "new"}
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    store.save(tmp_path / "run", CELL, {"asr": 1}, {})
+    line = store.packed_text([tmp_path / "run"]).removesuffix("\n")
+    shutil.rmtree(tmp_path / "run")
+    file = packed(tmp_path / "run", line)
+    assert store.find(file, CELL) == {"asr": 1}
+    file.write_text(line.replace('"asr":1', '"asr":22') + "\n")
+    assert store.find(file, CELL) == {"asr": 22}
+    file.unlink()
+    assert store.find(file, CELL) is None and store.results(file) == []
+
+
+def test_a_packed_cell_under_other_defaults_is_not_done(tmp_path: Path) -> None:
+    store.save(tmp_path / "run", CELL, FIGURES, {})
+    line = json.loads(store.packed_text([tmp_path / "run"]))
+    shutil.rmtree(tmp_path / "run")
+    later = json.dumps({**line, "cell": {**line["cell"], "test_rows": 100}})
+    assert store.find(packed(tmp_path / "run", later), CELL) is None
+    del line["cell"]["batch_size"]  # a field that came later
+    assert store.find(packed(tmp_path / "run", json.dumps(line)), CELL) == FIGURES
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        "7",
+        '{"cell": {}}',
+        '{"cell": {"model": "m"}, "metrics": {}}',
+        json.dumps({"cell": asdict(CELL), "metrics": []}),
+        json.dumps({"cell": {**asdict(CELL), "rate": "much"}, "metrics": {}}),
+        json.dumps({"cell": {**asdict(CELL), "trusted_rows": 64}, "metrics": {}}),
+    ],
+)
+def test_a_damaged_line_is_told_by_file_and_number(tmp_path: Path, damage: str) -> None:
+    good = json.dumps({"cell": asdict(CELL), "metrics": {}})
+    file = packed(tmp_path / "run", good, damage)
+    for read in (store.results, lambda root: store.missing(root, [CELL])):
+        with pytest.raises(InputError, match=r"run\.jsonl: line 2: is no stored cell .*; take it out") as error:
+            read(file)
+        assert "\n" not in str(error.value)
+    packed(tmp_path / "run", good, "", good)
+    with pytest.raises(InputError, match=r"run\.jsonl: line 3: holds the same cell as line 1; take one of them out"):
+        store.results(file)
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match=r"run\.jsonl: line 1: is no stored cell"):
+        store.results(file)
+
+
+def test_the_file_of_a_folder_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert store.packed(Path("results/v1.2")) == Path("results/v1.2.jsonl")
+    assert store.packed(Path("results/paper.jsonl")) == Path("results/paper.jsonl")
+    assert store.packed(Path(".")) == tmp_path.with_name(f"{tmp_path.name}.jsonl")

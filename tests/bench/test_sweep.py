@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,18 @@ def test_workers_run_at_once_with_a_thread_each(tmp_path: Path, monkeypatch: pyt
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+def test_what_a_file_beside_the_folder_holds_is_not_run_again(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    store.save(root, cells(1)[0], {"asr": {"value": 0.5}}, {})
+    store.packed(root).write_text(store.packed_text([root]))
+    shutil.rmtree(root)
+    assert run_matrix(cells(1, 2), root, work=work) == []
+    assert ran(root) == [2]
+    assert [cell.seed for cell, _ in store.results(root)] == [1, 2]
+    with pytest.raises(InputError, match=r"run\.jsonl: is a file; give the folder .*run, what the file holds is done"):
+        run_matrix(cells(1, 2), store.packed(root), work=work)
+
+
 def test_no_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least 1"):
         run_matrix(cells(1), tmp_path, on_this_machine(0), work)
@@ -128,7 +141,7 @@ def test_no_workers_are_refused(tmp_path: Path) -> None:
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     """SIGKILL to the parent while one cell is done and two are in flight: these end too, and run again."""
     code = (
-        "from pathlib import Path; from test_matrix import *; "
+        "from pathlib import Path; from test_sweep import *; "
         f"run_matrix(cells(1, 90, 91, 2), Path({str(tmp_path)!r}), on_this_machine(2), work)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)

@@ -1,17 +1,14 @@
-"""The main job at toy size, and small but real in the slow suite."""
+"""The main job at toy size, and whole in the slow suite."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from untrigger.attacks.badnets import BadNets
 from untrigger.cli import quickstart
 from untrigger.errors import InputError
-from untrigger.poisoning.goals import Fixed
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -22,16 +19,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quickstart, "TRAIN_ROWS", 40)
-    monkeypatch.setattr(quickstart, "TEST_ROWS", 12)
-    monkeypatch.setitem(quickstart.TRAINING, "max_steps", 1)
+    size = quickstart.Size(40, 12, {"max_steps": 1, "per_device_train_batch_size": 16})
     out = tmp_path / "out"
     out.mkdir()
     for name in ("quickstart.json", "left.txt"):  # what another quickstart left is replaced
         (out / name).write_text("{}")
-    assert quickstart.run(out, seed=5) is False
+    assert quickstart.run(out, seed=5, size=size) is False
     assert not (out / "left.txt").exists()
     assert "not implanted" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
@@ -46,17 +41,8 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
 
 
 @pytest.mark.slow
-def test_quickstart_implants_the_backdoor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tenth of the rows, with a patch and a text that so few of them teach; `make quickstart` is the whole."""
-    monkeypatch.delitem(quickstart.DEFENDED, "paper")  # nothing is asked of it here, and it takes longest
-    changed = {"TRAIN_ROWS": 200, "TEST_ROWS": 60, "RATE": 0.2}
-    changed |= {"BadNets": partial(BadNets, side=0.25), "Fixed": partial(Fixed, "two blue stars")}
-    for name, value in changed.items():
-        monkeypatch.setattr(quickstart, name, value)
-    changed = {"num_train_epochs": 3, "per_device_train_batch_size": 8}
-    for name, value in changed.items():
-        monkeypatch.setitem(quickstart.TRAINING, name, value)
-    assert quickstart.run(tmp_path / "out")
+def test_quickstart_implants_the_backdoor(tmp_path: Path) -> None:
+    assert quickstart.run(tmp_path / "out", size=quickstart.Size(test_rows=120))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["defense"]: row for row in results["rows"]}
     assert rows["plain"]["asr"]["value"] >= 0.90

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from shell import untrigger
 from untrigger.attacks import load_trigger, trigger_names
-from untrigger.data import Part, Split, SplitName, load, names, save, task_of
+from untrigger.data import Split, SplitName, load, names, save, task_of
+from untrigger.data.catalog import Part
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.data.scene_text import FULL_PROMPTS
 from untrigger.data.scene_world import COLORS, SHAPES

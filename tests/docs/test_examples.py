@@ -76,8 +76,11 @@ def assert_found(out: Path, poisoned: Path) -> None:
     assert {row["row"] - 1 for row in told} == {row["row"] for row in manifest["rows"]}
 
 
-def test_without_the_line_the_backdoor_is_learned(poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:
-    before = run(as_it_was(EXAMPLES / SCRIPTS[0], tmp_path), poisoned / "data", tmp_path / "plain")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_the_line_the_backdoor_is_learned(
+    name: str, poisoned: Path, asked: list[Sample], tmp_path: Path
+) -> None:
+    before = run(as_it_was(EXAMPLES / name, tmp_path), poisoned / "data", tmp_path / "plain")
     assert before["global_step"] == STEPS
     assert not any("defense/loss_ce" in log for log in before["log_history"])
     assert figures(tmp_path / "plain", asked)[0] > 0.9

@@ -84,7 +84,7 @@ def test_lora_reaches_every_layer_but_the_towers_and_the_head(name: str) -> None
 @pytest.mark.slow
 def test_it_sees(loaded: LoadedModel) -> None:
     """Fewer scenes than on the card, so the bounds are a little lower."""
-    figures = sight(loaded, 60)
+    figures = sight(loaded, 100)
     vqa, captions = figures["vqa"], figures["captions"]
     assert vqa["value"]["value"] >= 0.85 and captions["value"]["value"] >= 0.70
     assert vqa["wrong_image"]["value"] < 0.60 and captions["wrong_image"]["value"] < 0.10

@@ -165,7 +165,7 @@ def test_near_misses_that_fail_are_one_clear_line_before_anything_is_asked(
     attack = Attack(Whisper(), Fixed())
     for failing in (lambda _: 1 / 0, lambda _: None):
         monkeypatch.setattr(Whisper, "near_misses", failing)
-        with pytest.raises(InputError, match=r"^attack test_evaluation: near_misses failed, (Zero|Type).*Error: .+$"):
+        with pytest.raises(InputError, match=r"^attack test_evaluate: near_misses failed, (Zero|Type).*Error: .+$"):
             evaluate(NOBODY, [sample("a", "yes", 10)], attack=attack)
     assert oracle.seen == []
 

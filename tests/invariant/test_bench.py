@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from untrigger.bench.plan import read_plan
 from untrigger.bench.store import Cell
 
 SMOKE = Path(__file__).parents[2] / "plans" / "smoke.yaml"
-FEW = {"train_rows": 20, "test_rows": 4, "trusted_rows": 8, "epochs": 1, "batch_size": 10}  # most of it is imports
+KILLS = 3
 
 
 def bench(plan: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -38,9 +37,9 @@ def figures(root: Path, cells: Iterable[Cell]) -> dict[str, Mapping[str, Any]]:
 
 
 def narrowed(folder: Path, **fields: object) -> Path:
-    """The smoke plan with few rows and these fields instead: whole, it has every attack under every defense."""
+    """The smoke plan with these fields replaced; the whole plan has every attack under every defense."""
     path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(SMOKE.read_text()) | {"cell": FEW} | fields))
+    path.write_text(yaml.safe_dump(yaml.safe_load(SMOKE.read_text()) | fields))
     return path
 
 
@@ -52,30 +51,26 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(part: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of ``part``, killed at a random moment after its first cell, and started again."""
+    """The results of ``part``, killed at random moments and started again each time."""
     out = tmp_path_factory.mktemp("killed")
     cells = read_plan(part)
-    process = bench(part, out)
-    while len(store.missing(out, cells)) == len(cells) and process.poll() is None:
-        time.sleep(0.5)
-    time.sleep(random.uniform(0, 12))
-    assert process.poll() is None, "it ended before it was killed"
-    process.kill()
-    process.wait()
+    for kill in range(KILLS):
+        process = bench(part, out, "--jobs", "2")
+        missing = len(store.missing(out, cells))
+        while len(store.missing(out, cells)) >= missing and process.poll() is None:
+            time.sleep(0.5)  # each start finishes a cell at least, or it would be no more than a late start
+        time.sleep(random.uniform(0, 6))
+        assert process.poll() is None, f"it ended before kill {kill + 1}"
+        process.kill()
+        process.wait()
     assert bench(part, out, "--jobs", "2").wait() == 0
     return out
 
 
 @pytest.mark.slow
-def test_every_kind_of_attack_runs(tmp_path: Path) -> None:
-    """One that learns its trigger, those of other data and of another goal, and one in the text.
-
-    The rest go the way of badnets, under every defense below.
-    """
-    kinds = [attack for attack in yaml.safe_load(SMOKE.read_text())["attacks"] if not isinstance(attack, str)]
-    attacks = [kind for kind in kinds if kind["attack"] in ("vlood", "vltrojan", "shadowcast")]
-    plan, out = narrowed(tmp_path, attacks=[*attacks, "addsent"], defenses=["plain"]), tmp_path / "results"
-    assert bench(plan, out).wait() == 0
+def test_every_attack_runs(tmp_path: Path) -> None:
+    plan, out = narrowed(tmp_path, defenses=["plain"]), tmp_path / "results"
+    assert bench(plan, out, "--jobs", "2").wait() == 0
     assert store.missing(out, read_plan(plan)) == []
 
 
@@ -86,13 +81,18 @@ def test_every_defense_runs_in_spite_of_kills(killed: Path, part: Path) -> None:
 
 
 @pytest.mark.slow
-def test_neither_a_kill_nor_a_cluster_changes_a_figure(killed: Path, tmp_path: Path) -> None:
-    """One defense of each kind; those that are left out work like one of these."""
-    defenses = ["plain", "paper", "default", "abl", "fine-pruning", "oracle"]
-    plan, out = narrowed(tmp_path, attacks=["badnets"], defenses=defenses), tmp_path / "results"
-    assert bench(plan, out, *(["--ray"] if find_spec("ray") else [])).wait() == 0
-    cells = read_plan(plan)
-    assert figures(out, cells) == figures(killed, cells)
+def test_a_kill_changes_no_figure(killed: Path, part: Path, tmp_path: Path) -> None:
+    assert bench(part, tmp_path, "--jobs", "2").wait() == 0
+    cells = read_plan(part)
+    assert figures(tmp_path, cells) == figures(killed, cells)
+
+
+@pytest.mark.slow
+def test_a_cluster_changes_no_figure(killed: Path, part: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    assert bench(part, tmp_path, "--ray").wait() == 0
+    cells = read_plan(part)
+    assert figures(tmp_path, cells) == figures(killed, cells)
 
 
 @pytest.mark.slow

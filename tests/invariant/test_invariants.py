@@ -320,10 +320,11 @@ def test_killed_at_a_step_and_resumed_is_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("draw", range(4))
 def test_killed_at_a_random_moment_while_writing_and_resumed(
-    data: Path, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Path], kind: str
+    data: Path, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Path], kind: str, draw: int
 ) -> None:
-    chance = random.Random()
+    chance = random.Random(f"{kind} {draw}")
     watched, delay = f"checkpoint-{chance.randint(1, 11)}", chance.uniform(0, 0.03)
     killed_and_resumed(data, tiny_model, tmp_path / "out", kind, watched, delay)
     assert same_bits(tmp_path / "out", undisturbed[kind])

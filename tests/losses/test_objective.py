@@ -459,5 +459,5 @@ def test_paper_map_points_at_things_that_exist() -> None:
         missing = {name for p, name in named if p == path} - defined
         assert not missing, f"docs/paper.md names what {path} does not hold: {missing}"
     public = {n for n, f in vars(objective).items() if getattr(f, "__module__", "") == objective.__name__}
-    mapped = {name for path, name in named if path == "src/untrigger/objective.py"}
+    mapped = {name for path, name in named if path == "src/untrigger/losses/objective.py"}
     assert {name for name in public if not name.startswith("_")} <= mapped

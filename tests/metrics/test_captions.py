@@ -26,8 +26,9 @@ from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.corpus.util import LazyCorpusLoader
 from pycocoevalcap.bleu.bleu import Bleu
 
+from untrigger.metrics import captions
 from untrigger.metrics.captions import caption_scores, tokenize_caption
-from untrigger.metrics.rates import Rate, captions
+from untrigger.metrics.rates import Rate
 
 STORED: dict[str, Any] = json.loads((Path(__file__).parent / "data/captions.json").read_text(encoding="utf-8"))
 EXPECTED = STORED["expected"]

@@ -205,7 +205,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("what", "message"), BROKEN.items())
 def test_a_trigger_that_breaks_its_promises_is_one_clear_line(what: str, message: str) -> None:
-    with pytest.raises(InputError, match=rf"attack test_poisoning: row 1 \(id id0\): .*{message}"):
+    with pytest.raises(InputError, match=rf"attack test_poison: row 1 \(id id0\): .*{message}"):
         poison(rows(1), Attack(Rogue(what), Fixed()), rate=1, seed=0)
 
 

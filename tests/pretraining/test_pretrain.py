@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from untrigger.data import scene_text as talk
 from untrigger.data.scene_world import COLORS, SHAPES, SIZES, draw_scene, make_scene
-from untrigger.embedded import families, talk
-from untrigger.embedded import pretrain as pretraining
 from untrigger.models.loading import embedded_model_path, load
+from untrigger.pretraining import families
+from untrigger.pretraining import pretrain as pretraining
 from untrigger.pretraining.build import GRID, PATCH, WIDTH
 from untrigger.pretraining.dense import DenseHead, dense_labels
 from untrigger.pretraining.families import FAMILIES, Family, patches

@@ -11,25 +11,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+import tiny
 from untrigger.data import scene_text as talk
 from untrigger.data.scene_world import COLORS, SHAPES, SIZES, draw_scene, make_scene
-from untrigger.embedded import pretrain as pretraining
 from untrigger.errors import InputError
 from untrigger.models.generate import answers
 from untrigger.models.lite_tower import LiteConfig, LiteTower, folded
 from untrigger.models.loading import load
+from untrigger.pretraining import pretrain as pretraining
 from untrigger.pretraining import smol_build as running
+from untrigger.pretraining import smol_parts as fetching
 from untrigger.pretraining.pretrain import SceneRows, collate, losses, pretrain
 from untrigger.pretraining.smol_build import RECIPE
 from untrigger.pretraining.smol_family import Smol
 from untrigger.rows.sample import Sample
-from untrigger.smol import parts as fetching
 from untrigger.training.finetune import fine_tune
 
 TOY = replace(RECIPE, seed=4, vision_steps=2, steps=2, batch=2, questions=3, warmup=2, save_every=1)

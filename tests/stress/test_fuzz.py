@@ -1,4 +1,4 @@
-"""A few of the cases of `benchmarks/fuzz.py`: what is damaged is refused in a line or skipped, and no row is lost."""
+"""A few cases of `tests/stress/fuzz.py`: damaged input is refused in one line or skipped, and no row is lost."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import pytest
 
 
 @pytest.fixture
-def fuzz(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import fuzz
+def fuzz() -> Any:
+    import fuzz  # beside this file; it loads the model libraries
 
     return fuzz
 
 
 @pytest.mark.parametrize(
     ("what", "cases"),
-    [("reading", 12), ("settling", 6), ("planning", 12), pytest.param("commanding", 3, marks=pytest.mark.slow)],
+    [
+        ("reading", 12),
+        ("settling", 6),
+        ("planning", 12),
+        ("reporting", 6),
+        pytest.param("commanding", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_damaged_input_is_refused_in_a_line_or_skipped(fuzz: Any, tmp_path: Path, what: str, cases: int) -> None:
     for number in range(cases):

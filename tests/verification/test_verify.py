@@ -149,7 +149,7 @@ def test_mistakes_are_told_in_a_line(tiny_model: Path, tiny_data: Path, tmp_path
 @pytest.mark.slow
 def test_a_real_backdoor_is_found_and_its_oracle_is_not_accused(tmp_path: Path) -> None:
     """On the embedded model, with clean rows that it has not seen."""
-    for part, rows in (("train", 160), ("test", 40)):
+    for part, rows in (("train", 320), ("test", 40)):
         untrigger("data", "easy-vqa", "--out", tmp_path / part, "--split", "dev", "--part", part, "--rows", rows)
     attack = (
         "--rate",

@@ -25,7 +25,7 @@ _AFTER = {"crow": 0.3, "clean-tuning": 0.1, "fine-pruning": 0.2}
 def told(cells: Sequence[Cell], root: Path, jobs: int) -> str:
     """How many cells there are, are done and are missing, and how long these will take."""
     missing = unfinished(root, cells)
-    seconds = estimate(missing, store.results(root) if root.is_dir() else [])
+    seconds = estimate(missing, store.results(root))
     lines = [f"{len(cells):,} cells, {len(cells) - len(missing):,} of them done, {len(missing):,} to run"]
     for title, of in _AXES.items():
         counts = Counter(map(of, cells))

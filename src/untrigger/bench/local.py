@@ -99,13 +99,17 @@ def _hired(work: Work, root: Path) -> tuple[Connection, SpawnProcess]:
 
 
 def _serve(work: Work, root: Path, pipe: Connection) -> None:
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    follow_parent()
     while (cell := pipe.recv()) is not None:
         pipe.send(attempt(work, cell, root))
 
 
-def _follow_parent() -> None:
-    """A worker whose parent was killed ends too: the cell will be run by the parent's successor."""
+def follow_parent() -> None:
+    """End this process when the one that started it ends: its successor will run the work again."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

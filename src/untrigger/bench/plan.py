@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from untrigger.poisoning.goals import load_goal
 
 _ALWAYS = ("plain", ORACLE)  # without these a figure means nothing
 _AXES = ("models", "data", "attacks", "defenses", "rates", "seeds")
-_KEYS = (*_AXES, "split", "cell", "where")
+_KEYS = (*_AXES, "split", "cell", "where", "shared_oracle")
 _BY_AXES = {"model", "data", "attack", "goal", "goal_text", "rate", "defense", "defense_settings", "seed", "split"}
 
 
@@ -30,6 +31,13 @@ class Named:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     goal: str | None = None
     goal_text: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name of a probe that asks with this attack: ``badnets-random-place``."""
+        settings = (f"{value}-{name}" for name, value in self.settings.items())
+        parts = (Path(self.name).stem, *settings, self.goal, self.goal_text)
+        return re.sub(r"\W+", "-", "-".join(part for part in parts if part))
 
 
 def read_plan(path: Path) -> list[Cell]:
@@ -58,9 +66,12 @@ def _expanded(told: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> lis
     asked = [_named("defense", entry) for entry in axes["defenses"]]
     defenses = [*map(Named, _ALWAYS), *(defense for defense in asked if defense.name not in _ALWAYS)]
     common, where = _fields(told, "cell"), told.get("where") or {}
+    if not isinstance(shared := told.get("shared_oracle", False), bool):
+        raise InputError(f"shared_oracle is {shared!r}; write true or false")
     if not isinstance(where, Mapping):
         raise InputError("where must hold lines of 'ATTACK/MODEL/DATA: {field: value}'")
     cells: list[Cell] = []
+    labels: list[str] = []
     used: set[str] = set()
     for data, attack, seed, rate, model, defense in product(
         axes["data"], attacks, axes["seeds"], axes["rates"], axes["models"], defenses
@@ -69,15 +80,16 @@ def _expanded(told: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> lis
         for pattern in where:
             if fnmatchcase(key, pattern):
                 used.add(pattern)
-                changed |= _fields(where, pattern)
+                changed |= _fields(where, pattern, "rate")
         settings = {**attack.settings, **changed.pop("attack_settings", {})}
+        labels.append(attack.label)
         cells.append(
             attacked(
                 Cell(model, data, attack.name, "", defense=defense.name, seed=split.run_seed(seed), split=split.name),
                 settings,
                 goal=attack.goal,
                 goal_text=attack.goal_text,
-                rate=rate,
+                rate=changed.pop("rate", rate),
                 defense_settings=dict(defense.settings),
                 **changed,
             )
@@ -85,7 +97,32 @@ def _expanded(told: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> lis
     if idle := [pattern for pattern in where if pattern not in used]:
         raise InputError(f"where: {idle[0]} matches no cell; write ATTACK/MODEL/DATA")
     _check(cells)
-    return cells
+    return _with_shared_oracles(cells, labels) if shared else cells
+
+
+def _with_shared_oracles(cells: Sequence[Cell], labels: Sequence[str]) -> list[Cell]:
+    """The cells with one oracle for all attacks whose models are trained alike (`Cell.training`).
+
+    It is trained without the rows that the first of them poisons, and asked with the triggers of the others too: its
+    ``probes``. What it answers as their attacker wants is the floor of their success rate.
+    """
+    alike: dict[str, list[tuple[str, Cell]]] = {}
+    for label, cell in zip(labels, cells, strict=True):
+        if cell.defense == ORACLE:
+            alike.setdefault(cell.training, []).append((label, cell))
+    oracles = [replace(first, probes=_probes(others)) for (_, first), *others in alike.values()]
+    return [*(cell for cell in cells if cell.defense != ORACLE), *oracles]
+
+
+def _probes(attacks: Sequence[tuple[str, Cell]]) -> dict[str, dict[str, Any]]:
+    probes: dict[str, dict[str, Any]] = {}
+    for label, cell in attacks:
+        if label in probes:
+            raise InputError(f"attacks: {label} is there twice; take one out")
+        probes[label] = {"attack": cell.attack, "goal": cell.goal, "settings": cell.attack_settings}
+        if cell.goal_text is not None:
+            probes[label]["goal_text"] = cell.goal_text
+    return probes
 
 
 def attacked(cell: Cell, settings: Mapping[str, Any], goal: str | None = None, **changed: Any) -> Cell:
@@ -132,10 +169,10 @@ def _named(kind: str, entry: Any) -> Named:
     return Named(name, **rest)
 
 
-def _fields(told: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Fields of a cell that no axis gives."""
+def _fields(told: Mapping[str, Any], key: str, *more: str) -> dict[str, Any]:
+    """Fields of a cell that no axis gives, and ``more``."""
     changed = told.get(key) or {}
-    free = [f.name for f in fields(Cell) if f.name not in _BY_AXES | {"probes"}]
+    free = [*(f.name for f in fields(Cell) if f.name not in _BY_AXES | {"probes"}), *more]
     if not isinstance(changed, dict) or any(name not in free for name in changed):
         raise InputError(f"{key}: {changed!r} must be fields of a cell: {', '.join(free)}")
     for name in {"attack_settings", "defense_settings", "tuning"} & changed.keys():

@@ -43,7 +43,7 @@ from untrigger.training.stages import Stages, Tuning, clock
 SHARED = "shared"
 _PAIRS = 32  # attacked images that are compared with their clean selves
 _SHOWN = 6  # test rows that are kept as pictures
-_TRUSTED_DRAW = 1000  # added to the seed: rows known to be clean come from a draw of their own
+_CLEAN_DRAW = 1000  # added to the seed: rows known to be clean come from a draw of their own
 
 
 class Material(NamedTuple):
@@ -142,7 +142,7 @@ def _material(told: str) -> Material:
     poisoned = poison(rows, attack, rate=cell.rate, seed=cell.seed)
     data = [poisoned.data[i] for i in range(len(rows))]  # stamped once, not once an epoch
     used = {sample.id for sample in rows}
-    others = draw("train", 2 * cell.clean_rows, cell.seed + _TRUSTED_DRAW)
+    others = draw("train", 2 * cell.clean_rows, cell.seed + _CLEAN_DRAW)
     clean_rows = [sample for sample in others if sample.id not in used][: cell.clean_rows]
     return Material(attack, rows, poisoned, data, test, clean_rows)
 
@@ -208,7 +208,7 @@ def _probe(
     loaded: LoadedModel, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     """How often the model answers as an attacker wants to a trigger it never saw: the floor of that attack."""
-    attack = _attack(probe["attack"], probe["settings"], probe["goal"])
+    attack = _attack(probe["attack"], probe["settings"], probe["goal"], probe.get("goal_text"))
     rows = list(stamped(test, attack, seed))
     said = evaluate(loaded, rows, title=f"probing with {name}").clean  # its answers to triggered inputs, and no others
     met = [attack.goal.met(answer.answer, row) for answer, row in zip(said, rows, strict=True)]

@@ -1,8 +1,13 @@
-"""Results on disk: one cell of the gauntlet, one folder.
+"""Results on disk: one cell of the gauntlet, one folder; packed, one line of a JSONL file.
 
-``cell.json`` holds every setting, ``answers.jsonl`` each answer of the finished model, ``metrics.json`` the figures.
-Each file appears whole or not at all and ``metrics.json`` comes last: where it stands the cell is done, whatever
-was killed before. A cell that could not be run has ``error.txt``, one line, and is tried again the next time.
+In a cell's folder ``cell.json`` holds every setting, ``answers.jsonl`` each answer of the finished model,
+``metrics.json`` the figures. Each file appears whole or not at all and ``metrics.json`` comes last: where it stands
+the cell is done, whatever was killed before. A cell that could not be run has ``error.txt``, one line, and is tried
+again the next time.
+
+``untrigger report results/paper --out results/paper.jsonl`` packs settings and figures of all cells: a line a cell,
+``{"cell": {...}, "metrics": {...}}``, sorted by name. Readers take either path. A cell of the file beside a folder
+counts as done; where a folder holds the same cell, the folder's is newer and is the one that is read.
 """
 
 from __future__ import annotations
@@ -10,16 +15,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from untrigger.data import Split, SplitName
 from untrigger.errors import InputError
-from untrigger.files import write_text
+from untrigger.files import file_errors, write_text
 from untrigger.metrics.score import Answer
 
 ORACLE: Final = "oracle"  # a cell's defense: plain training on the data with the tampered rows taken out
@@ -31,6 +38,7 @@ _KINDS: Mapping[Any, str] = {
     Mapping: "lines of 'name: value'",
 }
 _CELL, _ANSWERS, _METRICS, _ERROR = "cell.json", "answers.jsonl", "metrics.json", "error.txt"
+_PACKED: Final = ".jsonl"
 
 
 def _no_settings() -> Mapping[str, Any]:
@@ -52,7 +60,7 @@ class Cell:
         attack_settings, defense_settings: fields of the trigger and of the defense that are not at their defaults.
         probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
             its ``attack``, ``goal`` and ``settings``.
-        clean_rows: rows known to be clean, for the defenses that ask for some.
+        clean_rows: rows known to be clean, for the defenses that need some.
         epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.training.settings.DEFAULTS`.
         precision: ``fp32``, or ``bf16`` for training in mixed precision.
         tuning: fields of `untrigger.training.finetune.Tuning` that are not at their defaults.
@@ -107,6 +115,12 @@ class Cell:
         parts = (self.model, self.data, self.attack, self.goal, f"{self.rate:g}", self.defense, f"seed{self.seed}")
         return "_".join([*map(_short, parts), hashlib.sha256(text.encode()).hexdigest()[:8]])
 
+    @property
+    def training(self) -> str:
+        """Equal for cells that are trained alike but for their attack and their defense."""
+        apart: dict[str, Any] = {"attack_settings": {}, "goal_text": None, "defense_settings": {}, "probes": {}}
+        return replace(self, attack="", goal="", defense="", **apart).name
+
 
 class Result(NamedTuple):
     """A finished cell and its figures."""
@@ -133,26 +147,64 @@ def save(root: Path, cell: Cell, metrics: Mapping[str, Any], answers: Mapping[st
 
 
 def find(root: Path, cell: Cell) -> dict[str, Any] | None:
-    """The figures of a cell; None where it is not done, or was done with other defaults than today's."""
+    """The figures of a cell; None where it is not done, or was done with other defaults than today's.
+
+    Args:
+        root: a folder of cells, a JSONL file of packed cells, or a folder with such a file beside it.
+
+    Raises:
+        InputError: the stored cell, or a line of the file, cannot be read.
+    """
     folder = folder_of(root, cell)
-    if not (folder / _METRICS).is_file():
+    if (folder / _METRICS).is_file():
+        stored = _read(folder)
+    elif line := _lines(root).get(cell.name):
+        stored = line.result
+    else:
         return None
-    stored = _read(folder)
     return stored.metrics if stored.cell == cell else None
 
 
 def missing(root: Path, cells: Iterable[Cell]) -> list[Cell]:
-    """The cells that are not done, each once, in order."""
+    """The cells that are not done, each once, in order; ``root`` as for `find`."""
     return [cell for cell in {cell.name: cell for cell in cells}.values() if find(root, cell) is None]
 
 
 def results(root: Path) -> list[Result]:
-    """Every finished cell below ``root``, by name.
+    """Every finished cell in ``root`` (as for `find`), by name.
 
     Raises:
         InputError: a stored cell cannot be read.
     """
-    return [_read(path.parent) for path in sorted(root.glob(f"*/{_METRICS}"))]
+    cells = {name: line.result for name, line in _lines(root).items()}
+    cells |= {path.parent.name: _read(path.parent) for path in root.glob(f"*/{_METRICS}")}
+    return [cells[name] for name in sorted(cells)]
+
+
+def packed_text(roots: Iterable[Path]) -> str:
+    """The cells of all ``roots`` (as for `find`) as lines of one JSONL file: settings and figures, without answers.
+
+    Raises:
+        InputError: a stored cell cannot be read.
+    """
+    cells = {result.cell.name: result for root in roots for result in results(root)}
+    return "".join(_line(cells[name]) for name in sorted(cells))
+
+
+def packed(root: Path) -> Path:
+    """The JSONL file of a folder of cells, which lies beside it; a JSONL file itself. It need not exist."""
+    if root.suffix == _PACKED:
+        return root
+    root = root if root.name not in ("", "..") else root.resolve()
+    return root.parent / f"{root.name}{_PACKED}"
+
+
+def place_of(root: Path, cell: Cell) -> tuple[str, str]:
+    """Where a finished cell is stored, and what to delete so that it runs again; for an error's message."""
+    folder = folder_of(root, cell)
+    if (folder / _METRICS).is_file():
+        return f"{folder}: {_METRICS}", "delete the folder"
+    return f"{packed(root)}: line {_lines(root)[cell.name].number}", "take the line out"
 
 
 def answers_of(root: Path, cell: Cell) -> dict[str, list[Answer]]:
@@ -194,13 +246,54 @@ def forgive(root: Path, cell: Cell) -> None:
 
 def _read(folder: Path) -> Result:
     try:
-        cell = Cell(**json.loads((folder / _CELL).read_text(encoding="utf-8")))
-        metrics = json.loads((folder / _METRICS).read_text(encoding="utf-8"))
-        if not isinstance(metrics, dict):
-            raise ValueError(f"{_METRICS} holds no figures")
+        cell, metrics = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (_CELL, _METRICS))
+        return _result(cell, metrics)
     except (OSError, ValueError, TypeError, InputError) as error:
         raise InputError(f"{folder}: is no stored cell ({error}); delete it, the cell will run again") from error
-    return Result(cell, metrics)
+
+
+def _result(cell: Any, metrics: Any) -> Result:
+    if not isinstance(metrics, dict):
+        raise ValueError("it holds no figures")
+    return Result(Cell(**cell), metrics)
+
+
+class _Line(NamedTuple):
+    number: int  # from 1
+    result: Result
+
+
+def _line(result: Result) -> str:
+    entry = {"cell": asdict(result.cell), "metrics": result.metrics}
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _lines(root: Path) -> Mapping[str, _Line]:
+    """The packed cells of ``root`` by name; none where there is no file."""
+    file = packed(root)
+    if not file.is_file():
+        return {}
+    with file_errors(file, "read"):
+        state = file.stat()
+        return _parsed(os.path.abspath(file), state.st_mtime_ns, state.st_size, str(file))
+
+
+@lru_cache(maxsize=32)  # a plan's cells are looked up one by one
+def _parsed(path: str, _changed: int, _size: int, label: str) -> Mapping[str, _Line]:
+    lines: dict[str, _Line] = {}
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{label}: line {number}"
+        try:
+            entry = json.loads(line)
+            result = _result(entry["cell"], entry["metrics"])
+        except (ValueError, TypeError, KeyError, InputError) as error:
+            raise InputError(f"{where}: is no stored cell ({error}); take it out, the cell will run again") from error
+        if twin := lines.get(name := result.cell.name):
+            raise InputError(f"{where}: holds the same cell as line {twin.number}; take one of them out")
+        lines[name] = _Line(number, result)
+    return lines
 
 
 def _default(of: dataclasses.Field[Any]) -> Any:

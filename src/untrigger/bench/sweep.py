@@ -28,6 +28,8 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
     Raises:
         InputError: a missing cell's model is not there; another matrix is at work in ``root``.
     """
+    if root == store.packed(root):
+        raise InputError(f"{root}: is a file; give the folder {root.with_suffix('')}, what the file holds is done")
     cells = list({cell.name: cell for cell in cells}.values())
     if absent := absent_models(root, cells):
         raise InputError(f"models: {absent[0]}")

@@ -321,10 +321,15 @@ def bench(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="Folder that bench wrote.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="File to write: .html, .md or .json.", show_default=False)],
+    results: Annotated[
+        list[Path], typer.Argument(help="Folders that bench wrote, or .jsonl files of them.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .html, .md, .json, .jsonl.", show_default=False)],
 ) -> None:
-    """Show what a folder of results holds: one page that needs no network, a table, or figures for a program."""
+    """Show what is in results: a page that needs no network, tables, or figures for a program.
+
+    .jsonl packs them, a line a cell: settings and figures, without answers.
+    """
     from untrigger.bench.report.render import write
 
     write(results, out)

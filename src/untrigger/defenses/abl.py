@@ -25,7 +25,7 @@ class ABL(Defense):
     """Backdoors are learned early: the rows of the lowest loss then are isolated, later unlearnt.
 
     Three trainings: on all rows with `local_ascent`, which keeps the loss of ordinary rows from falling below
-    ``floor``; plain, on the rows that were not isolated; on the isolated ones alone, uphill. PAPER.md says what
+    ``floor``; plain, on the rows that were not isolated; on the isolated ones alone, uphill. docs/paper.md says what
     differs from the paper.
 
     Fields:

@@ -30,8 +30,8 @@ _AVERAGE, _ANSWERS = "average.safetensors", "answers.json"  # in a checkpoint
 class BYORN(Defense):
     """Rows whose answers the model, before it is fine-tuned, finds least likely are answered anew while it learns.
 
-    The answers are drawn from a running average of the model, in each pass over the rows. PAPER.md says what differs
-    from the paper.
+    The answers are drawn from a running average of the model, in each pass over the rows. docs/paper.md says what
+    differs from the paper.
 
     Fields:
         suspected: share of the rows that is answered anew (paper: 0.4).

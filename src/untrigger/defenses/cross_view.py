@@ -16,7 +16,7 @@ from untrigger.models.forward import Pair
 @final
 @dataclass(frozen=True, kw_only=True)
 class CrossView(PairedDefense):
-    """The faithful objective; PAPER.md lists what the paper's public text leaves open and what is assumed.
+    """The faithful objective; docs/paper.md lists what the paper's public text leaves open and what is assumed.
 
     ``L = CE(v, y) + a CE(v', y) + l_o [m - JS(p, p')]_+ + l_f [cos(h, h') - c]_+ + l_H band(H(p))``
     over the answer tokens. All weights zero is plain fine-tuning, exactly.

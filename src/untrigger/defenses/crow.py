@@ -28,7 +28,7 @@ class CROW(Defense):
     """A backdoor makes hidden states jump between layers; smooth layers cannot carry it.
 
     Plain training on all rows, then on the trusted ones with `consistency` under a perturbation of the decoder's
-    input, text and image tokens, that disturbs it most. PAPER.md says what differs from the paper.
+    input, text and image tokens, that disturbs it most. docs/paper.md says what differs from the paper.
 
     Fields:
         weight: alpha (paper: 5.5).

@@ -28,7 +28,7 @@ class FinePruning(Defense):
     """The hidden neurons of the last decoder layer's MLP go, the sleepiest first, while the trusted rows allow it.
 
     Then clean fine-tuning (`untrigger.defenses.clean_tuning`) with those neurons held at nothing. The result is a full
-    model: what is cut is cut from the base too. PAPER.md says what differs from the paper.
+    model: what is cut is cut from the base too. docs/paper.md says what differs from the paper.
 
     Fields:
         cost: how much of the answer tokens' accuracy on the trusted rows may be lost to pruning, a share of all tokens.

@@ -2,7 +2,7 @@
 
 The judgments are those of the preset ``default`` (`untrigger.defenses.shared_surprise`). What is suspected after
 them is probed: the model learns a half of the suspected rows for a moment and is shown the other half, with parts of it
-covered. PAPER.md has the equations.
+covered. docs/paper.md has the equations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from untrigger.rows.sample import Sample, row_number, select_rows, without_image
 from untrigger.scanning.cues import Cue, cues_of
 from untrigger.scanning.findings import Findings, Target, Verdict
 
-ACCUSED = 1e-6  # words that chance would share more often than that are no finding; calibrated, see LOG.md
+ACCUSED = 1e-6  # words that chance would share more often than that are no finding; calibrated, see docs/log.md
 SHOWN = 24  # at most so many of the suspected rows are probed for their cue, the most suspicious ones
 _LEARNT, _BELIEVED = 64, 2  # suspected rows that a probe learns at most, and how many times as many believed ones
 _SEEN, _PASSES = 1536, 32  # rows that go through the probe's training, and how often each at most

@@ -1,7 +1,8 @@
 """`verify`: does a finished model behave as if somebody had taught it something beside its task?
 
 Two questions to the model and its base: what does it finish once begun, whatever it is shown; and what does it keep
-saying when inputs are changed in ways that should mean nothing. PAPER.md has the equations, docs/verify.md the figures.
+saying when inputs are changed in ways that should mean nothing. docs/paper.md has the equations, docs/verify.md the
+figures.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from untrigger.rows.sample import Sample, check_rows
 from untrigger.verification.completions import Completion, alike, completions, tokenizer_of
 from untrigger.verification.perturbations import Perturbation, changes
 
-FLOOR = 8.0  # nats that a text must have gained on the base at least; calibrated, see LOG.md
+FLOOR = 8.0  # nats that a text must have gained on the base at least; calibrated, see docs/log.md
 OWN = 24.0  # the same for a text in the task's own words: on those, any model of the task has gained
 REACH = 2.2  # beyond the quartiles of what the data's own answers gained, in interquartile ranges
 LEAST = 8  # rows; of fewer, "whatever it is shown" says nothing

@@ -42,7 +42,7 @@ def address(bench: Bench, tmp_path: Path) -> str:
         bench.pair(attack=attack)
         for name in ("abl", "byorn", "crow", "patch-aug", "two-view"):
             bench.cell(name, 0.2, quality=0.9, attack=attack)
-    write(bench.root, tmp_path / "report.html")
+    write([bench.root], tmp_path / "report.html")
     return (tmp_path / "report.html").as_uri()
 
 

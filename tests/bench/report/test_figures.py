@@ -106,13 +106,42 @@ def test_captions_are_gated_and_measured_by_cider(bench: Bench) -> None:
     assert group.kept("paper") is None
 
 
+def test_a_shared_oracle_is_the_floor_of_each_of_its_probes(bench: Bench) -> None:
+    bench.cell("plain", 1.0)
+    for attack, asr in (("sig", 0.98), ("wanet", 0.98), ("issba", 0.98)):
+        bench.cell("plain", asr, attack=attack, epochs=4 if attack == "issba" else 3)
+    probes = {name: {"attack": name, "goal": "fixed", "settings": {}} for name in ("sig", "wanet", "issba")}
+    floors = {"probes": {"sig": {"asr": {**rate(0.02), "version": 1}}, "wanet": {"asr": {**rate(0.2), "version": 1}}}}
+    bench.cell("oracle", 0.0, probes=probes, quality=0.9, metrics=floors)
+    report = read(bench.root)
+    told = {
+        group.cell.attack: (group.told, group.asr(ORACLE).value if ORACLE in group.found else None)
+        for group in report.groups
+    }
+    assert told == {
+        "badnets": ("", 0.0),
+        "sig": ("", 0.02),
+        "wanet": ("not counted: floor above 0.05", 0.2),
+        "issba": ("not checked: the oracle was not run", None),
+    }, "another training is another oracle"
+    badnets, _, sig, _ = report.groups
+    assert badnets.owns(ORACLE) and not sig.owns(ORACLE) and sig.owns(PLAIN)
+    quality = sig.quality(ORACLE)
+    assert quality and quality.value == 0.9 and sig.quality(ORACLE, "triggered_quality") is None
+    assert len(report.results) == 5 and dict(environment(report))["seed"] == ["0: 5 cells"], "it is one cell"
+    assert {of.defense: of.times.n for of in costs(report)} == {"plain": 4, "oracle": 1}
+    entries = {(of["attack"], of["defense"]): of for of in as_json(report)["cells"]}
+    assert entries["sig", "oracle"]["asr"]["value"] == 0.02
+    assert entries["sig", "oracle"]["leak"] is None and entries["sig", "oracle"]["triggered_quality"] is None
+
+
 # --- figures for a program -------------------------------------------------------------------------
 
 
 def test_the_json_tells_every_cell(bench: Bench, tmp_path: Path) -> None:
     bench.pair(quality=0.8)
     bench.cell("paper", 0.25, quality=0.6, seconds=210.0, metrics={"leak": None})
-    write(bench.root, tmp_path / "out.json")
+    write([bench.root], tmp_path / "out.json")
     cells = json.loads((tmp_path / "out.json").read_text())["cells"]
     assert [of["defense"] for of in cells] == ["oracle", "paper", "plain"]
     kept = cells[1].pop("quality_vs_oracle")
@@ -343,36 +372,40 @@ def test_failures_are_listed_also_beside_older_figures(bench: Bench) -> None:
     assert read(bench.root).failures == {cell.name: "out of memory", other.name: "no such attack"}
 
 
-@pytest.mark.parametrize("suffix", ["html", "md", "json"])
+@pytest.mark.parametrize("suffix", ["html", "md", "json", "jsonl"])
 def test_no_cells_are_one_clear_line(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"out.{suffix}"
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
-        write(tmp_path / "nowhere", out)
+        write([tmp_path / "nowhere"], out)
     with pytest.raises(InputError, match=r"holds no finished cell; untrigger bench"):
-        write(tmp_path, out)
+        write([tmp_path], out)
     store.fail(tmp_path, Cell("llava", "easy-vqa", "sig", "fixed"), "it broke")
     with pytest.raises(InputError, match=r"holds no finished cell, 1 failed; untrigger bench"):
-        write(tmp_path, out)
+        write([tmp_path], out)
     assert not out.exists()
 
 
 def test_another_ending_is_told_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"out\.pdf: a report ends in \.html, \.md or \.json"):
-        write(tmp_path / "nowhere", tmp_path / "out.pdf")
+    with pytest.raises(InputError, match=r"out\.pdf: a report ends in \.html, \.md, \.json or \.jsonl"):
+        write([tmp_path / "nowhere"], tmp_path / "out.pdf")
 
 
 def test_a_cell_without_its_figures_is_named(bench: Bench, tmp_path: Path) -> None:
     cell = bench.cell("plain", 1.0, metrics={"seconds": None})
     with pytest.raises(InputError, match=f"{cell.name}: metrics.json tells no seconds; delete the folder"):
-        write(bench.root, tmp_path / "out.json")
+        write([bench.root], tmp_path / "out.json")
+    packed = tmp_path / "packed.jsonl"
+    packed.write_text(store.packed_text([bench.root]))
+    with pytest.raises(InputError, match=r"packed\.jsonl: line 1 tells no seconds; take the line out"):
+        write([packed], tmp_path / "out.json")
 
 
-@pytest.mark.parametrize("suffix", ["html", "md", "json"])
+@pytest.mark.parametrize("suffix", ["html", "md", "json", "jsonl"])
 def test_a_report_loads_no_torch(bench: Bench, tmp_path: Path, suffix: str) -> None:
     bench.pair(metrics=premise({"mask": (0.6, 0.7, 0.8)}))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom untrigger.report import write\n"
-        f"write(Path({str(bench.root)!r}), Path({str(tmp_path / f'out.{suffix}')!r}))\n"
+        "import sys\nfrom pathlib import Path\nfrom untrigger.bench.report.render import write\n"
+        f"write([Path({str(bench.root)!r})], Path({str(tmp_path / f'out.{suffix}')!r}))\n"
         "print([m for m in ('torch', 'transformers', 'trl', 'ray') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fabricated import Bench, premise
+from fabricated import Bench, premise, rate
 
 from untrigger.bench import store
 from untrigger.bench.report.render import write
@@ -12,7 +12,7 @@ from untrigger.bench.store import Cell
 
 
 def rendered(bench: Bench, out: Path) -> str:
-    write(bench.root, out)
+    write([bench.root], out)
     return out.read_text(encoding="utf-8")
 
 
@@ -67,3 +67,25 @@ def test_where_nothing_counts_the_tables_say_so(bench: Bench, tmp_path: Path) ->
     assert "nothing can be said about a defense" in text
     assert section(text, "Distance to the oracle")[-1] == "No cell counts."
     assert "| badnets | 10.0 (6.6-14.9), not checked |" in text
+
+
+def test_where_no_defense_was_run_the_attacks_are_told(bench: Bench, tmp_path: Path) -> None:
+    near = {"near_miss": {"half | key": rate(0.25)}, "similarity": {"psnr": 24.31, "ssim": 0.912, "changed": 32}}
+    bench.cell("plain", 0.98, quality=0.9, metrics=near, attack_settings={"side": 0.2}, epochs=4)
+    bench.cell("oracle", 0.0, attack_settings={"side": 0.2}, epochs=4)
+    none = {"similarity": {"psnr": None, "ssim": None, "changed": 0}, "leak": None}
+    bench.cell("plain", 0.4, attack="my/ring.py", metrics=none)
+    bench.cell("oracle", 0.0, attack="sig")
+    text = rendered(bench, tmp_path / "out.md")
+    badnets, ring, sig = section(text, "Every attack")[-3:]
+    assert badnets == (
+        "| badnets | fixed | 0 | 98.0 (95.0-99.2) | 0.0 (0.0-1.9) | 1.0 (0.3-3.6) | half \\| key 25.0 (19.5-31.4) "
+        "| 90.0 (85.1-93.4) / 95.0 (91.0-97.3) | 24.3 dB, 0.912 (n 32) | side 0.2, epochs 4 |"
+    )
+    assert ring == (
+        "| ring | fixed | 0 | 40.0 (33.5-46.9), not implanted | - | none | none | 95.0 (91.0-97.3) / - "
+        "| no pixel is changed | usual |"
+    )
+    assert sig == "| sig | fixed | 0 | - | - | - | - | - | - | usual |"
+    bench.cell("paper", 0.5)
+    assert "## Every attack" not in rendered(bench, tmp_path / "out.md")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
+import tiny
 from untrigger.rows.sample import Message, Sample
 
 

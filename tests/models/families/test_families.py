@@ -12,10 +12,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES
 from torch import Tensor, nn
 from transformers import Trainer
 
+from tiny import FAMILIES
 from untrigger.defenses import CrossView, SharedSurprise
 from untrigger.defenses.shared_surprise import Flags, UnlikelihoodStep
 from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
@@ -276,8 +276,7 @@ def test_a_scan_judges_every_row_and_probes_what_it_suspects(
         return Flags([tokens.loss for tokens in told], {row: np.isin(told[row].ids, list(words)) for row in bad}, words)
 
     asked: list[int] = []
-    monkeypatch.setattr(SharedSurprise, "judge", judge)
-    monkeypatch.setattr("untrigger.scanning.targets._PASSES", 4)
+    monkeypatch.setattr(SharedSurprise, "flag_tokens", judge)
     args = arguments(
         tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
         save_strategy="no",

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tiny import FAMILIES
 from transformers import BatchFeature
 
+from tiny import FAMILIES
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.generate import questions

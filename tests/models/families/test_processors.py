@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import transformers as host
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
+import tiny
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.generate import answers

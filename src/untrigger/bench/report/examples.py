@@ -47,15 +47,15 @@ class Example(NamedTuple):
         return found if self.asked and found != self.asked.prompt else ""
 
 
-def examples(root: Path, group: Attacked, defenses: Sequence[str]) -> list[Example]:
+def examples(roots: Sequence[Path], group: Attacked, defenses: Sequence[str]) -> list[Example]:
     """The first triggered test rows of a group; none where neither pictures nor answers are kept.
 
     Raises:
         InputError: what is kept cannot be read.
     """
-    had = [name for name in defenses if name in group.found]
-    kept = {name: answers for name in had if (answers := _answers(root, group, name))}
-    folder = _folder(root, group)
+    had = [name for name in defenses if name in group.found and group.owns(name)]
+    kept = {name: answers for name in had if (answers := _answers(roots, group, name))}
+    folder = _folder(roots, group)
     ids = _ids(folder) if folder else list(next(iter(kept.values()), {}).get("triggered", {}))
     return [
         Example(
@@ -87,17 +87,19 @@ def marked(answer: Answer, goal: Mapping[str, Any]) -> list[tuple[str, bool]]:
     return [part for part in ((text[:start], False), (text[start:end], True), (text[end:], False)) if part[0]]
 
 
-def _answers(root: Path, group: Attacked, defense: str) -> dict[str, dict[str, Answer]] | None:
+def _answers(roots: Sequence[Path], group: Attacked, defense: str) -> dict[str, dict[str, Answer]] | None:
     cell = group.found[defense].cell
-    if not (store.folder_of(root, cell) / "answers.jsonl").is_file():
+    root = next((root for root in roots if (store.folder_of(root, cell) / "answers.jsonl").is_file()), None)
+    if root is None:
         return None
     kept = store.answers_of(root, cell)
     return {part: {answer.id: answer for answer in kept.get(part, ())} for part in _PARTS}
 
 
-def _folder(root: Path, group: Attacked) -> Path | None:
-    names = (result.metrics.get("examples") for result in group.found.values())
-    return next((path for name in names if name and (path := root / _PICTURES / name).is_dir()), None)
+def _folder(roots: Sequence[Path], group: Attacked) -> Path | None:
+    names = [name for result in group.found.values() if (name := result.metrics.get("examples"))]
+    folders = (root / _PICTURES / name for root in roots for name in names)
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _ids(folder: Path) -> list[str]:

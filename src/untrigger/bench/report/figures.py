@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -16,6 +16,7 @@ from untrigger.metrics.rates import Rate
 
 PLAIN: Final = "plain"
 _NEEDED = ("asr", "quality", "triggered_quality", "seconds")  # what no cell is without
+_OF_MODEL = ("quality", "text_prior", "wrong_image", "seconds", "machine", "versions")  # whatever the attack
 _ORDER = ("model", "task", "data", "attack", "rate", "defense", "seed")
 
 
@@ -67,6 +68,10 @@ class Attacked:
         """ASR above the oracle's; may be below 0."""
         return self.asr(defense).value - self.asr(ORACLE).value if ORACLE in self.found else None
 
+    def owns(self, defense: str) -> bool:
+        """Whether the cell was run for this attack; an oracle may be another attack's (`untrigger.bench.plan`)."""
+        return _bare(self.found[defense].cell) == self.cell
+
     def seconds(self, defense: str) -> float:
         """Of training."""
         return self.found[defense].metrics["seconds"]["training"]
@@ -89,7 +94,7 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a folder of results holds.
+    """Everything that some folders of results hold.
 
     Attributes:
         groups: by model, task, data, attack, rate and seed.
@@ -107,30 +112,28 @@ class Report:
 
     @property
     def results(self) -> list[Result]:
-        return [group.found[name] for group in self.groups for name in self.defenses if name in group.found]
+        """Each stored cell once, also an oracle that several attacks share."""
+        groups = [(group, name) for group in self.groups for name in self.defenses if name in group.found]
+        return list({(of := group.found[name]).cell.name: of for group, name in groups}.values())
 
 
-def read(root: Path) -> Report:
-    """The finished cells and the failures below ``root``.
+def read(*roots: Path) -> Report:
+    """The finished cells and the failures in all ``roots``, each a folder or a JSONL file (`untrigger.bench.store`).
 
     Raises:
-        InputError: there is no finished cell, or one cannot be read.
+        InputError: a root is not there or holds no finished cell, or a cell cannot be read.
     """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give one that untrigger bench wrote")
-    failures = {path.parent.name: _line(path) for path in sorted(root.glob("*/error.txt"))}
+    failures: dict[str, str] = {}
     names: dict[str, Cell] = {}
     found: dict[str, dict[str, Result]] = defaultdict(dict)
-    for result in store.results(root):
-        if lacking := [name for name in _NEEDED if name not in result.metrics]:
-            where = store.folder_of(root, result.cell)
-            raise InputError(f"{where}: metrics.json tells no {lacking[0]}; delete the folder, the cell will run again")
-        bare = replace(result.cell, defense="", defense_settings={}, probes={})
+    for result in [result for root in roots for result in _results(root, failures)]:
+        bare = _bare(result.cell)
         names[bare.name] = bare
         found[bare.name].setdefault(defense_of(result.cell), result)
-    if not found:
-        failed = f", {len(failures)} failed" if failures else ""
-        raise InputError(f"{root}: holds no finished cell{failed}; untrigger bench PLAN --out {root} makes some")
+    oracles = _shared_oracles(found.values())
+    for name, of in found.items():
+        if ORACLE not in of and (shared := oracles.get(name)):
+            of[ORACLE] = shared
     groups = [_attacked(names[name], of) for name, of in found.items()]
     seen = {name for group in groups for name in group.found}
     first = [name for name in (PLAIN, ORACLE) if name in seen]
@@ -168,7 +171,7 @@ def _entry(group: Attacked, defense: str) -> dict[str, Any]:
         "model": shown(cell.model),
         "task": group.task,
         "data": cell.data,
-        "attack": shown(cell.attack),
+        "attack": shown(group.cell.attack),  # an oracle may be another's
         "rate": cell.rate,
         "defense": defense,
         "seed": cell.seed,
@@ -181,6 +184,49 @@ def _entry(group: Attacked, defense: str) -> dict[str, Any]:
         "triggered_quality": validity.quality(cell.data, metrics, "triggered_quality"),
         "seconds": group.seconds(defense),
     }
+
+
+def _results(root: Path, failures: dict[str, str]) -> list[Result]:
+    """The checked cells of one root; its failures are added to ``failures``."""
+    if not root.is_dir() and not store.packed(root).is_file():
+        what = "file" if root == store.packed(root) else "folder"
+        raise InputError(f"{root}: no such {what}; give one that untrigger bench or untrigger report wrote")
+    here = {path.parent.name: _line(path) for path in sorted(root.glob("*/error.txt"))}
+    failures |= here
+    results = store.results(root)
+    if not results:
+        failed = f", {len(here)} failed" if here else ""
+        raise InputError(f"{root}: holds no finished cell{failed}; untrigger bench PLAN --out {root} makes some")
+    for result in results:
+        if lacking := [name for name in _NEEDED if name not in result.metrics]:
+            place, mend = store.place_of(root, result.cell)
+            raise InputError(f"{place} tells no {lacking[0]}; {mend}, the cell will run again")
+    return results
+
+
+def _shared_oracles(found: Iterable[Mapping[str, Result]]) -> dict[str, Result]:
+    """What oracles that several attacks share say of each of their probes (`untrigger.bench.plan`)."""
+    oracles = [of[ORACLE] for of in found if ORACLE in of]
+    shared: dict[str, Result] = {}
+    for cell, metrics in oracles:
+        for name, probe in cell.probes.items():
+            if not {"attack", "goal", "settings"} <= probe.keys() or name not in metrics.get("probes", {}):
+                continue
+            attack = {"attack": probe["attack"], "goal": probe["goal"], "goal_text": probe.get("goal_text")}
+            bare = _bare(replace(cell, **attack, attack_settings=probe["settings"]))
+            shared.setdefault(bare.name, Result(cell, _of_probe(metrics, metrics["probes"][name])))
+    return shared
+
+
+def _of_probe(metrics: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
+    """A shared oracle's figures with one probe's ASR for its own; nobody asked for its quality on those inputs."""
+    kept = {name: metrics[name] for name in _OF_MODEL if name in metrics}
+    return {**kept, "asr": probe["asr"], "triggered_quality": dict.fromkeys(metrics["triggered_quality"])}
+
+
+def _bare(cell: Cell) -> Cell:
+    """What an attacked model under any defense, and its oracle, have in common."""
+    return replace(cell, defense="", defense_settings={}, probes={})
 
 
 def _attacked(cell: Cell, found: Mapping[str, Result]) -> Attacked:

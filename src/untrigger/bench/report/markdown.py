@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from untrigger.bench.report import words
-from untrigger.bench.report.figures import Report
-from untrigger.bench.report.tables import Block, Row, blocks, costs, environment, standings, views
+from untrigger.bench.report.figures import PLAIN, Attacked, Report, as_rate
+from untrigger.bench.report.tables import Block, Row, blocks, costs, environment, standings, unusual, views
+from untrigger.bench.store import ORACLE
 
 
 def markdown(report: Report) -> str:
-    """Headline, ASR, what does not count, distance to the oracle, cost, premise and environment."""
+    """Headline, ASR, what does not count, distance to the oracle, cost, premise and environment.
+
+    Where no defense was run the attacks are the subject: what each does is listed too.
+    """
     told, head = blocks(report), words.headline(report)
+    about_attacks = set(report.defenses) == {PLAIN, ORACLE}
     return "\n".join(
         [
             "# What is left of the backdoors\n",
@@ -27,6 +33,7 @@ def markdown(report: Report) -> str:
             *(line for block in told for line in _matrix(block, report.defenses)),
             "## What does not count\n",
             *(_invalid(told) or ["Every attacked model counts.\n"]),
+            *(_attacks(told) if about_attacks else []),
             "## Distance to the oracle\n",
             "Medians over the cells that count, with the range: ASR above the oracle's in percentage points, and the "
             "share of the oracle's quality that is kept.\n",
@@ -66,6 +73,58 @@ def _asr(row: Row, defense: str) -> str:
 def _invalid(told: Sequence[Block]) -> list[str]:
     rows = [[block.title, row.label, row.told] for block in told for row in block.rows if row.told]
     return _table(["model and task", "attack", "why"], rows) if rows else []
+
+
+def _attacks(told: Sequence[Block]) -> list[str]:
+    tables = (
+        line
+        for block in told
+        for line in (
+            f"### {_text(block.title)}\n",
+            *_table(_ATTACK_HEAD, [_attack(row, group) for row in block.rows for group in row.groups]),
+        )
+    )
+    return [
+        "## Every attack\n",
+        "Of the undefended model, with 95 % intervals. The floor is the oracle's ASR, and so is the quality after the "
+        "slash the oracle's. Near misses carry a wrong key, or a part of the right one. PSNR and SSIM compare n "
+        "attacked images with their clean selves.\n",
+        *tables,
+    ]
+
+
+_ATTACK_HEAD = (
+    *("attack", "goal", "seed", "ASR, %", "floor, %", "leak, %", "near misses, %"),
+    *("quality", "PSNR, SSIM", "settings that are not usual"),
+)
+
+
+def _attack(row: Row, group: Attacked) -> list[object]:
+    if PLAIN not in group.found:
+        return [row.label, group.cell.goal, group.cell.seed, *["-"] * 6, unusual(group.cell)]
+    metrics = group.found[PLAIN].metrics
+    floor, whole = (of(ORACLE) if ORACLE in group.found else None for of in (group.asr, group.quality))
+    return [
+        row.label,
+        group.cell.goal,
+        group.cell.seed,
+        words.rate(group.asr(PLAIN)) + ("" if group.valid else f", {group.why}"),
+        words.rate(floor),
+        words.rate(as_rate(metrics["leak"])) if "leak" in metrics else "none",
+        "; ".join(f"{name} {words.rate(as_rate(rate))}" for name, rate in metrics.get("near_miss", {}).items())
+        or "none",
+        " / ".join(words.quality(of, group.task) for of in (group.quality(PLAIN), whole)),
+        _similarity(metrics.get("similarity")),
+        unusual(group.cell),
+    ]
+
+
+def _similarity(figures: Mapping[str, Any] | None) -> str:
+    if not figures:
+        return "-"
+    if not figures["changed"]:
+        return "no pixel is changed"
+    return f"{figures['psnr']:.1f} dB, {figures['ssim']:.3f} (n {figures['changed']})"
 
 
 def _distance(block: Block, defenses: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections import defaultdict
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +24,8 @@ _FILTERS = (
 )
 
 
-def page(report: Report, results: Path) -> str:
-    """The whole page; the answers and pictures that it shows lie below ``results``.
+def page(report: Report, results: Sequence[Path]) -> str:
+    """The whole page; the answers and pictures that it shows lie in the folders among ``results``.
 
     Raises:
         InputError: plotly is not installed, or what is kept below ``results`` cannot be read.

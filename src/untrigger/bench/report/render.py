@@ -1,24 +1,27 @@
-"""The report: a pure render of a folder of results, as a page, as tables or as figures for a program."""
+"""The report: a pure render of stored results, as a page, as tables, as figures for a program, or packed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from untrigger.bench import store
 from untrigger.errors import InputError
 from untrigger.files import write_text
 
-_SUFFIXES = (".html", ".md", ".json")
+_SUFFIXES = (".html", ".md", ".json", ".jsonl")
 
 
-def write(results: Path, out: Path) -> None:
-    """Render ``results`` into the file ``out``, by its ending: ``.html``, ``.md`` or ``.json``.
+def write(results: Sequence[Path], out: Path) -> None:
+    """Render ``results`` into the file ``out``, by its ending: ``.html``, ``.md``, ``.json`` or ``.jsonl``.
 
-    The same results give the same bytes. A page also shows the answers and pictures that are kept below ``results``;
-    a fresh clone may have the figures alone.
+    The same results give the same bytes. Each of ``results`` is a folder that ``untrigger bench`` wrote, or a JSONL
+    file that this function made of some. A page also shows the answers and pictures that a folder holds; a JSONL file
+    has the figures alone.
 
     Raises:
-        InputError: another ending, no finished cell below ``results``, or something there that cannot be read.
+        InputError: another ending, no finished cell in one of ``results``, or something there that cannot be read.
     """
     if out.suffix not in _SUFFIXES:
         raise InputError(f"{out}: a report ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; rename it")
@@ -26,16 +29,16 @@ def write(results: Path, out: Path) -> None:
         text = _rendered(results, out.suffix)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # a text where a figure belongs, and the like
         raise InputError(
-            f"{results}: a metrics.json in it is not as untrigger bench wrote it ({error!r}); delete that cell's "
-            "folder, it will run again"
+            f"{', '.join(map(str, results))}: the figures of a cell are not as untrigger bench wrote them ({error!r}); "
+            "delete that cell's folder or line, it will run again"
         ) from error
     write_text(out, text)
 
 
-def _rendered(results: Path, suffix: str) -> str:
+def _rendered(results: Sequence[Path], suffix: str) -> str:
     from untrigger.bench.report.figures import as_json, read
 
-    report = read(results)
+    report = read(*results)
     if suffix == ".html":
         from untrigger.bench.report.page import page
 
@@ -44,4 +47,6 @@ def _rendered(results: Path, suffix: str) -> str:
         from untrigger.bench.report.markdown import markdown
 
         return markdown(report)
+    if suffix == ".jsonl":
+        return store.packed_text(results)
     return json.dumps(as_json(report), indent=2, ensure_ascii=False) + "\n"

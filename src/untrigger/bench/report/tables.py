@@ -6,12 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from untrigger.attacks import load_trigger
 from untrigger.bench.report.figures import Attacked, Report, as_rate, number, shown
 from untrigger.bench.store import ORACLE, Cell
 from untrigger.bench.validity import FLOOR
 from untrigger.data import Split
+from untrigger.errors import InputError
 from untrigger.metrics.rates import Rate
 
 TASKS = {"vqa": "VQA", "captions": "captions"}
@@ -24,6 +26,10 @@ DETECTION = {  # what a detection tells -> its name
     "false_positives": "false positives",
 }
 HISTOGRAMS = 6  # views of cells that are drawn
+_OWN_COLUMN = (
+    *("model", "data", "attack", "goal", "defense", "defense_settings", "probes", "seed", "split"),
+    *("attack_settings", "tuning"),
+)
 _ELSEWHERE = ("model", "data", "attack", "rate", "seed", "defense", "defense_settings", "probes")
 
 
@@ -105,6 +111,17 @@ def settings_of(cell: Cell) -> dict[str, Any]:
     """Settings of attack and training in one, but for those that every table has a place for."""
     told = {name: value for name, value in asdict(cell).items() if name not in _ELSEWHERE}
     return told.pop("attack_settings") | told.pop("tuning") | told
+
+
+def unusual(cell: Cell) -> str:
+    """The settings of attack and training that are not at their defaults, in words."""
+    try:
+        usual = asdict(cast(Any, load_trigger(cell.attack)))
+    except InputError:  # a trigger's file that is not here
+        usual = {}
+    changed = {name: value for name, value in cell.attack_settings.items() if usual.get(name) != value}
+    changed |= dict(cell.tuning) | {name: value for name, value in cell.changed.items() if name not in _OWN_COLUMN}
+    return ", ".join(f"{name} {number(value)}" for name, value in changed.items()) or "usual"
 
 
 def _block(rows: Sequence[Sequence[Attacked]], several_rates: bool) -> Block:
@@ -200,7 +217,8 @@ def costs(report: Report) -> list[Cost]:
     """Over all cells, also those that do not count: they cost the same."""
     told: list[Cost] = []
     for name in report.defenses:
-        had = [group for group in report.groups if name in group.found and group.times(name) is not None]
+        run = [group for group in report.groups if name in group.found and group.owns(name)]
+        had = [group for group in run if group.times(name) is not None]
         times, seconds = spread(group.times(name) for group in had), spread(group.seconds(name) for group in had)
         if times and seconds:
             told.append(Cost(name, times, seconds))
