@@ -1,7 +1,7 @@
 """``untrigger poison`` on realistic image folders: every mode, size and orientation, in every format.
 
-The slow suite runs every attack on every format; over the formats an attack also gets every goal. The default suite runs
-badnets on every format, and the other attacks that train no model on one format each.
+The slow suite runs every attack on every format, and so with every goal it supports. The default suite runs badnets on
+every format, and the other attacks that train no model on one format each.
 """
 
 from __future__ import annotations
