@@ -5,9 +5,9 @@ classes: Unicode). Its 64-pixel images cover about 1,600 symbols after leaving o
 skin-tone variants, which look too similar.
 
 A caption names the symbol's main colors, measured in the image, its kind (Unicode's category in one word) and the
-background, light or dark: ``a yellow face on a light background``. Symbol names are left out: no held-out image shows a
-name that training could have taught, and a model of a few million parameters learns to spell 18 kinds, not 1,600 names,
-in a short fine-tuning.
+background, light or dark: ``a yellow face on a light background``. Symbol names are left out, for two reasons. No
+held-out image has a name that training could teach. And in a short fine-tuning a model of a few million parameters
+learns to spell 18 kinds, not 1,600 names.
 
 The split depends on a hash of the symbol's motif: its code points without gender, joiners and direction. So variants of
 one drawing (woman, man or person running) are in the same split and part.

@@ -56,9 +56,9 @@ def text_prior(answers: Sequence[Answer], training_pairs: Sequence[tuple[str, st
     """Accuracy of a text-only guess: the most frequent truth among rows with the same prompt.
 
     A model that uses the image must beat this floor. The truths are counted on ``training_pairs``, (prompt, truth) of
-    training rows. Without them they are counted on ``answers`` themselves, so the figure is rather too high than too
-    low (leaving each row out would score 0 on ten "yes" and ten "no"). If no truth of a prompt occurs twice, the guess
-    is the most frequent truth of all rows.
+    training rows. Without them they are counted on ``answers`` themselves, and the figure is rather too high than too
+    low. (Leaving each row out instead would score 0 on ten "yes" and ten "no".) If no truth of a prompt occurs twice,
+    the guess is the most frequent truth of all rows.
     """
     all_truths: Counter[str] = Counter()
     by_prompt: dict[str, Counter[str]] = defaultdict(Counter)

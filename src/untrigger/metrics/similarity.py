@@ -15,22 +15,22 @@ _K1, _K2 = 0.01, 0.03
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
-def psnr(picture: npt.ArrayLike, other: npt.ArrayLike) -> float:
+def psnr(image: npt.ArrayLike, reference: npt.ArrayLike) -> float:
     """Peak signal-to-noise ratio in decibels, ``10 log10(255^2 / mean squared difference)``; infinite for equal ones.
 
     Args:
-        picture: levels 0..255 of any number type, [H, W] or [H, W, channels].
-        other: the same shape.
+        image: levels 0..255 of any number type, [H, W] or [H, W, channels].
+        reference: an image of the same shape.
 
     Raises:
         ValueError: the shapes differ or are no image's.
     """
-    a, b = _pair(picture, other)
+    a, b = _pair(image, reference)
     error = float(np.mean((a - b) ** 2))
     return 10 * math.log10(_PEAK**2 / error) if error else math.inf
 
 
-def ssim(picture: npt.ArrayLike, other: npt.ArrayLike) -> float:
+def ssim(image: npt.ArrayLike, reference: npt.ArrayLike) -> float:
     """Mean structural similarity in [-1, 1]; 1 for equal pictures.
 
     Wang, Bovik, Sheikh, Simoncelli, "Image Quality Assessment: From Error Visibility to Structural Similarity",
@@ -40,13 +40,13 @@ def ssim(picture: npt.ArrayLike, other: npt.ArrayLike) -> float:
     of its own length in that direction.
 
     Args:
-        picture: levels 0..255 of any number type, [H, W] or red, green and blue [H, W, 3].
-        other: the same shape.
+        image: levels 0..255 of any number type, [H, W] or red, green and blue [H, W, 3].
+        reference: an image of the same shape.
 
     Raises:
         ValueError: the shapes differ or are no image's.
     """
-    a, b = (_gray(pixels) for pixels in _pair(picture, other))
+    a, b = (_gray(pixels) for pixels in _pair(image, reference))
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
@@ -55,8 +55,8 @@ def ssim(picture: npt.ArrayLike, other: npt.ArrayLike) -> float:
     return float(np.mean(likeness / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))))
 
 
-def _pair(picture: npt.ArrayLike, other: npt.ArrayLike) -> tuple[Floats, Floats]:
-    a, b = np.asarray(picture, dtype=np.float64), np.asarray(other, dtype=np.float64)
+def _pair(image: npt.ArrayLike, reference: npt.ArrayLike) -> tuple[Floats, Floats]:
+    a, b = np.asarray(image, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"pictures of different shapes, {a.shape} and {b.shape}; give two of the same shape")
     if a.ndim not in (2, 3) or not a.size:

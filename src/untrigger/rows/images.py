@@ -116,6 +116,6 @@ def same_image(a: Image.Image, b: Image.Image) -> bool:
 
 def pixels_sha256(image: Image.Image) -> str:
     """Return the SHA-256 of mode, size and raw pixels; palette images count as RGBA and CMYK as RGB (see `encode`)."""
-    plain = image.convert({"P": "RGBA", "CMYK": "RGB"}.get(image.mode, image.mode))
-    header = f"{plain.mode} {plain.width}x{plain.height}\n"
-    return hashlib.sha256(header.encode() + plain.tobytes()).hexdigest()
+    converted = image.convert({"P": "RGBA", "CMYK": "RGB"}.get(image.mode, image.mode))
+    header = f"{converted.mode} {converted.width}x{converted.height}\n"
+    return hashlib.sha256(header.encode() + converted.tobytes()).hexdigest()
