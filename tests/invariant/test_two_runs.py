@@ -51,7 +51,7 @@ def test_the_second_is_refused_before_it_reads_anything(
     monkeypatch.setattr("untrigger.rows.sample.read", lambda *_, **__: pytest.fail("read the data first"))
     with folder_lock(tmp_path):
         ended = untrigger(verb, tiny_data, "--model", tiny_model, "--out", tmp_path, *SETTINGS, *more)
-    assert ended == (2, "", f"error: {tmp_path}: {BUSY}; let it end, or name another folder\n")
+    assert ended == (2, "", f"error: {tmp_path}: {BUSY}; wait for that run or name another folder\n")
 
 
 def test_who_comes_after_the_check_is_refused_too(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
