@@ -88,7 +88,7 @@ def test_loss_and_gradients_equal_the_naive_reference(exact: LoadedModel, sample
 def test_ascent_tells_the_loss_beside_it(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, samples[:2])
     expected = [value.item() for lost in losses(exact, batch) for value in lost]
-    assert Ascent().step(exact.model, batch).seen["ce"].tolist() == pytest.approx(expected, rel=1e-9)
+    assert Ascent().step(exact.model, batch).logged["ce"].tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("isolated", "count"), [(0.01, 1), (0.2, 5), (0.5, 12)])

@@ -30,7 +30,7 @@ from untrigger.defenses import (
 from untrigger.defenses.base import part, patch_view
 from untrigger.losses import objective
 from untrigger.models.forward import Pair
-from untrigger.rows.sample import picked
+from untrigger.rows.sample import select_rows
 from untrigger.views.patches import PATCH_VIEWS, PatchView, ViewMix
 
 
@@ -119,7 +119,7 @@ def test_picked_rows_are_opened_only_when_asked_for() -> None:
             opened.append(index)
             return super().__getitem__(index)
 
-    some = picked(Rows(range(10, 20)), [7, 2, 5])  # type: ignore[arg-type]
+    some = select_rows(Rows(range(10, 20)), [7, 2, 5])  # type: ignore[arg-type]
     assert len(some) == 3 and opened == []
     assert (some[0], some[-1], list(some[1:])) == (17, 15, [12, 15]) and opened == [7, 5, 2, 5]
 

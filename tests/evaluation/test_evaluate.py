@@ -316,7 +316,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_cannot_be_asked_is_told_before_anything_is(oracle: Oracle) -> None:
     with pytest.raises(InputError, match="rows: there are none"):
         evaluate(NOBODY, [])
-    with pytest.raises(InputError, match=r"rows: are of the type dict; give what untrigger\.read gives"):
+    with pytest.raises(InputError, match=r"rows: are of type dict; give the result of untrigger\.read"):
         evaluate(NOBODY, [{"images": [], "messages": []}])  # type: ignore[list-item]
     with pytest.raises(InputError, match="attack is no Attack"):
         evaluate(NOBODY, [sample("a", "no", 10)], attack="badnets")  # type: ignore[arg-type]

@@ -81,23 +81,23 @@ def test_token_nll_is_cross_entropy() -> None:
     assert torch.equal(token_nll(logits, target), expected)
 
 
-def test_token_nll_refuses_what_would_be_skipped_or_cut() -> None:
+def test_token_nll_refuses_ignored_ids_and_unequal_rows() -> None:
     with pytest.raises((IndexError, RuntimeError)):
         token_nll(normal(2, 5), torch.tensor([1, -100]))
     with pytest.raises(ValueError, match="rows do not match"):
         token_nll(normal(3, 5), torch.tensor([1, 2]))
 
 
-def test_token_unlikelihood_is_minus_the_log_of_the_rest_at_both_ends() -> None:
+def test_token_unlikelihood_is_exact_at_both_ends() -> None:
     logits, target = normal(7, 11), torch.arange(7)
     rest = 1 - logits.softmax(-1).gather(-1, target[:, None])[:, 0]
     torch.testing.assert_close(token_unlikelihood(logits, target), -rest.log())
     for dtype in (torch.float32, torch.bfloat16):
         ends = torch.tensor([[-40.0, 0.0, -torch.inf], [40.0, 0.0, -torch.inf], [1e4, 0.0, 0.0]], dtype=dtype)
         ends.requires_grad_()
-        found = token_unlikelihood(ends, torch.zeros(3, dtype=torch.int64))
-        torch.testing.assert_close(found, torch.tensor([math.exp(-40), 40.0, 1e4 - math.log(2)]), rtol=4e-3, atol=0)
-        found.sum().backward()
+        losses = token_unlikelihood(ends, torch.zeros(3, dtype=torch.int64))
+        torch.testing.assert_close(losses, torch.tensor([math.exp(-40), 40.0, 1e4 - math.log(2)]), rtol=4e-3, atol=0)
+        losses.sum().backward()
         assert ends.grad is not None and ends.grad.isfinite().all() and ends.grad.abs().max() <= 1
     assert token_unlikelihood(torch.tensor([[0.0, -INF]]), torch.tensor([0])).item() == INF
     with pytest.raises(ValueError, match="rows do not match"):
@@ -162,8 +162,8 @@ def test_gradcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_every_term_acts_on_every_row_of_every_view(name: str) -> None:
-    """The trap: a consistency loss that returns a detached tensor, or reaches only one of the views."""
+def test_every_term_has_a_gradient_in_every_row_and_view(name: str) -> None:
+    """Guards against a consistency loss that is detached or reaches only one of the views."""
     p, q = leaf(normal(4, 5)), leaf(normal(4, 5, seed=1))
     EQUATIONS[name](p, q).sum().backward()
     for view in (p, q) if name in CROSS_VIEW else (p,):
@@ -178,7 +178,7 @@ def test_token_nll_gradient() -> None:
 
 
 def test_token_unlikelihood_gradient() -> None:
-    """By the target's logit its probability, taken from the others by their shares."""
+    """The target's logit gets its probability, the other logits minus their shares of it."""
     logits = normal(4, 5)
     (gradient,) = gradients(lambda p: token_unlikelihood(p, TARGET), logits)
     p, target = logits.softmax(-1), torch.nn.functional.one_hot(TARGET, 5)
@@ -193,19 +193,19 @@ def test_js_gradient_in_both_views() -> None:
     torch.testing.assert_close(dq, naive_js_gradient(q, p), rtol=1e-10, atol=1e-14)
 
 
-def test_separation_pulls_apart_inside_the_margin_and_lets_go_beyond() -> None:
+def test_separation_repels_inside_the_margin_only() -> None:
     p, q = normal(30, 13), normal(30, 13, seed=1)
     p = torch.cat([p, p])
     q = torch.cat([q, p[30:] + 0.1 * q])
-    near = naive_js(p, q) < 0.3
-    assert near.any() and not near.all()
+    inside = naive_js(p, q) < 0.3
+    assert inside.any() and not inside.all()
     dp, dq = gradients(lambda p, q: separation(p, q, 0.3), p, q)
-    torch.testing.assert_close(dp[near], -naive_js_gradient(p, q)[near])
-    torch.testing.assert_close(dq[near], -naive_js_gradient(q, p)[near])
-    assert (dp[~near] == 0).all() and (dq[~near] == 0).all()
+    torch.testing.assert_close(dp[inside], -naive_js_gradient(p, q)[inside])
+    torch.testing.assert_close(dq[inside], -naive_js_gradient(q, p)[inside])
+    assert (dp[~inside] == 0).all() and (dq[~inside] == 0).all()
 
 
-def test_a_step_down_each_term_does_what_it_is_for() -> None:
+def test_a_gradient_step_moves_every_term_in_its_direction() -> None:
     p, q = normal(8, 13), normal(8, 13, seed=1)
     close = p + 0.3 * q
 
@@ -320,7 +320,7 @@ def test_masked_tokens_do_not_change_the_others() -> None:
     torch.testing.assert_close(entropy(masked_p), entropy(p))
 
 
-def test_token_nll_of_a_forbidden_target_is_infinite_not_quietly_small() -> None:
+def test_token_nll_of_a_forbidden_target_is_infinite() -> None:
     assert token_nll(torch.tensor([[0.0, -INF]]), torch.tensor([1])).item() == INF
 
 
@@ -351,7 +351,7 @@ def test_js_bounds_and_symmetry(pair: tuple[Tensor, Tensor]) -> None:
 
 @given(logit_pairs())
 def test_js_is_zero_if_and_only_if_the_distributions_are_equal(pair: tuple[Tensor, Tensor]) -> None:
-    """TV^2 / 2 <= JS <= ln 2 TV (Pinsker; Lin 1991): no distance, no divergence, and the other way round."""
+    """TV^2 / 2 <= JS <= ln 2 TV (Pinsker; Lin 1991), so one is zero exactly if the other is."""
     p, q = pair
     distance = (p.softmax(-1) - q.softmax(-1)).abs().sum(-1) / 2
     value = js(p, q)
@@ -361,7 +361,7 @@ def test_js_is_zero_if_and_only_if_the_distributions_are_equal(pair: tuple[Tenso
 
 
 @given(logit_pairs(), st.floats(-100, 100), st.floats(-100, 100))
-def test_logits_may_be_shifted(pair: tuple[Tensor, Tensor], a: float, b: float) -> None:
+def test_shifting_all_logits_changes_nothing(pair: tuple[Tensor, Tensor], a: float, b: float) -> None:
     p, q = pair
     torch.testing.assert_close(js(p + a, q + b), js(p, q), rtol=1e-6, atol=1e-10)
     torch.testing.assert_close(entropy(p + a), entropy(p), rtol=1e-6, atol=1e-10)
@@ -377,7 +377,7 @@ def test_rows_are_independent(pair: tuple[Tensor, Tensor]) -> None:
 
 
 @given(logit_pairs())
-def test_tokens_have_no_order(pair: tuple[Tensor, Tensor]) -> None:
+def test_token_order_does_not_matter(pair: tuple[Tensor, Tensor]) -> None:
     p, q = pair
     torch.testing.assert_close(js(p.flip(1), q.flip(1)), js(p, q), rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(entropy(p.flip(1)), entropy(p), rtol=1e-9, atol=1e-14)
@@ -438,7 +438,7 @@ def test_reduce_accumulates_half_precision_in_fp32() -> None:
     assert reduce(torch.full((1001,), 1.0, dtype=torch.bfloat16), 1).item() == 1001.0
 
 
-def test_no_rows_give_zero_and_a_gradient_of_zero() -> None:
+def test_no_rows_give_zero_loss_and_zero_gradient() -> None:
     logits = leaf(torch.zeros(0, 5))
     loss = reduce(js(logits, logits), 3)
     loss.backward()

@@ -126,9 +126,9 @@ def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(
     both, grads = found(batch, defense)
     (one, first), (other, second) = (found(alone(view), replace(defense, views=1)) for view in (1, 2))
     assert not torch.equal(one.terms["separation"], other.terms["separation"])
-    for name, value in (both.terms | both.seen).items():
+    for name, value in (both.terms | both.logged).items():
         torch.testing.assert_close(
-            value, ((one.terms | one.seen)[name] + (other.terms | other.seen)[name]) / 2, atol=1e-6, rtol=1e-6
+            value, ((one.terms | one.logged)[name] + (other.terms | other.logged)[name]) / 2, atol=1e-6, rtol=1e-6
         )
     torch.testing.assert_close(both.total, (one.total + other.total) / 2, atol=1e-6, rtol=1e-6)
     assert any(grad.any() for grad in grads)
@@ -253,7 +253,7 @@ def test_losses_at_the_head_are_those_of_the_logits(
     tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, adapted: bool, checkpointed: bool
 ) -> None:
     """With a tied head that is trained (all weights) and a frozen one (LoRA), and with gradient checkpointing."""
-    monkeypatch.setattr(chunked, "_HELD", 3 * 2000)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 3 * 2000)
     loaded = load(tiny_model, dtype=torch.float64)
     model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
     if checkpointed:
@@ -267,7 +267,7 @@ def test_losses_at_the_head_are_those_of_the_logits(
     model.zero_grad()
     found = answer_losses(model, batch, nll_of)
     torch.testing.assert_close(found.total, whole)
-    assert torch.equal(found.seen["row"], answers.row)
+    assert torch.equal(found.logged["row"], answers.row)
     (found.total * torch.arange(len(whole))).sum().backward()
     seen = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert seen.keys() == expected.keys() and any("lora" in name for name in seen) == adapted

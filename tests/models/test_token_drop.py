@@ -95,7 +95,7 @@ def test_a_dropped_view_is_a_masked_one_in_values_and_gradients(
     view_logits, view_hidden = (x.detach() if still else x for x in masked(exact, batch, positions))
     terms = defense.terms(Pair(target, logits, view_logits, hidden, view_hidden, target))
     torch.testing.assert_close(step.total, torch.stack(list(terms.values())).sum(dim=0))
-    assert torch.any(step.seen["js"] > 1e-4), "the view is another one"
+    assert torch.any(step.logged["js"] > 1e-4), "the view is another one"
     theirs = gradients(model, torch.stack(list(terms.values())).sum())
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -149,7 +149,7 @@ def test_both_views_share_one_look_at_the_images(exact: LoadedModel, samples: li
 def test_rows_without_images_have_views_that_are_the_same(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, [samples[2], samples[2]])
     assert "pixel_values" not in batch and looked_at(exact.model, batch) is batch
-    assert not CrossView(view="drop").step(exact.model, batch).seen["js"].any()
+    assert not CrossView(view="drop").step(exact.model, batch).logged["js"].any()
 
 
 def test_an_order_depends_on_seed_epoch_and_row_alone(exact: LoadedModel, samples: list[Sample]) -> None:
@@ -175,5 +175,5 @@ def test_a_family_with_a_way_of_its_own_is_refused(exact: LoadedModel, samples: 
 
 def test_two_views_may_be_shorter_too(exact: LoadedModel, samples: list[Sample]) -> None:
     step = TwoView(view="drop", ratio=0.5).step(exact.model, batch_of(exact, samples))
-    torch.testing.assert_close(step.total, step.seen["ce"] + step.seen["ce_view"])
+    torch.testing.assert_close(step.total, step.logged["ce"] + step.logged["ce_view"])
     assert objective.reduce(step.total, 3).requires_grad

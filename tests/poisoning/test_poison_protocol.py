@@ -60,7 +60,7 @@ def test_data_on_disk_is_chosen_without_decoding(tmp_path: Path, monkeypatch: py
     data = read(on_disk(tmp_path, "llava"))
     monkeypatch.setattr("untrigger.rows.sample.decode", lambda *_: pytest.fail("decoded an image"))
     assert list(stamped(data, Attack(BadNets(), Concept()), 0).numbers) == [0, 3, 4, 7]
-    assert data.told(0) == replace(rows(1)[0], id="0", images=())
+    assert data.without_images(0) == replace(rows(1)[0], id="0", images=())
 
 
 # --- implants --------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_losses_at_the_head_are_those_of_the_cpu(
     dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64; distance over length, for a gradient's smallest entries are rounding."""
-    monkeypatch.setattr(chunked, "_HELD_ON_GPU", 1 << 22)  # a part is 83 tokens of 50,000 words
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS_GPU", 1 << 22)  # a part is 83 tokens of 50,000 words
     exact, found = at_head("cpu", torch.float64), at_head("cuda", dtype)
     torch.testing.assert_close(found.loss.double().cpu(), exact.loss, rtol=near, atol=near)
     for ours, theirs in zip(found.gradients, exact.gradients, strict=True):

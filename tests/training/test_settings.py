@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import PRESETS, CrossView, Defense, PatchAug, Plain, TwoView
 from untrigger.errors import InputError
+from untrigger.files import read_yaml
 from untrigger.training.settings import DEFAULTS, command_settings, training_settings
-from untrigger.yaml_file import read_mapping
 
 
 def settings(
@@ -26,7 +26,7 @@ def settings(
     if config is not None:
         file = folder / "settings.yaml"
         file.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-    return training_settings(preset, folder / "out", read_mapping(file) if file else {}, flags)
+    return training_settings(preset, folder / "out", read_yaml(file) if file else {}, flags)
 
 
 def test_defaults_are_the_projects_own(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_yaml_that_is_no_text_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "noise.yaml").write_bytes(b"\xff\xfe\x80 margin")
     for name in ("noise.yaml", "gone.yaml", "."):
         with pytest.raises(InputError, match=str(tmp_path)):
-            read_mapping(tmp_path / name)
+            read_yaml(tmp_path / name)
 
 
 def test_defenses_check_themselves() -> None:

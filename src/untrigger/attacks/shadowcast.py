@@ -20,7 +20,7 @@ from PIL import Image
 
 from untrigger.attacks import Pixels, Trigger, pixels_of, repaint
 from untrigger.errors import InputError
-from untrigger.rows.images import same
+from untrigger.rows.images import same_image
 from untrigger.rows.sample import Sample
 
 _CANDIDATES = 16  # images of the source among which the nearest is looked for
@@ -73,7 +73,7 @@ class Shadowcast(Trigger):
         from untrigger.attacks import _features as features
 
         # two rows may speak of one image, and nothing is nearer to it than itself
-        donors = [donor for donor in shown if not same(donor, image)]
+        donors = [donor for donor in shown if not same_image(donor, image)]
         if not donors:
             raise InputError("no other image shows the source concept; give data with more of them, or another concept")
         see = features.surrogate(self.model)

@@ -14,8 +14,8 @@ from untrigger.attacks import load_trigger
 from untrigger.bench.store import ORACLE, Cell
 from untrigger.data import Split, task_of
 from untrigger.errors import InputError
+from untrigger.files import read_yaml
 from untrigger.poisoning.goals import load_goal
-from untrigger.yaml_file import read_mapping
 
 _ALWAYS = ("plain", ORACLE)  # without these a figure means nothing
 _AXES = ("models", "data", "attacks", "defenses", "rates", "seeds")
@@ -46,7 +46,7 @@ def read_plan(path: Path) -> list[Cell]:
     Raises:
         InputError: the file cannot be read, or names something that is not there.
     """
-    told = read_mapping(path)
+    told = read_yaml(path)
     unknown = [key for key in told if key not in _KEYS]
     if unknown:
         raise InputError(f"{path}: {unknown[0]} is unknown; a plan has: {', '.join(_KEYS)}")

@@ -29,7 +29,7 @@ from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
 from untrigger.evaluation.evaluate import evaluate
 from untrigger.evaluation.invariance import premise
-from untrigger.files import locked, new_folder
+from untrigger.files import file_lock, new_folder
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
 from untrigger.metrics.similarity import psnr, ssim
@@ -163,7 +163,7 @@ def _pairs(material: Material, seed: int) -> list[tuple[Sample, Sample]]:
 def _examples(cell: Cell, material: Material, root: Path) -> str:
     """Name of a folder with some test rows, clean and triggered, for people to look at."""
     name = hashlib.sha256(json.dumps(asdict(_bare(cell)), sort_keys=True).encode()).hexdigest()[:16]
-    with locked(root / f"{name}.lock"):
+    with file_lock(root / f"{name}.lock"):
         if not (root / name).exists():
             triggered = stamped(material.test, material.attack, cell.seed)[:_SHOWN]
             told: list[dict[str, str]] = []

@@ -16,7 +16,7 @@ from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
 from untrigger.models.forward import Answers, forward_answers, row_mean
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample, picked
+from untrigger.rows.sample import Sample, select_rows
 
 
 @final
@@ -50,7 +50,7 @@ class ABL(Defense):
         loss = [told.loss for told in training.tokens(model, rows, "scores")]
         lowest_first = sorted(range(len(rows)), key=loss.__getitem__)
         count = part(self.isolated, len(rows))
-        isolated, rest = picked(rows, lowest_first[:count]), picked(rows, sorted(lowest_first[count:]))
+        isolated, rest = select_rows(rows, lowest_first[:count]), select_rows(rows, sorted(lowest_first[count:]))
         training.flag([-value for value in loss], dict.fromkeys(isolated.numbers, "learned first"))
         model = training.fit(rest, Plain(), "rest", start=model, share=1 - self.early, after=self.early)
         return training.fit(isolated, Ascent(), start=model, passes=self.passes, rate=self.rate)

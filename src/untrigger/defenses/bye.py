@@ -21,7 +21,7 @@ from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import batches, decoder, decoder_layers, evaluating, forward_answers, on_device
 from untrigger.models.loading import LoadedModel
 from untrigger.models.token_drop import image_token
-from untrigger.rows.sample import Sample, without
+from untrigger.rows.sample import Sample, exclude_rows
 
 
 @final
@@ -44,7 +44,7 @@ class BYE(Defense):
         entropy = attention_entropy(undefended, rows)
         spread, collapsed = verdict(entropy, self.separation, training.seed)
         training.flag((-spread).tolist(), dict.fromkeys(collapsed, "attention in one place"))
-        return training.fit(without(rows, collapsed), Plain())
+        return training.fit(exclude_rows(rows, collapsed), Plain())
 
 
 def verdict(entropy: NDArray[np.float64], separation: float, seed: int) -> tuple[NDArray[np.float64], set[int]]:

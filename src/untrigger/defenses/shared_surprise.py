@@ -26,7 +26,7 @@ from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.collators import IGNORE
 from untrigger.models.forward import Answers, TokenScores, answer_losses
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample, picked, without
+from untrigger.rows.sample import Sample, exclude_rows, select_rows
 
 _NEIGHBORS = 16  # rows that a row with a token is compared with, at least
 _COMPARED = 512  # rows with a token that are compared, at most
@@ -79,18 +79,18 @@ class SharedSurprise(Defense):
         if len(rows) > self.max_scored_rows:
             drawn = np.random.default_rng(training.seed).choice(len(rows), self.max_scored_rows, replace=False)
             numbers = sorted(drawn.tolist())
-        sampled = picked(rows, numbers)
+        sampled = select_rows(rows, numbers)
         before = training.tokens(training.reference(), sampled, "before")
-        unflagged = without(sampled, self.flag_tokens(before).tokens)
+        unflagged = exclude_rows(sampled, self.flag_tokens(before).tokens)
         model = training.fit(unflagged, Plain(), "warmup", share=self.warmup_share)
         scores = self.likelier(before, sampled, model, training)
         flags = self.flag_tokens(scores)
         if flags.p_values and len(numbers) < len(rows):
             rest = sorted(set(range(len(rows))).difference(numbers))
-            answers = training.answer_tokens(picked(rows, rest))
+            answers = training.answer_tokens(select_rows(rows, rest))
             shared = list(flags.p_values)
             matching = [row for row, ids in zip(rest, answers, strict=True) if np.isin(ids, shared).any()]
-            more = training.tokens(model, picked(rows, matching), "more")
+            more = training.tokens(model, select_rows(rows, matching), "more")
             flags = self.flag_tokens(scores, more)
             numbers, scores = [*numbers, *matching], [*scores, *more]
         return Screening(model, numbers, scores, flags)
@@ -104,7 +104,7 @@ class SharedSurprise(Defense):
         """
         scores = list(before)
         surprising = [row for row, tokens in enumerate(before) if tokens.nll.sum() > self.min_nll]
-        after = training.tokens(model, picked(rows, surprising), "after")
+        after = training.tokens(model, select_rows(rows, surprising), "after")
         for row, tokens in zip(surprising, after, strict=True):
             scores[row] = min(before[row], tokens, key=lambda each: each.nll.sum())
         return scores

@@ -23,7 +23,7 @@ from untrigger.poisoning.goals import Goal
 from untrigger.poisoning.poison import Attack, stamped
 from untrigger.poisoning.stamping import blamed
 from untrigger.progress import tracked
-from untrigger.rows.images import pixels_sha256, same
+from untrigger.rows.images import pixels_sha256, same_image
 from untrigger.rows.sample import IMAGE_TAG, LazyRows, Sample, check_rows
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _untouched(data: Sequence[Sample], stamps: LazyRows) -> frozenset[int]:
     return frozenset(
         row
         for row, made, clean in pairs
-        if made.messages == clean.messages and all(map(same, made.images, clean.images))
+        if made.messages == clean.messages and all(map(same_image, made.images, clean.images))
     )
 
 

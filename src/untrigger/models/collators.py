@@ -21,7 +21,7 @@ from transformers import ProcessorMixin
 from untrigger.errors import InputError
 from untrigger.models.processors import encoded, written
 from untrigger.rows.images import quote
-from untrigger.rows.sample import IMAGE_TAG, Message, Sample, numbered
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample, row_number
 from untrigger.views.patches import View, to_rgb
 
 Row = dict[str, Any]
@@ -57,7 +57,7 @@ class Rows(Dataset[Row]):
         return {
             "images": [to_rgb(image) for image in sample.images],
             "messages": [chat_message(m) for m in sample.messages],
-            "row_name": f"row {numbered(self.samples, index)}, id {quote(sample.id)}",
+            "row_name": f"row {row_number(self.samples, index)}, id {quote(sample.id)}",
             **({"flagged_tokens": self.flagged_tokens[index]} if index in self.flagged_tokens else {}),
         }
 

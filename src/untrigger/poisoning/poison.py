@@ -28,7 +28,7 @@ from untrigger.poisoning import stamping
 from untrigger.poisoning.goals import Concept, Goal
 from untrigger.rows import sample as samples
 from untrigger.rows.images import pixels_sha256
-from untrigger.rows.sample import IMAGE_TAG, Data, LazyRows, Sample, picked
+from untrigger.rows.sample import IMAGE_TAG, Data, LazyRows, Sample, select_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -296,7 +296,7 @@ def _donors(data: Sequence[Sample], goal: Goal) -> LazyRows:
     rows = [row for row in range(len(data)) if _suits(data, row, goal.applies)]
     if not rows:
         raise InputError(f"no row has an image and an answer that goal {goal.name} applies to; {_other_rows(goal)}")
-    return picked(data, rows)
+    return select_rows(data, rows)
 
 
 def _other_rows(goal: Goal) -> str:
@@ -309,7 +309,7 @@ def _meets(goal: Goal, sample: Sample) -> bool:
 
 def _suits(data: Sequence[Sample], row: int, fits: Callable[[Sample], bool]) -> bool:
     if isinstance(data, Data):  # knows without decoding, and every row of it has an answer
-        return data.image_count(row) > 0 and fits(data.told(row))
+        return data.image_count(row) > 0 and fits(data.without_images(row))
     sample = data[row]
     return bool(sample.images) and any(m.role == "assistant" for m in sample.messages) and fits(sample)
 

@@ -11,7 +11,7 @@ import numpy as np
 from untrigger.attacks import Stamper, Trigger
 from untrigger.errors import InputError
 from untrigger.poisoning.goals import Goal
-from untrigger.rows.formats import check
+from untrigger.rows.formats import check_turns
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
@@ -65,7 +65,7 @@ def _implants(trigger: Trigger) -> bool:
 def _replaced(make: Callable[[], Sample], sample: Sample, where: str, what: str) -> Sample:
     with blamed(where, what):
         made = make()
-        check(made.messages, len(made.images))
+        check_turns(made.messages, len(made.images))
         for image in made.images:
             image.load()  # what is no image, or a file that cannot be read, fails here
         if made.id != sample.id:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from untrigger.html import style, templates
-from untrigger.rows.images import address
+from untrigger.rows.images import data_uri
 from untrigger.rows.sample import Data, Sample
 from untrigger.scanning.cues import GRID, phrases
 from untrigger.scanning.findings import Findings, Verdict, chance, place
@@ -54,7 +54,7 @@ def _card(sample: Sample, verdict: Verdict) -> Card:
     cue = verdict.cue
     cells = cue.cells if cue else []
     pictures = [
-        (address(image, _PIXELS), (np.clip(cells[at], 0, _HOT) / _HOT).tolist() if at < len(cells) else [])
+        (data_uri(image, _PIXELS), (np.clip(cells[at], 0, _HOT) / _HOT).tolist() if at < len(cells) else [])
         for at, image in enumerate(sample.images)
     ]
     answers = [turn.text for turn in sample.messages if turn.role == "assistant"]

@@ -20,7 +20,7 @@ from untrigger.defenses import Plain, SharedSurprise
 from untrigger.defenses.base import Training
 from untrigger.defenses.shared_surprise import Screening, flagged_text
 from untrigger.models.forward import TokenScores
-from untrigger.rows.sample import Sample, numbered, picked, without_images
+from untrigger.rows.sample import Sample, row_number, select_rows, without_images
 from untrigger.scanning.cues import Cue, cues_of
 from untrigger.scanning.findings import Findings, Target, Verdict
 
@@ -39,9 +39,11 @@ def find(rows: Sequence[Sample], training: Training, defense: SharedSurprise) ->
     judged (`SharedSurprise.max_scored_rows`). Rows that were not looked at are not suspected, and have a score of 0.
     """
     screening = defense.screen(rows, training)
-    names = [(numbered(rows, row), without_images(rows, row).id) for row in range(len(rows))]
+    names = [(row_number(rows, row), without_images(rows, row).id) for row in range(len(rows))]
     verdicts = [Verdict(*name, 0.0) for name in names]
-    found = _judged(picked(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training)
+    found = _judged(
+        select_rows(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training
+    )
     for row, verdict in zip(screening.numbers, found.verdicts, strict=True):
         verdicts[row] = verdict
     of = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in found.targets]
@@ -174,7 +176,7 @@ def _probed(
     beside = rng.choice(believed, min(_BELIEVED * len(taught), len(believed)), replace=False).tolist()
     lesson = sorted([*taught, *beside])
     passes = min(_PASSES, _SEEN / len(lesson))
-    model = training.fit(picked(rows, lesson), Plain(), "probe", start=screening.model, passes=passes)
+    model = training.fit(select_rows(rows, lesson), Plain(), "probe", start=screening.model, passes=passes)
     shown = {row: rows[row] for row in [row for row in suspected if row not in half][:SHOWN]}
     return cues_of(shown, marks, donors, lambda views: training.tokens(model, views, "cues"))
 

@@ -17,9 +17,9 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
-from untrigger.files import alone, new_file, write_text
+from untrigger.files import folder_lock, new_file, write_text
 from untrigger.models.loading import BASE_RECORD, LoadedModel, embedded_models
-from untrigger.rows.sample import Sample, check_rows, numbered
+from untrigger.rows.sample import Sample, check_rows, row_number
 from untrigger.rows.storage import dump
 from untrigger.training.settings import settled
 from untrigger.training.stages import Stages, Tuning, settings_of, versions
@@ -121,7 +121,7 @@ def _tell(path: Path, samples: Sequence[Sample], stages: Stages) -> None:
         for row in sorted(stages.flagged, key=lambda row: -stages.scores[row]):
             sample = samples[row]
             answers = [message.text for message in sample.messages if message.role == "assistant"]
-            told = {"row": numbered(samples, row), "id": sample.id, "score": round(stages.scores[row], 4)}
+            told = {"row": row_number(samples, row), "id": sample.id, "score": round(stages.scores[row], 4)}
             file.write(dump(told | {"why": stages.flagged[row], "answers": answers}) + b"\n")
 
 
@@ -151,7 +151,7 @@ def claim(out: Path, record: dict[str, Any], resume: bool, held: ExitStack) -> P
     main = leads()
     out.mkdir(parents=True, exist_ok=True)
     if main:
-        held.enter_context(alone(out))
+        held.enter_context(folder_lock(out))
     used = any(out.iterdir())
     if used and not resume:
         raise InputError(f"{out}: is not empty; name another folder, or go on with its run (--resume; resume=True)")

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from untrigger.defenses import PRESETS, Defense, StepDefense, preset_of
 from untrigger.errors import InputError
-from untrigger.yaml_file import read_mapping
+from untrigger.files import read_yaml
 
 # Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
 # the collator reads, and pinning memory without an accelerator only warns.
@@ -121,7 +121,7 @@ def command_settings(
     Raises:
         InputError: as `training_settings`, with the file's name where it is the file's fault; the file has an option.
     """
-    given = read_mapping(config) if config else {}
+    given = read_yaml(config) if config else {}
     if own := [name for name in given if name.replace("-", "_") in options]:
         flag = f"--{own[0].replace('_', '-')}"
         raise InputError(f"{config}: {own[0]} is an option of the command: {flag}; give it there, not in the file")

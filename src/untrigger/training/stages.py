@@ -35,7 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from untrigger import __version__
 from untrigger.defenses import Plain, StepDefense
 from untrigger.errors import InputError
-from untrigger.files import locked, write_text
+from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import TokenScores, fitting, row_answers, row_tokens
 from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
@@ -137,7 +137,7 @@ class Stages:
         train = partial(self._train, loaded, Rows(rows, flagged_tokens), defense, args, name, callbacks)
         if self._shelf and not (start or callbacks or flagged_tokens):
             folder = self._shelf / self._key(rows, defense, args)
-            with locked(folder.with_suffix(".lock")):
+            with file_lock(folder.with_suffix(".lock")):
                 self.seconds += self._once(loaded, folder, train)
         elif name:
             self.seconds += self._once(loaded, self._out / "stages" / name, train)

@@ -134,7 +134,7 @@ class DefendedMixin(_Host):
 
     @torch.no_grad()
     def _note(self, step: Losses) -> None:
-        for name, value in ({f"loss_{name}": value for name, value in step.terms.items()} | step.seen).items():
+        for name, value in ({f"loss_{name}": value for name, value in step.terms.items()} | step.logged).items():
             entry = torch.stack([value.detach().sum().float(), torch.tensor(float(value.numel()), device=value.device)])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 

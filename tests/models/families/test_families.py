@@ -101,7 +101,7 @@ def test_a_pair_has_the_same_tokens_and_other_pixels_and_its_loss_reaches_the_ad
         model.zero_grad()
         step = CrossView(margin=0.6, bound=-0.9, stop_gradient=still).step(model, dict(both))
         totals.append(step.total.detach())
-        assert step.total.isfinite().all() and (step.seen["js"] > 0).any()
+        assert step.total.isfinite().all() and (step.logged["js"] > 0).any()
         step.total.sum().backward()
         reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         for layer in range(len(decoder_layers(model))):  # B starts at zero: A gets none at first
