@@ -16,7 +16,7 @@ from untrigger.defenses import CrossView
 from untrigger.errors import InputError
 from untrigger.losses import chunked, objective
 from untrigger.losses.chunked import Losses
-from untrigger.models import forward
+from untrigger.models import forward, scoring
 from untrigger.models.collators import IGNORE, ChatCollator, PairCollator, Rows
 from untrigger.models.forward import (
     Answers,
@@ -29,9 +29,9 @@ from untrigger.models.forward import (
     forward_answers,
     on_device,
     pair_losses,
-    row_tokens,
 )
 from untrigger.models.loading import LoadedModel, add_lora, embedded_models, load
+from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Message, Sample, read
 from untrigger.views.patches import Erase
 
@@ -168,7 +168,7 @@ def test_what_is_asked_is_all_that_is_no_answer(exact: LoadedModel, samples: lis
     for sample, told in zip(samples, together, strict=True):
         batch = batch_of(exact, [sample])
         ids, answer = batch["input_ids"][0].tolist(), (batch["labels"][0] != IGNORE).tolist()
-        assert told.asked.tolist() == sorted(
+        assert told.prompt_ids.tolist() == sorted(
             {token for token, is_answer in zip(ids, answer, strict=True) if not is_answer}
         )
 
@@ -184,19 +184,19 @@ def test_kept_scores_are_the_same_bits_and_what_is_there_is_not_asked_again(
         asked.append(len(inputs["labels"]))
         return forward_answers(model, inputs)
 
-    monkeypatch.setattr(forward, "_SHARD", 2)
+    monkeypatch.setattr(scoring, "_SHARD", 2)
     alone = row_tokens(exact, samples, batch_size)
-    monkeypatch.setattr(forward, "forward_answers", counted)
-    first = row_tokens(exact, samples, batch_size, kept=tmp_path)
+    monkeypatch.setattr(scoring, "forward_answers", counted)
+    first = row_tokens(exact, samples, batch_size, cache=tmp_path)
     assert sum(asked) == len(samples)
     lost = sorted(tmp_path.iterdir(), key=lambda path: int(path.stem))[-1]
     start = int(lost.stem)
     lost.unlink()
     asked.clear()
-    again = row_tokens(exact, samples, batch_size, kept=tmp_path)
+    again = row_tokens(exact, samples, batch_size, cache=tmp_path)
     assert sum(asked) == len(samples) - start
     asked.clear()
-    last = row_tokens(exact, samples, batch_size, kept=tmp_path)
+    last = row_tokens(exact, samples, batch_size, cache=tmp_path)
     assert asked == []
     for found in (first, again, last):
         for a, b in zip(found, alone, strict=True):
@@ -236,7 +236,7 @@ def test_a_model_without_layers_is_refused_in_one_line() -> None:
         def get_decoder(self) -> nn.Module:
             return self
 
-    with pytest.raises(InputError, match="Flat: its language model has no layers"):
+    with pytest.raises(InputError, match="Flat: its language model has no `layers`"):
         decoder_layers(Flat())
 
 
@@ -329,7 +329,7 @@ def test_a_view_that_is_held_still_is_looked_at_first_and_without_gradients(
     handle = cast(nn.Module, exact.model.get_output_embeddings()).register_forward_pre_hook(
         lambda _, args: grads.append(args[0].requires_grad)
     )
-    still, row = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}), still=True)
+    still, row = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}), stop_gradient=True)
     assert grads == [False, True]
     moving, other = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}))
     handle.remove()

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from untrigger.models import prefix_cache
 from untrigger.models.generate import answers
 from untrigger.models.loading import LoadedModel, base_model
-from untrigger.models.prefix_cache import looking_once
+from untrigger.models.prefix_cache import cache_image_features
 from untrigger.rows.sample import Message, Sample, read
 
 
@@ -112,7 +112,7 @@ def test_what_a_tower_gives_besides_is_left_as_it_is() -> None:
     more["indicators"] = blocks
     for found in (more, BaseModelOutputWithPooling(last_hidden_state=blocks)):  # type: ignore[arg-type]
         model = OwnFeatures(found)
-        with looking_once(model), looking_once(model):
+        with cache_image_features(model), cache_image_features(model):
             for _ in range(2):
                 assert model.get_image_features(torch.rand(2, 3, 8, 8)) is found
         assert model.get_image_features(blocks) is found
@@ -133,10 +133,10 @@ def test_an_image_is_looked_at_once(model: LoadedModel, samples: list[Sample], m
     alone, again = said(samples), said(samples[::-1])
     images = {id(image) for sample in samples for image in sample.images}
     assert sum(looked) > len(images)
-    with looking_once(model.model):
+    with cache_image_features(model.model):
         assert said(samples) == alone and sum(looked) == len(images)
         assert said(samples[::-1]) == again and not looked
-        monkeypatch.setattr(prefix_cache, "_REMEMBERED", 0)
+        monkeypatch.setattr(prefix_cache, "_CACHE_BYTES", 0)
         assert said(samples[:1]) == alone[:1] and not looked
         assert said(samples[:1]) == alone[:1] and sum(looked) == 1  # forgotten when there was no room
     assert said(samples[:1]) == alone[:1] and "get_image_features" not in vars(inner)

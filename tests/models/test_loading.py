@@ -19,7 +19,6 @@ from torch import nn
 from untrigger.errors import InputError
 from untrigger.models.loading import (
     BASE_RECORD,
-    absence,
     add_lora,
     base_model,
     embedded_model_path,
@@ -28,6 +27,7 @@ from untrigger.models.loading import (
     load,
     processor_of,
     train_all,
+    why_not_a_model,
 )
 
 
@@ -153,7 +153,7 @@ def test_what_can_be_no_models_name_is_told_without_asking_the_hub(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("untrigger.models.loading.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
     there = ", ".join(embedded_models())
-    assert refused(name) == f"{name}: no such folder, and no embedded model (there are {there}); {mend}"
+    assert refused(name) == f"{name}: no such folder or embedded model (available: {there}); {mend}"
 
 
 def test_what_may_be_a_models_name_is_let_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,13 +161,13 @@ def test_what_may_be_a_models_name_is_let_pass(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for name in ("llava", "mine", "./mine", str(tmp_path / "mine"), "no-such-org/no-such-model"):
-        assert absence(name) is None, name
-    assert absence("gpt2") is not None
+        assert why_not_a_model(name) is None, name
+    assert why_not_a_model("gpt2") is not None
     kept = tmp_path / "hub" / "models--gpt2"
     for part, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/config.json", "{}")):
         (kept / part).parent.mkdir(parents=True)
         (kept / part).write_text(text)
-    assert absence("gpt2") is None, "an old hub id, in the hub's cache"
+    assert why_not_a_model("gpt2") is None, "an old hub id, in the hub's cache"
 
 
 def test_retries_of_the_hub_are_not_shown(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

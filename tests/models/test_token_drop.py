@@ -18,7 +18,7 @@ from untrigger.losses import objective
 from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, Rows
 from untrigger.models.forward import Pair, decoder, pair_losses
 from untrigger.models.loading import LoadedModel, add_lora, embedded_models, load
-from untrigger.models.token_drop import image_token, looked_at, showing, shown
+from untrigger.models.token_drop import image_token_id, keep_positions, positions_after_drop, with_image_features
 from untrigger.rows.sample import Message, Sample, read
 
 IMAGE = 7
@@ -29,7 +29,7 @@ def test_the_last_image_tokens_are_left_out_and_nothing_else(count: int, ratio: 
     make = torch.Generator().manual_seed(seed)
     ids = torch.tensor([[1, *[IMAGE] * count, 2, 3], [IMAGE, 2, 3, *[4] * count]])
     order = torch.rand(ids.shape, generator=make)
-    left = shown(ids, order, IMAGE, ratio)
+    left = positions_after_drop(ids, order, IMAGE, ratio)
     assert left[ids != IMAGE].all()
     for row in range(2):
         image = ids[row] == IMAGE
@@ -83,7 +83,7 @@ def test_a_dropped_view_is_a_masked_one_in_values_and_gradients(
     exact: LoadedModel, samples: list[Sample], ratio: float, still: bool
 ) -> None:
     batch, model = batch_of(exact, samples), exact.model.train()
-    positions = shown(batch["input_ids"], batch["order"], image_token(model), ratio)
+    positions = positions_after_drop(batch["input_ids"], batch["order"], image_token_id(model), ratio)
     assert positions.sum(dim=1).unique().numel() == 3, "rows end in padding of their own"
     defense = CrossView(view="drop", ratio=ratio, margin=0.6, bound=-0.9, entropy_high=0.5, stop_gradient=still)
     assert (defense.dropped, defense.paired, defense.has_loss) == (ratio, None, True)
@@ -148,7 +148,7 @@ def test_both_views_share_one_look_at_the_images(exact: LoadedModel, samples: li
 
 def test_rows_without_images_have_views_that_are_the_same(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, [samples[2], samples[2]])
-    assert "pixel_values" not in batch and looked_at(exact.model, batch) is batch
+    assert "pixel_values" not in batch and with_image_features(exact.model, batch) is batch
     assert not CrossView(view="drop").step(exact.model, batch).seen["js"].any()
 
 
@@ -163,10 +163,10 @@ def test_an_order_depends_on_seed_epoch_and_row_alone(exact: LoadedModel, sample
 
 def test_a_family_with_a_way_of_its_own_is_refused(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, samples)
-    positions = shown(batch["input_ids"], batch["order"], image_token(exact.model), 0.5)
+    positions = positions_after_drop(batch["input_ids"], batch["order"], image_token_id(exact.model), 0.5)
     language = decoder(exact.model)
     with (
-        showing(exact.model, language, positions),
+        keep_positions(exact.model, language, positions),
         pytest.raises(InputError, match="LlavaForConditionalGeneration: its image tokens cannot be dropped"),
     ):
         language(inputs_embeds=torch.zeros(*positions.shape, 32), where_images_are=positions)

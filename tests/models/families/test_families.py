@@ -19,11 +19,12 @@ from transformers import Trainer
 from untrigger.defenses import CrossView, SharedSurprise
 from untrigger.defenses.shared_surprise import Flags, UnlikelihoodStep
 from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
-from untrigger.models.forward import TokenScores, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
-from untrigger.models.generate import answers, questions
+from untrigger.models.forward import decoder, decoder_layers, forward_answers, pair_losses
+from untrigger.models.generate import answers, encode_prompts
 from untrigger.models.loading import LoadedModel, add_lora, load
-from untrigger.models.prefix_cache import looking_once, shared_prefix
-from untrigger.models.token_drop import image_token, shown
+from untrigger.models.prefix_cache import cache_image_features, shared_prefix
+from untrigger.models.scoring import TokenScores, row_tokens
+from untrigger.models.token_drop import image_token_id, positions_after_drop
 from untrigger.rows.sample import Sample, read
 from untrigger.scanning.scan import scan
 from untrigger.training.finetune import fine_tune
@@ -146,9 +147,9 @@ def test_answers_are_the_same_where_work_on_an_image_is_shared(
     asked += [replace(asked[1], id="again")]
     apart = list(answers(loaded, asked, batch_size=1, max_new_tokens=4))
     assert list(answers(loaded, asked, max_new_tokens=4)) == apart
-    begun = shared_prefix(cast(Any, loaded.model), questions(loaded.processor, asked))
+    begun = shared_prefix(cast(Any, loaded.model), encode_prompts(loaded.processor, asked))
     assert ("past_key_values" in begun) is (name in {"llava", "smol", "internvl"})
-    with looking_once(loaded.model):
+    with cache_image_features(loaded.model):
         assert [list(answers(loaded, asked, max_new_tokens=4)) for _ in range(2)] == [apart] * 2
 
 
@@ -196,7 +197,7 @@ def test_a_view_without_image_tokens_is_one_in_which_they_are_masked(
     loaded = sharp(folder(name))
     model: Any = loaded.model.train()
     batch = collated(DropCollator(ChatCollator(loaded.processor), 0), rows(name))
-    positions = shown(batch["input_ids"], batch["order"], image_token(model), 0.5)
+    positions = positions_after_drop(batch["input_ids"], batch["order"], image_token_id(model), 0.5)
     assert len(positions.sum(dim=1).unique()) > 1 or name in ONE_IMAGE, "rows end in padding of their own"
 
     def hide(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -13,10 +13,10 @@ from transformers import BatchFeature
 
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, Rows
-from untrigger.models.generate import questions
+from untrigger.models.generate import encode_prompts
 from untrigger.models.lengths import Lengths
 from untrigger.models.loading import load_processor
-from untrigger.models.processors import tokenized
+from untrigger.models.processors import tokenize
 from untrigger.rows.sample import Message, Sample
 
 Row = Callable[..., Sample]
@@ -49,11 +49,11 @@ def test_a_row_is_too_long_from_the_first_token_on_that_is_too_many(
         rows.append(row("<image> <image>\nsame?", "yes", (40, 40), (66, 40)))
     for one in rows:
         trained = ChatCollator(processor)([Rows([one])[0]])["input_ids"].shape[1]
-        asked = questions(processor, [one])["input_ids"].shape[1]
+        asked = encode_prompts(processor, [one])["input_ids"].shape[1]
         assert asked < trained
         for length, how in ((trained, False), (asked, True)):
-            assert not refuses(lengths_at(processor, length, asking=how), one)
-            assert refuses(lengths_at(processor, length - 1, asking=how), one)
+            assert not refuses(lengths_at(processor, length, prompts_only=how), one)
+            assert refuses(lengths_at(processor, length - 1, prompts_only=how), one)
         processor.tokenizer.model_max_length = 2**40
 
 
@@ -75,7 +75,7 @@ def test_of_usual_rows_neither_text_nor_pixels_are_touched_again(
         raise AssertionError("counted again")
 
     monkeypatch.setattr("untrigger.models.lengths.text_tokens", never)
-    monkeypatch.setattr("untrigger.models.lengths.tokenized", never)
+    monkeypatch.setattr("untrigger.models.lengths.tokenize", never)
     for number in range(9):
         assert not refuses(lengths, row(f"<image>\nwhat is {number}?", "b", (40, 40)))
 
@@ -87,9 +87,9 @@ def test_after_many_sizes_the_dearest_stands_for_another(
 
     def counting(processor: Any, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:
         counted.extend(image.size for row in images for image in row)
-        return tokenized(processor, texts, images)
+        return tokenize(processor, texts, images)
 
-    monkeypatch.setattr("untrigger.models.lengths.tokenized", counting)
+    monkeypatch.setattr("untrigger.models.lengths.tokenize", counting)
     for width in range(30, 130):
         assert not refuses(lengths, row("<image>\nwhat?", "a", (width, 40)))
     assert counted == [(width, 40) for width in range(30, 94)]
@@ -97,7 +97,7 @@ def test_after_many_sizes_the_dearest_stands_for_another(
 
 
 def test_without_a_limit_no_image_is_counted(processor: Any, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("untrigger.models.lengths.tokenized")
+    monkeypatch.delattr("untrigger.models.lengths.tokenize")
     assert not refuses(lengths_at(processor, 2**40), row("<image>\nwhat? " + "x " * 999, "a", (40, 40)))
 
 
@@ -108,5 +108,5 @@ def test_turns_that_the_chat_template_does_not_take_are_told_while_reading(proce
 
 
 def test_an_image_that_the_processor_does_not_take_is_told_while_reading(processor: Any, row: Row) -> None:
-    with pytest.raises(InputError, match=r"takes no image of 900 x 2 pixels \(.*\); take it out"):
+    with pytest.raises(InputError, match=r"rejects images of 900 x 2 pixels \(.*\); remove them"):
         Lengths(processor)(Sample("1", (), row("<image>\nwhat?", "a").messages), [(900, 2)])
