@@ -26,7 +26,7 @@ from untrigger.defenses import Plain, SharedSurprise
 from untrigger.files import write_text
 from untrigger.models.generate import answers
 from untrigger.models.loading import load
-from untrigger.models.prefix_cache import looking_once
+from untrigger.models.prefix_cache import cache_image_features
 from untrigger.poisoning.goals import load_goal
 from untrigger.poisoning.poison import Attack, poison, stamped
 from untrigger.rows.images import pixels_sha256
@@ -64,7 +64,7 @@ def asked(rows: Sequence[Sample], batch_size: int) -> float:
     loaded = load("llava")
     if batch_size == 1:
         return seconds(lambda _: list(answers(loaded, rows, batch_size=1))) / len(rows)
-    with looking_once(loaded.model):
+    with cache_image_features(loaded.model):
         return seconds(lambda _: list(answers(loaded, sorted(rows, key=image), batch_size=batch_size))) / len(rows)
 
 

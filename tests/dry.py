@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from untrigger.defenses import StepDefense
-from untrigger.models.forward import TokenScores, row_answers, row_tokens
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.rows.sample import Sample
 
 

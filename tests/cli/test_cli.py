@@ -244,7 +244,7 @@ def test_a_model_with_anothers_processor(tmp_path: Path, tiny_model: Path, tiny_
     words = (model, tiny_data) if verb == "evaluate" else (tiny_data, "--model", model)
     more = () if verb == "evaluate" else (*TINY_RUN[:4], *(("--defense", "plain") if verb == "train" else ()))
     ended = untrigger(verb, *words, "--out", tmp_path / "out", *more)
-    refused(ended._replace(err=ended.err.splitlines(keepends=True)[-1]), model, "do not belong together")
+    refused(ended._replace(err=ended.err.splitlines(keepends=True)[-1]), model, "do not match")
 
 
 @pytest.mark.parametrize("kind", ["base gone", "no weights", "pickled", "cut", "no base named", "no_json"])

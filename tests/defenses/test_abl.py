@@ -13,8 +13,8 @@ from dry import Dry
 from untrigger.defenses import ABL, Plain, StepDefense
 from untrigger.defenses.abl import Ascent, LocalAscent, local_ascent
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
-from untrigger.models.forward import row_tokens
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Sample
 
 

@@ -23,8 +23,8 @@ from untrigger.defenses import BYORN, Plain, reanswered
 from untrigger.defenses.byorn import _Bootstrap, _trained
 from untrigger.defenses.relabeled import RelabeledRows
 from untrigger.errors import InputError
-from untrigger.models.forward import row_tokens
 from untrigger.models.loading import LoadedModel, add_lora, load
+from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Sample
 from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments

@@ -19,8 +19,8 @@ from untrigger.defenses import Plain, SharedSurprise
 from untrigger.defenses.shared_surprise import UnlikelihoodStep, neighbor_rate, shared_tokens
 from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
-from untrigger.models.forward import TokenScores, row_tokens
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores, row_tokens
 from untrigger.rows.sample import Message, Sample
 
 NATS = st.lists(st.floats(0, 300), min_size=1, max_size=60)

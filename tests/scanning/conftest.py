@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dry import Dry
-from untrigger.models.forward import TokenScores
 from untrigger.models.loading import load
+from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Message, Sample
 
 Keyed = Callable[[Sample], bool]

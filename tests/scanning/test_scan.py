@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import dry as dry_module
 from dry import Dry
 from untrigger.defenses import SharedSurprise
-from untrigger.models.forward import TokenScores
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
 from untrigger.scanning.targets import common, false_discoveries, find
 

@@ -18,7 +18,7 @@ from untrigger.losses.chunked import Values, losses_at_head
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import Pair, answer_losses, on_device
 from untrigger.models.generate import answers
-from untrigger.models.loading import LoadedModel, load, placed
+from untrigger.models.loading import LoadedModel, load, to_accelerator
 from untrigger.rows.sample import Sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -70,13 +70,13 @@ def test_answers_have_the_losses_they_have_on_the_cpu(tiny_model: Path, samples:
         )
         return found.total.detach().cpu()
 
-    here, there = load(tiny_model, dtype=torch.float32), placed(load(tiny_model, dtype=torch.float32))
+    here, there = load(tiny_model, dtype=torch.float32), to_accelerator(load(tiny_model, dtype=torch.float32))
     assert there.model.device.type == "cuda"
     torch.testing.assert_close(nll(there), nll(here), rtol=1e-4, atol=1e-4)
 
 
 def test_answers_are_those_of_the_cpu(tiny_model: Path, samples: list[Sample]) -> None:
-    here, there = load(tiny_model, dtype=torch.float32), placed(load(tiny_model, dtype=torch.float32))
+    here, there = load(tiny_model, dtype=torch.float32), to_accelerator(load(tiny_model, dtype=torch.float32))
     assert list(answers(there, samples)) == list(answers(here, samples))
 
 

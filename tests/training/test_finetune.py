@@ -16,8 +16,8 @@ from transformers import Trainer
 from untrigger.defenses import Plain, SharedSurprise
 from untrigger.defenses.shared_surprise import Flags
 from untrigger.errors import InputError
-from untrigger.models.forward import TokenScores
-from untrigger.rows.sample import Message, read, select_rows
+from untrigger.models.scoring import TokenScores
+from untrigger.rows.sample import Message, picked, read
 from untrigger.training.finetune import Tuning, fine_tune
 from untrigger.training.settings import arguments
 

@@ -35,8 +35,8 @@ from untrigger.defenses import (
 from untrigger.defenses.abl import LocalAscent
 from untrigger.errors import InputError
 from untrigger.models.collators import Rows
-from untrigger.models.forward import row_tokens
 from untrigger.models.loading import LoadedModel, load
+from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Message, Sample, read
 from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments
@@ -447,7 +447,7 @@ def test_a_judgment_takes_the_output_folder_and_is_kept_there(
     model = stages.reference()
     first = stages.tokens(model, samples, "before")
     assert stages.waited == 0, "what it took is the defense's own work, and counts among its seconds"
-    monkeypatch.setattr("untrigger.models.forward.forward_answers", lambda *_: pytest.fail("it was asked again"))
+    monkeypatch.setattr("untrigger.models.scoring.forward_answers", lambda *_: pytest.fail("it was asked again"))
     again = stages_of(tiny_model, tmp_path).tokens(model, samples, "before")
     assert [row.nll.tolist() for row in again] == [row.nll.tolist() for row in first] and len(first) == len(samples)
     args = arguments(tmp_path, use_cpu=True)

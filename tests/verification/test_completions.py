@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from untrigger.models.forward import row_tokens
 from untrigger.models.generate import answers
 from untrigger.models.loading import LoadedModel, load
+from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Message, Sample
 from untrigger.verification.completions import PLACES, alike, common_run, completions, continuations, nats, said, steps
 

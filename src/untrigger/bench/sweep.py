@@ -14,8 +14,8 @@ from untrigger.bench.local import Runner, Work, on_this_machine
 from untrigger.bench.run_cell import run_cell
 from untrigger.bench.store import Cell
 from untrigger.errors import InputError
-from untrigger.files import folder_lock
-from untrigger.models.loading import absence, weights_sha256
+from untrigger.files import alone
+from untrigger.models.loading import weights_sha256, why_not_a_model
 from untrigger.progress import console, metered
 
 
@@ -61,7 +61,7 @@ def unfinished(root: Path, cells: Sequence[Cell]) -> list[Cell]:
 def absent_models(root: Path, cells: Sequence[Cell]) -> list[str]:
     """A line for each model that a missing cell names and that is not there; what is done needs its model no more."""
     names = dict.fromkeys(cell.model for cell in store.missing(root, cells))
-    return [why for name in names if (why := absence(name))]
+    return [why for name in names if (why := why_not_a_model(name))]
 
 
 def _told(cell: Cell, root: Path) -> str:

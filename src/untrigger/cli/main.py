@@ -220,14 +220,14 @@ def verify(
     Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: what it kept saying, and when.
     """
     from untrigger.files import check_free
-    from untrigger.models.loading import absence, base_of
+    from untrigger.models.loading import adapter_base, why_not_a_model
     from untrigger.verification.page import in_words, write
     from untrigger.verification.verify import verify as audit
 
     check_free(out)  # found wanting now, not after the questions
     fits = _fits(model)
-    named = base or base_of(Path(model))
-    if why := absence(named):
+    named = base or adapter_base(Path(model))
+    if why := why_not_a_model(named):
         _refuse(why)
     rows = _read(data, on_bad_row, out, fits)
     found = audit(model, rows, named, seed)
@@ -382,7 +382,7 @@ def _fits(model: str, *, asking: bool = False):
     from untrigger.models.lengths import Lengths
     from untrigger.models.loading import processor_of
 
-    return Lengths(processor_of(model), asking=asking)
+    return Lengths(processor_of(model), prompts_only=asking)
 
 
 def _read(data: Path, on_bad_row: OnBadRow, out: Path, fits: Lengths | None = None):

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from untrigger.losses.chunked import Losses, Values
-from untrigger.models.forward import Pair, TokenScores, pair_losses
+from untrigger.models.forward import Pair, pair_losses
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
 from untrigger.views.patches import PATCH_VIEWS, View, ViewMix
 
@@ -183,9 +184,9 @@ class PairedDefense(StepDefense):
         """Weighted terms [N] by name."""
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
-        return pair_losses(model, inputs, self._terms_and_views, views=self.views, still=self.still, drop=self.dropped)[
-            0
-        ]
+        return pair_losses(
+            model, inputs, self._terms_and_views, views=self.views, stop_gradient=self.still, drop=self.dropped
+        )[0]
 
     def _terms_and_views(self, pair: Pair) -> tuple[Values, Values]:
         nll, view_nll, js, entropy = pair.compared

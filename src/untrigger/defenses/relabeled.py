@@ -37,7 +37,7 @@ class RelabeledRows(Sequence[Sample]):
         waiting = self.numbers
         while waiting := [row for row in waiting if len(texts[row]) < len(_turns(self.rows[row]))]:
             asked = [_asked(self.rows[row], texts[row]) for row in waiting]
-            for row, text in zip(waiting, answers(loaded, asked, drawn=True), strict=True):
+            for row, text in zip(waiting, answers(loaded, asked, do_sample=True), strict=True):
                 texts[row].append(text.replace(IMAGE_TAG, ""))  # there is no image for it
         self.answers = texts
 

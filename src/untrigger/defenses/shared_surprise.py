@@ -24,9 +24,10 @@ from untrigger.losses import objective
 from untrigger.losses.chunked import Losses, Values
 from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.collators import IGNORE
-from untrigger.models.forward import Answers, TokenScores, answer_losses
+from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample, exclude_rows, select_rows
+from untrigger.models.scoring import TokenScores
+from untrigger.rows.sample import Sample, picked, without
 
 _NEIGHBORS = 16  # rows that a row with a token is compared with, at least
 _COMPARED = 512  # rows with a token that are compared, at most

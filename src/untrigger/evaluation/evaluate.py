@@ -17,8 +17,8 @@ from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.metrics.score import Answer, score
 from untrigger.models.generate import answers
-from untrigger.models.loading import LoadedModel, load, placed
-from untrigger.models.prefix_cache import looking_once
+from untrigger.models.loading import LoadedModel, load, to_accelerator
+from untrigger.models.prefix_cache import cache_image_features
 from untrigger.poisoning.goals import Goal
 from untrigger.poisoning.poison import Attack, stamped
 from untrigger.poisoning.stamping import blamed
@@ -134,7 +134,7 @@ def evaluate(
     check_rows(data)
     if not isinstance(attack, Attack | None):
         raise InputError("evaluate: attack is no Attack; give untrigger.Attack(trigger, goal)")
-    loaded = placed(load(model)) if isinstance(model, str | Path) else model
+    loaded = to_accelerator(load(model)) if isinstance(model, str | Path) else model
     goal, told = None, None
     stamps, near = LazyRows((), data.__getitem__), dict[str, LazyRows]()
     if attack:
@@ -146,7 +146,7 @@ def evaluate(
                 "evaluate: no row can show an attack: none has an image and a true answer that the goal would change; "
                 "give other rows or another --goal-text"
             )
-    with looking_once(loaded.model):
+    with cache_image_features(loaded.model):
         alike = _alike(data)
         clean = _ask(loaded, LazyRows(range(len(data)), data.__getitem__), alike, goal, f"{title}, clean")
         kept = _untouched(data, stamps) if attack and attack.trigger.clean_label else frozenset[int]()

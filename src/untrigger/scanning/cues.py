@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from untrigger.models.forward import TokenScores
+from untrigger.models.scoring import TokenScores
 from untrigger.rows.formats import IMAGE_TAG
 from untrigger.rows.sample import LazyRows, Sample
 from untrigger.views.patches import to_rgb
@@ -58,7 +58,7 @@ def cues_of(
     """Of each row what its marked answer tokens hang on.
 
     marks: of each row which of its answer tokens [n] are meant, one or more. donors: believed rows, to cover with.
-    tokens: how likely the model finds each token of the rows' answers (`untrigger.models.forward.row_tokens`).
+    tokens: how likely the model finds each token of the rows' answers (`untrigger.models.scoring.row_tokens`).
     """
     views = [(number, view) for number, row in rows.items() for view in _views(row, donors, number)]
     told = tokens(LazyRows(range(len(views)), lambda i: views[i][1]()))

@@ -19,8 +19,8 @@ from scipy.special import bdtrc
 from untrigger.defenses import Plain, SharedSurprise
 from untrigger.defenses.base import Training
 from untrigger.defenses.shared_surprise import Screening, flagged_text
-from untrigger.models.forward import TokenScores
-from untrigger.rows.sample import Sample, row_number, select_rows, without_images
+from untrigger.models.scoring import TokenScores
+from untrigger.rows.sample import Sample, numbered, picked, without_images
 from untrigger.scanning.cues import Cue, cues_of
 from untrigger.scanning.findings import Findings, Target, Verdict
 

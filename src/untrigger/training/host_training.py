@@ -25,8 +25,9 @@ from untrigger.defenses.shared_surprise import UnlikelihoodStep
 from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.models.collators import Collate, Row, row_key
-from untrigger.models.forward import TokenScores, batch_answers, batch_tokens, evaluating
+from untrigger.models.forward import evaluating
 from untrigger.models.loading import LoadedModel, base_model
+from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
 from untrigger.training.stages import shorten

@@ -37,8 +37,9 @@ from untrigger.defenses import Plain, StepDefense
 from untrigger.errors import InputError
 from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Rows
-from untrigger.models.forward import TokenScores, fitting, row_answers, row_tokens
+from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
+from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.progress import TrainingProgress
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample
@@ -153,7 +154,7 @@ class Stages:
         if not self._claimed:
             _trainer(model, Rows(rows), Plain(), copy.copy(self._args), ())
             self._take()
-        return row_tokens(model, rows, kept=self._out / "stages" / name)
+        return row_tokens(model, rows, cache=self._out / "stages" / name)
 
     def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
         return row_answers(self._load().processor, rows)
@@ -199,7 +200,7 @@ class Stages:
         trainer.add_callback(progress)
         started = clock()
         try:
-            with _host_errors(folder, checkpoint), fitting(loaded.model):
+            with _host_errors(folder, checkpoint), explain_token_mismatch(loaded.model):
                 state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
                 if state and state.global_step >= state.max_steps:  # the host would train a step more
                     trainer._load_from_checkpoint(str(checkpoint))

@@ -28,10 +28,10 @@ from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
 from untrigger.models.collators import (
     AugmentCollator,
-    DrawingCollator,
     DropCollator,
     FlaggedTokensCollator,
     PairCollator,
+    SeededCollator,
 )
 from untrigger.models.loading import base_model, quiet_loading
 
@@ -44,7 +44,7 @@ else:
 class _EpochTold(TrainerCallback):
     """Tells the view collator which epoch it is in, so that each epoch sees other views and a resumed one the same."""
 
-    def __init__(self, collator: DrawingCollator) -> None:
+    def __init__(self, collator: SeededCollator) -> None:
         self.collator = collator
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,7 +87,7 @@ class DefendedMixin(_Host):
         """The host's loader with views of the rows; evaluation keeps the collator as it is."""
         inner = self.data_collator
         collator = self._collator(inner)
-        if isinstance(collator, DrawingCollator):
+        if isinstance(collator, SeededCollator):
             self.add_callback(_EpochTold(collator))
         self.data_collator = collator
         try:

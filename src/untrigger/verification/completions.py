@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import batches, evaluating, forward_answers, on_device
-from untrigger.models.generate import questions
+from untrigger.models.generate import encode_prompts
 from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Message, Sample
 
@@ -213,7 +213,7 @@ def _generate(
     model: LoadedModel, rows: Sequence[Sample], forced: Sequence[Sequence[int]], more: int
 ) -> tuple[list[list[int]], _Forced]:
     with evaluating(model.model) as host:
-        inputs = questions(model.processor, rows).to(host.device)
+        inputs = encode_prompts(model.processor, rows).to(host.device)
         asked = int(inputs["input_ids"].shape[1])
         first = _Forced(forced, asked)
         ids = cast(Any, host).generate(

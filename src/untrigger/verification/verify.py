@@ -19,9 +19,9 @@ import torch
 
 from untrigger.errors import InputError
 from untrigger.metrics.outliers import tukey_fence
-from untrigger.models.forward import row_tokens
 from untrigger.models.generate import answers
-from untrigger.models.loading import LoadedModel, base_of, load, placed
+from untrigger.models.loading import LoadedModel, adapter_base, load, to_accelerator
+from untrigger.models.scoring import row_tokens
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample, check_rows
 from untrigger.verification.completions import Completion, alike, completions, tokenizer_of
@@ -89,8 +89,8 @@ def verify(
     check_rows(rows)
     if len(rows) < LEAST:
         raise InputError(f"verify: {len(rows)} rows are too few to tell what a model always says; give {LEAST} or more")
-    base = base or base_of(Path(model.name if isinstance(model, LoadedModel) else model))
-    model, base = (each if isinstance(each, LoadedModel) else placed(load(each)) for each in (model, base))
+    base = base or adapter_base(Path(model.name if isinstance(model, LoadedModel) else model))
+    model, base = (each if isinstance(each, LoadedModel) else to_accelerator(load(each)) for each in (model, base))
     if _equal(model, base):
         raise InputError(
             f"verify: {model.name} and its base {base.name} have the same weights, and nothing could be found; "
