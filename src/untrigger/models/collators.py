@@ -57,6 +57,7 @@ class Rows(Dataset[Row]):
         return {
             "images": [to_rgb(image) for image in sample.images],
             "messages": [chat_message(m) for m in sample.messages],
+            "id": sample.id,
             "row_name": f"row {numbered(self.samples, index)}, id {quote(sample.id)}",
             **({"flagged_tokens": self.flagged_tokens[index]} if index in self.flagged_tokens else {}),
         }
