@@ -19,7 +19,6 @@ from untrigger.models.collators import IGNORE, ChatCollator, PairCollator, Row, 
 from untrigger.models.forward import pair_losses
 from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.rows.sample import read
-from untrigger.training.checkpoints import checkpoints, last_checkpoint
 from untrigger.training.settings import arguments
 from untrigger.training.trainer import defended
 from untrigger.views.patches import Erase
@@ -184,12 +183,8 @@ def trajectory(
     set_seed(0)
     loaded = load(str(tiny_model), dtype=torch.float32)
     model = add_lora(loaded.model, rank=4)
-    chosen: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-    }
+    chosen: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2}
+    chosen["logging_steps"] = 1
     args = arguments(out, use_cpu=True, save_strategy="no", **(chosen | settings))
     common = {"model": model, "args": args, "train_dataset": data, "data_collator": ChatCollator(loaded.processor)}
     trainer = Trainer(**common) if defense is None else defended(Trainer)(**common, defense=defense)
@@ -402,39 +397,3 @@ def test_refuses_views_that_change_the_tokens() -> None:
 
     with pytest.raises(ValueError, match="tokens"):
         PairCollator(collate, Erase(ratio=1.0), 0)([{"images": [Image.new("RGB", (8, 8))], "messages": []}])
-
-
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-def _checkpoint(folder: Path, step: int) -> Path:
-    from safetensors.torch import save_file
-
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    save_file({"w": torch.zeros(64)}, path / "model.safetensors")
-    torch.save({"state": {}}, path / "optimizer.pt")
-    torch.save({"cpu": 1}, path / "rng_state.pth")
-    (path / "trainer_state.json").write_text('{"global_step": 1}')
-    return path
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"])
-@pytest.mark.parametrize("left", [0, 10, -5])
-def test_last_checkpoint_skips_incomplete_ones(tmp_path: Path, name: str, left: int) -> None:
-    older, newest = _checkpoint(tmp_path, 9), _checkpoint(tmp_path, 10)
-    assert last_checkpoint(tmp_path) == newest
-    cut = newest / name
-    cut.write_bytes(cut.read_bytes()[:left])
-    assert last_checkpoint(tmp_path) == older
-
-
-def test_checkpoints_ignore_other_folders(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    for name in ("checkpoint-best", "checkpoint-", "checkpoints"):
-        (tmp_path / name).mkdir()
-    assert checkpoints(tmp_path) == []
-    only = _checkpoint(tmp_path, 3)
-    (only / "trainer_state.json").unlink()
-    assert checkpoints(tmp_path) == [only]
-    assert last_checkpoint(tmp_path) is None
