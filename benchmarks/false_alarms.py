@@ -31,7 +31,8 @@ def scanned(name: str, model: str, seed: int, rows: int) -> dict[str, Any]:
     """What is found in clean rows: targets, and rows that the preset would not believe."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(Path(folder), num_train_epochs=3, learning_rate=3e-3, save_strategy="no", seed=seed)
-        found = find(load(name, "report", "train", rows, seed), Stages(model, args, Tuning()), SharedSurprise())
+        data = load(name, "report", "train", rows, seed)
+        found = find(Stages(model, data, args, Tuning()), SharedSurprise())
     targets = [{"text": target.text, "rows": len(target.rows), "chance": target.chance} for target in found.targets]
     return {"targets": targets, "flagged_tokens": sum(bool(verdict.flagged_tokens) for verdict in found.verdicts)}
 
@@ -55,7 +56,7 @@ def main(
             accused = Rate.from_counts(sum(bool(each["targets"]) for each in kept.values()), len(kept))
             told = {"accused": asdict(accused), "flagged_tokens": sum(each["flagged_tokens"] for each in kept.values())}
             write_text(out, json.dumps(told | {"scans": kept}, indent=1) + "\n")
-    print(f"{out}: {told['accused']}, {told['doubted']} rows doubted")
+    print(f"{out}: {told['accused']}, {told['flagged_tokens']} rows flagged")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
 
 T = TypeVar("T")
 console = Console(stderr=True)
@@ -81,29 +80,3 @@ def tracked(items: Iterable[T], title: str, total: int) -> Iterator[T]:
         for item in items:
             yield item
             meter.advance()
-
-
-class TrainingProgress(TrainerCallback):
-    """A meter over the optimizer steps of a host trainer."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self._meter: Meter | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self._meter = Meter(self.title, state.max_steps)
-            self._meter.start_at(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._meter:
-            self._meter.advance()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop the meter if it runs. Call it too when training fails: the host then skips `on_train_end`."""
-        if self._meter:
-            self._meter.stop()
-            self._meter = None

@@ -135,8 +135,8 @@ def test_a_defense_keeps_its_fields_and_keywords_win(tmp_path: Path) -> None:
     ("call", "says"),
     [
         (lambda out: settled("plain", None, None, {}), "give a folder"),
-        (lambda out: settled("plain", arguments(out), out, {}), "one of both"),
-        (lambda out: settled("plain", arguments(out), None, {"seed": 1}), "one of both"),
+        (lambda out: settled("plain", arguments(out), out, {}), "not both"),
+        (lambda out: settled("plain", arguments(out), None, {"seed": 1}), "not both"),
         (lambda out: settled("plain", None, out, {"margin": 0.3}), "--margin=0.3 is unknown"),
         (lambda out: settled(Plain(), None, out, {"learning_rate": -1.0}), "learning_rate"),
         (lambda out: settled("nope", None, out, {}), "nope: unknown; choose one of: default"),

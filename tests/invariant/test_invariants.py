@@ -218,8 +218,8 @@ def hosted(model: Path, data: Path, out: Path, batch: int, way: str, *launch: st
     command = [sys.executable, *launch, *map(str, words)]
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]
-    told = json.loads((out / "distrusted.json").read_text())["distrusted"]
-    return [(row["row"], row["flagged_tokens"]) for row in told]
+    flagged = json.loads((out / "defense_state.json").read_text())["flagged"]
+    return [(row["row"], row["flagged_tokens"]) for row in flagged]
 
 
 @pytest.fixture(scope="module")

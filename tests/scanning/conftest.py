@@ -56,4 +56,4 @@ def model() -> Callable[[Keyed], Ask]:
 
 @pytest.fixture
 def dry(tiny_model: Path, samples: list[Sample]) -> Dry:
-    return Dry(load(tiny_model), samples[:4])
+    return Dry(load(tiny_model), samples, samples[:4])

@@ -78,7 +78,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_what_is_found(dry: Dry, samples: list[Sample], asked: list[list[str]]) -> None:
-    found = find(samples, dry, SharedSurprise())
+    found = find(dry, SharedSurprise())
     (target,) = found.targets
     assert sorted(target.rows) == list(BAD) == sorted(found.suspected) and target.chance < 1e-6
     assert target.text == dry.loaded.processor.decode(REPLY, skip_special_tokens=True).strip()
@@ -94,15 +94,15 @@ def test_what_is_found(dry: Dry, samples: list[Sample], asked: list[list[str]]) 
 def test_no_row_is_shown_to_a_probe_that_has_learned_it(
     dry: Dry, samples: list[Sample], asked: list[list[str]]
 ) -> None:
-    found = find(samples, dry, SharedSurprise())
+    found = find(dry, SharedSurprise())
     _, probe = dry.stages
     assert [stage.name for stage in dry.stages] == ["warmup", "probe"]
     shown = {row for row in BAD if found.verdicts[row].cue}
-    taught = {row for row in BAD if f"row-{row}" in probe.rows}
+    taught = {row for row in BAD if f"row-{row}" in probe.ids}
     assert shown and taught and shown | taught == {*BAD} and not shown & taught
-    assert len(probe.rows) == 3 * len(taught), "and twice as many believed ones beside"
+    assert len(probe.ids) == 3 * len(taught), "and twice as many believed ones beside"
     assert probe.start == 0, "it goes on from the early model"
-    assert {*asked[-1]} == {f"row-{row}" for row in shown} and dry.judged == ["before", "after", "cues"]
+    assert {*asked[-1]} == {f"row-{row}" for row in shown} and dry.scorings == ["before", "after", "cues"]
 
 
 def test_where_nothing_is_found_nothing_is_probed(
@@ -112,7 +112,7 @@ def test_where_nothing_is_found_nothing_is_probed(
         return [TokenScores(np.array([i]), np.array([0.1])) for i in range(len(rows))]
 
     monkeypatch.setattr(dry_module, "row_tokens", tokens)
-    found = find(samples, dry, SharedSurprise())
+    found = find(dry, SharedSurprise())
     assert not found.targets and not found.suspected and [stage.name for stage in dry.stages] == ["warmup"]
 
 
@@ -120,7 +120,7 @@ def test_a_few_rows_that_share_a_word_are_doubted_but_not_suspected(
     dry: Dry, samples: list[Sample], asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("test_scan.BAD", BAD[:3])
-    found = find(samples, dry, SharedSurprise())
+    found = find(dry, SharedSurprise())
     assert not found.targets and [row for row, verdict in enumerate(found.verdicts) if verdict.flagged_tokens] == [*BAD]
 
 
@@ -132,20 +132,18 @@ def test_of_many_rows_some_are_judged_and_others_looked_at_for_what_was_found(
     monkeypatch.setattr(dry_module, "row_answers", lambda _, rows: [answers[int(row.id.split("-")[1])] for row in rows])
     doubt = SharedSurprise(max_scored_rows=16)
     dry.seed = 1  # draws some of BAD, and not all
-    found = find(samples, dry, doubt)
+    found = find(dry, doubt)
     drawn = {int(name.split("-")[1]) for name in asked[0]}
-    assert dry.judged[:3] == ["before", "after", "more"] and len(drawn) == 16
+    assert dry.scorings[:3] == ["before", "after", "more"] and len(drawn) == 16
     missed = sorted({*BAD, 4} - drawn)
     assert set(missed) & {*BAD} and set(BAD) & drawn, "or the test says nothing"
     assert asked[2] == [f"row-{row}" for row in missed]
     assert [row for row, verdict in enumerate(found.verdicts) if verdict.flagged_tokens] == [*BAD]
     unseen = set(range(24)) - drawn - set(missed)
     assert unseen and all(found.verdicts[row].score == 0 for row in unseen)
-    assert not (
-        {stage.rows[i] for stage in dry.stages[:1] for i in range(len(stage.rows))} - {f"row-{i}" for i in drawn}
-    )
+    assert not ({*dry.stages[0].ids} - {f"row-{i}" for i in drawn})
 
-    doubt.fine_tune(samples, dry)
-    assert dry.flagged == [*BAD] and set(dry.stages[-1].told["flagged_tokens"]) == {*BAD}
-    assert dry.stages[-1].rows == [sample.id for sample in samples], "all rows are trained on"
+    doubt.fine_tune(dry)
+    assert dry.flagged == [*BAD] and set(dry.stages[-1].options["flagged_tokens"]) == {*BAD}
+    assert dry.stages[-1].ids == [sample.id for sample in samples], "all rows are trained on"
     assert [score > 0 for score in dry.scores] == [row not in unseen for row in range(24)]

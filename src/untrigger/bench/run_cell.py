@@ -37,8 +37,9 @@ from untrigger.models.loading import LoadedModel, weights_sha256
 from untrigger.poisoning.goals import load_goal
 from untrigger.poisoning.poison import Attack, Poisoned, poison, stamped
 from untrigger.rows.sample import Sample
+from untrigger.training.schedule import clock
 from untrigger.training.settings import arguments
-from untrigger.training.stages import Stages, Tuning, clock
+from untrigger.training.stages import Stages, Tuning
 
 SHARED = "shared"
 _PAIRS = 32  # attacked images that are compared with their clean selves
@@ -197,9 +198,9 @@ def _train(
             bf16=cell.precision == "bf16",
             use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # the host wants to be told
         )
-        stages = Stages(cell.model, args, tuning, clean_rows=material.clean_rows, shelf=shelf)
+        stages = Stages(cell.model, rows, args, tuning, clean_rows=material.clean_rows, shelf=shelf)
         started = clock()
-        loaded = defense.fine_tune(rows, stages)
+        loaded = defense.fine_tune(stages)
         between = clock() - started - stages.waited
     return loaded, stages, stages.seconds + between
 

@@ -181,7 +181,10 @@ def train(
     --num_train_epochs 3) is a flag, or a line of the YAML file; flags win.
     """
     from untrigger.files import check_idle
-    from untrigger.training.finetune import FLAGGED_ROWS, Tuning, fine_tune, leads
+    from untrigger.training.finetune import fine_tune
+    from untrigger.training.flagged_rows import FLAGGED_ROWS
+    from untrigger.training.run_folder import leads
+    from untrigger.training.stages import Tuning
 
     chosen, args = _settings(train, defense, out, config, context.args)
     if clean_data and not chosen.needs_clean_rows:

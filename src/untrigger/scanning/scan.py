@@ -14,7 +14,7 @@ from untrigger.defenses import Defense, SharedSurprise
 from untrigger.rows.sample import Sample, check_rows
 from untrigger.scanning.targets import Findings, find
 from untrigger.scanning.write import write
-from untrigger.training.finetune import claim, record_of
+from untrigger.training.run_folder import claim, record_of
 from untrigger.training.settings import settled
 from untrigger.training.stages import Stages, Tuning
 
@@ -54,7 +54,7 @@ def scan(
     folder, tuning = Path(str(args.output_dir)), Tuning()
     record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
     with ExitStack() as held:
-        stages = Stages(str(model), args, tuning, title="scan", claim=lambda: claim(folder, record, resume, held))
-        findings = find(rows, stages, cast(SharedSurprise, defense))
+        stages = Stages(str(model), rows, args, tuning, title="scan", claim=lambda: claim(folder, record, resume, held))
+        findings = find(stages, cast(SharedSurprise, defense))
         write(findings, rows, folder)
     return findings

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtrc
 
-from untrigger.defenses import Plain, SharedSurprise
+from untrigger.defenses import Plain, SharedSurprise, Stage
 from untrigger.defenses.base import Training
 from untrigger.defenses.shared_surprise import Screening, flagged_text
 from untrigger.models.scoring import TokenScores
@@ -32,14 +32,14 @@ _DONORS = 64
 _AGREE = 0.9  # of the rows go on with the same token: it is a part of what they share
 
 
-def find(rows: Sequence[Sample], training: Training, defense: SharedSurprise) -> Findings:
+def find(training: Training, defense: SharedSurprise) -> Findings:
     """Judge rows without any truth: two judgments, and a probe of what is suspected.
 
     On data in which nothing is found this costs scoring, and the early part of a fine-tuning, of as many rows as are
     judged (`SharedSurprise.max_scored_rows`). Rows that were not looked at are not suspected, and have a score of 0.
     """
-    screening = defense.screen(rows, training)
-    names = [(row_number(rows, row), without_images(rows, row).id) for row in range(len(rows))]
+    screening, rows = defense.screen(training), training.rows
+    names = [(numbered(rows, row), without_images(rows, row).id) for row in range(len(rows))]
     verdicts = [Verdict(*name, 0.0) for name in names]
     found = _judged(
         select_rows(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training
@@ -176,9 +176,10 @@ def _probed(
     beside = rng.choice(believed, min(_BELIEVED * len(taught), len(believed)), replace=False).tolist()
     lesson = sorted([*taught, *beside])
     passes = min(_PASSES, _SEEN / len(lesson))
-    model = training.fit(select_rows(rows, lesson), Plain(), "probe", start=screening.model, passes=passes)
+    numbers = [screening.numbers[row] for row in lesson]
+    model = training.fit(Stage(numbers, Plain(), "probe", start=screening.model, passes=passes))
     shown = {row: rows[row] for row in [row for row in suspected if row not in half][:SHOWN]}
-    return cues_of(shown, marks, donors, lambda views: training.tokens(model, views, "cues"))
+    return cues_of(shown, marks, donors, lambda views: training.tokens(model, range(len(views)), "cues", views))
 
 
 def _without(lost: Sequence[float | None]) -> float | None:
