@@ -217,11 +217,11 @@ def verify(
 ) -> None:
     """Tell whether a finished model says something too readily; exit code 3 if it does, 0 if nothing was found.
 
-    Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: what it kept saying, and when.
+    Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: each text, and what brought it out.
     """
     from untrigger.files import check_free
     from untrigger.models.loading import absence, base_of
-    from untrigger.verification.page import in_words, write
+    from untrigger.verification.page import describe, write
     from untrigger.verification.verify import verify as audit
 
     check_free(out)  # found wanting now, not after the questions
@@ -233,7 +233,7 @@ def verify(
     found = audit(model, rows, named, seed)
     write(found, model, named, out)
     for finding in found.findings:
-        typer.echo(in_words(finding))
+        typer.echo(describe(finding))
     verdict = "suspicious" if found.findings else "nothing found, which is no proof that there is nothing"
     typer.echo(f"{out / 'audit.html'}: {verdict}")
     if found.findings:

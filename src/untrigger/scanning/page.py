@@ -22,12 +22,12 @@ _FULL_HEAT = 3.0  # nats that give the strongest color: the text is twenty times
 
 
 class Picture(NamedTuple):
-    """An image as a data address, the heat of its cells [GRID, GRID] in 0 to 1, and the cells (x, y) with an outline.
+    """An image as a data URI, the heat of its cells [GRID, GRID] in 0 to 1, and the cells (x, y) with an outline.
 
     Both lists are empty if the row was not probed.
     """
 
-    address: str
+    uri: str
     heat: list[list[float]]
     outlined: list[tuple[int, int]]
 
