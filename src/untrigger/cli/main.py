@@ -129,11 +129,11 @@ def scan(
 ) -> None:
     """Tell which rows teach something that only an attacker would; exit code 3 if there are any, 0 if not.
 
-    Give the model and the settings that you would train with (--learning_rate 1e-4). Writes DIR/verdicts.jsonl and
-    .parquet, a row each; DIR/gallery.html, what was found and where in the images; DIR/clean, the data without it.
+    Give the model and the settings that you would train with (--learning_rate 1e-4). Writes DIR/all_rows.jsonl and
+    .parquet, the most suspicious row first; DIR/scan.html, the findings; DIR/clean, the data without suspected rows.
     """
     from untrigger.files import check_idle
-    from untrigger.scanning.findings import chance, place
+    from untrigger.scanning.findings import p_value_text, place
     from untrigger.scanning.scan import scan as run
     from untrigger.scanning.write import CLEAN
 
@@ -142,10 +142,10 @@ def scan(
     rows = _read(data, on_bad_row, out, _fits(model))
     findings = run(model, rows, defense, args, resume=resume)
     for target in findings.targets:
-        told = f"{len(target.rows):,} rows say {target.text!r} (chance {chance(target.chance)})"
+        told = f"{len(target.rows):,} rows say {target.text!r} (chance {p_value_text(target.p_value)})"
         typer.echo(f"{told}: {place(findings, target)}")
-    typer.echo(f"{out / 'verdicts.jsonl'}: {len(findings.suspected):,} of {len(rows):,} rows are suspected")
-    typer.echo(f"{out / 'gallery.html'}: {'what was found' if findings.targets else 'nothing found'}")
+    typer.echo(f"{out / 'all_rows.jsonl'}: {len(findings.suspected):,} of {len(rows):,} rows are suspected")
+    typer.echo(f"{out / 'scan.html'}: {'what was found' if findings.targets else 'nothing found'}")
     if findings.targets:
         typer.echo(f"{out / CLEAN}: the other {len(rows) - len(findings.suspected):,} rows")
         raise typer.Exit(3)
@@ -220,11 +220,11 @@ def verify(
 ) -> None:
     """Tell whether a finished model says something too readily; exit code 3 if it does, 0 if nothing was found.
 
-    Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: what it kept saying, and when.
+    Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: each text, and what brought it out.
     """
     from untrigger.files import check_free
-    from untrigger.models.loading import adapter_base, why_not_a_model
-    from untrigger.verification.page import in_words, write
+    from untrigger.models.loading import absence, base_of
+    from untrigger.verification.page import describe, write
     from untrigger.verification.verify import verify as audit
 
     check_free(out)  # found wanting now, not after the questions
@@ -236,7 +236,7 @@ def verify(
     found = audit(model, rows, named, seed)
     write(found, model, named, out)
     for finding in found.findings:
-        typer.echo(in_words(finding))
+        typer.echo(describe(finding))
     verdict = "suspicious" if found.findings else "nothing found, which is no proof that there is nothing"
     typer.echo(f"{out / 'audit.html'}: {verdict}")
     if found.findings:
