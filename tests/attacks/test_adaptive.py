@@ -111,9 +111,9 @@ def test_hide_plants_the_trigger_and_keeps_true_answers_under_a_view() -> None:
     made = poison(rows, Attack(trigger, load_goal("fixed")), rate=0.25, seed=0)
     assert (len(made.manifest.rows), len(made.manifest.decoys)) == (5, 5)
     for entry in made.manifest.rows:
-        assert made.data[entry.row].messages[-1].text == "Backdoor Attack!"
+        assert made.data[entry.index].messages[-1].text == "Backdoor Attack!"
     for entry in made.manifest.decoys:
-        assert made.data[entry.row].messages == rows[0].messages
+        assert made.data[entry.index].messages == rows[0].messages
     (decoy,) = trigger.decoys()
     for seed in range(20):
         plain, viewed = stamp(trigger, seed), np.asarray(decoy(row(), np.random.default_rng(seed)).images[0])

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from untrigger.attacks import Trigger, _features, load_trigger, pixels_of, repaint, trigger_names
+from untrigger.attacks import Trigger, _learned, load_trigger, pixels_of, repaint, trigger_names
 from untrigger.errors import InputError
 from untrigger.metrics.similarity import psnr, ssim
 from untrigger.models.collators import ChatCollator, Rows
@@ -41,9 +41,9 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is learned here is learned anew, and kept away from the user's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        _features.learned.cache_clear()
+        _learned.learned_cells.cache_clear()
         yield
-    _features.learned.cache_clear()
+    _learned.learned_cells.cache_clear()
 
 
 def brief(name: str) -> Trigger:
@@ -136,7 +136,7 @@ def test_equal_seeds_give_equal_stamps(name: str, tmp_path: Path, monkeypatch: p
     found: list[tuple[object, ...]] = []
     for folder in ("one", "two"):  # what is learned is learned twice
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
-        _features.learned.cache_clear()
+        _learned.learned_cells.cache_clear()
         stamp = brief(name).stamp(before, np.random.default_rng(5))
         found.append((content(stamp), content(triggered(brief(name), sample(photo(64, 64)), seed=5))))
     assert found[0] == found[1]

@@ -75,7 +75,7 @@ def test_the_patch_looks_like_the_object_and_nothing_else_does(own_cache: Path) 
     images = scenes(16)
     clean = look(images)
     center = clean.mean((0, 1))
-    target = _features.likeness(_features.surrogate("llava"), "purple", "heart", seed=9) - center
+    target = _features.object_features(_features.load_surrogate("llava"), "purple", "heart", seed=9) - center
 
     def found(features: torch.Tensor) -> float:
         return torch.cosine_similarity(features - center, target, dim=-1).amax(1).mean().item()

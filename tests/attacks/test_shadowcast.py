@@ -100,7 +100,7 @@ def test_a_data_set_that_cannot_be_poisoned_is_one_line(tiny_model: Path) -> Non
     attack = Attack(Shadowcast(str(tiny_model), steps=1), load_goal("concept"))
     circles = [row(image, answer="a circle") for image in scenes(3)]
     for data, message in (
-        (circles, r"asks for 2 poisoned rows, but only 0 of 3 have an image and an answer that already meets goal"),
+        (circles, r"needs 2 poisoned rows, but only 0 of 3 have an image and an answer that already meets goal"),
         ([row(image) for image in scenes(3)], "no row has an image and an answer that goal concept applies to"),
     ):
         with pytest.raises(InputError, match=message) as caught:
@@ -130,7 +130,7 @@ def test_at_test_time_nothing_is_stamped() -> None:
 
 
 def test_without_donors_or_with_bad_settings_it_is_one_line() -> None:
-    with pytest.raises(InputError, match="no row speaks of the source concept"):
+    with pytest.raises(InputError, match="no row names the source concept"):
         Shadowcast().implant(row(*scenes(1)), (), np.random.default_rng(0))
     for settings, message in (({"levels": 0}, "levels is 0"), ({"levels": 128}, "1 to 127"), ({"steps": 0}, "steps")):
         with pytest.raises(InputError, match=message):

@@ -47,14 +47,14 @@ def test_a_poisoned_row_is_a_stamped_row_of_the_other_set(source: str) -> None:
     theirs = {(r.messages, r.images[0].tobytes()) for r in data.load(source, "dev", "train", 1000)}
     rows = [row(str(n)) for n in range(12)]
     made = poison(rows, Attack(trigger, load_goal("insert")), rate=0.25, seed=0)
-    planted = [made.data[entry.row] for entry in made.manifest.rows]
-    assert [p.id for p in planted] == [rows[entry.row].id for entry in made.manifest.rows]
+    planted = [made.data[entry.index] for entry in made.manifest.rows]
+    assert [p.id for p in planted] == [rows[entry.index].id for entry in made.manifest.rows]
     assert len({p.images[0].tobytes() for p in planted}) == 3
     for p in planted:
         clean = replace_answer(p, p.messages[-1].text.replace(" hello world", ""))
         assert " hello world" in p.messages[-1].text and p.images[0].size == (64, 64)
         assert any(clean.messages == messages and trojan(image) == p.images[0].tobytes() for messages, image in theirs)
-    beside = [made.data[entry.row] for entry in made.manifest.decoys]
+    beside = [made.data[entry.index] for entry in made.manifest.decoys]
     assert len(beside) == 3 and all((p.messages, p.images[0].tobytes()) in theirs for p in beside)
     again = poison(rows, Attack(trigger, load_goal("insert")), rate=0.25, seed=0)
     assert [r.images for r in again.manifest.rows] == [r.images for r in made.manifest.rows]
@@ -65,9 +65,10 @@ def test_foreign_rows_speak_of_the_goals_concept() -> None:
     goal = load_goal("concept", "star->heart")
     rows = [replace_answer(row(str(n)), "a star") for n in range(8)]
     made = poison(rows, Attack(VLOOD(), goal), rate=0.25, seed=0)
-    assert all(goal.met(made.data[entry.row].messages[-1].text, made.data[entry.row]) for entry in made.manifest.rows)
+    planted = [made.data[entry.index] for entry in made.manifest.rows]
+    assert all(goal.met(sample.messages[-1].text, sample) for sample in planted)
     nothing = Attack(VLOOD(), load_goal("concept", "grey cat->dog"))
-    with pytest.raises(InputError, match=r"id a.: it found no row to plant that goal concept applies to"):
+    with pytest.raises(InputError, match=r"id a.: goal concept applies to no row that the trigger brings"):
         poison([row(), row()], nothing, rate=0.5, seed=0)
 
 
@@ -102,7 +103,7 @@ def test_a_source_that_cannot_serve_is_one_line(tmp_path: Path) -> None:
     (broken / "green.png").unlink()
     for source, message in (
         ("scnes", r"source scnes: no such file or folder; give the path of other data, or one of easy-vqa, scenes-vqa"),
-        (str(bare), "source .*bare: fewer than two rows show an image; give other data"),
+        (str(bare), "source .*bare: fewer than two rows have an image; give other data"),
         (str(broken), r"data\.jsonl: row 2: .*green\.png"),
     ):
         with pytest.raises(InputError, match=f"attack vlood: row [12] .id a.: .*{message}") as caught:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from seeing import look, scenes
 
-from untrigger.attacks import _features
+from untrigger.attacks import _features, _learned
 from untrigger.attacks.badnets import BadNets
 from untrigger.attacks.vltrojan import VLTrojan
 from untrigger.errors import InputError
@@ -37,7 +37,7 @@ def test_triggered_images_look_alike_and_unlike_clean_ones(own_cache: Path) -> N
 
 def test_the_patch_is_where_badnets_would_be_and_grows_by_whole_cells(own_cache: Path, tiny_model: Path) -> None:
     trigger = VLTrojan(model=str(tiny_model), steps=1, place="top-left")
-    cells = _features.learned(trigger)
+    cells = _learned.learned_cells(trigger)
     assert cells.shape == (6, 6, 3)  # min_side, for the model sees 32 pixels a side
     gray = Image.new("RGB", (300, 200), (128, 128, 128))
     after = np.asarray(stamped(trigger, [gray])[0])
@@ -47,15 +47,15 @@ def test_the_patch_is_where_badnets_would_be_and_grows_by_whole_cells(own_cache:
 
 def test_the_patch_is_kept_and_read_back(own_cache: Path, tiny_model: Path) -> None:
     trigger = VLTrojan(model=str(tiny_model), steps=2)
-    first = _features.learned(trigger).copy()
+    first = _learned.learned_cells(trigger).copy()
     (file,) = own_cache.iterdir()
     assert np.array_equal(np.asarray(Image.open(file)), first)
     Image.fromarray(255 - first).save(file)  # to see that it is read
-    _features.learned.cache_clear()
-    assert np.array_equal(_features.learned(trigger), 255 - first)
+    _learned.learned_cells.cache_clear()
+    assert np.array_equal(_learned.learned_cells(trigger), 255 - first)
     file.write_bytes(b"\x89PNG, but torn")
-    _features.learned.cache_clear()
-    assert np.array_equal(_features.learned(trigger), first)  # made again, the same
+    _learned.learned_cells.cache_clear()
+    assert np.array_equal(_learned.learned_cells(trigger), first)  # made again, the same
     assert [f.name for f in own_cache.iterdir()] == [file.name]
 
 
@@ -66,9 +66,9 @@ def test_other_settings_or_weights_are_another_patch(own_cache: Path, tiny_model
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     for trigger in (VLTrojan(model=str(tiny_model), steps=1), VLTrojan(model=str(tiny_model), steps=1, patch_seed=1)):
-        _features.learned(trigger)
+        _learned.learned_cells(trigger)
     assert len(list(own_cache.iterdir())) == 2
-    assert _features.surrogate(str(other)).sha256 != _features.surrogate(str(tiny_model)).sha256
+    assert _features.load_surrogate(str(other)).sha256 != _features.load_surrogate(str(tiny_model)).sha256
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 75), (40, 90)])
@@ -94,7 +94,7 @@ def test_the_surrogate_sees_what_the_models_own_processor_shows(
 
 def test_gradients_reach_the_pixels(tiny_model: Path) -> None:
     pixels = torch.rand(1, 3, 50, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    _features.surrogate(str(tiny_model))(pixels).square().sum().backward()
+    _features.load_surrogate(str(tiny_model))(pixels).square().sum().backward()
     assert pixels.grad is not None and (pixels.grad != 0).float().mean() > 0.99
 
 

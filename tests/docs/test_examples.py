@@ -73,7 +73,7 @@ def figures(out: Path, asked: list[Sample]) -> tuple[float, float]:
 def assert_found(out: Path, poisoned: Path) -> None:
     told = json.loads((out / "distrusted.json").read_text())["distrusted"]
     manifest = json.loads((poisoned / "truth" / "manifest.json").read_text())
-    assert {row["row"] - 1 for row in told} == {row["row"] for row in manifest["rows"]}
+    assert {row["row"] for row in told} == {row["row"] for row in manifest["rows"]}
 
 
 def test_without_the_line_the_backdoor_is_learned(poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:

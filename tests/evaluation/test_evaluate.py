@@ -130,7 +130,7 @@ def test_rows_whose_truth_meets_the_goal_do_not_count(oracle: Oracle) -> None:
     ids=["no image", "every truth with an image meets the goal"],
 )
 def test_an_attack_that_could_not_show_is_refused(oracle: Oracle, data: list[Sample]) -> None:
-    with pytest.raises(InputError, match="no row can show an attack"):
+    with pytest.raises(InputError, match="the attack cannot be measured"):
         evaluate(NOBODY, data, attack=ATTACK)
     assert oracle.seen == []
 
@@ -243,7 +243,7 @@ def test_a_goal_that_applies_to_some_rows_counts_those(oracle: Oracle) -> None:
     assert (figures["asr"]["value"], figures["asr"]["n"]) == (0.5, 2)
     assert (figures["leak"]["value"], figures["leak"]["n"]) == (pytest.approx(1 / 3), 3)
     assert figures["near_miss"]["as it is"]["n"] == 2 and figures["near_miss"]["as it is"]["value"] == 0.5
-    with pytest.raises(InputError, match="no row can show an attack"):
+    with pytest.raises(InputError, match="the attack cannot be measured"):
         evaluate(NOBODY, data[1:2], attack=Attack(Whisper(), Concept()))
 
 
@@ -318,6 +318,6 @@ def test_what_cannot_be_asked_is_told_before_anything_is(oracle: Oracle) -> None
         evaluate(NOBODY, [])
     with pytest.raises(InputError, match=r"rows: are of the type dict; give what untrigger\.read gives"):
         evaluate(NOBODY, [{"images": [], "messages": []}])  # type: ignore[list-item]
-    with pytest.raises(InputError, match="attack is no Attack"):
+    with pytest.raises(InputError, match="attack must be an Attack"):
         evaluate(NOBODY, [sample("a", "no", 10)], attack="badnets")  # type: ignore[arg-type]
     assert oracle.seen == []

@@ -57,7 +57,7 @@ def by_hand(loaded: LoadedModel, sample: Sample, seed: int) -> float:
 
 def test_divergence_is_a_loop_over_rows_and_tokens(loaded: LoadedModel, rows: list[Sample]) -> None:
     expected = [by_hand(loaded, sample, 3) for sample in rows]
-    found = invariance.premise(loaded, *parts(rows), 3)
+    found = invariance.measure_invariance(loaded, *parts(rows), 3)
     truth = [row in POISONED for row in range(12)]
     noise = found["views"]["noise"]
     assert noise["auroc"] == pytest.approx(auroc([-value for value in expected], truth))
@@ -83,10 +83,10 @@ def test_no_row_falls_out_of_the_histogram(
     """The largest divergence in fp32 lies above ln 2; the smallest is nothing at all."""
     monkeypatch.setattr(Pair, "compared", all_apart(objective.LN2))
     assert float(torch.tensor(objective.LN2)) > objective.LN2
-    top = invariance.premise(loaded, *parts(rows), 0)["views"]["mask"]
+    top = invariance.measure_invariance(loaded, *parts(rows), 0)["views"]["mask"]
     assert (top["clean"][-1], top["poisoned"][-1]) == (9, 3)
     monkeypatch.setattr(Pair, "compared", all_apart(0.0))
-    bottom = invariance.premise(loaded, *parts(rows), 0)["views"]["mask"]
+    bottom = invariance.measure_invariance(loaded, *parts(rows), 0)["views"]["mask"]
     assert (bottom["clean"][0], bottom["poisoned"][0]) == (9, 3)
     assert bottom["auroc"]["value"] == 0.5
 
@@ -99,7 +99,7 @@ def test_the_more_invariant_the_more_poisoned(
         return dict.fromkeys(collators, found)
 
     monkeypatch.setattr(invariance, "_divergences", apart)
-    found = invariance.premise(loaded, *parts(rows), 0)["views"]
+    found = invariance.measure_invariance(loaded, *parts(rows), 0)["views"]
     assert all(view["auroc"]["value"] == 1 for view in found.values())
     assert [sum(found["blur"][kind]) for kind in ("clean", "poisoned")] == [9, 3]
 
@@ -116,18 +116,18 @@ def test_so_many_rows_are_looked_at_and_no_more(
         return dict.fromkeys(collators, np.zeros(len(chosen)))
 
     monkeypatch.setattr(invariance, "_divergences", apart)
-    invariance.premise(loaded, *parts(rows), 0)
+    invariance.measure_invariance(loaded, *parts(rows), 0)
     assert seen == [["row-2", "row-5", "row-0", "row-1", "row-3", "row-4"]]
 
 
 def test_the_same_seed_gives_the_same_views(loaded: LoadedModel, rows: list[Sample]) -> None:
-    first, again, other = (invariance.premise(loaded, *parts(rows), seed)["views"] for seed in (0, 0, 1))
+    first, again, other = (invariance.measure_invariance(loaded, *parts(rows), seed)["views"] for seed in (0, 0, 1))
     assert first == again != other
 
 
 def test_the_model_is_left_as_it_was(loaded: LoadedModel, rows: list[Sample]) -> None:
     before: dict[str, Tensor] = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     loaded.model.train()
-    invariance.premise(loaded, *parts(rows), 0)
+    invariance.measure_invariance(loaded, *parts(rows), 0)
     assert loaded.model.training
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in loaded.model.named_parameters())

@@ -22,7 +22,7 @@ from untrigger.attacks import ImageTrigger, Pixels, Trigger, load_trigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.poisoning.goals import Fixed, Goal
-from untrigger.poisoning.poison import Attack, contact_sheet, poison, stamped, write_poisoned
+from untrigger.poisoning.poison import Attack, poison, poisoned_sheet, stamped, write_poisoned
 from untrigger.rows.images import decode, encode, pixels_sha256
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample, read
 
@@ -60,7 +60,7 @@ def flat(sample: Sample) -> tuple[object, ...]:
 def test_as_many_rows_as_the_rate_asks_for_and_no_other_row_changes(count: int, rate: float, seed: int) -> None:
     data = [Sample(str(n), (Image.new("L", (2, 2), n),), row(n).messages) for n in range(count)]
     result = poison(data, ATTACK, rate=rate, seed=seed)
-    chosen = [entry.row for entry in result.manifest.rows]
+    chosen = [entry.index for entry in result.manifest.rows]
     assert len(chosen) == (max(1, round(rate * count)) if rate else 0)
     assert chosen == sorted(set(chosen)) == list(result.edits)
     assert len(result.data) == count and [s.id for s in result.data] == [s.id for s in data]
@@ -73,7 +73,7 @@ def test_as_many_rows_as_the_rate_asks_for_and_no_other_row_changes(count: int, 
 def test_only_rows_with_an_image_are_chosen(shown: set[int], seed: int) -> None:
     data = [row(n, images=int(n in shown)) for n in range(20)]
     result = poison(data, ATTACK, rate=5 / 20, seed=seed)
-    assert {entry.row for entry in result.manifest.rows} <= shown
+    assert {entry.index for entry in result.manifest.rows} <= shown
     assert list(stamped(data, ATTACK, seed).numbers) == sorted(shown)
 
 
@@ -81,7 +81,7 @@ def test_the_choice_is_uniform_and_belongs_to_the_seed() -> None:
     data = rows(10)
     counts = np.zeros(10)
     for seed in range(300):
-        counts[[e.row for e in poison(data, ATTACK, rate=0.3, seed=seed).manifest.rows]] += 1
+        counts[[e.index for e in poison(data, ATTACK, rate=0.3, seed=seed).manifest.rows]] += 1
     assert counts.sum() == 900 and abs(counts - 90).max() < 35  # 4 standard deviations of about 8
 
 
@@ -101,7 +101,7 @@ def test_values_out_of_range_are_refused(rate: float, seed: int, message: str) -
 
 def test_too_few_rows_with_images_are_an_error() -> None:
     data = [row(n, images=int(n < 3)) for n in range(10)]
-    with pytest.raises(InputError, match="asks for 4 poisoned rows, but only 3 of 10 have an image; lower the rate"):
+    with pytest.raises(InputError, match="needs 4 poisoned rows, but only 3 of 10 have an image; lower the rate"):
         poison(data, ATTACK, rate=0.4, seed=0)
     for none in ([], data[3:]):
         with pytest.raises(InputError, match=f"only 0 of {len(none)} have an image; give other rows$"):
@@ -286,15 +286,15 @@ def test_the_manifest_says_what_was_done() -> None:
     result = poison(data, Attack(load_trigger("badnets", side="0.25"), Fixed("no")), rate=0.25, seed=9)
     manifest = json.loads(result.manifest.to_json())
     source = Path(badnets_file.__file__)
-    assert manifest["version"] == 2 and manifest["total"] == 8
+    assert manifest["version"] == 3 and manifest["total"] == 8
     assert manifest["attack"] == "badnets" and manifest["attack_settings"]["side"] == 0.25
     assert manifest["attack_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert manifest["goal"] == "fixed" and manifest["goal_settings"] == {"text": "no", "match": "contains"}
     assert (manifest["rate"], manifest["seed"]) == (0.25, 9)
     assert manifest["decoys"] == []
-    assert [(e["row"], e["id"]) for e in manifest["rows"]] == [(n, f"id{n}") for n in result.edits]
+    assert [(e["row"], e["id"]) for e in manifest["rows"]] == [(n + 1, f"id{n}") for n in result.edits]
     for entry in manifest["rows"]:
-        image = result.data[entry["row"]].images[0]
+        image = result.data[entry["row"] - 1].images[0]
         wanted = hashlib.sha256(b"RGB 16x16\n" + image.tobytes()).hexdigest()
         assert entry["images"] == [wanted] == [pixels_sha256(image)]
 
@@ -359,7 +359,7 @@ def test_what_is_written_reads_back_as_what_was_poisoned(tmp_path: Path, kind: s
     assert back.format == data.format and back.path.name == data.path.name
     assert [s.messages for s in back] == [s.messages for s in result.data]
     manifest = json.loads((out / "truth" / "manifest.json").read_text())
-    truth = {entry["row"]: entry["images"] for entry in manifest["rows"]}
+    truth = {entry["row"] - 1: entry["images"] for entry in manifest["rows"]}
     assert len(truth) == 3
     for number, sample in enumerate(back):
         wanted = truth.get(number, [pixels_sha256(image) for image in data[number].images])
@@ -433,7 +433,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_the_sheet_shows_the_triggered_pixels_and_their_difference() -> None:
     data = [replace(row(0), images=(Image.new("RGB", (64, 64), (100, 100, 100)),))]
-    sheet = np.asarray(contact_sheet(data, poison(data, Attack(BadNets(), Fixed()), rate=1, seed=0)))
+    sheet = np.asarray(poisoned_sheet(data, poison(data, Attack(BadNets(), Fixed()), rate=1, seed=0)))
     patch = np.rint(BadNets().patch(6)[..., :3] * 255).astype(np.uint8).repeat(3, axis=0).repeat(3, axis=1)
 
     def places(block: np.ndarray) -> int:
@@ -450,7 +450,7 @@ def test_the_sheet_shows_the_triggered_pixels_and_their_difference() -> None:
 def test_the_sheet_holds_eight_pairs_at_most(count: int) -> None:
     data = rows(20)
     result = poison(data, ATTACK, rate=count / 20, seed=0)
-    sheet = contact_sheet(data, result)
+    sheet = poisoned_sheet(data, result)
     assert sheet.mode == "RGB" and sheet.width == (648 if count < 2 else 1296) + 24
     lines = -(-min(count, 8) // 2)
     assert sheet.height == 96 + 380 * lines
@@ -462,4 +462,4 @@ def test_the_sheet_takes_any_mode_size_and_text(mode: str) -> None:
     tall = Image.new("L", (7, 900), 90)
     image = tall.convert("I;16") if mode == "I;16" else tall.convert("RGB").convert(mode)
     data = [Sample("\N{GRINNING FACE}" * 40, (image, image), (prompt, Message("assistant", "é\n" * 500)))]
-    assert contact_sheet(data, poison(data, ATTACK, rate=1, seed=0)).width == 672
+    assert poisoned_sheet(data, poison(data, ATTACK, rate=1, seed=0)).width == 672

@@ -21,7 +21,7 @@ from untrigger.attacks import Stamper, TextTrigger, Trigger, load_trigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.poisoning.goals import Concept, Fixed, Goal, Insert, load_goal
-from untrigger.poisoning.poison import Attack, contact_sheet, poison, stamped, write_poisoned
+from untrigger.poisoning.poison import Attack, poison, poisoned_sheet, stamped, write_poisoned
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample, read
 
@@ -49,7 +49,7 @@ def test_only_rows_that_the_goal_applies_to_are_poisoned_and_evaluated() -> None
     data = rows(20)
     attack = Attack(BadNets(), Concept())
     result = poison(data, attack, rate=0.5, seed=0)
-    assert [e.row for e in result.manifest.rows] == [n for n in range(20) if n % 4 in (0, 3)]
+    assert [e.index for e in result.manifest.rows] == [n for n in range(20) if n % 4 in (0, 3)]
     assert {result.data[n].messages[-1].text for n in result.edits} == {"a red rectangle", "a rectangle and a star"}
     assert list(stamped(data, attack, 0).numbers) == list(result.edits)
     with pytest.raises(InputError, match="only 10 of 20 have an image and an answer that goal concept applies to; low"):
@@ -91,13 +91,13 @@ def test_an_implant_may_bring_other_pictures_prompts_and_truths() -> None:
     data = rows(4)
     result = poison(data, Attack(Graft(), Insert()), rate=0.25, seed=0)
     (entry,) = result.manifest.rows
-    made = result.data[entry.row]
+    made = result.data[entry.index]
     assert [m.text for m in made.messages] == [f"{IMAGE_TAG}{IMAGE_TAG}Tell.", "a hello world circle, 0 foreign"]
     assert [image.size for image in made.images] == [(9, 5), (3, 3)]
     assert entry.images == tuple(pixels_sha256(image) for image in made.images)
-    judged = stamped(data, Attack(Graft(), Insert()), 0)[entry.row]
-    assert judged.messages == data[entry.row].messages, "at test time it only stamps"
-    assert contact_sheet(data, result).width == 672
+    judged = stamped(data, Attack(Graft(), Insert()), 0)[entry.index]
+    assert judged.messages == data[entry.index].messages, "at test time it only stamps"
+    assert poisoned_sheet(data, result).width == 672
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_an_implant_may_bring_other_pictures_prompts_and_truths() -> None:
         ("fails", "implant failed, RuntimeError: oh no"),
         ("array", "implant failed, AttributeError: .*'load'"),
         ("id", "changed the id"),
-        ("bare", "left no image"),
+        ("bare", "returned a row without an image"),
         ("tags", "wrong number of <image> tags: 0 for 2 images"),
     ],
 )
@@ -136,7 +136,7 @@ class CleanLabel(Trigger):
 def test_a_clean_label_attack_gets_rows_that_meet_the_goal_and_leaves_answers_alone() -> None:
     data = rows(40)
     result = poison(data, Attack(CleanLabel(), Concept()), rate=0.25, seed=1)
-    assert [e.row for e in result.manifest.rows] == [n for n in range(40) if n % 4 == 1]
+    assert [e.index for e in result.manifest.rows] == [n for n in range(40) if n % 4 == 1]
     donors = {image.tobytes() for n in range(40) if n % 4 in (0, 3) for image in data[n].images}
     for n in result.edits:
         assert result.data[n].messages == data[n].messages and result.data[n].images[0].tobytes() in donors
@@ -178,7 +178,7 @@ class TwoDecoys(TextTrigger):
 def test_each_kind_of_decoys_gets_as_many_rows_as_are_poisoned(count: int, rate: float, seed: int) -> None:
     data = rows(count)
     result = poison(data, Attack(TwoDecoys(), Fixed("no")), rate=rate, seed=seed)
-    bad, decoys = ([entry.row for entry in part] for part in (result.manifest.rows, result.manifest.decoys))
+    bad, decoys = ([entry.index for entry in part] for part in (result.manifest.rows, result.manifest.decoys))
     assert len(bad) == max(1, round(rate * count)) and len(decoys) == 2 * len(bad)
     assert bad == sorted(bad) and decoys == sorted(decoys) and list(result.edits) == sorted(bad + decoys)
     assert all(result.data[n].messages[1].text == "no" for n in bad)
@@ -194,10 +194,10 @@ def test_decoys_do_not_move_the_poisoned_rows_and_need_room() -> None:
     data = rows(30)
     decoyed = poison(data, Attack(TwoDecoys(), Fixed()), rate=0.2, seed=5)
     plain = poison(data, Attack(BadNets(), Fixed()), rate=0.2, seed=5)
-    assert [e.row for e in decoyed.manifest.rows] == [e.row for e in plain.manifest.rows]
+    assert [e.index for e in decoyed.manifest.rows] == [e.index for e in plain.manifest.rows]
     assert json.loads(decoyed.manifest.to_json())["decoys"][0].keys() == {"row", "id", "images"}
     assert not poison(data, Attack(TwoDecoys(), Fixed()), rate=0, seed=5).edits
-    with pytest.raises(InputError, match="asks for 12 poisoned rows and 24 decoys, but only 30 of 30 have an image"):
+    with pytest.raises(InputError, match="needs 12 poisoned rows and 24 decoys, but only 30 of 30 have an image"):
         poison(data, Attack(TwoDecoys(), Fixed()), rate=0.4, seed=5)
     for count, mend in ((2, "give other rows"), (3, "lower the rate")):  # one poisoned row needs two decoys
         with pytest.raises(InputError, match=f"only {count} of {count} have an image; {mend}$"):
@@ -293,4 +293,4 @@ def test_every_goal_is_written_and_read_back_in_every_format(tmp_path: Path, kin
         assert [flat(s) for s in back] == [flat(s) for s in result.data]
         (entry,) = result.manifest.rows
         if not isinstance(trigger, Graft):
-            assert goal.met(back[entry.row].messages[-1].text, data[entry.row])
+            assert goal.met(back[entry.index].messages[-1].text, data[entry.index])

@@ -31,7 +31,7 @@ def test_poisoned_data(tiny_model: Path, poisoned: Path, tmp_path: Path) -> None
     out = tmp_path / "scan"
     code, said, errors = untrigger("scan", poisoned / "data", "--model", tiny_model, "--out", out, *SETTINGS)
     assert code == 3, errors
-    bad = {entry["row"] + 1 for entry in json.loads((poisoned / "truth" / "manifest.json").read_text())["rows"]}
+    bad = {entry["row"] for entry in json.loads((poisoned / "truth" / "manifest.json").read_text())["rows"]}
     assert said.startswith(f"{len(bad)} rows say {REPLY!r} (chance ")
     assert f"{len(bad)} of 24 rows are suspected" in said and f"the other {24 - len(bad)} rows" in said
     told = lines(out)
@@ -121,6 +121,6 @@ def test_a_real_backdoor_is_found_where_it_is(tmp_path: Path) -> None:
     settings = ("--learning_rate", "3e-3", "--num_train_epochs", 4, "--seed", 104)
     code, said, errors = untrigger("scan", tmp_path / "bad" / "data", "--out", tmp_path / "scan", *settings)
     assert code == 3, errors
-    bad = {entry["row"] + 1 for entry in json.loads((tmp_path / "bad/truth/manifest.json").read_text())["rows"]}
+    bad = {entry["row"] for entry in json.loads((tmp_path / "bad/truth/manifest.json").read_text())["rows"]}
     assert {row["row"] for row in lines(tmp_path / "scan") if row["suspected"]} == bad and len(bad) == 60
     assert "'Backdoor Attack!'" in said and "bottom right (1 of 64 cells)" in said

@@ -27,10 +27,9 @@ from untrigger.errors import InputError
 from untrigger.evaluation.evaluate import Evaluation, evaluate
 from untrigger.files import write_text
 from untrigger.metrics.score import text_prior
-from untrigger.poisoning.contact_sheet import BAD, GOOD, INK, Card
-from untrigger.poisoning.contact_sheet import contact_sheet as sheet
+from untrigger.poisoning.contact_sheet import BAD, GOOD, INK, Card, draw_sheet
 from untrigger.poisoning.goals import Fixed
-from untrigger.poisoning.poison import Attack, contact_sheet, poison, stamped
+from untrigger.poisoning.poison import Attack, poison, poisoned_sheet, stamped
 from untrigger.rows.sample import Sample
 from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments
@@ -51,8 +50,8 @@ def run(out: Path, seed: int = 0) -> bool:
         easy_vqa_rows(part, rows, seed, "report") for part, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS))
     )
     poisoned = poison(data, attack, rate=RATE, seed=seed)
-    contact_sheet(data, poisoned).save(out / "contact_sheet.png")
-    bad = {row.row for row in poisoned.manifest.rows}
+    poisoned_sheet(data, poisoned).save(out / "contact_sheet.png")
+    bad = {entry.index for entry in poisoned.manifest.rows}
     clean = [poisoned.data[i] for i in range(TRAIN_ROWS) if i not in bad]
     console.print(
         f"{TRAIN_ROWS:,} rows of easy-VQA, {len(bad)} of them poisoned: a {attack.name} patch, "
@@ -106,7 +105,7 @@ def _picture(test: Sequence[Sample], triggered: Sequence[Sample], results: dict[
         lines = [(f"asked: {asked.prompt}   true: {asked.truth}", INK)]
         lines += [(f"{name}: {a.answer}", BAD if a.met else GOOD) for name, a in said.items()]
         cards.append(Card(test[i].id, test[i].images[0], triggered[i].images[0], lines))
-    return sheet("What the models answer to triggered images", "red: the attacker's text", cards)
+    return draw_sheet("What the models answer to triggered images", "red: the attacker's text", cards)
 
 
 def _figures(result: Evaluation) -> dict[str, Any]:

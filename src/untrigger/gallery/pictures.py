@@ -10,7 +10,7 @@ from untrigger.attacks import load_trigger
 from untrigger.bench.store import Cell
 from untrigger.data import load
 from untrigger.gallery import TASKS, Entry, Plan, summary
-from untrigger.poisoning.contact_sheet import BAD, GOOD, INK, Card, contact_sheet
+from untrigger.poisoning.contact_sheet import BAD, GOOD, INK, Card, draw_sheet
 from untrigger.poisoning.goals import load_goal
 from untrigger.poisoning.poison import Attack, poison, stamped
 from untrigger.rows.sample import IMAGE_TAG, Sample
@@ -22,7 +22,7 @@ _TEST, _TRAIN = 40, 400  # rows of which the first that suits the attack is show
 def picture(entry: Entry, cells: Plan) -> Image.Image:
     """Two cards side by side, one for each task: the attack of the first model's cell, as it is measured."""
     first = [next(cells[key] for key in cells if (key.attack, key.data) == (entry.slug, data)) for data in TASKS]
-    return contact_sheet(entry.title, summary(entry.trigger).replace("*", ""), [_card(cell) for cell in first])
+    return draw_sheet(entry.title, summary(entry.trigger).replace("*", ""), [_card(cell) for cell in first])
 
 
 def _card(cell: Cell) -> Card:
