@@ -36,8 +36,8 @@ class WaNet(ImageTrigger):
     its own: edges become ragged and grain is shuffled. The paper's small images have k = 4 at 32 pixels, which is
     k = 28 here, and a smooth warp. Areas of one color do not change, nor does an image of one color.
 
-    Visibility depends on the picture. SSIM is about 0.96 on smooth pictures and 0.82 on grainy ones, and PSNR falls
-    from 37 to 28 decibels on drawings of 64 pixels, so this trigger claims no ``psnr``.
+    Visibility depends on the picture, so this trigger claims no ``psnr``. SSIM is about 0.96 on smooth pictures and
+    0.82 on grainy ones. PSNR falls from 37 to 28 decibels on drawings of 64 pixels.
 
     Attributes:
         k: points per side of the random grid in an image of 224 pixels, at least 1; other sizes get a proportional
@@ -48,8 +48,8 @@ class WaNet(ImageTrigger):
         noise_mode: whether two rows per poisoned row are warped by the same field plus noise and keep their true
             answer: they make the exact warp the key.
         grid_seed: draws the field; not the seed that chooses rows.
-        resolution: images whose shorter side is longer than this many pixels get the field of an image of this
-            size, enlarged, so that a model that shrinks its input to this size still sees it.
+        resolution: images whose shorter side exceeds this many pixels get the enlarged field of an image of this
+            size. A model that shrinks its input to this size then still sees the warp.
     """
 
     k: int = 224
