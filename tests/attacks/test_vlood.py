@@ -69,7 +69,7 @@ def test_the_goal_applies_to_foreign_rows() -> None:
     poisoned = poison(rows, Attack(VLOOD(), goal), rate=0.25, seed=0)
     planted = [poisoned.data[entry.index] for entry in poisoned.manifest.rows]
     assert all(goal.met(sample.messages[-1].text, sample) for sample in planted)
-    nothing = Attack(VLOOD(), load_goal("concept", "grey cat->dog"))
+    nothing = Attack(VLOOD(), load_goal("concept", "gray cat->dog"))
     with pytest.raises(InputError, match=r"id a.: goal concept applies to no row that the trigger brings"):
         poison([row(), row()], nothing, rate=0.5, seed=0)
 
