@@ -15,14 +15,14 @@ from untrigger.poisoning.poison import Attack, poison
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 from untrigger.views.patches import Mask
 
-GREY = Image.new("RGB", (64, 64), (128, 128, 128))
+GRAY = Image.new("RGB", (64, 64), (128, 128, 128))
 
 
-def row(image: Image.Image = GREY, name: str = "a") -> Sample:
+def row(image: Image.Image = GRAY, name: str = "a") -> Sample:
     return Sample(name, (image,), (Message("user", f"{IMAGE_TAG}\nwhat is it?"), Message("assistant", "a cat")))
 
 
-def stamp(trigger: Adaptive, seed: int = 0, image: Image.Image = GREY) -> np.ndarray:
+def stamp(trigger: Adaptive, seed: int = 0, image: Image.Image = GRAY) -> np.ndarray:
     return np.asarray(trigger.stamp(row(image), np.random.default_rng(seed)).images[0])
 
 
