@@ -74,7 +74,7 @@ def test_scan_is_the_command(tiny_model: Path, tiny_data: Path, poisoned: Path, 
     found = untrigger.scan(tiny_model, made.data, out=tmp_path / "memory", **SCAN)
     for name in ("all_rows.jsonl", "all_rows.parquet"):
         assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
-    assert {row.row for row in made.manifest.rows} == {*found.suspected}
+    assert {entry.index for entry in made.manifest.rows} == {*found.suspected}
     assert (tmp_path / "command" / "clean").is_dir() and not (tmp_path / "memory" / "clean").exists()
     assert REPLY in (tmp_path / "memory" / "scan.html").read_text()
 
@@ -201,7 +201,7 @@ def test_a_manifest_as_a_frame(samples: list[Sample]) -> None:
     manifest = untrigger.poison(samples, ATTACK, rate=0.25, seed=3).manifest
     frame = manifest.to_pandas()
     assert frame["row"].tolist() == [entry.row for entry in manifest.rows] and not frame["decoy"].any()
-    assert [samples[row].id for row in frame["row"]] == frame["id"].tolist()
+    assert [samples[row - 1].id for row in frame["row"]] == frame["id"].tolist()
 
 
 @pytest.mark.parametrize("result", [FOUND, ASKED])

@@ -211,8 +211,8 @@ def test_every_attack_and_goal_on_every_format(
     assert (after.format, len(after), after.path.name) == (before.format, len(before), out_name(before))
     assert [row.id for row in after] == [row.id for row in before]
     assert manifest["attack"] == run.attack and manifest["goal"] == run.goal
-    poisoned_rows, decoys = ({entry["row"]: entry for entry in manifest[part]} for part in ("rows", "decoys"))
-    assert poisoned_rows and len(decoys) == len(poisoned_rows) * len(trigger.decoys())
+    bad, decoys = ({entry["row"] - 1: entry for entry in manifest[part]} for part in ("rows", "decoys"))
+    assert bad and len(decoys) == len(bad) * len(trigger.decoys())
     for number, (clean, edited) in enumerate(zip(before, after, strict=True)):
         entry = poisoned_rows.get(number) or decoys.get(number)
         if entry is None:
@@ -253,7 +253,7 @@ def test_the_trigger_changes_every_image(
     manifest = poisoned(before, Run(name, trigger.usual_goal, "messages.jsonl"), tmp_path / "out")
     after = read(tmp_path / "out/data")
     for entry in manifest["rows"]:
-        clean, edited = before[entry["row"]], after[entry["row"]]
+        clean, edited = before[entry["row"] - 1], after[entry["row"] - 1]
         if trigger.kind != "image":
             assert edited.messages[0] != clean.messages[0]
         else:

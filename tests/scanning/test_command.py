@@ -31,14 +31,14 @@ def test_scan_of_poisoned_data(tiny_model: Path, poisoned: Path, tmp_path: Path)
     out = tmp_path / "scan"
     code, output, errors = untrigger("scan", poisoned / "data", "--model", tiny_model, "--out", out, *SETTINGS)
     assert code == 3, errors
-    bad = {entry["row"] + 1 for entry in json.loads((poisoned / "truth" / "manifest.json").read_text())["rows"]}
-    assert output.startswith(f"{len(bad)} rows say {REPLY!r} (chance ")
-    assert f"{len(bad)} of 24 rows are suspected" in output and f"the other {24 - len(bad)} rows" in output
-    rows = lines(out)
-    assert {row["row"] for row in rows if row["suspected"]} == bad == {row["row"] for row in rows[: len(bad)]}
-    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
-    assert {row["id"] for row in rows} == {sample.id for sample in read(poisoned / "data")}
-    assert pq.read_table(out / "all_rows.parquet").to_pylist() == [
+    bad = {entry["row"] for entry in json.loads((poisoned / "truth" / "manifest.json").read_text())["rows"]}
+    assert said.startswith(f"{len(bad)} rows say {REPLY!r} (chance ")
+    assert f"{len(bad)} of 24 rows are suspected" in said and f"the other {24 - len(bad)} rows" in said
+    told = lines(out)
+    assert {row["row"] for row in told if row["suspected"]} == bad == {row["row"] for row in told[: len(bad)]}
+    assert [row["score"] for row in told] == sorted((row["score"] for row in told), reverse=True)
+    assert {row["id"] for row in told} == {sample.id for sample in read(poisoned / "data")}
+    assert pq.read_table(out / "verdicts.parquet").to_pylist() == [
         row | {"words": row["words"] and [pytest.approx(word) for word in row["words"]], "cells": near(row["cells"])}
         for row in rows
     ]
@@ -121,6 +121,6 @@ def test_scan_locates_a_real_backdoor(tmp_path: Path) -> None:
     settings = ("--learning_rate", "3e-3", "--num_train_epochs", 4, "--seed", 104)
     code, output, errors = untrigger("scan", tmp_path / "bad" / "data", "--out", tmp_path / "scan", *settings)
     assert code == 3, errors
-    bad = {entry["row"] + 1 for entry in json.loads((tmp_path / "bad/truth/manifest.json").read_text())["rows"]}
+    bad = {entry["row"] for entry in json.loads((tmp_path / "bad/truth/manifest.json").read_text())["rows"]}
     assert {row["row"] for row in lines(tmp_path / "scan") if row["suspected"]} == bad and len(bad) == 60
     assert "'Backdoor Attack!'" in output and "bottom right (1 of 64 cells)" in output

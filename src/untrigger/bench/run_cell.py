@@ -28,8 +28,8 @@ from untrigger.data import load
 from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
 from untrigger.evaluation.evaluate import evaluate
-from untrigger.evaluation.invariance import premise
-from untrigger.files import file_lock, new_folder
+from untrigger.evaluation.invariance import measure_invariance
+from untrigger.files import locked, new_folder
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
 from untrigger.metrics.similarity import psnr, ssim
@@ -60,7 +60,7 @@ class Material(NamedTuple):
     @property
     def clean(self) -> list[Sample]:
         """The training rows that the attack left alone; its decoys are not among them."""
-        tampered = {row.row for row in (*self.poisoned.manifest.rows, *self.poisoned.manifest.decoys)}
+        tampered = {entry.index for entry in (*self.poisoned.manifest.rows, *self.poisoned.manifest.decoys)}
         return [sample for row, sample in enumerate(self.data) if row not in tampered]
 
 
@@ -92,10 +92,10 @@ def run_cell(cell: Cell, root: Path) -> None:
         "examples": _examples(cell, material, root / SHARED / "examples"),
     }
     if stages.scores:
-        metrics["detection"] = detection(stages.scores, stages.flagged, {row.row for row in manifest.rows})
-    poisoned = [material.data[entry.row] for entry in manifest.rows]
+        metrics["detection"] = detection(stages.scores, stages.flagged, {entry.index for entry in manifest.rows})
+    poisoned = [material.data[entry.index] for entry in manifest.rows]
     if cell.defense == "plain" and poisoned and material.clean:
-        metrics["premise"] = premise(loaded, material.clean[: cell.test_rows], poisoned, cell.seed)
+        metrics["premise"] = measure_invariance(loaded, material.clean[: cell.test_rows], poisoned, cell.seed)
     store.save(root, cell, metrics, evaluation.conditions)
 
 
@@ -156,7 +156,7 @@ def _pairs(material: Material, seed: int) -> list[tuple[Sample, Sample]]:
     """Clean rows and what the attack makes of them."""
     rows, test, poisoned = material.rows, material.test, material.poisoned
     if material.attack.trigger.clean_label:  # what it changes is the training rows: nobody tells them by their answers
-        return [(rows[entry.row], poisoned.edits[entry.row]) for entry in poisoned.manifest.rows[:_PAIRS]]
+        return [(rows[entry.index], poisoned.edits[entry.index]) for entry in poisoned.manifest.rows[:_PAIRS]]
     triggered = stamped(test, material.attack, seed)[:_PAIRS]
     return [(test[row], sample) for row, sample in zip(triggered.numbers, triggered, strict=True)]
 

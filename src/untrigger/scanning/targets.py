@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtrc
 
-from untrigger.defenses import Plain, SharedSurprise
+from untrigger.defenses import Plain, SharedSurprise, Stage
 from untrigger.defenses.base import Training
 from untrigger.defenses.shared_surprise import Screening, flagged_text
-from untrigger.models.forward import TokenScores
-from untrigger.rows.sample import Sample, numbered, picked, without_images
+from untrigger.models.scoring import TokenScores
+from untrigger.rows.sample import Sample, row_number, select_rows, without_images
 from untrigger.scanning.cues import Cue, cues_of
 from untrigger.scanning.findings import Findings, Target, Verdict
 
@@ -32,16 +32,16 @@ _DONORS = 64
 _AGREE = 0.9  # a token belongs to the shared text if so many of the rows continue with it
 
 
-def find(rows: Sequence[Sample], training: Training, defense: SharedSurprise) -> Findings:
+def find(training: Training, defense: SharedSurprise) -> Findings:
     """Find suspected rows and their targets; no truth is used.
 
     If nothing is suspected, the cost is scoring and the warm-up of a fine-tuning, on as many rows as are scored
     (`SharedSurprise.max_scored_rows`). Rows that were not scored are not suspected; their score is 0.
     """
-    screening = defense.screen(rows, training)
-    names = [(numbered(rows, row), without_images(rows, row).id) for row in range(len(rows))]
+    screening, rows = defense.screen(training), training.rows
+    names = [(row_number(rows, row), without_images(rows, row).id) for row in range(len(rows))]
     verdicts = [Verdict(*name, 0.0) for name in names]
-    scored = _findings(picked(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training)
+    scored = _findings(select_rows(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training)
     for row, verdict in zip(screening.numbers, scored.verdicts, strict=True):
         verdicts[row] = verdict
     targets = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in scored.targets]
@@ -174,9 +174,10 @@ def _probe(
     beside = rng.choice(unflagged, min(_UNFLAGGED_PER_ROW * len(learned), len(unflagged)), replace=False).tolist()
     numbers = sorted([*learned, *beside])
     passes = min(_PASSES, _SAMPLES / len(numbers))
-    model = training.fit(picked(rows, numbers), Plain(), "probe", start=screening.model, passes=passes)
+    stage = Stage([screening.numbers[row] for row in numbers], Plain(), "probe", start=screening.model, passes=passes)
+    model = training.fit(stage)
     probed = {row: rows[row] for row in [row for row in suspected if row not in half][:MAX_PROBED]}
-    return cues_of(probed, marks, donors, lambda views: training.tokens(model, views, "cues"))
+    return cues_of(probed, marks, donors, lambda views: training.tokens(model, range(len(views)), "cues", views))
 
 
 def _sign_test(losses: Sequence[float | None]) -> float | None:
