@@ -10,6 +10,8 @@ quickstart: $(VENV)/installed
 
 # One thread a test process: two threads beside another busy process are many times slower than one.
 test check: export OMP_NUM_THREADS = 1
+# Some tests start processes: without bytecode each would compile the host libraries anew, which takes half a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow"

@@ -33,7 +33,7 @@ FIRST, SECOND, *_ = changes()
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few changes: an untaught model's answers are long."""
-    monkeypatch.setattr("untrigger.verification.perturbations", lambda: (FIRST, SECOND))
+    monkeypatch.setattr("untrigger.verification.verify.changes", lambda: (FIRST, SECOND))
 
 
 def saying(rank: int, run: tuple[int, ...], strange: float, sure: float = 1.0) -> Completion:

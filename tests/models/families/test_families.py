@@ -270,19 +270,20 @@ def test_a_scan_judges_every_row_and_probes_what_it_suspects(
     """Whom it suspects is made up: a model that has learned nothing finds nothing unlikely."""
     bad = (8, 10, 12, 16, 20)
 
-    def judge(_: SharedSurprise, told: Sequence[TokenScores]) -> Flags:
-        asked.append(len(told))
-        words = {int(told[row].ids[-1]): 1e-9 for row in bad}  # the end of an answer: all have it
-        return Flags([tokens.loss for tokens in told], {row: np.isin(told[row].ids, list(words)) for row in bad}, words)
+    def flag_tokens(_: SharedSurprise, scores: Sequence[TokenScores]) -> Flags:
+        counts.append(len(scores))
+        words = {int(scores[row].ids[-1]): 1e-9 for row in bad}  # the end of an answer: all have it
+        flagged = {row: np.isin(scores[row].ids, list(words)) for row in bad}
+        return Flags([tokens.loss for tokens in scores], flagged, words)
 
-    asked: list[int] = []
-    monkeypatch.setattr(SharedSurprise, "flag_tokens", judge)
+    counts: list[int] = []
+    monkeypatch.setattr(SharedSurprise, "flag_tokens", flag_tokens)
     args = arguments(
         tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
         save_strategy="no",
     )  # fmt: skip
     found = scan(str(folder(name)), read(tiny_data), SharedSurprise(warmup_share=0.2), args)
-    assert asked == [24, 24] and len(found.verdicts) == 24
+    assert counts == [24, 24] and len(found.verdicts) == 24
     assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in found.verdicts)
     assert sorted(found.suspected) == list(bad)
     cues = [verdict.cue for verdict in found.verdicts if verdict.cue is not None]
