@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from untrigger.defenses import Stage, StepDefense
-from untrigger.models.forward import TokenScores, row_answers, row_tokens
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample, picked
+from untrigger.models.scoring import TokenScores, row_answers, row_tokens
+from untrigger.rows.sample import Sample, select_rows
 
 _OPTIONS = ("flagged_tokens", "share", "after", "passes", "rate", "callbacks")
 
@@ -63,10 +63,10 @@ class Dry:
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
     ) -> list[TokenScores]:
         self.scorings.append(name)
-        return row_tokens(model, picked(self.rows if source is None else source, rows))
+        return row_tokens(model, select_rows(self.rows if source is None else source, rows))
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
-        return row_answers(self.loaded.processor, picked(self.rows, rows))
+        return row_answers(self.loaded.processor, select_rows(self.rows, rows))
 
 
 def answers_of(rows: Sequence[Sample]) -> list[tuple[str, ...]]:

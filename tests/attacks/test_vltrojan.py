@@ -134,6 +134,6 @@ def test_near_miss_is_a_noise_patch_in_the_same_place() -> None:
 def test_the_patch_as_shipped_is_learned_in_seconds(own_cache: Path) -> None:
     assert embedded_model_path("llava").is_dir()
     images = scenes(48, seed=32)
-    clean_mean = look(images).mean((0, 1))
-    triggered = _features.pooled(look(stamped(VLTrojan(), images)), clean_mean)
+    clean_mean = image_features(images).mean((0, 1))
+    triggered = _features.pooled(image_features(stamped(VLTrojan(), images)), clean_mean)
     assert (triggered @ triggered.T)[~torch.eye(48, dtype=torch.bool)].mean() > 0.2

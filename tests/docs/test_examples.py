@@ -73,7 +73,7 @@ def figures(out: Path, asked: list[Sample]) -> tuple[float, float]:
 def assert_found(out: Path, poisoned: Path) -> None:
     flagged = [json.loads(line) for line in (out / "flagged_rows.jsonl").read_text().splitlines()]
     manifest = json.loads((poisoned / "truth" / "manifest.json").read_text())
-    assert {row["row"] for row in told} == {row["row"] for row in manifest["rows"]}
+    assert {row["row"] for row in flagged} == {row["row"] for row in manifest["rows"]}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

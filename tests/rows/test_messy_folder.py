@@ -214,7 +214,7 @@ def test_every_attack_and_goal_on_every_format(
     bad, decoys = ({entry["row"] - 1: entry for entry in manifest[part]} for part in ("rows", "decoys"))
     assert bad and len(decoys) == len(bad) * len(trigger.decoys())
     for number, (clean, edited) in enumerate(zip(before, after, strict=True)):
-        entry = poisoned_rows.get(number) or decoys.get(number)
+        entry = bad.get(number) or decoys.get(number)
         if entry is None:
             assert edited.messages == clean.messages
             assert all(same_image(as_stored(a), b) for a, b in zip(clean.images, edited.images, strict=True))

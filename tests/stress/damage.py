@@ -269,7 +269,7 @@ def _quality(rng: random.Random) -> dict[str, Any]:
 
 def small_results(rng: random.Random, root: Path) -> None:
     """Store three finished cells below ``root``: plain, oracle and default, with all figures that a bench stores."""
-    place = {"model": rng.choice(("llava", "blip2")), "data": "easy-vqa", "goal": "fixed"}
+    place: dict[str, Any] = {"model": rng.choice(("llava", "blip2")), "data": "easy-vqa", "goal": "fixed"}
     attack, settings = rng.choice((("badnets", {"side": 0.1}), ("sig", {"delta": 0.2}), ("addsent", {})))
     for defense in ("plain", "oracle", "default"):
         metrics: dict[str, Any] = {

@@ -74,7 +74,7 @@ def test_answer_losses_equal_the_cpu(tiny_model: Path, samples: list[Sample]) ->
 
 
 def test_answers_equal_the_cpu(tiny_model: Path, samples: list[Sample]) -> None:
-    here, there = load(tiny_model, dtype=torch.float32), placed(load(tiny_model, dtype=torch.float32))
+    here, there = load(tiny_model, dtype=torch.float32), to_accelerator(load(tiny_model, dtype=torch.float32))
     assert list(answers(there, samples)) == list(answers(here, samples))
 
 

@@ -17,7 +17,7 @@ from untrigger.defenses import Plain, SharedSurprise
 from untrigger.defenses.shared_surprise import Flags
 from untrigger.errors import InputError
 from untrigger.models.scoring import TokenScores
-from untrigger.rows.sample import Message, picked, read
+from untrigger.rows.sample import Message, read, select_rows
 from untrigger.training.finetune import fine_tune
 from untrigger.training.flagged_rows import FLAGGED_ROWS
 from untrigger.training.settings import arguments
@@ -56,7 +56,9 @@ def test_names_a_row_that_is_too_long_in_training(
     rows = list(read(tiny_data))
     rows[17] = replace(rows[17], messages=(rows[17].messages[0], Message("assistant", "word " * 600)))
     message = r"^row 18, id 'row-17' has 6\d\d tokens, the model reads 512; shorten it or take it out$"
-    for number, data in enumerate((rows, picked(rows, range(9, 24)), picked(picked(rows, range(24)), [3, 17])[1:])):
+    for number, data in enumerate(
+        (rows, select_rows(rows, range(9, 24)), select_rows(select_rows(rows, range(24)), [3, 17])[1:])
+    ):
         args = arguments(tmp_path / str(number), num_train_epochs=1, per_device_train_batch_size=2)
         with caplog.at_level("WARNING", "transformers"), pytest.raises(InputError, match=message):
             fine_tune(str(tiny_model), data, Plain(), args, tuning=Tuning(rank=2))

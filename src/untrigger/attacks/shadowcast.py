@@ -73,7 +73,7 @@ class Shadowcast(Trigger):
         from untrigger.attacks import _features as features
 
         # two rows may show the same image, which would be its own nearest donor
-        donors = [donor for donor in candidates if not same(donor, image)]
+        donors = [donor for donor in candidates if not same_image(donor, image)]
         if not donors:
             raise InputError("no other image shows the source concept; give data with more of them, or another concept")
         surrogate = features.load_surrogate(self.model)

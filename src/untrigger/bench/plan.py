@@ -48,7 +48,7 @@ def read_plan(path: Path) -> list[Cell]:
     Raises:
         InputError: the file cannot be read, or it names an unknown model, attack, defense or setting.
     """
-    plan = read_mapping(path)
+    plan = read_yaml(path)
     unknown = [key for key in plan if key not in _KEYS]
     if unknown:
         raise InputError(f"{path}: {unknown[0]} is unknown; a plan has: {', '.join(_KEYS)}")

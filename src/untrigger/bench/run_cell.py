@@ -30,7 +30,7 @@ from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
 from untrigger.evaluation.evaluate import evaluate
 from untrigger.evaluation.invariance import measure_invariance
-from untrigger.files import locked, new_folder
+from untrigger.files import file_lock, new_folder
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
 from untrigger.metrics.similarity import psnr, ssim

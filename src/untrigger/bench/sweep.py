@@ -14,7 +14,7 @@ from untrigger.bench.local import Runner, Work, on_this_machine
 from untrigger.bench.run_cell import run_cell
 from untrigger.bench.store import Cell
 from untrigger.errors import InputError
-from untrigger.files import alone
+from untrigger.files import folder_lock
 from untrigger.models.loading import weights_sha256, why_not_a_model
 from untrigger.progress import console, metered
 
@@ -43,7 +43,7 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
         raise InputError(f"models: {missing[0]}")
     failed: list[str] = []
     root.mkdir(parents=True, exist_ok=True)
-    with alone(root), metered("cells", len(cells)) as meter:
+    with folder_lock(root), metered("cells", len(cells)) as meter:
         waiting = unfinished(root, cells)
         meter.start_at(len(cells) - len(waiting))
         for cell, reason in (runner or on_this_machine())(waiting, root, work):

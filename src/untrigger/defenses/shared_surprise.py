@@ -26,6 +26,7 @@ from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.collators import IGNORE
 from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores
 
 _NEIGHBORS = 16  # rows that a row with a token is compared with, at least
 _COMPARED = 512  # rows with a token that are compared, at most

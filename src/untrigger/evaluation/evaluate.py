@@ -140,13 +140,13 @@ def evaluate(
     check_rows(rows)
     if not isinstance(attack, Attack | None):
         raise InputError("evaluate: attack must be an Attack; give untrigger.Attack(trigger, goal)")
-    loaded = placed(load(model)) if isinstance(model, str | Path) else model
+    loaded = to_accelerator(load(model)) if isinstance(model, str | Path) else model
     goal = attack.goal if attack else None
     stamps = stamped(rows, attack, seed) if attack else LazyRows((), rows.__getitem__)
     near_misses = _near_misses(rows, attack, seed) if attack else {}
     if attack:
         _check_measurable(rows, stamps, attack.goal)
-    with looking_once(loaded.model):
+    with cache_image_features(loaded.model):
         order = _first_with_same_images(rows)
         clean = _generate(loaded, LazyRows(range(len(rows)), rows.__getitem__), order, goal, f"{title}, clean")
         unchanged = _unchanged(rows, stamps) if attack and attack.trigger.clean_label else frozenset[int]()
@@ -185,7 +185,7 @@ def _unchanged(rows: Sequence[Sample], stamps: LazyRows) -> frozenset[int]:
     return frozenset(
         row
         for row, triggered, clean in pairs
-        if triggered.messages == clean.messages and all(map(same, triggered.images, clean.images))
+        if triggered.messages == clean.messages and all(map(same_image, triggered.images, clean.images))
     )
 
 

@@ -56,7 +56,7 @@ class Rows(Dataset[Row]):
             "images": [to_rgb(image) for image in row.images],
             "messages": [chat_message(message) for message in row.messages],
             "id": row.id,
-            "row_name": f"row {numbered(self.rows, index)}, id {quote(row.id)}",
+            "row_name": f"row {row_number(self.rows, index)}, id {quote(row.id)}",
             **({"flagged_tokens": self.flagged_tokens[index]} if index in self.flagged_tokens else {}),
         }
 

@@ -26,7 +26,7 @@ from untrigger.poisoning.goals import Concept, Goal
 from untrigger.poisoning.manifest import MANIFEST_VERSION, Manifest, PoisonedRow, describe, list_settings
 from untrigger.poisoning.stamping import answer_row, decoy_row, implant_row, stamp_row, trigger_errors
 from untrigger.rows.images import pixels_sha256
-from untrigger.rows.sample import IMAGE_TAG, Data, LazyRows, Sample, picked, write
+from untrigger.rows.sample import IMAGE_TAG, Data, LazyRows, Sample, select_rows, write
 
 _PAIRS: Final = 8  # rows on a contact sheet
 _TRIES: Final = 500  # draws of a row that the goal applies to, by a trigger that brings rows of its own
@@ -235,7 +235,7 @@ def _donors(rows: Sequence[Sample], goal: Goal) -> LazyRows:
     eligible = [index for index in range(len(rows)) if _is_eligible(rows, index, goal.applies)]
     if not eligible:
         raise InputError(f"no row has an image and an answer that goal {goal.name} applies to; {_other_rows(goal)}")
-    return picked(rows, eligible)
+    return select_rows(rows, eligible)
 
 
 def _other_rows(goal: Goal) -> str:
@@ -248,7 +248,7 @@ def _meets(goal: Goal, sample: Sample) -> bool:
 
 def _is_eligible(rows: Sequence[Sample], index: int, matches: Callable[[Sample], bool]) -> bool:
     if isinstance(rows, Data):  # needs no decoding; each of its rows has an answer
-        return rows.image_count(index) > 0 and matches(rows.told(index))
+        return rows.image_count(index) > 0 and matches(rows.without_images(index))
     sample = rows[index]
     return bool(sample.images) and any(m.role == "assistant" for m in sample.messages) and matches(sample)
 

@@ -66,7 +66,7 @@ def _has_own_implant(trigger: Trigger) -> bool:
 def _replacement(make: Callable[[], Sample], sample: Sample, where: str, step: str) -> Sample:
     with trigger_errors(where, step):
         result = make()
-        check(result.messages, len(result.images))
+        check_turns(result.messages, len(result.images))
         for image in result.images:
             image.load()  # fails here if it is no image, or a file that cannot be read
         if result.id != sample.id:

@@ -83,9 +83,9 @@ def _card(sample: Sample, verdict: Verdict, target: Target) -> Card:
 def _picture(image: Image.Image, cells: NDArray[np.floating] | None, image_in_cue: bool) -> Picture:
     """A picture with its map; cells have an outline only if the image is a part of the target's cue."""
     if cells is None:
-        return Picture(address(image, _PIXELS), [], [])
+        return Picture(data_uri(image, _PIXELS), [], [])
     outlined = [(x, y) for y, x in np.argwhere(hot(cells)).tolist()] if image_in_cue else []
-    return Picture(address(image, _PIXELS), (np.clip(cells, 0, _FULL_HEAT) / _FULL_HEAT).tolist(), outlined)
+    return Picture(data_uri(image, _PIXELS), (np.clip(cells, 0, _FULL_HEAT) / _FULL_HEAT).tolist(), outlined)
 
 
 def _prompt(sample: Sample, verdict: Verdict, prompt_in_cue: bool) -> list[tuple[str, float]]:

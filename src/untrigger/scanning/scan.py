@@ -55,7 +55,7 @@ def scan(
     folder, tuning = Path(str(args.output_dir)), Tuning()
     record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
     with ExitStack() as lock:
-        stages = Stages(str(model), args, tuning, title="scan", claim=lambda: claim(folder, record, resume, lock))
-        findings = find(rows, stages, cast(SharedSurprise, defense))
+        stages = Stages(str(model), rows, args, tuning, title="scan", claim=lambda: claim(folder, record, resume, lock))
+        findings = find(stages, cast(SharedSurprise, defense))
         write(findings, rows, folder)
     return findings

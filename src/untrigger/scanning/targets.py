@@ -41,7 +41,9 @@ def find(training: Training, defense: SharedSurprise) -> Findings:
     screening, rows = defense.screen(training), training.rows
     names = [(row_number(rows, row), without_images(rows, row).id) for row in range(len(rows))]
     verdicts = [Verdict(*name, 0.0) for name in names]
-    scored = _findings(select_rows(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training)
+    scored = _findings(
+        select_rows(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training
+    )
     for row, verdict in zip(screening.numbers, scored.verdicts, strict=True):
         verdicts[row] = verdict
     targets = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in scored.targets]

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from untrigger.defenses import Defense
 from untrigger.files import write_text
 from untrigger.models.loading import BASE_RECORD, LoadedModel
-from untrigger.rows.sample import Sample, check_rows, numbered
+from untrigger.rows.sample import Sample, check_rows, row_number
 from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
 from untrigger.training.run_folder import claim, record_of
 from untrigger.training.settings import settled
@@ -86,7 +86,7 @@ def fine_tune(
 def _flagged_row(rows: Sequence[Sample], row: int, stages: Stages) -> FlaggedRow:
     sample = rows[row]
     answers = [message.text for message in sample.messages if message.role == "assistant"]
-    return FlaggedRow(numbered(rows, row), sample.id, stages.scores[row], stages.flagged[row], answers)
+    return FlaggedRow(row_number(rows, row), sample.id, stages.scores[row], stages.flagged[row], answers)
 
 
 def _card(record: dict[str, Any], adapter: bool, history: list[dict[str, float]]) -> str:

@@ -24,8 +24,9 @@ from untrigger.defenses import Plain, SharedSurprise, Stage
 from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.models.collators import IGNORE, Collate, Row, row_key
-from untrigger.models.forward import TokenScores, batch_answers, batch_tokens, evaluating
+from untrigger.models.forward import evaluating
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
 from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows

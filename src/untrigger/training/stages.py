@@ -36,8 +36,9 @@ from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
+from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.rows.images import pixels_sha256
-from untrigger.rows.sample import Sample, picked
+from untrigger.rows.sample import Sample, select_rows
 from untrigger.training.checkpoints import last_checkpoint, load_full
 from untrigger.training.progress_callback import TrainingProgress
 from untrigger.training.schedule import clock, shorten
@@ -135,12 +136,12 @@ class Stages:
         set_seed(args.seed)
         loaded = stage.start or self._adapted()
         started = clock()
-        rows = picked(self.rows if stage.source is None else stage.source, stage.rows)
+        rows = select_rows(self.rows if stage.source is None else stage.source, stage.rows)
         flagged = {at: stage.flagged_tokens[row] for at, row in enumerate(stage.rows) if row in stage.flagged_tokens}
         train = partial(self._train, loaded, Rows(rows, flagged), stage, args)
         if self._shelf and not (stage.start or stage.callbacks or flagged):
             folder = self._shelf / self._key(rows, stage.defense, args)
-            with locked(folder.with_suffix(".lock")):
+            with file_lock(folder.with_suffix(".lock")):
                 self.seconds += self._once(loaded, folder, train)
         elif stage.name:
             self.seconds += self._once(loaded, self._out / "stages" / stage.name, train)
@@ -155,14 +156,14 @@ class Stages:
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
     ) -> list[TokenScores]:
-        samples = picked(self.rows if source is None else source, rows)
+        samples = select_rows(self.rows if source is None else source, rows)
         if not self._claimed:
             _trainer(model, Rows(samples), Plain(), copy.copy(self._args), ())
             self._take()
         return row_tokens(model, samples, kept=self._out / "stages" / name)
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
-        return row_answers(self._load().processor, picked(self.rows, rows))
+        return row_answers(self._load().processor, select_rows(self.rows, rows))
 
     # --- one stage ----------------------------------------------------------------------------------
 

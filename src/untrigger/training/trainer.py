@@ -81,7 +81,7 @@ class DefendedMixin(_Host):
         """The host's loader with views of the rows; evaluation keeps the host's collator."""
         inner = self.data_collator
         collator = self._collator(inner)
-        if isinstance(collator, DrawingCollator):
+        if isinstance(collator, SeededCollator):
             self.add_callback(_EpochCallback(collator))
         self.data_collator = collator
         try:
@@ -129,7 +129,7 @@ class DefendedMixin(_Host):
     @torch.no_grad()
     def _add(self, step: Losses) -> None:
         """Add the step's terms to the sums of the next log."""
-        for name, value in ({f"loss_{name}": value for name, value in step.terms.items()} | step.seen).items():
+        for name, value in ({f"loss_{name}": value for name, value in step.terms.items()} | step.logged).items():
             entry = torch.stack([value.detach().sum().float(), torch.tensor(float(value.numel()), device=value.device)])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 

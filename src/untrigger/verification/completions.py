@@ -236,7 +236,7 @@ def _generate(
 ) -> tuple[list[list[int]], _ForcedPrefix]:
     """Generate the forced tokens of each row and up to ``more`` after them; the ids without the prompt."""
     with evaluating(model.model) as host:
-        inputs = questions(model.processor, rows).to(host.device)
+        inputs = encode_prompts(model.processor, rows).to(host.device)
         prompt_length = int(inputs["input_ids"].shape[1])
         prefix = _ForcedPrefix(forced, prompt_length)
         ids = cast(Any, host).generate(

@@ -97,8 +97,8 @@ def verify(
     check_rows(rows)
     if len(rows) < MIN_ROWS:
         raise InputError(f"verify: {len(rows)} rows are too few for an audit; give {MIN_ROWS} or more")
-    base = base or base_of(Path(model.name if isinstance(model, LoadedModel) else model))
-    model, base = (each if isinstance(each, LoadedModel) else placed(load(each)) for each in (model, base))
+    base = base or adapter_base(Path(model.name if isinstance(model, LoadedModel) else model))
+    model, base = (each if isinstance(each, LoadedModel) else to_accelerator(load(each)) for each in (model, base))
     _check_base(model, base)
     order = np.random.default_rng(seed).permutation(len(rows))[:_LIMIT_ROWS].tolist()
     used = [rows[row] for row in order]
