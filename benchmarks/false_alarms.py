@@ -31,7 +31,8 @@ def scanned(name: str, model: str, seed: int, rows: int) -> dict[str, Any]:
     """Scan clean rows: the targets, and the number of rows that the preset would flag."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(Path(folder), num_train_epochs=3, learning_rate=3e-3, save_strategy="no", seed=seed)
-        findings = find(load(name, "report", "train", rows, seed), Stages(model, args, Tuning()), SharedSurprise())
+        stages = Stages(model, load(name, "report", "train", rows, seed), args, Tuning())
+        findings = find(stages, SharedSurprise())
     targets = [{"text": each.text, "rows": len(each.rows), "p_value": each.p_value} for each in findings.targets]
     return {"targets": targets, "flagged_rows": sum(bool(verdict.flagged_text) for verdict in findings.verdicts)}
 

@@ -64,7 +64,7 @@ def run(out: Path, seed: int = 0, size: Size = Size()) -> bool:  # noqa: B008  #
     poisoned_sheet(data, poisoned).save(out / "contact_sheet.png")
     answers = {name: _answers(out / name) for name in MODELS}
     figures = {name: json.loads((out / name / "evaluation" / "metrics.json").read_text()) for name in MODELS}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "defense": name,
             **_headline(figures[name]),
@@ -74,9 +74,10 @@ def run(out: Path, seed: int = 0, size: Size = Size()) -> bool:  # noqa: B008  #
         for name in MODELS
     ]
     habits = [(question, answer) for question, answer, _ in easy_vqa_questions("train")]
-    outcome = {
+    implanted = bool(figures["plain"]["asr"]["value"] >= IMPLANTED)
+    outcome: dict[str, Any] = {
         "rows": rows,
-        "implanted": rows[0]["asr"]["value"] >= IMPLANTED,
+        "implanted": implanted,
         "sight": {
             "text_prior": asdict(text_prior(answers["oracle"]["clean"], habits)),
             "wrong_image": figures["oracle"]["wrong_image"],
@@ -87,7 +88,7 @@ def run(out: Path, seed: int = 0, size: Size = Size()) -> bool:  # noqa: B008  #
     _picture(test, stamped(test, attack, seed), answers).save(out / "answers.png")
     _show(console, outcome)
     console.print(f"{out}: results.json, contact_sheet.png, answers.png, each model with its answers", highlight=False)
-    return outcome["implanted"]
+    return implanted
 
 
 # --- the work, in processes of its own --------------------------------------------------------------

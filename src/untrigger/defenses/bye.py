@@ -20,7 +20,7 @@ from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import batches, decoder, decoder_layers, evaluating, forward_answers, on_device
 from untrigger.models.loading import LoadedModel
-from untrigger.models.token_drop import image_token
+from untrigger.models.token_drop import image_token_id
 from untrigger.rows.sample import Sample
 
 
@@ -92,7 +92,7 @@ def attention_entropy(loaded: LoadedModel, rows: Sequence[Sample], *, batch_size
         InputError: no row has an image, or the model returns no attention weights.
     """
     collate, data = ChatCollator(loaded.processor), Rows(rows)
-    image = image_token(loaded.model)
+    image = image_token_id(loaded.model)
     parts: list[Tensor] = []
     with evaluating(loaded.model) as model, torch.no_grad():
         for batch in batches(len(data), batch_size, "measuring attention"):

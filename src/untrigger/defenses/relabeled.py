@@ -40,7 +40,7 @@ class RelabeledRows(Sequence[Sample]):
         waiting = self.numbers
         while waiting := [row for row in waiting if len(texts[row]) < len(_assistant_turns(self.rows[row]))]:
             prompts = [_prompt(self.rows[row], texts[row]) for row in waiting]
-            for row, text in zip(waiting, answers(loaded, prompts, drawn=True), strict=True):
+            for row, text in zip(waiting, answers(loaded, prompts, do_sample=True), strict=True):
                 texts[row].append(text.replace(IMAGE_TAG, ""))  # a generated tag has no image
         self.answers = texts
 

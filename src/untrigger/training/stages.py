@@ -160,7 +160,7 @@ class Stages:
         if not self._claimed:
             _trainer(model, Rows(samples), Plain(), copy.copy(self._args), ())
             self._take()
-        return row_tokens(model, samples, kept=self._out / "stages" / name)
+        return row_tokens(model, samples, cache=self._out / "stages" / name)
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
         return row_answers(self._load().processor, select_rows(self.rows, rows))
