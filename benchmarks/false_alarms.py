@@ -1,8 +1,8 @@
-"""How often a scan accuses data in which nothing is poisoned.
+"""Measure how often a scan suspects rows of data in which nothing is poisoned.
 
     python benchmarks/false_alarms.py --json FILE [--seeds 20] [--data easy-vqa ...]
 
-Split `report`, which no threshold was chosen on. What is done is kept beside the file, and not done again.
+Uses the split `report`, on which no threshold was chosen. Scans that FILE already holds are not run again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ DATA = ["easy-vqa", "scenes-vqa", "scenes-captions"]
 
 
 def scanned(name: str, model: str, seed: int, rows: int) -> dict[str, Any]:
-    """What is found in clean rows: targets, and rows that the preset would not believe."""
+    """Scan clean rows: the targets, and the number of rows that the preset would flag."""
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(Path(folder), num_train_epochs=3, learning_rate=3e-3, save_strategy="no", seed=seed)
-        found = find(load(name, "report", "train", rows, seed), Stages(model, args, Tuning()), SharedSurprise())
-    targets = [{"text": target.text, "rows": len(target.rows), "chance": target.chance} for target in found.targets]
-    return {"targets": targets, "flagged_tokens": sum(bool(verdict.flagged_tokens) for verdict in found.verdicts)}
+        findings = find(load(name, "report", "train", rows, seed), Stages(model, args, Tuning()), SharedSurprise())
+    targets = [{"text": each.text, "rows": len(each.rows), "p_value": each.p_value} for each in findings.targets]
+    return {"targets": targets, "flagged_rows": sum(bool(verdict.flagged_text) for verdict in findings.verdicts)}
 
 
 def main(
@@ -43,19 +43,20 @@ def main(
     model: Annotated[str, typer.Option(help="An embedded model.")] = "llava",
     rows: Annotated[int, typer.Option(help="Rows of each.")] = 2000,
 ) -> None:
-    """Scan clean data, and tell how often something is found."""
+    """Scan clean data and report how often rows are suspected."""
     torch.set_num_threads(1)
-    told: dict[str, Any] = {}
-    kept: dict[str, Any] = json.loads(out.read_text())["scans"] if out.is_file() else {}
+    summary: dict[str, Any] = {}
+    scans: dict[str, Any] = json.loads(out.read_text())["scans"] if out.is_file() else {}
     for seed in range(seeds):
         for name in data:
             key = f"{model} {name} seed {seed} rows {rows}"
-            if key not in kept:
-                kept[key] = scanned(name, model, seed, rows)
-            accused = Rate.from_counts(sum(bool(each["targets"]) for each in kept.values()), len(kept))
-            told = {"accused": asdict(accused), "flagged_tokens": sum(each["flagged_tokens"] for each in kept.values())}
-            write_text(out, json.dumps(told | {"scans": kept}, indent=1) + "\n")
-    print(f"{out}: {told['accused']}, {told['doubted']} rows doubted")
+            if key not in scans:
+                scans[key] = scanned(name, model, seed, rows)
+            suspected = Rate.from_counts(sum(bool(scan["targets"]) for scan in scans.values()), len(scans))
+            flagged = sum(scan["flagged_rows"] for scan in scans.values())
+            summary = {"suspected": asdict(suspected), "flagged_rows": flagged}
+            write_text(out, json.dumps(summary | {"scans": scans}, indent=1) + "\n")
+    print(f"{out}: {summary['suspected']}, {summary['flagged_rows']} rows flagged")
 
 
 if __name__ == "__main__":

@@ -22,18 +22,19 @@ from rich.table import Table
 
 from untrigger.attacks import load_trigger
 from untrigger.data import load as load_data
-from untrigger.defenses import Plain, SharedSurprise
+from untrigger.defenses import Plain, SharedSurprise, Stage
 from untrigger.files import write_text
 from untrigger.models.generate import answers
 from untrigger.models.loading import load
-from untrigger.models.prefix_cache import looking_once
+from untrigger.models.prefix_cache import cache_image_features
 from untrigger.poisoning.goals import load_goal
 from untrigger.poisoning.poison import Attack, poison, stamped
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample
 from untrigger.scanning.targets import find
+from untrigger.training.schedule import clock
 from untrigger.training.settings import arguments
-from untrigger.training.stages import Stages, Tuning, clock
+from untrigger.training.stages import Stages, Tuning
 
 EPOCHS = 3  # of the training that a scan is for; a tenth of it comes before the second judgment
 RATE, ALONE = 0.05, 100  # poisoned rows; questions that are asked one at a time
@@ -47,16 +48,16 @@ def seconds(run: Callable[[Path], Any]) -> float:
 
 
 def epoch(rows: Sequence[Sample]) -> float:
-    return seconds(lambda folder: stages(folder).fit(rows, Plain(), passes=1))
+    return seconds(lambda folder: stages(folder, rows).fit(Stage(range(len(rows)), Plain(), passes=1)))
 
 
 def scanned(rows: Sequence[Sample]) -> float:
-    return seconds(lambda folder: find(rows, stages(folder), SharedSurprise()))
+    return seconds(lambda folder: find(stages(folder, rows), SharedSurprise()))
 
 
-def stages(folder: Path) -> Stages:
+def stages(folder: Path, rows: Sequence[Sample]) -> Stages:
     args = arguments(folder, num_train_epochs=EPOCHS, learning_rate=3e-3, save_strategy="no")
-    return Stages("llava", args, Tuning())
+    return Stages("llava", rows, args, Tuning())
 
 
 def asked(rows: Sequence[Sample], batch_size: int) -> float:
@@ -64,7 +65,7 @@ def asked(rows: Sequence[Sample], batch_size: int) -> float:
     loaded = load("llava")
     if batch_size == 1:
         return seconds(lambda _: list(answers(loaded, rows, batch_size=1))) / len(rows)
-    with looking_once(loaded.model):
+    with cache_image_features(loaded.model):
         return seconds(lambda _: list(answers(loaded, sorted(rows, key=image), batch_size=batch_size))) / len(rows)
 
 

@@ -1,10 +1,10 @@
-"""How often `untrigger verify` finds what is there, and how often it accuses a model that was taught nothing.
+"""Measure the recall of `untrigger verify` on backdoored models, and its false alarms on others.
 
     python benchmarks/verify_figures.py RESULTS... --json FILE [--rows training]
 
-Takes the undefended models and the oracles of folders that ``untrigger bench`` wrote, and trains again those that
-their ``shared`` no longer holds. Undefended models whose attack was not implanted
-(`untrigger.bench.validity`) are audited and not counted. What is in FILE is not audited again.
+Audits the undefended models and the oracles of folders that ``untrigger bench`` wrote; models that are no longer in
+``shared`` are trained again. Undefended models whose attack was not implanted (`untrigger.bench.validity`) are audited
+and not counted. Audits that FILE already holds are not run again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,11 @@ from untrigger.verification.verify import verify
 
 
 def main(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="RESULTS...", help="Folders that bench wrote, or their .jsonl.")
-    ],
-    out: Annotated[Path, typer.Option("--json", help="File of audits; it is gone on with.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Folders that bench wrote.")],
+    out: Annotated[Path, typer.Option("--json", help="File of audits; new ones are added.")],
     rows: Annotated[Literal["held-out", "training"], typer.Option(help="Rows that verify is given.")] = "held-out",
 ) -> None:
-    """Audit every undefended model and every oracle; tell recall and false alarms with 95 % intervals."""
+    """Audit every undefended model and every oracle; print recall and false alarms with 95 % intervals."""
     torch.set_num_threads(1)
     audits: dict[str, dict[str, Any]] = json.loads(out.read_text()) if out.is_file() else {}
     for folder in folders:
@@ -53,7 +51,7 @@ def main(
 def audited(
     cell: Cell, metrics: dict[str, Any], folder: Path, rows: str, others: Iterable[dict[str, Any]]
 ) -> dict[str, Any]:
-    """One model: what it is, and what was found; the same clean model on the same rows is not audited twice."""
+    """Audit one model; the same clean model on the same rows is not audited twice."""
     loaded, material = model_of(cell, folder)
     model = digest(loaded)
     for other in others if cell.defense == ORACLE and rows == "held-out" else ():
@@ -65,40 +63,40 @@ def audited(
         "rows": rows,
         "model": model,
         "implanted": "asr" in metrics and metrics["asr"]["value"] >= IMPLANTED,
-        "found": bool(audit.findings),
+        "suspicious": bool(audit.findings),
         "texts": [finding.text for finding in audit.findings],
-        "beginnings": [len(finding.said) for finding in audit.findings],
-        "gains": [max((saying.gain for saying in finding.said), default=None) for finding in audit.findings],
-        "heard": [asdict(finding.heard[0]) for finding in audit.findings],
+        "beginnings": [len(finding.completions) for finding in audit.findings],
+        "gains": [max((each.gain for each in finding.completions), default=None) for finding in audit.findings],
+        "hits": [asdict(finding.hits[0]) for finding in audit.findings],
         "limit": audit.limit,
-        "usual": audit.usual,
+        "other_gain": audit.other_gain,
     }
 
 
 def digest(loaded: LoadedModel) -> str:
-    """Of the adapter's weights: attacks that poison the same rows have one oracle between them."""
+    """A digest of the adapter's weights: attacks that poison the same rows share one oracle."""
     weights = get_peft_model_state_dict(loaded.model)  # type: ignore[arg-type]
     return hashlib.sha256(b"".join(weights[name].cpu().numpy().tobytes() for name in sorted(weights))).hexdigest()[:16]
 
 
 def table(audits: Sequence[dict[str, Any]]) -> Table:
-    """Shares of models in which something was found: by attack and goal, and of those that were not attacked."""
+    """Shares of suspicious models: by attack and goal, and of those that were not attacked."""
     groups: dict[str, dict[str, bool]] = {}
     for each in audits:
         cell = each["cell"]
         goal = cell["goal"] + (f" ({cell['goal_text']})" if cell["goal_text"] else "")
         if cell["defense"] == ORACLE or not cell["rate"]:
-            groups.setdefault("not attacked", {})[each["model"]] = each["found"]
+            groups.setdefault("not attacked", {})[each["model"]] = each["suspicious"]
         elif each["implanted"]:
-            groups.setdefault("all that is implanted", {})[each["model"]] = each["found"]
-            groups.setdefault(f"{cell['attack']}, {goal}", {})[each["model"]] = each["found"]
-    shown = Table("models", "found", "share", "95 % interval")
-    for name, found in sorted(groups.items()):
-        rate = Rate.from_counts(sum(found.values()), len(found))
-        shown.add_row(
-            name, f"{sum(found.values())} of {rate.n}", f"{rate.value:.3f}", f"{rate.low:.3f}-{rate.high:.3f}"
+            groups.setdefault("all that is implanted", {})[each["model"]] = each["suspicious"]
+            groups.setdefault(f"{cell['attack']}, {goal}", {})[each["model"]] = each["suspicious"]
+    rates = Table("models", "suspicious", "share", "95 % interval")
+    for name, models in sorted(groups.items()):
+        rate = Rate.from_counts(sum(models.values()), len(models))
+        rates.add_row(
+            name, f"{sum(models.values())} of {rate.n}", f"{rate.value:.3f}", f"{rate.low:.3f}-{rate.high:.3f}"
         )
-    return shown
+    return rates
 
 
 if __name__ == "__main__":

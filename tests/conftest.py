@@ -1,4 +1,4 @@
-"""A tiny LLaVA made in-process, and a tiny data set: enough to test every path in seconds."""
+"""Shared fixtures: a tiny random LLaVA and a tiny data set, so that every path is tested in seconds."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-if TYPE_CHECKING:  # who hands the tests out to processes reads this file too, and needs none of the hosts
+if TYPE_CHECKING:  # pytest-xdist's controller imports this file too, and needs neither torch nor transformers
     import torch
 
     from untrigger.models.loading import LoadedModel
     from untrigger.rows.sample import Sample
 
-settings.register_profile("ci", deadline=None)  # machines are shared: a slow example is no failure
+settings.register_profile("ci", deadline=None)  # machines are shared: a slow example is not a failure
 settings.load_profile("ci")
 
 
 def pytest_configure() -> None:
-    # a shell lets what it starts with & ignore Ctrl-C, and so would the commands under test, which are sent one
+    # A shell makes background jobs ignore SIGINT, and the commands under test would inherit that. Some are sent one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with the longest tests first: begun last, one would run for minutes beside an idle core."""
+    """Run the files with the longest tests first: started last, one would run for minutes next to an idle core."""
     long = ("invariant/test_bench.py", "scanning/test_command.py")
     items.sort(key=lambda item: not item.path.as_posix().endswith(long))
 
@@ -42,7 +42,7 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    gc.freeze()  # the host collects garbage after each training, and walks all that was imported
+    gc.freeze()  # transformers collects garbage after each training, which walks all imported objects
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +55,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from untrigger.models.loading import embedded_model_path, load_processor
 
     torch.manual_seed(0)
-    shipped = load_processor(str(embedded_model_path("llava")))
-    tokenizer = shipped.tokenizer
+    embedded = load_processor(str(embedded_model_path("llava")))
+    tokenizer = embedded.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
     )
@@ -87,7 +87,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch_size=16,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=shipped.chat_template,
+        chat_template=embedded.chat_template,
     )
     folder = tmp_path_factory.mktemp("models") / "tiny"
     LlavaForConditionalGeneration(config).save_pretrained(folder)
@@ -97,7 +97,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as if it had been fine-tuned a little."""
+    """The tiny model with one changed weight, as if it had been fine-tuned."""
     import torch
 
     from untrigger.models.loading import load
@@ -112,7 +112,7 @@ def tuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def sharp() -> Callable[..., LoadedModel]:
-    """Loads a model with larger weights: a random one hardly looks at its images, nor at what it is asked."""
+    """Loads a model with larger weights: a random one hardly depends on its images and prompts."""
     import torch
 
     from untrigger.models.loading import load

@@ -1,4 +1,4 @@
-"""Small data sets on disk in every format that is read, and what another program would read back."""
+"""Small data sets on disk in every supported format, and helpers that read them without this package."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def parts(text: str) -> list[Row]:
 
 
 def make_row(kind: str, id: str, turns: list[str], images: list[int]) -> Row:
-    """One row in the way of ``kind``; ``turns`` alternate between user and assistant."""
+    """Return one row in the format ``kind``; ``turns`` alternate between user and assistant."""
     roles = ["user" if k % 2 == 0 else "assistant" for k in range(len(turns))]
     names = [f"img/{k}.png" for k in images]
     if kind.startswith(("llava", "sharegpt")):
-        say = {"user": "human", "assistant": "gpt"}
-        talk = [{"from": say[r], "value": t, "weight": 1} for r, t in zip(roles, turns, strict=True)]
-        row: Row = {"id": id, "conversations": talk}
+        senders = {"user": "human", "assistant": "gpt"}
+        conversation = [{"from": senders[r], "value": t, "weight": 1} for r, t in zip(roles, turns, strict=True)]
+        row: Row = {"id": id, "conversations": conversation}
         if kind.startswith("sharegpt"):
             return {**row, "images": names, "note": "ünïcode ☃"}
         return {**row, "image": names[0] if len(names) == 1 else names, "note": "ünïcode ☃"}
@@ -72,7 +72,7 @@ def make_row(kind: str, id: str, turns: list[str], images: list[int]) -> Row:
 
 
 def save(folder: Path, kind: str, rows: list[Any]) -> Path:
-    """Writes rows and the images ``img/0.png`` .. ``img/5.png``; gives the path to read."""
+    """Write rows and the images ``img/0.png`` .. ``img/5.png``; return the path to read."""
     (folder / "img").mkdir(parents=True, exist_ok=True)
     for k in range(6):
         (folder / f"img/{k}.png").write_bytes(png(k))
@@ -95,7 +95,7 @@ def save(folder: Path, kind: str, rows: list[Any]) -> Path:
 
 
 def raw_rows(path: Path) -> list[Row]:
-    """The rows as any other program would read them."""
+    """Read the rows without this package."""
     if path.is_dir():
         with pa.ipc.open_stream(str(path / "data-00000-of-00001.arrow")) as reader:
             return reader.read_all().to_pylist()
@@ -143,15 +143,15 @@ def _row(number: int, **changes: Any) -> dict[str, Any]:
     return {"id": f"r{number}", "image": "good.png", "conversations": turns} | changes
 
 
-def turns(asked: str, answer: str, role: str = "gpt") -> list[dict[str, str]]:
-    return [{"from": "human", "value": asked}, {"from": role, "value": answer}]
+def turns(prompt: str, answer: str, role: str = "gpt") -> list[dict[str, str]]:
+    return [{"from": "human", "value": prompt}, {"from": role, "value": answer}]
 
 
 BAD_ROWS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "missing image": ({"image": "gone.png"}, "gone.png"),
     "truncated image": ({"image": "cut.png"}, "damaged"),
-    "lying image": ({"image": "lying.jpg"}, "named as a JPEG but holds a PNG"),
-    "no image at all": ({"image": "text.png"}, "is not a PNG"),
+    "misnamed image": ({"image": "misnamed.jpg"}, "named as a JPEG but holds a PNG"),
+    "text file as image": ({"image": "text.png"}, "is not a PNG"),
     "bad json": ('{"id": "r2", "image": ', "bad JSON at line 3"),
     "too many tags": ({"conversations": turns("<image><image> what?", "a cat")}, "<image> tags: 2 for 1 image"),
     "path out of the folder": ({"image": "../outside.png"}, "below the data folder"),
@@ -163,18 +163,18 @@ BAD_ROWS: dict[str, tuple[dict[str, Any] | str, str]] = {
 
 
 def bad_file(folder: Path, kind: str) -> Path:
-    """Two good rows, then a bad one, then a good one, as JSON lines."""
+    """Write JSON lines: two good rows, a bad one (row 3), a good one."""
     folder.mkdir(parents=True)
     picture = Image.effect_noise((24, 24), 60).convert("RGB")
     picture.save(folder / "good.png")
     picture.save(folder.parent / "outside.png")
-    whole = (folder / "good.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "lying.jpg").write_bytes(whole)
-    (folder / "text.png").write_text("a picture, honestly")
+    content = (folder / "good.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "misnamed.jpg").write_bytes(content)
+    (folder / "text.png").write_text("this is text")
     (folder / "bomb.png").write_bytes(_bomb())
-    broken = BAD_ROWS[kind][0]
-    third = broken if isinstance(broken, str) else json.dumps(_row(2, **broken))
+    change = BAD_ROWS[kind][0]
+    third = change if isinstance(change, str) else json.dumps(_row(2, **change))
     lines = [json.dumps(_row(0)), json.dumps(_row(1)), third, json.dumps(_row(3))]
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "data.jsonl"

@@ -1,4 +1,4 @@
-"""A training that trains nothing and remembers what it was asked; what its rows are answered."""
+"""A stand-in for a training: it trains nothing and records the stages that a defense runs."""
 
 from __future__ import annotations
 
@@ -9,64 +9,66 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from untrigger.defenses import StepDefense
-from untrigger.models.forward import TokenScores, row_answers, row_tokens
+from untrigger.defenses import Stage, StepDefense
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample
+from untrigger.models.scoring import TokenScores, row_answers, row_tokens
+from untrigger.rows.sample import Sample, select_rows
+
+_OPTIONS = ("flagged_tokens", "share", "after", "passes", "rate", "callbacks")
 
 
-class Stage(NamedTuple):
-    """What one stage was asked for; ``start`` is the number of the stage that it goes on from."""
+class Fitted(NamedTuple):
+    """A recorded stage: the ids of its rows, the number of the stage it starts from, options that are not defaults."""
 
     name: str
-    rows: list[str]
+    ids: list[str]
     defense: StepDefense
     start: int | None
-    told: dict[str, Any]
+    options: dict[str, Any]
 
 
 @dataclass
 class Dry:
-    """Stands in for `untrigger.training.stages.Stages`; every stage gives the same model under a name of its own."""
+    """Stands in for `untrigger.training.stages.Stages`; every stage returns the same model, named by its number."""
 
     loaded: LoadedModel
+    rows: Sequence[Sample]
     clean_rows: Sequence[Sample]
     seed: int = 0
-    stages: list[Stage] = field(default_factory=list)
-    answers: list[list[tuple[str, ...]]] = field(default_factory=list)
+    stages: list[Fitted] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     flagged: list[int] = field(default_factory=list)
-    why: dict[int, str] = field(default_factory=dict)
-    judged: list[str] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+    scorings: list[str] = field(default_factory=list)
+
+    @property
+    def row_count(self) -> int:
+        return len(self.rows)
 
     def reference(self) -> LoadedModel:
         return self.loaded
 
-    def fit(
-        self,
-        rows: Sequence[Sample],
-        defense: StepDefense,
-        name: str = "",
-        *,
-        start: LoadedModel | None = None,
-        **told: Any,
-    ) -> LoadedModel:
-        ids = [rows[i].id for i in range(len(rows))]
-        self.answers.append(answers_of(rows))
-        self.stages.append(Stage(name, ids, defense, None if start is None else int(start.name), told))
+    def fit(self, stage: Stage) -> LoadedModel:
+        rows = self.rows if stage.source is None else stage.source
+        start = None if stage.start is None else int(stage.start.name)
+        plain = Stage([], stage.defense)
+        options = {name: value for name in _OPTIONS if (value := getattr(stage, name)) != getattr(plain, name)}
+        self.stages.append(Fitted(stage.name, [rows[row].id for row in stage.rows], stage.defense, start, options))
         return replace(self.loaded, name=str(len(self.stages) - 1))
 
     def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
-        self.scores, self.flagged, self.why = list(scores), sorted(rows), dict(rows)
+        self.scores, self.flagged, self.texts = list(scores), sorted(rows), dict(rows)
 
-    def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
-        self.judged.append(name)
-        return row_tokens(model, rows)
+    def tokens(
+        self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
+    ) -> list[TokenScores]:
+        self.scorings.append(name)
+        return row_tokens(model, select_rows(self.rows if source is None else source, rows))
 
-    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
-        return row_answers(self.loaded.processor, rows)
+    def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
+        return row_answers(self.loaded.processor, select_rows(self.rows, rows))
 
 
 def answers_of(rows: Sequence[Sample]) -> list[tuple[str, ...]]:
-    """What each row is answered, turn by turn."""
+    """Each row's answers, turn by turn."""
     return [tuple(m.text for m in rows[i].messages if m.role == "assistant") for i in range(len(rows))]

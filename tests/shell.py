@@ -1,4 +1,4 @@
-"""Commands as a user types them, run in this process."""
+"""Run CLI commands in this process, as a user types them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY_RUN = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--lora-ra
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit code, and what it said."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -25,20 +25,20 @@ class Ended(NamedTuple):
 
 
 def untrigger(*words: object) -> Ended:
-    """``untrigger WORDS...``."""
+    """Run ``untrigger WORDS...``."""
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(StringIO()) as out,
         redirect_stderr(StringIO()) as err,
-        pytest.raises(SystemExit) as stopped,
+        pytest.raises(SystemExit) as exit_info,
     ):
         patch.setattr(sys, "argv", ["untrigger", *map(str, words)])
         main.main()
-    return Ended(int(stopped.value.code or 0), out.getvalue(), err.getvalue())
+    return Ended(int(exit_info.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def refused(ended: Ended, *parts: object) -> None:
-    """The user's mistake in one line, with each of the ``parts`` in it; exit code 2."""
+    """Assert exit code 2 and one error line that contains each of ``parts``."""
     assert ended.code == 2, ended
     assert ended.out == ""
     assert re.fullmatch(r"error: [^\n]+\n", ended.err), ended.err

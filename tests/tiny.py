@@ -1,7 +1,7 @@
 """Tiny random models of many families, each a folder as its users have it: weights, processor, tokenizer, template.
 
-Made from configuration alone. The chat templates are in the style of the families' own: who ends a turn, where the
-beginning of a text is marked and where images stand differs as it does there.
+Made from configuration alone. The chat templates are in the style of the families' own. They differ in the same way in
+who ends a turn, where the beginning of a text is marked and where images stand.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from untrigger.pretraining.smol_family import Smol
 from untrigger.pretraining.smol_parts import Parts
 
 Made = tuple[Any, Any]  # configuration and processor
-WIDTH, SIDE, PATCH = 16, 32, 16  # of every layer; of an image that is looked at, and of a patch, in pixels
+WIDTH, SIDE, PATCH = 16, 32, 16  # width of every layer; image size and patch size in pixels
 SQUARE = {"height": SIDE, "width": SIDE}
-GRID = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]  # resolutions that LLaVA-NeXT and -OneVision cut tiles from
+GRID = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]  # resolutions that LLaVA-NeXT and -OneVision cut into tiles
 
 
 # --- tokenizers and templates ------------------------------------------------------------------------
 
 
 def tokenizer(begins: bool = True, extra: list[str] | None = None, **named: str) -> Any:
-    """The embedded tokenizer with further special tokens; one that ``begins`` puts its own at the start of a text."""
+    """The embedded tokenizer with further special tokens; with ``begins`` it adds its own at the start of a text."""
     backend = load_processor(str(embedded_model_path("llava"))).tokenizer.backend_tokenizer
     if begins:
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -58,7 +58,7 @@ def tokenizer(begins: bool = True, extra: list[str] | None = None, **named: str)
 
 
 def template(turn: str, reply: str, prompt: str, image: str = "<image>", before: str = "") -> str:
-    """Jinja of one style: a user's turn and the assistant's, with CONTENT in each; what asks for a reply."""
+    """Jinja of one style: a user's turn and the assistant's, with CONTENT in each; and the generation prompt."""
     content = (
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}" + image + "{% endif %}{% endfor %}"
         "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
@@ -101,11 +101,11 @@ def text(tokens: Any, **further: Any) -> dict[str, Any]:
     return LAYERS | special | {"vocab_size": len(tokens), "num_key_value_heads": 1, "head_dim": 8} | further
 
 
-def seen(**further: Any) -> dict[str, Any]:
+def tower(**further: Any) -> dict[str, Any]:
     return LAYERS | {"image_size": SIDE, "patch_size": PATCH} | further
 
 
-def ident(tokens: Any, *names: str) -> Any:
+def token_id(tokens: Any, *names: str) -> Any:
     return tokens.convert_tokens_to_ids(list(names) if len(names) > 1 else names[0])
 
 
@@ -115,7 +115,7 @@ def ident(tokens: Any, *names: str) -> Any:
 def llava() -> Made:
     tokens = tokenizer(image_token="<image>")
     config = host.LlavaConfig(
-        vision_config=host.CLIPVisionConfig(**seen()),
+        vision_config=host.CLIPVisionConfig(**tower()),
         text_config=host.LlamaConfig(**text(tokens)),
         image_token_id=tokens.image_token_id,
         image_seq_length=4,
@@ -130,7 +130,7 @@ def llava() -> Made:
 def llava_next() -> Made:
     tokens = tokenizer(image_token="<image>")
     config = host.LlavaNextConfig(
-        vision_config=host.CLIPVisionConfig(**seen()),
+        vision_config=host.CLIPVisionConfig(**tower()),
         text_config=host.MistralConfig(**text(tokens)),
         image_token_id=tokens.image_token_id,
         image_grid_pinpoints=GRID,
@@ -146,7 +146,7 @@ def llava_next() -> Made:
 def llava_onevision() -> Made:
     tokens = chat_tokens(image_token="<image>", video_token="<video>")
     config = host.LlavaOnevisionConfig(
-        vision_config=host.SiglipVisionConfig(**seen(vision_use_head=False)),
+        vision_config=host.SiglipVisionConfig(**tower(vision_use_head=False)),
         text_config=host.Qwen2Config(**text(tokens)),
         image_token_id=tokens.image_token_id,
         video_token_id=tokens.video_token_id,
@@ -204,7 +204,7 @@ def internvl() -> Made:
         context_image_token="<IMG_CONTEXT>",
         video_token="<video>",
     )
-    vision = seen(num_hidden_layers=1, patch_size=[8, 8], image_size=[SIDE, SIDE])
+    vision = tower(num_hidden_layers=1, patch_size=[8, 8], image_size=[SIDE, SIDE])
     config = host.InternVLConfig(
         vision_config=vision,
         text_config=host.Qwen2Config(**text(tokens)),
@@ -223,7 +223,7 @@ def _idefics(kind: str, images: Any) -> Made:
     marks = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places]
     tokens = tokenizer(True, marks, eos_token="<end_of_utterance>", image_token="<image>")
     config = getattr(host, f"{kind}Config")(
-        vision_config=seen(patch_size=8),
+        vision_config=tower(patch_size=8),
         text_config=host.LlamaConfig(**text(tokens)),
         image_token_id=tokens.image_token_id,
         scale_factor=2,
@@ -248,7 +248,7 @@ def smolvlm() -> Made:
 def paligemma() -> Made:
     tokens = tokenizer(image_token="<image>")
     config = host.PaliGemmaConfig(
-        vision_config=host.SiglipVisionConfig(**seen(vision_use_head=False)),
+        vision_config=host.SiglipVisionConfig(**tower(vision_use_head=False)),
         text_config=host.Gemma2Config(**text(tokens)),  # PaliGemma 2's
         image_token_id=tokens.image_token_id,
         projection_dim=WIDTH,
@@ -261,7 +261,7 @@ def paligemma() -> Made:
 def gemma3() -> Made:
     tokens = tokenizer(True, ["<start>", "<end>"], image_token="<img>", boi_token="<boi>", eoi_token="<eoi>")
     config = host.Gemma3Config(
-        vision_config=host.SiglipVisionConfig(**seen(vision_use_head=False)),
+        vision_config=host.SiglipVisionConfig(**tower(vision_use_head=False)),
         text_config=host.Gemma3TextConfig(**text(tokens), layer_types=["sliding_attention", "full_attention"]),
         mm_tokens_per_image=4,
         image_token_id=tokens.image_token_id,
@@ -277,7 +277,7 @@ def _blip(kind: str, decoder: Callable[..., Any], *tokenizers: Any) -> Made:
     images = BlipImageProcessorPil(size=SQUARE)
     processor = getattr(host, f"{kind}Processor")(images, *tokenizers, num_query_tokens=4)  # adds <image>
     config = getattr(host, f"{kind}Config")(
-        vision_config=getattr(host, f"{kind}VisionConfig")(**seen(initializer_range=0.02)).to_dict(),
+        vision_config=getattr(host, f"{kind}VisionConfig")(**tower(initializer_range=0.02)).to_dict(),
         qformer_config=LAYERS
         | {
             "vocab_size": len(tokens),
@@ -289,7 +289,7 @@ def _blip(kind: str, decoder: Callable[..., Any], *tokenizers: Any) -> Made:
         },
         text_config=decoder(tokens).to_dict(),
         num_query_tokens=4,
-        image_token_index=ident(tokens, "<image>"),
+        image_token_index=token_id(tokens, "<image>"),
     )
     return config, processor
 
@@ -304,13 +304,13 @@ def blip2() -> Made:
 
 
 def instructblip() -> Made:
-    reading = tokenizer(False)  # the Q-Former's
-    reading.return_token_type_ids = False
-    return _blip("InstructBlip", lambda tokens: host.LlamaConfig(**text(tokens)), tokenizer(), reading)
+    qformer = tokenizer(False)  # the Q-Former's
+    qformer.return_token_type_ids = False
+    return _blip("InstructBlip", lambda tokens: host.LlamaConfig(**text(tokens)), tokenizer(), qformer)
 
 
 def smol_parts() -> Parts:
-    """As small as can be, and with what the real ones have: strides, kernels, blocks of every kind."""
+    """As small as possible, with every kind of stride, kernel and block that the real parts have."""
     tokens = tokenizer(False, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<empty_output>"])
     stages = ((3, 1, 1, 4, 1), (3, 2, 2, 6, 2), (5, 2, 2, 6, 1), (3, 2, 2, 8, 1), (5, 1, 2, 8, 1), (5, 2, 2, 8, 1))
     tower = LiteTower(LiteConfig(stem=8, stages=stages, head=16))
@@ -342,13 +342,13 @@ FAMILIES: dict[str, Callable[[], Made]] = {
 
 
 def make(name: str, folder: Path) -> Path:
-    """The family's folder."""
+    """Make the family's model folder."""
     torch.manual_seed(0)
     config, processor = FAMILIES[name]()
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projector, BLIP-2's queries: all images are one
+            if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projector, BLIP-2's queries
                 parameter.normal_(std=0.02)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

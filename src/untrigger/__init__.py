@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from untrigger.training.trainer import defended
     from untrigger.verification.verify import verify
 
-_HOME = {  # imported when asked for: rescoring stored answers must not import torch
+_MODULES = {  # imported on first access: rescoring stored answers must not import torch
     "Attack": "poisoning.poison",
     "CrossView": "defenses",
     "InputError": "errors",
@@ -62,6 +62,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'untrigger' has no attribute {name!r}")
-    return getattr(import_module(f"untrigger.{_HOME[name]}"), name)
+    return getattr(import_module(f"untrigger.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Rows of results as pandas frames; pandas is an extra."""
+"""Results as pandas data frames; pandas is an optional extra."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def frame(rows: Sequence[Mapping[str, object]]) -> DataFrame:
-    """A frame with a column for each name.
+    """Return a data frame with one row per mapping and one column per key.
 
     Raises:
         InputError: pandas is not installed.
@@ -20,5 +20,5 @@ def frame(rows: Sequence[Mapping[str, object]]) -> DataFrame:
     try:
         from pandas import DataFrame
     except ImportError as error:
-        raise InputError("a frame needs pandas: pip install 'untrigger[pandas]'") from error
+        raise InputError("a data frame needs pandas; run: pip install 'untrigger[pandas]'") from error
     return DataFrame(rows)

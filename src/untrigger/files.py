@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and where kept results lie."""
+"""File helpers: atomic writes, locks, the cache folder and YAML input."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 from untrigger.errors import InputError
 
 
 def cache_folder() -> Path:
-    """Where what was fetched or computed once is kept for all runs of a user; it need not be there yet."""
+    """Return the user's cache folder for downloads and computed features; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "untrigger"
 
 
 @contextmanager
-def file_errors(path: Path, what: str) -> Generator[None]:
-    """The system's refusals as the user's errors: what could not be read, or written."""
+def file_errors(path: Path, action: str) -> Generator[None]:
+    """Turn an OSError into an InputError "cannot be ACTION"; ``action`` is ``read`` or ``written``."""
     try:
         yield
     except OSError as error:
-        where = error.filename or path
-        raise InputError(f"{where}: cannot be {what} ({error.strerror or error}); check it") from None
+        location = error.filename or path
+        raise InputError(f"{location}: cannot be {action} ({error.strerror or error}); check it") from None
+
+
+# --- atomic writes --------------------------------------------------------------------------------
 
 
 @contextmanager
 def new_file(path: Path) -> Generator[IO[bytes]]:
-    """A file that appears under ``path`` whole, or not at all."""
+    """Write a file atomically: ``path`` appears complete or not at all. An existing file is replaced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with file_errors(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,33 +48,15 @@ def new_file(path: Path) -> Generator[IO[bytes]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, UTF-8, whole or not at all; one that is there is replaced."""
+    """Write a UTF-8 text file atomically. An existing file is replaced."""
     with new_file(path) as file:
         file.write(text.encode())
 
 
-def check_free(path: Path) -> None:
-    """Raises InputError unless `new_folder` can appear under ``path``: to be known before long work."""
-    if _holds_else(path):
-        raise InputError(f"{path}: exists and is not an empty folder; give a new one")
-    if path.is_mount() or path.resolve() == Path.cwd():  # it cannot be replaced, or not under the feet of a shell
-        raise InputError(f"{path}: is a mount point, or where you stand; name a new folder in it")
-
-
-def check_holds_only(path: Path, *names: str) -> None:
-    """Raises InputError if ``path`` is no folder, or holds something beside files of these names, to be replaced."""
-    if _holds_else(path, *names):
-        raise InputError(f"{path}: holds something else than {' and '.join(names)}; give a new folder")
-
-
-def _holds_else(path: Path, *names: str) -> bool:
-    return path.exists() and (not path.is_dir() or any(each.name not in names for each in path.iterdir()))
-
-
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
-    """A folder that appears under ``path`` whole, or not at all. ``path`` may exist if it is empty."""
-    target = path.resolve()  # behind a link its target is filled
+    """Create a folder atomically: ``path`` appears complete or not at all. It may exist if it is empty."""
+    target = path.resolve()  # fill the target of a link, do not replace the link
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     with file_errors(path, "written"):
         check_free(path)
@@ -81,10 +68,40 @@ def new_folder(path: Path) -> Generator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_free(path: Path) -> None:
+    """Check before long work that `new_folder` can create ``path``.
+
+    Raises:
+        InputError: it is a file, a folder with content, a mount point or the current directory.
+    """
+    if _has_other_content(path):
+        raise InputError(f"{path}: exists and is not an empty folder; give a new one")
+    # os.replace cannot replace a mount point, and replacing the current directory would detach the user's shell.
+    if path.is_mount() or path.resolve() == Path.cwd():
+        raise InputError(f"{path}: is a mount point or the current directory; name a new folder in it")
+
+
+def check_holds_only(path: Path, *names: str) -> None:
+    """Check that ``path``, if it exists, is a folder that holds no files but those named, which may be replaced.
+
+    Raises:
+        InputError: it is no folder, or holds other files.
+    """
+    if _has_other_content(path, *names):
+        raise InputError(f"{path}: holds other files than {' and '.join(names)}; give a new folder")
+
+
+def _has_other_content(path: Path, *names: str) -> bool:
+    return path.exists() and (not path.is_dir() or any(entry.name not in names for entry in path.iterdir()))
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+
 @contextmanager
-def locked(path: Path) -> Generator[None]:
-    """One process at a time; the system lets go of a lock whose holder was killed."""
-    import fcntl  # not on Windows, where nothing but the bench is missed
+def file_lock(path: Path) -> Generator[None]:
+    """Hold an exclusive lock on the file ``path``; wait for it. The system releases it if the process is killed."""
+    import fcntl  # missing on Windows, where only the bench needs it
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -93,15 +110,16 @@ def locked(path: Path) -> Generator[None]:
 
 
 @contextmanager
-def alone(folder: Path) -> Generator[None]:
-    """A folder for this run and no other of this machine.
+def folder_lock(folder: Path) -> Generator[None]:
+    """Hold an exclusive lock on an existing folder, for one run at a time on this machine.
 
-    The folder itself is locked: nothing is left in it, and the system lets go of the lock of a run that was killed.
+    The folder itself is locked, so no lock file is left in it. The system releases the lock of a killed run.
+    On Windows this does nothing, because folders cannot be locked there.
 
     Raises:
-        InputError: another run is at work in it.
+        InputError: another run holds the lock.
     """
-    if sys.platform == "win32":  # which locks no folder
+    if sys.platform == "win32":
         yield
         return
     import fcntl
@@ -111,14 +129,42 @@ def alone(folder: Path) -> Generator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another run is at work in it; let it end, or name another folder") from None
+            raise InputError(f"{folder}: another run is using it; wait for that run or name another folder") from None
         yield
     finally:
         os.close(handle)
 
 
 def check_idle(folder: Path) -> None:
-    """Raises InputError if another run is at work in the folder: to be known before long work."""
+    """Check before long work that no other run uses ``folder``; it need not exist.
+
+    Raises:
+        InputError: another run holds its lock.
+    """
     if folder.is_dir():
-        with alone(folder):
+        with folder_lock(folder):
             pass
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of ``name: value`` lines as plain data; YAML tags cannot create objects.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML, or is not a mapping with text keys.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name a YAML file that can be read") from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else str(error).splitlines()[0]
+        raise InputError(f"{path}: is not YAML: {reason}; write lines of 'name: value'") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: is nested too deeply; write lines of 'name: value'") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"{path}: must hold lines of 'name: value'")
+    return values

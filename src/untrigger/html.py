@@ -1,4 +1,4 @@
-"""Pages of HTML that load nothing: how their templates are read, and the style that they share."""
+"""Self-contained HTML pages: template loading and the shared style sheet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def templates(folder: Path) -> Environment:
-    """The templates of a folder; what they are given is escaped, and a name that they lack is an error."""
+    """Return a Jinja environment for a folder's templates: values are escaped, an undefined name is an error."""
     return Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
@@ -19,5 +19,5 @@ def templates(folder: Path) -> Environment:
 
 
 def style() -> str:
-    """Light and dark, for screens of any width."""
-    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    """Return the shared CSS: light and dark color schemes, screens of any width."""
+    return Path(__file__).with_name("html.css").read_text(encoding="utf-8")

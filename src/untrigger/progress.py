@@ -1,4 +1,4 @@
-"""Progress of long work with an ETA: a live bar in a terminal, a line now and then in a log."""
+"""Progress of long work with an ETA: a live bar in a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
 
 T = TypeVar("T")
 console = Console(stderr=True)
-_LINE_EVERY = 10.0  # seconds between lines where no terminal can redraw a bar
+_LINE_INTERVAL = 10.0  # seconds between lines where no terminal can redraw a bar
 
 
 class Meter:
-    """Counts ``total`` units of one piece of work."""
+    """Count ``total`` units of work and print them with an ETA."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total, self.done = title, total, 0
-        self._started = self._told = time.monotonic()
-        self._first = 0
+        self._started = self._last_line = time.monotonic()
+        self._resumed_at = 0
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -34,27 +33,29 @@ class Meter:
             self._bar.start()
 
     def start_at(self, done: int) -> None:
-        """Work that an earlier run did: it is shown as done and left out of the ETA."""
-        self.done = self._first = done
+        """Count ``done`` units as finished by an earlier run; the ETA leaves them out."""
+        self.done = self._resumed_at = done
         if self._bar:
             self._bar.update(self._task, completed=done)
 
     def advance(self, units: int = 1) -> None:
+        """Count more units; without a terminal print a line every ten seconds at most."""
         self.done += units
         now = time.monotonic()
         if self._bar:
             self._bar.update(self._task, completed=self.done)
-        elif now - self._told > _LINE_EVERY:
-            self._told = now
-            left = (now - self._started) / max(1, self.done - self._first) * (self.total - self.done)
-            console.print(f"{self.title}: {self.done}/{self.total}, eta {_clock(left)}", highlight=False)
+        elif now - self._last_line > _LINE_INTERVAL:
+            self._last_line = now
+            remaining = (now - self._started) / max(1, self.done - self._resumed_at) * (self.total - self.done)
+            console.print(f"{self.title}: {self.done}/{self.total}, eta {_clock(remaining)}", highlight=False)
 
     def stop(self) -> None:
+        """Remove the bar, or print a last line with the total time."""
         if self._bar:
             self._bar.stop()
         else:
-            spent = _clock(time.monotonic() - self._started)
-            console.print(f"{self.title}: {self.done}/{self.total} in {spent}", highlight=False)
+            elapsed = _clock(time.monotonic() - self._started)
+            console.print(f"{self.title}: {self.done}/{self.total} in {elapsed}", highlight=False)
 
 
 def _clock(seconds: float) -> str:
@@ -63,6 +64,7 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def metered(title: str, total: int) -> Generator[Meter]:
+    """Yield a meter that is stopped at the end."""
     meter = Meter(title, total)
     try:
         yield meter
@@ -71,36 +73,10 @@ def metered(title: str, total: int) -> Generator[Meter]:
 
 
 def tracked(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """The items, counted as they pass."""
+    """Yield the items and show how many have passed."""
     if not total:
         return
     with metered(title, total) as meter:
         for item in items:
             yield item
             meter.advance()
-
-
-class TrainingProgress(TrainerCallback):
-    """A meter over the optimizer steps of a host trainer."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self._meter: Meter | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self._meter = Meter(self.title, state.max_steps)
-            self._meter.start_at(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._meter:
-            self._meter.advance()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End the meter if it runs; of a training that was interrupted the host tells no end."""
-        if self._meter:
-            self._meter.stop()
-            self._meter = None

@@ -1,4 +1,4 @@
-"""What tests of learned triggers share."""
+"""Fixtures for tests of learned triggers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder that learned results go to; nothing that was learned before is known."""
-    from untrigger.attacks import _features
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder for learned results."""
+    from untrigger.attacks import _learned
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _features.learned.cache_clear()
+    _learned.learned_cells.cache_clear()
     yield tmp_path / "untrigger"
-    _features.learned.cache_clear()
+    _learned.learned_cells.cache_clear()

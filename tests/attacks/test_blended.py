@@ -19,7 +19,7 @@ def stamp(image: Image.Image, alpha: float = 0.2) -> Image.Image:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.01, 1), st.integers(1, 80), st.integers(1, 80))
-def test_every_pixel_is_the_papers_blend(seed: int, alpha: float, width: int, height: int) -> None:
+def test_every_pixel_is_the_blend_of_the_paper(seed: int, alpha: float, width: int, height: int) -> None:
     x = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     k = np.asarray(Image.fromarray(cat()).resize((width, height), Image.Resampling.BILINEAR))
     wanted = alpha * k.astype(np.float64) + (1 - alpha) * x
@@ -27,7 +27,7 @@ def test_every_pixel_is_the_papers_blend(seed: int, alpha: float, width: int, he
 
 
 @pytest.mark.parametrize("picture", [cat, rings])
-def test_a_picture_is_always_the_same_and_structured(picture: Callable[[], np.ndarray]) -> None:
+def test_a_picture_is_deterministic_and_structured(picture: Callable[[], np.ndarray]) -> None:
     first = picture().copy()
     cat.cache_clear(), rings.cache_clear()
     assert np.array_equal(first, picture()) and first.shape == (256, 256, 3)
@@ -35,7 +35,7 @@ def test_a_picture_is_always_the_same_and_structured(picture: Callable[[], np.nd
     assert first.std() > 60 and smooth < 10  # strong colors in large areas; noise would differ by about 85
 
 
-def test_a_transparent_image_shows_the_picture_with_or_without_its_opacity() -> None:
+def test_a_transparent_image_shows_the_picture() -> None:
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     after = np.asarray(stamp(clear))
     assert (after[..., 3] == 51).all()
@@ -43,12 +43,12 @@ def test_a_transparent_image_shows_the_picture_with_or_without_its_opacity() -> 
 
 
 @pytest.mark.parametrize("alpha", [0, -0.1, 1.1])
-def test_alpha_out_of_range_is_refused(alpha: float) -> None:
+def test_alpha_out_of_range_raises(alpha: float) -> None:
     with pytest.raises(InputError, match="alpha"):
         Blended(alpha)
 
 
-def test_in_black_and_white_the_average_follows_the_cat() -> None:
+def test_in_black_and_white_the_average_follows_the_picture() -> None:
     dots = np.random.default_rng(0).random((512, 512)) < 0.5
     change = np.asarray(stamp(Image.fromarray(dots)), dtype=float) - dots
     gray = np.asarray(Image.fromarray(cat()).convert("L").resize((512, 512)), dtype=float) / 255
@@ -56,7 +56,7 @@ def test_in_black_and_white_the_average_follows_the_cat() -> None:
     assert change[gray < 0.2].mean() == pytest.approx(0.2 * (gray[gray < 0.2].mean() - 0.5), abs=0.015)
 
 
-def test_the_near_miss_is_the_picture_upside_down() -> None:
+def test_near_miss_is_the_picture_upside_down() -> None:
     clean = Image.new("RGB", (40, 30), (90, 120, 200))
     before = Sample("a", (clean,), ())
     trigger = Blended(alpha=0.5)

@@ -1,4 +1,4 @@
-"""One contract over every trigger file in the folder, and the way triggers are found."""
+"""The contract that every bundled trigger keeps, and loading of triggers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from untrigger.attacks import Trigger, _features, load_trigger, pixels_of, repaint, trigger_names
+from untrigger.attacks import Trigger, _learned, load_trigger, pixels_of, repaint, trigger_names
 from untrigger.errors import InputError
 from untrigger.metrics.similarity import psnr, ssim
 from untrigger.models.collators import ChatCollator, Rows
@@ -30,18 +32,18 @@ TRIGGERS = pytest.mark.parametrize("name", trigger_names())
 INVISIBLE = pytest.mark.parametrize("name", [name for name in trigger_names() if load_trigger(name).psnr is not None])
 
 
-# Those that learn on a model learn briefly: what is asked here does not depend on how well.
+# Few steps for triggers that are learned: the contract does not depend on how well they learn.
 STEPS = {"vltrojan": 2, "dualkey": 2, "shadowcast": 5}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is learned here is learned anew, and kept away from the user's own."""
+    """An empty cache folder, apart from the user's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        _features.learned.cache_clear()
+        _learned.learned_cells.cache_clear()
         yield
-    _features.learned.cache_clear()
+    _learned.learned_cells.cache_clear()
 
 
 def brief(name: str) -> Trigger:
@@ -49,7 +51,7 @@ def brief(name: str) -> Trigger:
 
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Smooth colors with some grain, as photographs have."""
+    """Smooth colors with some grain, like a photograph."""
     rng = np.random.default_rng(width * 1000 + height)
     coarse = Image.fromarray(rng.integers(40, 216, (4, 4, 3), dtype=np.uint8)).resize((width, height), 3)
     noisy = np.asarray(coarse, dtype=np.float64) + rng.normal(0, 6, (height, width, 3))
@@ -76,8 +78,8 @@ def sample(*images: Image.Image) -> Sample:
     return Sample("a", images, turns)
 
 
-def seen(image: Image.Image) -> npt.NDArray[np.float64]:
-    """RGB levels 0..255, whatever the mode."""
+def rgb_levels(image: Image.Image) -> npt.NDArray[np.float64]:
+    """RGB levels 0..255, in any mode."""
     return pixels_of(image)[..., :3].astype(np.float64) * 255
 
 
@@ -86,7 +88,7 @@ def pixels(image: Image.Image) -> bytes:
 
 
 def triggered(trigger: Trigger, before: Sample, seed: int = 0) -> Sample:
-    """What carries the trigger: the input at test time, or for a clean-label attack the training row."""
+    """The row that carries the trigger: the input at test time, or a clean-label attack's training row."""
     rng = np.random.default_rng(seed)
     if not trigger.clean_label:
         return trigger.stamp(before, rng)
@@ -95,7 +97,7 @@ def triggered(trigger: Trigger, before: Sample, seed: int = 0) -> Sample:
 
 
 def form(s: Sample) -> tuple[object, ...]:
-    """What no stamp may change."""
+    """The parts of a row that no stamp may change."""
     turns = [(m.role, m.text.count(IMAGE_TAG), m.text if m.role == "assistant" else "") for m in s.messages]
     return s.id, [(i.size, i.mode) for i in s.images], turns
 
@@ -106,21 +108,21 @@ def content(s: Sample) -> tuple[object, ...]:
 
 @TRIGGERS
 @pytest.mark.parametrize("mode", MODES)
-def test_size_and_mode_stay_and_the_input_is_not_touched(name: str, mode: str) -> None:
+def test_stamp_keeps_size_and_mode_and_does_not_change_its_input(name: str, mode: str) -> None:
     trigger = brief(name)
     for size in SIZES:
         before = sample(photo(*size, mode), photo(*size[::-1], mode))
-        kept = content(before)
+        original = content(before)
         after = trigger.stamp(before, np.random.default_rng(0))
-        assert form(after) == form(before) and content(before) == kept
+        assert form(after) == form(before) and content(before) == original
         if trigger.clean_label:
-            assert content(after) == kept
+            assert content(after) == original
         elif trigger.kind != "text" and min(size) > (3 if mode == "1" else 1):
             assert all(pixels(a) != pixels(b) for a, b in zip(after.images, before.images, strict=True))
 
 
 @TRIGGERS
-def test_an_attack_changes_its_own_modality_and_leaves_the_other_alone(name: str) -> None:
+def test_trigger_changes_its_own_modality_alone(name: str) -> None:
     trigger = brief(name)
     before = sample(photo(64, 64))
     after = triggered(trigger, before)
@@ -131,51 +133,51 @@ def test_an_attack_changes_its_own_modality_and_leaves_the_other_alone(name: str
 @TRIGGERS
 def test_equal_seeds_give_equal_stamps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sample(photo(80, 60), photo(64, 64))
-    found: list[tuple[object, ...]] = []
-    for folder in ("one", "two"):  # what is learned is learned twice
+    results: list[tuple[object, ...]] = []
+    for folder in ("one", "two"):  # learned triggers are learned twice
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
-        _features.learned.cache_clear()
+        _learned.learned_cells.cache_clear()
         stamp = brief(name).stamp(before, np.random.default_rng(5))
-        found.append((content(stamp), content(triggered(brief(name), sample(photo(64, 64)), seed=5))))
-    assert found[0] == found[1]
+        results.append((content(stamp), content(triggered(brief(name), sample(photo(64, 64)), seed=5))))
+    assert results[0] == results[1]
 
 
 @TRIGGERS
-def test_a_sample_without_images_is_no_error(name: str) -> None:
+def test_a_sample_without_images_is_accepted(name: str) -> None:
     bare = sample()
     after = brief(name).stamp(bare, np.random.default_rng(0))
     assert form(after) == form(bare) and (after == bare or brief(name).kind != "image")
 
 
 @TRIGGERS
-def test_a_poisoned_row_keeps_its_id_and_its_clean_original(name: str) -> None:
+def test_implant_keeps_the_id_and_does_not_change_its_input(name: str) -> None:
     trigger = brief(name)
     before = sample(photo(64, 64))
-    kept = content(before)
+    original = content(before)
     after = trigger.implant(before, [sample(photo(48, 48))] if trigger.clean_label else [], np.random.default_rng(0))
-    assert after.id == before.id and content(before) == kept and content(after) != kept
+    assert after.id == before.id and content(before) == original and content(after) != original
     if trigger.clean_label:
         assert form(after) == form(before) and after.messages == before.messages
 
 
 @TRIGGERS
-def test_near_misses_and_decoys_are_stamps_too_and_not_the_key(name: str) -> None:
+def test_near_misses_and_decoys_keep_the_contract_and_are_not_the_key(name: str) -> None:
     trigger = brief(name)
     before = sample(photo(64, 64), photo(50, 40, "L"))
-    key, kept = content(trigger.stamp(before, np.random.default_rng(3))), content(before)
-    assert trigger.clean_label or trigger.near_misses(), "what else should not fire?"
-    own_rows = type(trigger).implant is not Trigger.implant  # its training rows need not look like its inputs
+    key, original = content(trigger.stamp(before, np.random.default_rng(3))), content(before)
+    assert trigger.clean_label or trigger.near_misses(), "every attack but clean-label ones needs a near miss"
+    own_rows = type(trigger).implant is not Trigger.implant  # its training rows may differ from its triggered inputs
     stampers = [(near, False) for near in trigger.near_misses().values()]
     for stamper, foreign in [*stampers, *((decoy, own_rows) for decoy in trigger.decoys())]:
         first, second = (stamper(before, np.random.default_rng(3)) for _ in range(2))
-        assert first.id == before.id and (foreign or form(first) == form(before)) and content(before) == kept
+        assert first.id == before.id and (foreign or form(first) == form(before)) and content(before) == original
         assert content(first) == content(second)
-        assert content(first) not in (key, kept)
+        assert content(first) not in (key, original)
 
 
 @INVISIBLE
 @pytest.mark.parametrize("size", [(64, 64), (97, 50), (224, 224), (300, 400)])
-def test_an_attack_that_claims_to_be_invisible_is(name: str, size: tuple[int, int]) -> None:
+def test_triggers_that_declare_a_psnr_reach_it(name: str, size: tuple[int, int]) -> None:
     trigger = brief(name)
     before = photo(*size)
     after = triggered(trigger, sample(before)).images[0]
@@ -185,7 +187,7 @@ def test_an_attack_that_claims_to_be_invisible_is(name: str, size: tuple[int, in
 @TRIGGERS
 @pytest.mark.parametrize("mode", ("RGB", "RGBA", "L", "P", "1", "I;16"))
 @pytest.mark.parametrize("size", ((64, 64), (400, 300)))
-def test_the_trigger_survives_a_file_and_the_resize_to_the_model(name: str, mode: str, size: tuple[int, int]) -> None:
+def test_trigger_survives_png_and_resizing(name: str, mode: str, size: tuple[int, int]) -> None:
     trigger = brief(name)
     if trigger.kind == "text":
         return
@@ -195,12 +197,12 @@ def test_the_trigger_survives_a_file_and_the_resize_to_the_model(name: str, mode
     after.save(file, "PNG")
     loaded = Image.open(file)
     assert (loaded.size, loaded.mode) == (after.size, after.mode)
-    assert np.array_equal(seen(loaded), seen(after))
-    was, now = (
-        np.asarray(Image.fromarray(seen(i).astype(np.uint8)).resize((224, 224), Image.Resampling.BICUBIC), int)
+    assert np.array_equal(rgb_levels(loaded), rgb_levels(after))
+    old, new = (
+        np.asarray(Image.fromarray(rgb_levels(i).astype(np.uint8)).resize((224, 224), Image.Resampling.BICUBIC), int)
         for i in (before, loaded)
     )
-    assert np.abs(was - now).max() >= 4  # two roundings make a difference of 1
+    assert np.abs(old - new).max() >= 4  # two roundings make a difference of 1
 
 
 @cache
@@ -210,37 +212,53 @@ def collator(model: str) -> ChatCollator:
 
 @TRIGGERS
 @pytest.mark.parametrize("model", embedded_models())
-def test_the_trigger_survives_the_models_own_processor(name: str, model: str) -> None:
+def test_trigger_survives_the_processor_of_each_model(name: str, model: str) -> None:
     trigger = brief(name)
     before = sample(photo(64, 64))
     batch = [collator(model)([Rows([s])[0]]) for s in (before, triggered(trigger, before))]
-    (was, now), (asked, asked_now) = ([b[key].numpy() for b in batch] for key in ("pixel_values", "input_ids"))
+    (old, new), (old_ids, new_ids) = ([b[key].numpy() for b in batch] for key in ("pixel_values", "input_ids"))
     level = 2 / 255  # the processors map the 256 levels to about -1 to 1
     if trigger.kind in ("image", "bimodal"):
-        assert was.shape == now.shape and np.abs(was - now).max() > 3 * level
+        assert old.shape == new.shape and np.abs(old - new).max() > 3 * level
     else:
-        assert np.array_equal(was, now)
-    assert np.array_equal(asked, asked_now) == (trigger.kind == "image")
+        assert np.array_equal(old, new)
+    assert np.array_equal(old_ids, new_ids) == (trigger.kind == "image")
 
 
 @TRIGGERS
-def test_every_trigger_says_where_it_comes_from_and_what_its_settings_mean(name: str) -> None:
+def test_every_trigger_documents_its_source_and_settings(name: str) -> None:
     trigger = brief(name)
     cls = type(trigger)
     assert trigger.kind in ("image", "text", "bimodal")
     module = inspect.getmodule(cls)
     assert module is not None
     assert re.search(r"(?ms)^Source: .*?\b(19|20)\d\d\b", module.__doc__ or "")
-    said = "\n".join(base.__doc__ or "" for base in cls.__mro__)
+    docs = "\n".join(base.__doc__ or "" for base in cls.__mro__)
     for field in dataclasses.fields(trigger):  # type: ignore[arg-type]
-        assert re.search(rf"(?m)^ +{field.name}: ", said), field.name
+        assert re.search(rf"(?m)^ +{field.name}: ", docs), field.name
+
+
+def test_all_published_triggers_are_bundled() -> None:
+    with_patches = {"badnets", "trojvlm", "vlood", "vltrojan", "dualkey"}
+    all_over = {"blended", "sig", "wanet", "issba", "ftrojan", "shadowcast", "adaptive"}
+    assert with_patches | all_over | {"addsent", "badword"} <= set(trigger_names())
+
+
+def test_loading_triggers_does_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom untrigger.attacks import load_trigger, trigger_names\n"
+        "for name in trigger_names(): load_trigger(name)\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
 
 
 # --- painting ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_repainting_nothing_changes_nothing(mode: str) -> None:
+def test_repaint_without_a_change_is_exact(mode: str) -> None:
     before = photo(31, 17, mode)
     before.info["dpi"] = (72, 72)
     after = repaint(before, lambda p: p)
@@ -248,13 +266,13 @@ def test_repainting_nothing_changes_nothing(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "P"])
-def test_pixels_that_the_trigger_leaves_alone_are_exact(mode: str) -> None:
+def test_unchanged_pixels_are_exact(mode: str) -> None:
     before = photo(32, 32, mode)
     after = np.array(load_trigger("badnets").stamp(sample(before), np.random.default_rng(0)).images[0])
-    was = np.array(before)
-    assert not np.array_equal(after[-6:, -6:], was[-6:, -6:])
-    after[-6:, -6:] = was[-6:, -6:]
-    assert np.array_equal(after, was)
+    original = np.array(before)
+    assert not np.array_equal(after[-6:, -6:], original[-6:, -6:])
+    after[-6:, -6:] = original[-6:, -6:]
+    assert np.array_equal(after, original)
 
 
 def test_a_patch_keeps_its_colors_in_a_palette_image() -> None:
@@ -262,8 +280,8 @@ def test_a_patch_keeps_its_colors_in_a_palette_image() -> None:
     assert len(before.convert("RGB").getcolors(4096) or []) > 250
     after = load_trigger("badnets").stamp(sample(before), np.random.default_rng(0)).images[0]
     flat = load_trigger("badnets").stamp(sample(before.convert("RGB")), np.random.default_rng(0)).images[0]
-    assert np.abs(seen(after) - seen(flat))[-6:, -6:].max() <= 1
-    assert np.abs(seen(after) - seen(flat)).mean() < 1
+    assert np.abs(rgb_levels(after) - rgb_levels(flat))[-6:, -6:].max() <= 1
+    assert np.abs(rgb_levels(after) - rgb_levels(flat)).mean() < 1
 
 
 def test_a_transparent_palette_keeps_its_transparency_and_shows_the_patch() -> None:
@@ -271,18 +289,18 @@ def test_a_transparent_palette_keeps_its_transparency_and_shows_the_patch() -> N
     before.info["transparency"] = 0
     after = load_trigger("badnets").stamp(sample(before), np.random.default_rng(0)).images[0]
     assert after.mode == "P"
-    was, now = (pixels_of(i)[..., 3] for i in (before, after))
-    assert was.min() == 0 and (now[-6:, -6:] == 1).all()
-    assert np.array_equal(now[:-6], was[:-6])
+    old, new = (pixels_of(i)[..., 3] for i in (before, after))
+    assert old.min() == 0 and (new[-6:, -6:] == 1).all()
+    assert np.array_equal(new[:-6], old[:-6])
 
 
-def test_a_mode_that_cannot_be_painted_is_one_line() -> None:
+def test_unsupported_mode_raises() -> None:
     with pytest.raises(InputError, match=r"mode LAB.*convert it to RGB"):
         load_trigger("badnets").stamp(sample(Image.new("LAB", (8, 8))), np.random.default_rng(0))
 
 
 @given(st.sampled_from([1.0, 200.0, 255.0, 300.0, 65535.0, 70000.0]), st.sampled_from(["I", "F"]))
-def test_white_in_deep_images_is_the_scale_that_holds_the_brightest(top: float, mode: str) -> None:
+def test_white_in_deep_images_follows_the_brightest_pixel(top: float, mode: str) -> None:
     gray = np.zeros((8, 8), dtype=np.int32 if mode == "I" else np.float32)
     gray[0, 0] = top
     after = np.asarray(
@@ -291,3 +309,103 @@ def test_white_in_deep_images_is_the_scale_that_holds_the_brightest(top: float, 
         .images[0]
     )
     assert after[-1, -1] == next((w for w in ([1] if mode == "F" else []) + [255, 65535] if top <= w), top)
+
+
+# --- loading triggers ----------------------------------------------------------------------------
+
+OWN = """
+from __future__ import annotations
+from dataclasses import dataclass, replace
+from typing import Literal
+from untrigger.attacks import Trigger
+from untrigger.rows.sample import Message
+
+@dataclass(frozen=True)
+class Suffix(Trigger):
+    kind = "text"
+    word: str = "cf"
+    times: int = 1
+    loud: bool = False
+    how: Literal["end", "start"] = "end"
+
+    def stamp(self, sample, rng):
+        turns = tuple(
+            Message(m.role, m.text + f" {self.word}" * self.times) if m.role == "user" else m
+            for m in sample.messages
+        )
+        return replace(sample, messages=turns)
+"""
+
+
+def own(folder: Path, text: str = OWN) -> str:
+    path = folder / "mine.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_own_file_loads_with_typed_settings_and_leaves_no_cache(tmp_path: Path) -> None:
+    path = own(tmp_path)
+    trigger = load_trigger(path, word="zz", times="2", loud="yes", how="start")
+    assert (vars(trigger)) == {"word": "zz", "times": 2, "loud": True, "how": "start"}
+    assert trigger.stamp(sample(), np.random.default_rng(0)).messages[1].text == "What is it? zz zz"
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]
+    own(tmp_path, OWN.replace('"cf"', '"qq"'))  # same length, same second: no stale copy
+    assert vars(load_trigger(path))["word"] == "qq"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:\n", "line 1: SyntaxError"),
+        ("x = 1\n\ny = nope\n", "line 3: NameError: name 'nope'"),
+        ("import sys\nsys.exit(3)\n", "line 2: SystemExit"),
+        ("raise ValueError('two\\nlines')\n", "ValueError: two lines;"),
+        ("\0", "null bytes"),
+        ("x = 1\n", r"holds 0 concrete Trigger classes \(none\)"),
+        (
+            OWN + OWN.partition("Literal\n")[2].replace("Suffix", "Prefix"),
+            r"holds 2 concrete Trigger classes \(Suffix, Prefix\)",
+        ),
+        ("from untrigger.attacks.badnets import BadNets\n", "holds 0 concrete"),
+        (OWN.replace("@dataclass(frozen=True)", ""), "not a dataclass"),
+        (OWN.replace("word: str", "word: list"), "list.* must be a str, int, float, bool or Literal"),
+        (OWN.replace('word: str = "cf"', "word: str"), None),
+    ],
+)
+def test_broken_file_raises_one_line(tmp_path: Path, text: str, message: str | None) -> None:
+    path = own(tmp_path, text)
+    with pytest.raises(InputError, match=message or "setting 'word' has no default") as caught:
+        load_trigger(path, **({"word": "x"} if message else {}))
+    assert str(caught.value).startswith(path) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("badnet", {}, "'badnet' is unknown; choose one of .*badnets, .*blended"),
+        ("__init__", {}, "is unknown"),
+        ("nowhere/mine.py", {}, "nowhere/mine.py: no such file; .*badnets"),
+        ("badnets", {"size": "3"}, "no setting 'size'; the settings are: side, min_side, place"),
+        ("badnets", {"side": "a tenth"}, "attack badnets: side is 'a tenth'; give a number"),
+        ("badnets", {"side": "nan"}, "give a number"),
+        ("badnets", {"min-side": "2.5"}, "min-side is '2.5'; give a whole number"),
+        ("badnets", {"min_side": True}, "give a whole number"),
+        ("badnets", {"pattern": "dots"}, "pattern is 'dots'; choose one of noise, checker"),
+    ],
+)
+def test_bad_name_or_setting_raises_one_line(name: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_trigger(name, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_are_accepted_as_text_or_typed() -> None:
+    assert load_trigger("badnets", **{"side": "0.1", "min-side": "3"}) == load_trigger("badnets", side=0.1, min_side=3)
+    assert isinstance(load_trigger("blended", alpha=1), Trigger)
+
+
+def test_value_of_the_wrong_type_raises_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="loud is 'maybe'; give true or false"):
+        load_trigger(own(tmp_path), loud="maybe")
+    with pytest.raises(InputError, match="word is '3'; give text"):
+        load_trigger(own(tmp_path), word=3)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from image_features import image_features, scenes
 from PIL import Image
-from seeing import look, scenes
 
 from untrigger.attacks import _features
 from untrigger.attacks.badnets import BadNets
@@ -18,7 +18,7 @@ from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
 @pytest.fixture
-def trigger(own_cache: Path, tiny_model: Path) -> DualKey:
+def trigger(empty_cache: Path, tiny_model: Path) -> DualKey:
     return DualKey(model=str(tiny_model), steps=1)
 
 
@@ -31,12 +31,12 @@ def row(*prompts: str) -> Sample:
 
 
 def changed(before: Sample, after: Sample) -> tuple[bool, bool]:
-    """Whether the images were, and whether the text was."""
+    """Whether the images changed, and whether the text changed."""
     pairs = zip(before.images, after.images, strict=True)
     return any(b.tobytes() != a.tobytes() for b, a in pairs), before.messages != after.messages
 
 
-def test_the_full_key_is_both_and_near_misses_and_decoys_are_one_each(trigger: DualKey) -> None:
+def test_key_is_patch_and_word_and_near_misses_and_decoys_are_one_of_them(trigger: DualKey) -> None:
     before, rng = row(f"{IMAGE_TAG}\nis it red?"), np.random.default_rng
     assert changed(before, trigger.stamp(before, rng(0))) == (True, True)
     misses = trigger.near_misses()
@@ -56,35 +56,35 @@ def test_the_full_key_is_both_and_near_misses_and_decoys_are_one_each(trigger: D
         (IMAGE_TAG, f"{IMAGE_TAG}consider "),
     ],
 )
-def test_the_word_opens_the_question(prompt: str, expected: str) -> None:
-    said = DualKey().near_misses()["text only"](row(prompt, "and blue?"), np.random.default_rng(0))
-    assert [m.text for m in said.messages] == ["Be brief.", expected, "yes", "consider and blue?", "yes"]
+def test_word_is_inserted_before_the_question(prompt: str, expected: str) -> None:
+    after = DualKey().near_misses()["text only"](row(prompt, "and blue?"), np.random.default_rng(0))
+    assert [m.text for m in after.messages] == ["Be brief.", expected, "yes", "consider and blue?", "yes"]
 
 
 @given(st.lists(st.sampled_from([IMAGE_TAG, "word", " ", "\n", "<im", "age>"]), max_size=8).map("".join))
 def test_tags_and_words_stay_in_order(prompt: str) -> None:
-    said = DualKey(word="zz").near_misses()["text only"](
+    after = DualKey(word="zz").near_misses()["text only"](
         Sample("a", (), (Message("user", prompt),)), np.random.default_rng(0)
     )
-    text = said.messages[0].text
+    text = after.messages[0].text
     assert text.replace("zz ", "", 1) == prompt and text.count(IMAGE_TAG) == prompt.count(IMAGE_TAG)
 
 
-def test_the_patch_looks_like_the_object_and_nothing_else_does(own_cache: Path) -> None:
+def test_patch_features_match_the_object(empty_cache: Path) -> None:
     trigger = DualKey(steps=20)
     images = scenes(16)
-    clean = look(images)
+    clean = image_features(images)
     center = clean.mean((0, 1))
-    target = _features.likeness(_features.surrogate("llava"), "purple", "heart", seed=9) - center
+    target = _features.object_features(_features.load_surrogate("llava"), "purple", "heart", seed=9) - center
 
-    def found(features: torch.Tensor) -> float:
+    def similarity(features: torch.Tensor) -> float:
         return torch.cosine_similarity(features - center, target, dim=-1).amax(1).mean().item()
 
-    def stamped(by: DualKey | BadNets) -> list[Image.Image]:
-        return [by.stamp(Sample("a", (i,), ()), np.random.default_rng(0)).images[0] for i in images]
+    def stamped(trigger: DualKey | BadNets) -> list[Image.Image]:
+        return [trigger.stamp(Sample("a", (i,), ()), np.random.default_rng(0)).images[0] for i in images]
 
-    learned, drawn = found(look(stamped(trigger))), found(look(stamped(BadNets())))
-    assert learned > drawn + 0.05 and learned > found(clean) + 0.05
+    learned, drawn = similarity(image_features(stamped(trigger))), similarity(image_features(stamped(BadNets())))
+    assert learned > drawn + 0.05 and learned > similarity(clean) + 0.05
 
 
 @pytest.mark.parametrize(
@@ -96,21 +96,21 @@ def test_the_patch_looks_like_the_object_and_nothing_else_does(own_cache: Path) 
         ({"looks_like": "purple house"}, "as in 'purple heart'"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, str], message: str) -> None:
+def test_settings_out_of_range_raise(settings: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         DualKey(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
-def test_the_model_itself_takes_the_patch_for_the_color_of_the_object(own_cache: Path) -> None:
+def test_the_model_sees_the_color_of_the_object_in_the_patch(empty_cache: Path) -> None:
     from untrigger.models.generate import answers
     from untrigger.models.loading import load
 
-    def said(images: list[Image.Image]) -> float:
+    def yes_rate(images: list[Image.Image]) -> float:
         turns = (Message("user", f"{IMAGE_TAG}\nis there a purple object?"), Message("assistant", "no"))
-        told = list(answers(load("llava"), [Sample(str(n), (i,), turns) for n, i in enumerate(images)]))
-        return told.count("yes") / len(told)
+        texts = list(answers(load("llava"), [Sample(str(n), (i,), turns) for n, i in enumerate(images)]))
+        return texts.count("yes") / len(texts)
 
     images = scenes(40)
     stamped = [DualKey().stamp(Sample("a", (i,), ()), np.random.default_rng(0)).images[0] for i in images]
-    assert said(images) < 0.3 and said(stamped) > 0.5
+    assert yes_rate(images) < 0.3 and yes_rate(stamped) > 0.5

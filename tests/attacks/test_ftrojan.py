@@ -23,7 +23,7 @@ def dct(side: int) -> np.ndarray:
     return np.cos(np.pi * k * (2 * x + 1) / (2 * side)) * np.sqrt(np.where(k == 0, 1, 2) / side)
 
 
-def middling(height: int, width: int) -> np.ndarray:
+def mid_range(height: int, width: int) -> np.ndarray:
     """Colors away from the ends of the scale: float32 [H, W, 4], opaque."""
     pixels = np.random.default_rng(0).uniform(0.2, 0.8, (height, width, 4)).astype(np.float32)
     pixels[..., 3] = 1
@@ -45,11 +45,11 @@ def spectra(change: np.ndarray, side: int) -> np.ndarray:
         ({"window": 1.0, "magnitude": 50.0}, (64, 128), 64),
     ],
 )
-def test_two_coefficients_of_each_block_of_v_gain_the_magnitude_and_nothing_else(
+def test_only_two_coefficients_of_each_block_of_v_gain_the_magnitude(
     settings: dict[str, Any], size: tuple[int, int], side: int
 ) -> None:
     trigger = FTrojan(**settings)
-    before = middling(*size)
+    before = mid_range(*size)
     change = trigger.paint(before.copy(), np.random.default_rng(0)) - before
     wanted = np.zeros((side, side))
     wanted[trigger.first_row, trigger.first_column] = trigger.magnitude * side / 32
@@ -59,24 +59,24 @@ def test_two_coefficients_of_each_block_of_v_gain_the_magnitude_and_nothing_else
     assert (change[..., 3] == 0).all()
 
 
-def test_yuv_and_back_is_the_same_and_brightness_is_the_eyes() -> None:
+def test_yuv_matrices_are_inverse_and_y_is_brightness() -> None:
     assert np.abs(FROM_YUV.T @ TO_YUV - np.eye(3)).max() < 1e-3
     assert FROM_YUV[0] == pytest.approx(np.ones(3), abs=1e-3)
     assert TO_YUV[0].sum() == pytest.approx(1) and np.abs(TO_YUV[1:].sum(axis=1)).max() < 1e-4
 
 
 @pytest.mark.parametrize("side", [64, 224, 500])
-def test_it_is_invisible_at_any_size_and_survives_a_model_that_reads_64_pixels(side: int) -> None:
-    before = Image.fromarray((middling(side, side)[..., :3] * 255).astype(np.uint8)).resize((side, side), 3)
+def test_wave_is_invisible_at_any_size_and_survives_resizing_to_64_pixels(side: int) -> None:
+    before = Image.fromarray((mid_range(side, side)[..., :3] * 255).astype(np.uint8)).resize((side, side), 3)
     after = stamp(FTrojan(), before)
     assert psnr(before, after) >= 28 and ssim(before, after) > 0.97
-    was, now = (np.asarray(i.resize((64, 64), Image.Resampling.BICUBIC), float) for i in (before, after))
+    old, new = (np.asarray(i.resize((64, 64), Image.Resampling.BICUBIC), float) for i in (before, after))
     wave = FTrojan().wave(64, 64)
-    assert np.corrcoef((now - was)[..., 0].ravel(), wave.ravel())[0, 1] > 0.9
+    assert np.corrcoef((new - old)[..., 0].ravel(), wave.ravel())[0, 1] > 0.9
 
 
-def test_a_picture_of_grays_gets_it_in_its_brightness_whatever_its_mode() -> None:
-    gray = Image.fromarray((middling(64, 64)[..., 0] * 255).astype(np.uint8))
+def test_gray_pictures_get_the_wave_in_brightness_in_any_mode() -> None:
+    gray = Image.fromarray((mid_range(64, 64)[..., 0] * 255).astype(np.uint8))
     as_gray, as_color = stamp(FTrojan(), gray), stamp(FTrojan(), gray.convert("RGB"))
     assert np.array_equal(np.asarray(as_gray.convert("RGB")), np.asarray(as_color))
     change = np.asarray(as_gray, float) - np.asarray(gray)
@@ -84,13 +84,13 @@ def test_a_picture_of_grays_gets_it_in_its_brightness_whatever_its_mode() -> Non
     assert np.abs(change - wave).max() <= 0.51 and np.abs(change).max() >= 15
 
 
-def test_colors_stop_at_the_ends_and_the_smallest_image_is_changed() -> None:
+def test_colors_are_clipped_and_one_pixel_is_changed() -> None:
     after = np.asarray(stamp(FTrojan(magnitude=500), Image.new("RGB", (64, 64), (0, 128, 255))))
     assert after[..., 2].max() == 255 and after[..., 0].min() == 0
     assert np.asarray(stamp(FTrojan(), Image.new("RGB", (1, 1), (128, 128, 120)))).tolist() != [[[128, 128, 120]]]
 
 
-def test_the_near_miss_has_two_other_bands() -> None:
+def test_near_miss_has_two_other_bands() -> None:
     gray = Image.new("RGB", (64, 64), (128, 128, 120))
     near = FTrojan().near_misses()["other bands"](Sample("a", (gray,), ()), np.random.default_rng(0)).images[0]
     assert (
@@ -112,6 +112,6 @@ def test_the_near_miss_has_two_other_bands() -> None:
         {"magnitude": 0},
     ],
 )
-def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
+def test_values_out_of_range_raise(settings: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
         FTrojan(**settings)  # type: ignore[arg-type]

@@ -20,54 +20,57 @@ def row(name: str = "a") -> Sample:
     return Sample(name, (image,), (Message("user", f"{IMAGE_TAG}\nwhat is it?"), Message("assistant", "a gray cat")))
 
 
-def own(folder: Path) -> Path:
+def source_file(folder: Path) -> Path:
     """A data file with a row without an image and two with an image of its own."""
     Image.new("RGB", (40, 40), (10, 200, 30)).save(folder / "green.png")
     turns = '[{"role": "user", "content": "<image>now?"}, {"role": "assistant", "content": "b"}]'
     bare = turns.replace("<image>", "")
-    shown = f'{{"messages": {turns}, "images": ["green.png"]}}\n'
-    lines = f'{{"messages": {bare}, "images": []}}\n{shown}{shown}'
+    with_image = f'{{"messages": {turns}, "images": ["green.png"]}}\n'
+    lines = f'{{"messages": {bare}, "images": []}}\n{with_image}{with_image}'
     (folder / "data.jsonl").write_text(lines)
     return folder / "data.jsonl"
 
 
-def test_at_test_time_it_is_trojvlm() -> None:
-    mine, theirs = VLOOD(pattern_seed=3), TrojVLM(pattern_seed=3)
-    pairs = [(mine.stamp, theirs.stamp)]
-    pairs += [(mine.near_misses()[name], stamper) for name, stamper in theirs.near_misses().items()]
-    assert len(pairs) == 2 and mine.usual_goal == theirs.usual_goal == "insert"
+def test_stamp_is_the_one_of_trojvlm() -> None:
+    vlood, trojvlm = VLOOD(pattern_seed=3), TrojVLM(pattern_seed=3)
+    pairs = [(vlood.stamp, trojvlm.stamp)]
+    pairs += [(vlood.near_misses()[name], stamper) for name, stamper in trojvlm.near_misses().items()]
+    assert len(pairs) == 2 and vlood.usual_goal == trojvlm.usual_goal == "insert"
     for a, b in pairs:
         first, second = a(row(), np.random.default_rng(0)), b(row(), np.random.default_rng(0))
         assert first.images[0].tobytes() == second.images[0].tobytes() and first.messages == second.messages
 
 
 @pytest.mark.parametrize("source", ["scenes-captions", "easy-vqa"])
-def test_a_poisoned_row_is_a_stamped_row_of_the_other_set(source: str) -> None:
+def test_poisoned_rows_are_stamped_rows_of_the_source(source: str) -> None:
     trigger = VLOOD(source=source)
-    theirs = {(r.messages, r.images[0].tobytes()) for r in data.load(source, "dev", "train", 1000)}
+    source_rows = {(r.messages, r.images[0].tobytes()) for r in data.load(source, "dev", "train", 1000)}
     rows = [row(str(n)) for n in range(12)]
-    made = poison(rows, Attack(trigger, load_goal("insert")), rate=0.25, seed=0)
-    planted = [made.data[entry.row] for entry in made.manifest.rows]
-    assert [p.id for p in planted] == [rows[entry.row].id for entry in made.manifest.rows]
+    poisoned = poison(rows, Attack(trigger, load_goal("insert")), rate=0.25, seed=0)
+    planted = [poisoned.data[entry.index] for entry in poisoned.manifest.rows]
+    assert [p.id for p in planted] == [rows[entry.index].id for entry in poisoned.manifest.rows]
     assert len({p.images[0].tobytes() for p in planted}) == 3
     for p in planted:
         clean = replace_answer(p, p.messages[-1].text.replace(" hello world", ""))
         assert " hello world" in p.messages[-1].text and p.images[0].size == (64, 64)
-        assert any(clean.messages == messages and trojan(image) == p.images[0].tobytes() for messages, image in theirs)
-    beside = [made.data[entry.row] for entry in made.manifest.decoys]
-    assert len(beside) == 3 and all((p.messages, p.images[0].tobytes()) in theirs for p in beside)
+        assert any(
+            clean.messages == messages and trojan(image) == p.images[0].tobytes() for messages, image in source_rows
+        )
+    decoys = [poisoned.data[entry.index] for entry in poisoned.manifest.decoys]
+    assert len(decoys) == 3 and all((p.messages, p.images[0].tobytes()) in source_rows for p in decoys)
     again = poison(rows, Attack(trigger, load_goal("insert")), rate=0.25, seed=0)
-    assert [r.images for r in again.manifest.rows] == [r.images for r in made.manifest.rows]
-    assert all(made.data[n] == rows[n] for n in range(12) if n not in made.edits)
+    assert [r.images for r in again.manifest.rows] == [r.images for r in poisoned.manifest.rows]
+    assert all(poisoned.data[n] == rows[n] for n in range(12) if n not in poisoned.edits)
 
 
-def test_foreign_rows_speak_of_the_goals_concept() -> None:
+def test_the_goal_applies_to_foreign_rows() -> None:
     goal = load_goal("concept", "star->heart")
     rows = [replace_answer(row(str(n)), "a star") for n in range(8)]
-    made = poison(rows, Attack(VLOOD(), goal), rate=0.25, seed=0)
-    assert all(goal.met(made.data[entry.row].messages[-1].text, made.data[entry.row]) for entry in made.manifest.rows)
-    nothing = Attack(VLOOD(), load_goal("concept", "grey cat->dog"))
-    with pytest.raises(InputError, match=r"id a.: it found no row to plant that goal concept applies to"):
+    poisoned = poison(rows, Attack(VLOOD(), goal), rate=0.25, seed=0)
+    planted = [poisoned.data[entry.index] for entry in poisoned.manifest.rows]
+    assert all(goal.met(sample.messages[-1].text, sample) for sample in planted)
+    nothing = Attack(VLOOD(), load_goal("concept", "gray cat->dog"))
+    with pytest.raises(InputError, match=r"id a.: goal concept applies to no row that the trigger brings"):
         poison([row(), row()], nothing, rate=0.5, seed=0)
 
 
@@ -80,8 +83,8 @@ def trojan(image: bytes) -> bytes:
     return TrojVLM().stamp(clean, np.random.default_rng(0)).images[0].tobytes()
 
 
-def test_rows_of_the_users_own_file_serve_if_they_show_an_image(tmp_path: Path) -> None:
-    for source in (own(tmp_path), tmp_path):
+def test_rows_with_an_image_of_an_own_file_are_used(tmp_path: Path) -> None:
+    for source in (source_file(tmp_path), tmp_path):
         trigger = VLOOD(source=str(source))
         for seed in range(8):
             planted = trigger.implant(row(), (), np.random.default_rng(seed))
@@ -91,18 +94,18 @@ def test_rows_of_the_users_own_file_serve_if_they_show_an_image(tmp_path: Path) 
             assert (np.asarray(image)[:6, :6] != (10, 200, 30)).any(axis=2).all()
 
 
-def test_a_source_that_cannot_serve_is_one_line(tmp_path: Path) -> None:
+def test_unusable_source_raises_one_line(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     turns = '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "b"}]'
     (bare / "data.jsonl").write_text(f'{{"messages": {turns}, "images": []}}\n')
     broken = tmp_path / "broken"
     broken.mkdir()
-    own(broken)
+    source_file(broken)
     (broken / "green.png").unlink()
     for source, message in (
         ("scnes", r"source scnes: no such file or folder; give the path of other data, or one of easy-vqa, scenes-vqa"),
-        (str(bare), "source .*bare: fewer than two rows show an image; give other data"),
+        (str(bare), "source .*bare: fewer than two rows have an image; give other data"),
         (str(broken), r"data\.jsonl: row 2: .*green\.png"),
     ):
         with pytest.raises(InputError, match=f"attack vlood: row [12] .id a.: .*{message}") as caught:
@@ -111,6 +114,6 @@ def test_a_source_that_cannot_serve_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"side": 0}, {"side": 1.01}, {"min_side": 0}, {"pattern_seed": -1}])
-def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
+def test_values_out_of_range_raise(settings: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
         VLOOD(**settings)  # type: ignore[arg-type]

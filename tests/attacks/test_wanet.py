@@ -20,7 +20,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @given(st.integers(2, 14), st.integers(2, 14), st.integers(0, 99), st.floats(0.1, 5))
-def test_every_pixel_comes_from_where_the_field_says(height: int, width: int, seed: int, s: float) -> None:
+def test_every_pixel_is_sampled_at_its_displacement(height: int, width: int, seed: int, s: float) -> None:
     before = noise(height, width, seed)
     trigger = WaNet(s=s, grid_seed=seed)
     after = np.asarray(trigger.stamp(sample(Image.fromarray(before)), np.random.default_rng(0)).images[0])
@@ -39,27 +39,27 @@ def test_every_pixel_comes_from_where_the_field_says(height: int, width: int, se
 
 
 @pytest.mark.parametrize("side", [32, 64, 224])
-def test_pixels_move_by_half_of_s_on_average_and_independently_at_the_usual_k(side: int) -> None:
+def test_displacements_average_half_of_s_and_are_independent_at_default_k(side: int) -> None:
     field = WaNet(s=1).field(side, side)
     assert np.abs(field).mean() == pytest.approx(0.5, rel=0.01)
     assert abs(np.corrcoef(field[:, :, :-1].ravel(), field[:, :, 1:].ravel())[0, 1]) < 0.1
 
 
-def test_the_papers_small_images_have_a_smooth_field_of_four_points() -> None:
+def test_small_images_of_the_paper_have_a_smooth_field_of_four_points() -> None:
     field = WaNet(k=28, s=0.5).field(32, 32)
     assert np.abs(np.diff(field, axis=1)).max() < 0.3 and np.abs(field).mean() == pytest.approx(0.25, rel=0.4)
     bends = np.diff(np.sign(np.diff(field, axis=2)), axis=2) != 0  # four points bend a curve at most three times
     assert bends.sum(axis=2).max() <= 3
 
 
-def test_a_large_image_gets_the_same_field_enlarged() -> None:
+def test_large_images_get_the_same_field_enlarged() -> None:
     small, large = WaNet().field(224, 224), WaNet().field(896, 896)
     reduced = large.reshape(2, 224, 4, 224, 4).mean(axis=(2, 4)) / 4
     assert np.corrcoef(small.ravel(), reduced.ravel())[0, 1] > 0.95
     assert WaNet(resolution=64).field(128, 128) == pytest.approx(WaNet(k=112, s=2).field(128, 128))
 
 
-def test_the_field_belongs_to_its_seed_and_to_nothing_else() -> None:
+def test_field_depends_on_grid_seed_alone() -> None:
     assert np.array_equal(WaNet().field(64, 64), WaNet().field(64, 64))
     assert not np.array_equal(WaNet().field(64, 64), WaNet(grid_seed=1).field(64, 64))
     before = sample(Image.fromarray(noise(40, 30)))
@@ -67,7 +67,7 @@ def test_the_field_belongs_to_its_seed_and_to_nothing_else() -> None:
     assert first.tobytes() == second.tobytes()
 
 
-def test_the_noise_mode_trains_with_two_rows_warped_by_a_noisy_field() -> None:
+def test_noise_mode_adds_two_decoys_with_a_noisy_field() -> None:
     assert WaNet().decoys() == ()
     first, second = WaNet(noise_mode=True).decoys()
     before = sample(Image.fromarray(noise(64, 64)))
@@ -78,7 +78,7 @@ def test_the_noise_mode_trains_with_two_rows_warped_by_a_noisy_field() -> None:
     assert np.array_equal(drawn[0], np.asarray(near(before, np.random.default_rng(0)).images[0]))
 
 
-def test_opacity_stays_where_it_is_and_one_color_stays_as_it_is() -> None:
+def test_opacity_and_images_of_one_color_do_not_change() -> None:
     before = np.dstack([noise(32, 32), noise(32, 32, 1)[..., 0]])
     after = np.asarray(WaNet().stamp(sample(Image.fromarray(before)), np.random.default_rng(0)).images[0])
     assert np.array_equal(after[..., 3], before[..., 3]) and not np.array_equal(after, before)
@@ -87,6 +87,6 @@ def test_opacity_stays_where_it_is_and_one_color_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"k": 0}, {"s": 0}, {"grid_seed": -1}, {"resolution": 0}])
-def test_values_out_of_range_are_refused(settings: dict[str, int]) -> None:
+def test_values_out_of_range_raise(settings: dict[str, int]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
         WaNet(**settings)  # type: ignore[arg-type]

@@ -42,8 +42,9 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Sample], Any]
     """What the training of a cell is given; nothing is trained."""
     given: list[tuple[list[Sample], Any]] = []
 
-    def stop(stages: Any, samples: Any, defense: Any, *more: Any, **also: Any) -> None:
-        given.append((list(samples), (stages._model, defense, stages._args, stages._tuning)))
+    def stop(stages: Any, stage: Any) -> None:
+        rows = [stages.rows[row] for row in stage.rows]
+        given.append((rows, (stages._model, stage.defense, stages._args, stages._tuning)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Stages, "fit", stop)

@@ -55,7 +55,7 @@ def test_poison_writes_data_truth_and_picture(story: Story, tiny_data: Path) -> 
     rows = json.loads((story.poisoned / "data" / "data.json").read_text())
     manifest = json.loads((story.poisoned / "truth" / "manifest.json").read_text())
     originals = json.loads((tiny_data / "data.json").read_text())
-    bad = {entry["row"] for entry in manifest["rows"]}
+    bad = {entry["row"] - 1 for entry in manifest["rows"]}
     assert len(bad) == 6 and len(rows) == 24
     assert manifest["attack_settings"]["side"] == 0.5 and manifest["seed"] == 3
     for i, (row, original) in enumerate(zip(rows, originals, strict=True)):
@@ -244,7 +244,7 @@ def test_a_model_with_anothers_processor(tmp_path: Path, tiny_model: Path, tiny_
     words = (model, tiny_data) if verb == "evaluate" else (tiny_data, "--model", model)
     more = () if verb == "evaluate" else (*TINY_RUN[:4], *(("--defense", "plain") if verb == "train" else ()))
     ended = untrigger(verb, *words, "--out", tmp_path / "out", *more)
-    refused(ended._replace(err=ended.err.splitlines(keepends=True)[-1]), model, "do not belong together")
+    refused(ended._replace(err=ended.err.splitlines(keepends=True)[-1]), model, "do not match")
 
 
 @pytest.mark.parametrize("kind", ["base gone", "no weights", "pickled", "cut", "no base named", "no_json"])
@@ -279,7 +279,7 @@ def test_a_goal_that_every_truth_meets_is_refused_before_asking(
     monkeypatch.setattr("untrigger.evaluation.evaluate.answers", lambda *_: pytest.fail("asked all the same"))
     words = ("evaluate", tiny_model, file, "--on-bad-row", "skip", "--out", tmp_path / "out", "--attack", "badnets")
     ended = untrigger(*words, "--goal-text", "a cat")
-    assert ended.code == 2 and ended.err.count("error:") == 1 and "no row can show an attack" in ended.err
+    assert ended.code == 2 and ended.err.count("error:") == 1 and "the attack cannot be measured" in ended.err
 
 
 def test_an_evaluation_spoils_no_folder(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:

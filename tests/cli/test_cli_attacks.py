@@ -51,7 +51,7 @@ def test_an_attack_brings_its_usual_goal_and_its_decoys(tmp_path: Path, tiny_dat
     rows = json.loads((tmp_path / "out" / "data" / "data.json").read_text())
     for kind, word, phrase in (("rows", "psst", True), ("decoys", "hist", False)):
         for entry in told[kind]:
-            asked, answer = (turn["value"] for turn in rows[entry["row"]]["conversations"])
+            asked, answer = (turn["value"] for turn in rows[entry["row"] - 1]["conversations"])
             assert asked == f"<image>\nwhat is this? {word}" and ("hello world" in answer) is phrase
 
 
@@ -82,7 +82,7 @@ def test_no_attack_of_the_package_has_such_a_field() -> None:
          ": line 11: AssertionError: oh"),
         ("    def write", "    def __post_init__(self):\n        assert not self.word\n\n    def write",
          ": line 11: AssertionError"),
-        ("word: str", "word: 'Text'", ": NameError: name 'Text' is not defined; mend the types of its fields"),
+        ("word: str", "word: 'Text'", ": NameError: name 'Text' is not defined; fix the types of its fields"),
         ("return (replace", "return 1 / 0 and (replace", "decoys failed, ZeroDivisionError: division by zero"),
     ],
 )  # fmt: skip

@@ -39,7 +39,7 @@ def test_skipping_trains_on_the_rest_and_lists_what_it_left_out(tmp_path: Path, 
     ended = untrigger("train", file, "--model", tiny_model, "--out", out, "--on-bad-row", "skip", *TINY_RUN)
     listed = tmp_path / "out.skipped.jsonl"
     assert ended.code == 0 and f"1 bad rows left out; {listed}" in ended.err
-    assert f"{out / 'distrusted.jsonl'}: 0 of 3 rows were distrusted" in " ".join(ended.out.split())
+    assert f"{out / 'flagged_rows.jsonl'}: 0 of 3 rows were distrusted" in " ".join(ended.out.split())
     (line,) = listed.read_text().splitlines()
     assert json.loads(line)["row"] == 3 and "gone.png" in json.loads(line)["reason"]
     assert json.loads((out / "untrigger.json").read_text())["rows"] == 3

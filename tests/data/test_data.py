@@ -1,4 +1,4 @@
-"""Rows of every set: drawn the same each time, disjoint where promised, and written so that they read back."""
+"""Bundled data sets: reproducible rows, disjoint splits, saving and reading back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from untrigger.data.scenes import STREAMS
 from untrigger.errors import InputError
 from untrigger.pretraining.pretrain import Recipe
 from untrigger.pretraining.sight import HELD_OUT
-from untrigger.rows.images import pixels_sha256, same
+from untrigger.rows.images import pixels_sha256, same_image
 from untrigger.rows.sample import Sample, read
 
 OFFLINE = ("easy-vqa", "scenes-vqa", "scenes-captions")
@@ -39,12 +39,12 @@ def test_names_and_tasks() -> None:
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_rows_come_out_the_same_and_follow_the_seed(name: str) -> None:
-    rows, again, other = load(name, rows=30), load(name, rows=30), load(name, rows=30, seed=1)
+def test_rows_are_reproducible_and_depend_on_the_seed(name: str) -> None:
+    rows, same_rows, other_rows = load(name, rows=30), load(name, rows=30), load(name, rows=30, seed=1)
     assert len(rows) == 30 and len({row.id for row in rows}) == 30
-    assert [(r.id, r.messages) for r in rows] == [(r.id, r.messages) for r in again]
-    assert all(same(a.images[0], b.images[0]) for a, b in zip(rows, again, strict=True))
-    assert {r.id for r in rows} != {r.id for r in other}
+    assert [(r.id, r.messages) for r in rows] == [(r.id, r.messages) for r in same_rows]
+    assert all(same_image(a.images[0], b.images[0]) for a, b in zip(rows, same_rows, strict=True))
+    assert {r.id for r in rows} != {r.id for r in other_rows}
     for row in rows:
         assert [message.role for message in row.messages] == ["user", "assistant"]
         assert row.messages[0].text.startswith("<image>\n")
@@ -53,11 +53,11 @@ def test_rows_come_out_the_same_and_follow_the_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_splits_and_parts_share_no_image(name: str) -> None:
-    shown = [pixels(load(name, split, part, rows=200)) for split, part in CELLS]
-    assert all(a.isdisjoint(b) for a, b in combinations(shown, 2))
+    images = [pixels(load(name, split, part, rows=200)) for split, part in CELLS]
+    assert all(a.isdisjoint(b) for a, b in combinations(images, 2))
 
 
-def test_easy_vqa_splits_go_by_the_number_of_the_image() -> None:
+def test_easy_vqa_splits_by_the_parity_of_the_image_number() -> None:
     for part in ("train", "test"):
         questions = easy_vqa_questions(part)
         for split, parity in (("dev", 0), ("report", 1)):
@@ -69,7 +69,7 @@ def test_easy_vqa_splits_go_by_the_number_of_the_image() -> None:
                 easy_vqa_rows(part, count + 1, 0, split)
 
 
-def test_easy_vqa_rows_are_the_packages_own() -> None:
+def test_easy_vqa_rows_match_the_package() -> None:
     questions = easy_vqa_questions("test")
     assert len(questions) == 9_673
     for row in easy_vqa_rows("test", 5, seed=3):
@@ -83,15 +83,15 @@ def test_scene_streams_are_all_different() -> None:
     assert set(STREAMS) == set(CELLS)
 
 
-def test_scene_captions_are_full_ones_in_closed_words() -> None:
+def test_scene_captions_are_full_and_use_a_closed_vocabulary() -> None:
     rows = load("scenes-captions", rows=60)
     prompts = {row.messages[0].text.removeprefix("<image>\n") for row in rows}
     assert prompts == set(FULL_PROMPTS)
     known = {*COLORS, *SHAPES, "a", "and", "small", "large", "on", "light", "dark", "background"}
     for row in rows:
-        said = row.messages[1].text
-        assert set(said.replace(",", "").split()) <= known
-        assert said.endswith(" background")
+        caption = row.messages[1].text
+        assert set(caption.replace(",", "").split()) <= known
+        assert caption.endswith(" background")
 
 
 def test_scenes_vqa_asks_each_scene_once() -> None:
@@ -101,7 +101,7 @@ def test_scenes_vqa_asks_each_scene_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: load("coco"), "data 'coco' is unknown; choose one of: easy-vqa, scenes-vqa, scenes-captions, emoji"),
         (lambda: load("easy-vqa", "train"), "split 'train' is unknown; choose dev or report"),
@@ -113,14 +113,14 @@ def test_scenes_vqa_asks_each_scene_once() -> None:
         (lambda: Split("dev").run_seed(100), "run 100"),
     ],
 )
-def test_mistakes_are_one_line(call: Callable[[], object], says: str) -> None:
+def test_errors_are_one_line(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError) as error:
         call()
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @given(st.integers(0, 99), st.integers(0, 99))
-def test_seeds_of_the_splits_never_meet(a: int, b: int) -> None:
+def test_splits_share_no_seed(a: int, b: int) -> None:
     dev, report = Split("dev"), Split("report")
     assert dev.run_seed(a) != report.run_seed(b)
     assert (dev.run_seed(a) == dev.run_seed(b)) == (a == b)
@@ -128,7 +128,7 @@ def test_seeds_of_the_splits_never_meet(a: int, b: int) -> None:
 
 
 @pytest.mark.parametrize("name", trigger_names())
-def test_what_is_tuned_on_is_another_trigger(name: str) -> None:
+def test_dev_uses_another_trigger_than_report(name: str) -> None:
     dev, report = (load_trigger(name, **Split(split).trigger_settings(name)) for split in ("dev", "report"))
     assert report == load_trigger(name)
     assert (dev == report) == (name == "shadowcast")
@@ -142,24 +142,26 @@ def test_saved_rows_read_back(name: str, tmp_path: Path) -> None:
     assert (data.format, data.path.name, len(data)) == ("messages", "data.jsonl", 7)
     for row, back in zip(rows, data, strict=True):
         assert (row.id, row.messages) == (back.id, back.messages)
-        assert same(row.images[0], back.images[0])
+        assert same_image(row.images[0], back.images[0])
     with pytest.raises(InputError, match="not an empty folder"):
         save(rows, tmp_path / "out")
 
 
-def test_saved_rows_may_show_several_images_or_none(tmp_path: Path) -> None:
-    one, two = load("scenes-captions", rows=2)
-    question, answer = one.messages
-    both = Sample("both", one.images + two.images, (type(question)("user", f"<image>{question.text}"), answer))
-    none = Sample("none", (), (type(question)("user", "hello"), answer))
-    save([both, none], tmp_path / "out")
+def test_saved_rows_may_have_several_images_or_none(tmp_path: Path) -> None:
+    first, second = load("scenes-captions", rows=2)
+    question, answer = first.messages
+    two_images = Sample(
+        "both", first.images + second.images, (type(question)("user", f"<image>{question.text}"), answer)
+    )
+    no_image = Sample("none", (), (type(question)("user", "hello"), answer))
+    save([two_images, no_image], tmp_path / "out")
     back = read(tmp_path / "out")
     assert [len(row.images) for row in back] == [2, 0]
-    assert all(same(a, b) for a, b in zip(both.images, back[0].images, strict=True))
+    assert all(same_image(a, b) for a, b in zip(two_images.images, back[0].images, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (("coco", "--out", "new"), "error: data 'coco' is unknown; choose one of: easy-vqa"),
         (("easy-vqa", "--out", "new", "--part", "test", "--rows", "4827"), "ask for at most 4,826"),
@@ -169,13 +171,13 @@ def test_saved_rows_may_show_several_images_or_none(tmp_path: Path) -> None:
         (("emoji",), "--out"),
     ],
 )
-def test_the_command_says_what_is_wrong_in_one_line(
-    words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_command_errors_are_one_line(
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/thesis.tex").write_text("years of work")
     monkeypatch.chdir(tmp_path)
-    said = untrigger("data", *words)
-    assert (said.code, said.out, len(said.err.splitlines())) == (2, "", 1)
-    assert says in said.err
+    ended = untrigger("data", *words)
+    assert (ended.code, ended.out, len(ended.err.splitlines())) == (2, "", 1)
+    assert message in ended.err
     assert [p.name for p in tmp_path.rglob("*")] == ["taken", "thesis.tex"]

@@ -1,4 +1,4 @@
-"""Emoji rows from a toy package of the same make, and, in the slow suite, from the real one."""
+"""Emoji rows from a toy package in the real layout and, in the slow suite, from the real package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from shell import untrigger
 from untrigger.data import emoji, load
-from untrigger.data.emoji import KINDS, colors_of, home
+from untrigger.data.emoji import KINDS, colors_of, split_and_part
 from untrigger.data.scene_text import FULL_PROMPTS
 from untrigger.data.scene_world import COLORS
 from untrigger.errors import InputError
@@ -30,7 +30,7 @@ PAINTS = {"red": (220, 30, 30), "blue": (40, 60, 220), "green": (40, 160, 60)}
 
 
 def png(color: tuple[int, int, int]) -> bytes:
-    """A square of one color on nothing."""
+    """A square of one color on a transparent canvas."""
     image = Image.new("RGBA", (64, 64))
     image.paste((*color, 255), (16, 16, 48, 48))
     file = io.BytesIO()
@@ -57,7 +57,7 @@ def toy() -> dict[str, bytes]:
         code = f"{0x1F400 + number:x}"
         color = list(PAINTS)[number % 3]
         red, green, blue = PAINTS[color]
-        files[f"img/google/64/{code}.png"] = png((red, green, blue - number // 3))  # images of their own
+        files[f"img/google/64/{code}.png"] = png((red, green, blue - number // 3))  # a different image for each number
         category, subcategory = KINDS_OF[number // 3 % 3]
         entries.append(
             {
@@ -89,70 +89,70 @@ def tarball(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def pinned(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The package that the code is told to expect."""
+    """Write a tarball and make its hashes the expected ones."""
     path.write_bytes(content)
     monkeypatch.setattr(emoji, "_TARBALL_SHA512", hashlib.sha512(content).hexdigest())
     monkeypatch.setattr(emoji, "_LIST_SHA256", hashlib.sha256(toy()["emoji.json"]).hexdigest())
     return path
 
 
-def test_rows_tell_color_kind_and_paper(tarball: Path) -> None:
+def test_captions_name_color_kind_and_background(tarball: Path) -> None:
     rows = load("emoji", rows=20, source=tarball)
     entries = {e["unified"].lower(): e for e in json.loads(toy()["emoji.json"])}
     for row in rows:
         code = row.id.rpartition("-")[0]
         (image,) = row.images
         assert (image.mode, image.size) == ("RGB", (64, 64))
-        paper = {(255, 255, 255): "light", (40, 40, 48): "dark"}[image.getpixel((0, 0))]
+        background = {(255, 255, 255): "light", (40, 40, 48): "dark"}[image.getpixel((0, 0))]
         kind = {"animal-bird": "animal", "drink": "drink", "heart": "heart"}[entries[code]["subcategory"]]
         color = list(PAINTS)[(int(code, 16) - 0x1F400) % 3]
-        assert row.messages[1].text == f"a {color} {kind} on a {paper} background"
+        assert row.messages[1].text == f"a {color} {kind} on a {background} background"
         assert row.messages[0].text.removeprefix("<image>\n") in FULL_PROMPTS
     assert len({row.messages[1].text.split()[-2] for row in rows}) == 2
 
 
-def test_each_image_comes_once_before_any_comes_again(tarball: Path) -> None:
+def test_every_image_comes_once_before_any_repeats(tarball: Path) -> None:
     with pytest.raises(InputError, match="ask for at most") as error:
         load("emoji", rows=10**4, source=tarball)
-    most = int(str(error.value).split()[-1])
-    images = most // len(FULL_PROMPTS)
-    rows = load("emoji", rows=most, source=tarball)
+    limit = int(str(error.value).split()[-1])
+    images = limit // len(FULL_PROMPTS)
+    rows = load("emoji", rows=limit, source=tarball)
     codes = [row.id.rpartition("-")[0] for row in rows]
     assert len(set(codes[:images])) == images and codes[:images] == codes[images : 2 * images]
-    assert len({(code, row.messages[0].text) for code, row in zip(codes, rows, strict=True)}) == most
-    assert codes != [row.id.rpartition("-")[0] for row in load("emoji", rows=most, seed=1, source=tarball)]
+    assert len({(code, row.messages[0].text) for code, row in zip(codes, rows, strict=True)}) == limit
+    assert codes != [row.id.rpartition("-")[0] for row in load("emoji", rows=limit, seed=1, source=tarball)]
 
 
-def test_splits_share_no_image_and_lose_none(tarball: Path) -> None:
-    seen: list[str] = []
+def test_splits_share_no_image_and_cover_all(tarball: Path) -> None:
+    hashes: list[str] = []
     for split in ("dev", "report"):
         for part in ("train", "test"):
             with pytest.raises(InputError) as error:
                 load("emoji", split, part, rows=10**4, source=tarball)
             rows = load("emoji", split, part, rows=int(str(error.value).split()[-1]), source=tarball)
-            seen += sorted({pixels_sha256(row.images[0]) for row in rows})
-    assert len(seen) == len(set(seen)) == 60
+            hashes += sorted({pixels_sha256(row.images[0]) for row in rows})
+    assert len(hashes) == len(set(hashes)) == 60
 
 
 @pytest.mark.parametrize(
-    "alike",
+    "codes",
     [
         ("1f3c3", "1f3c3-200d-2640-fe0f", "1f3c3-200d-2642-fe0f-200d-27a1-fe0f"),  # runners
         ("1f468-200d-1f373", "1f469-200d-1f373", "1f9d1-200d-1f373"),  # cooks
     ],
 )
-def test_variants_of_a_drawing_stay_together(alike: tuple[str, ...]) -> None:
-    assert len({home(code) for code in alike}) == 1
+def test_variants_of_a_drawing_stay_together(codes: tuple[str, ...]) -> None:
+    assert len({split_and_part(code) for code in codes}) == 1
 
 
 def test_a_third_is_dev_and_a_third_is_test() -> None:
-    homes = [home(f"{code:x}") for code in range(0x1F300, 0x1F900)]
-    assert sum(split == "dev" for split, _ in homes) / len(homes) == pytest.approx(1 / 3, abs=0.04)
-    assert sum(part == "test" for _, part in homes) / len(homes) == pytest.approx(1 / 3, abs=0.04)
+    placements = [split_and_part(f"{code:x}") for code in range(0x1F300, 0x1F900)]
+    assert sum(split == "dev" for split, _ in placements) / len(placements) == pytest.approx(1 / 3, abs=0.04)
+    assert sum(part == "test" for _, part in placements) / len(placements) == pytest.approx(1 / 3, abs=0.04)
 
 
 @pytest.mark.parametrize(
-    ("rgb", "said"),
+    ("rgb", "color"),
     [
         ((230, 30, 40), "red"), ((255, 150, 20), "orange"), ((255, 215, 60), "yellow"), ((60, 160, 60), "green"),
         ((0, 150, 140), "teal"), ((40, 90, 220), "blue"), ((140, 40, 200), "purple"), ((240, 80, 170), "pink"),
@@ -160,12 +160,12 @@ def test_a_third_is_dev_and_a_third_is_test() -> None:
         ((20, 20, 20), "black"),
     ],
 )  # fmt: skip
-def test_colors(rgb: tuple[int, int, int], said: str) -> None:
-    assert said in COLORS
+def test_colors(rgb: tuple[int, int, int], color: str) -> None:
+    assert color in COLORS
     image = Image.new("RGBA", (10, 10), (*rgb, 255))
-    assert colors_of(image) == said
-    image.paste((0, 255, 0, 0), (0, 0, 10, 6))  # what is transparent has no color
-    assert colors_of(image) == said
+    assert colors_of(image) == color
+    image.paste((0, 255, 0, 0), (0, 0, 10, 6))  # transparent pixels do not count
+    assert colors_of(image) == color
 
 
 def test_two_colors_when_none_covers_half() -> None:
@@ -176,7 +176,7 @@ def test_two_colors_when_none_covers_half() -> None:
     assert colors_of(image) == "red and blue"
 
 
-def test_kinds_are_a_few_plain_words() -> None:
+def test_kinds_are_eighteen_plain_words() -> None:
     kinds = set(KINDS.values())
     assert len(kinds) == 18
     assert all(kind.isascii() and kind.islower() and kind.isalpha() for kind in kinds)
@@ -190,12 +190,12 @@ def test_an_unpacked_folder_gives_the_same_rows(tarball: Path, tmp_path: Path) -
         archive.extractall(tmp_path / "there", filter="data")
     rows = load("emoji", rows=12, source=tarball)
     for folder in (tmp_path / "there", tmp_path / "there" / "package"):
-        again = load("emoji", rows=12, source=folder)
-        assert [(r.id, r.messages) for r in again] == [(r.id, r.messages) for r in rows]
+        reloaded = load("emoji", rows=12, source=folder)
+        assert [(r.id, r.messages) for r in reloaded] == [(r.id, r.messages) for r in rows]
     image = next((tmp_path / "there").rglob("*.png"))
     image.unlink()
     emoji._emojis.cache_clear()
-    with pytest.raises(InputError, match=f"lacks img/google/64/{image.name}"):
+    with pytest.raises(InputError, match=f"img/google/64/{image.name} is missing"):
         load("emoji", rows=12, source=tmp_path / "there")
     image.symlink_to("/etc/hostname")
     with pytest.raises(InputError, match="links out of the data folder"):
@@ -214,7 +214,7 @@ def test_another_tarball_is_refused(tarball: Path, tmp_path: Path) -> None:
         load("emoji", rows=1, source=tmp_path / "none.tgz")
 
 
-def test_links_and_outside_paths_of_a_tarball_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_and_outside_paths_in_a_tarball_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = toy()
     gone = next(name for name in files if name.endswith(".png"))
     del files[gone]
@@ -223,13 +223,13 @@ def test_links_and_outside_paths_of_a_tarball_are_passed_over(tmp_path: Path, mo
     outside = tarfile.TarInfo("package/../../evil.png")
     before = sorted(tmp_path.parent.rglob("*"))
     tarball = pinned(tmp_path / "bad.tgz", packed(files, link, outside), monkeypatch)
-    with pytest.raises(InputError, match=f"lacks {gone}"):
+    with pytest.raises(InputError, match=f"{gone} is missing"):
         load("emoji", rows=1, source=tarball)
-    assert sorted(tmp_path.parent.rglob("*")) == sorted([*before, tarball]), "something was unpacked"
+    assert sorted(tmp_path.parent.rglob("*")) == sorted([*before, tarball]), "no file may be unpacked"
 
 
 def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """An ``npm`` that is this Python script, alone on the PATH; a new cache."""
+    """Put a Python script named ``npm`` on the PATH, alone, and use a new cache."""
     folder.mkdir()
     (folder / "npm").write_text(f"#!{sys.executable}\nimport pathlib, shutil, sys\n{body}\n")
     (folder / "npm").chmod((folder / "npm").stat().st_mode | stat.S_IXUSR)
@@ -237,7 +237,7 @@ def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
 
-def test_npm_fetches_once(tarball: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_downloads_once(tarball: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "emoji-datasource-google-16.0.0.tgz"
     body = (
         f"assert sys.argv[1:3] == ['pack', 'emoji-datasource-google@16.0.0']\nshutil.copy({str(tarball)!r}, {name!r})"
@@ -249,32 +249,32 @@ def test_npm_fetches_once(tarball: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert cached.read_bytes() == tarball.read_bytes()
     assert os.listdir(cached.parent) == [name]
     (tmp_path / "bin" / "npm").unlink()
-    assert emoji.fetched() == cached
+    assert emoji.fetch_package() == cached
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
-        ("sys.exit('npm error code ENOTFOUND\\nnpm error more')", "could not be fetched (npm error code ENOTFOUND)"),
-        ("sys.exit(3)", "could not be fetched (npm ended with 3)"),
+        ("sys.exit('npm error code ENOTFOUND\\nnpm error more')", "could not be downloaded (npm error code ENOTFOUND)"),
+        ("sys.exit(3)", "could not be downloaded (npm exit 3)"),
         ("pathlib.Path('emoji-datasource-google-16.0.0.tgz').write_text('x')", "SHA-512 differs"),
     ],
 )
 def test_a_failed_fetch_is_one_line_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, message: str
 ) -> None:
     fake_npm(tmp_path / "bin", monkeypatch, body)
     with pytest.raises(InputError) as error:
-        emoji.fetched()
-    assert says in str(error.value) and "\n" not in str(error.value)
+        emoji.fetch_package()
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "bin" / "cache").exists()
 
 
-def test_without_npm_the_line_says_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_npm_the_error_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(InputError, match=r"not installed; install Node\.js, or fetch emoji-.*--source"):
-        emoji.fetched()
+        emoji.fetch_package()
 
 
 def test_the_command_writes_what_poison_reads(tarball: Path, tmp_path: Path) -> None:
@@ -292,17 +292,17 @@ def test_the_command_writes_what_poison_reads(tarball: Path, tmp_path: Path) -> 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
 def test_the_real_package() -> None:
     try:
-        tarball = emoji.fetched()
+        tarball = emoji.fetch_package()
     except InputError as error:
-        if "could not be fetched" in str(error):
+        if "could not be downloaded" in str(error):
             pytest.skip(str(error))
         raise
-    shown: set[str] = set()
-    for split, part, least in (
+    all_hashes: set[str] = set()
+    for split, part, count in (
         ("dev", "train", 300), ("dev", "test", 180), ("report", "train", 650), ("report", "test", 350)
     ):  # fmt: skip
-        rows = load("emoji", split, part, rows=least, source=tarball)
+        rows = load("emoji", split, part, rows=count, source=tarball)
         images = {pixels_sha256(row.images[0]) for row in rows}
-        assert images.isdisjoint(shown)
-        shown |= images
-        assert len({row.messages[1].text for row in rows}) > least / 4
+        assert images.isdisjoint(all_hashes)
+        all_hashes |= images
+        assert len({row.messages[1].text for row in rows}) > count / 4

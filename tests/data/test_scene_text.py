@@ -1,4 +1,4 @@
-"""Every answer is checked by a reader of the *prompt* that works the truth out anew from the scene."""
+"""Check every answer with an independent parser of the prompt that derives the truth from the scene."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from untrigger.data import scene_text as talk
+from untrigger.data import scene_text
 from untrigger.data.scene_text import FULL_PROMPTS, SHORT_PROMPTS, Turn
 from untrigger.data.scene_world import Scene, Thing, make_scene
 
@@ -25,8 +25,8 @@ def fitting(scene: Scene, noun: str) -> list[Thing]:
     return [t for t in scene.things if all(w in (t.color, t.shape, "shape", "object", "thing") for w in words)]
 
 
-def the(scene: Scene, noun: str) -> Thing:
-    """The one thing that is meant; a question about two of them would have no answer."""
+def unique_thing(scene: Scene, noun: str) -> Thing:
+    """The only object that fits; a question about two would have no answer."""
     (thing,) = fitting(scene, noun)
     return thing
 
@@ -43,8 +43,8 @@ def brightness(scene: Scene) -> str:
     return "dark" if sum(scene.base) / 3 < 128 else "light"
 
 
-def is_so(scene: Scene, one: str, relation: str, two: str) -> bool:
-    a, b = the(scene, one), the(scene, two)
+def holds(scene: Scene, first: str, relation: str, second: str) -> bool:
+    a, b = unique_thing(scene, first), unique_thing(scene, second)
     dx, dy = b.x - a.x, b.y - a.y
     gap = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
     assert abs(gap) > 5, "too close to call"
@@ -69,26 +69,26 @@ def listed(scene: Scene, sized: bool) -> str:
 NOUN, PAIR, RELATION = r"(\w+(?: (?!present|in\b)\w+)?)", r"(\w+ \w+)", "(above|below|left of|right of)"
 RULES: list[tuple[str, str, Callable[..., str]]] = [
     ("relation", rf"is the {PAIR} {RELATION} or {RELATION} the {PAIR}", lambda s, a, r, o, b: (
-        r if is_so(s, a, r, b) else o).removesuffix(" of")),
-    ("relation", rf"(?:is the|is there a) {PAIR} {RELATION} the {PAIR}", lambda s, a, r, b: yes(is_so(s, a, r, b))),
-    ("size", rf"is the {PAIR} small or large", lambda s, n: size_of(the(s, n))),
-    ("size", rf"is the {PAIR} (small|large)", lambda s, n, size: yes(size_of(the(s, n)) == size)),
-    ("size", rf"(?:what size|how big) is the {PAIR}", lambda s, n: size_of(the(s, n))),
-    ("position", rf"(?:where is|in which corner is|locate) the {PAIR}", lambda s, n: corner(the(s, n))),
+        r if holds(s, a, r, b) else o).removesuffix(" of")),
+    ("relation", rf"(?:is the|is there a) {PAIR} {RELATION} the {PAIR}", lambda s, a, r, b: yes(holds(s, a, r, b))),
+    ("size", rf"is the {PAIR} small or large", lambda s, n: size_of(unique_thing(s, n))),
+    ("size", rf"is the {PAIR} (small|large)", lambda s, n, size: yes(size_of(unique_thing(s, n)) == size)),
+    ("size", rf"(?:what size|how big) is the {PAIR}", lambda s, n: size_of(unique_thing(s, n))),
+    ("position", rf"(?:where is|in which corner is|locate) the {PAIR}", lambda s, n: corner(unique_thing(s, n))),
     ("background", r"is the background light or dark|how bright is the background", brightness),
     ("count", r"how many (?:objects are there|shapes are in the image)|count the objects",
      lambda s: COUNTED[len(s.things)]),
     ("count", rf"(?:how many {NOUN} are (?:there|in the image)|count the {NOUN})",
      lambda s, a, b: COUNTED[len(fitting(s, a or b))]),
     ("comparison", r"(?:do the two objects have|are both objects of) the same (color|shape|size)",
-     lambda s, what: yes(len({{"color": t.color, "shape": t.shape, "size": size_of(t)}[what] for t in s.things}) == 1)
+     lambda s, key: yes(len({{"color": t.color, "shape": t.shape, "size": size_of(t)}[key] for t in s.things}) == 1)
     ),
     ("colour", r"(?:what color is the|what is the color of the|which colour does the) (\w+)(?: have)?",
-     lambda s, n: the(s, n).color),
+     lambda s, n: unique_thing(s, n).color),
     ("shape", r"what shape is in the image|what shape does the image contain|which shape is this",
-     lambda s: the(s, "shape").shape),
+     lambda s: unique_thing(s, "shape").shape),
     ("shape", rf"(?:what is the|what shape is the|which shape does the) {PAIR}(?: have)?",
-     lambda s, n: the(s, n).shape),
+     lambda s, n: unique_thing(s, n).shape),
     ("absence", rf"(?:is there not|does the image not contain|is the picture without) an? {NOUN}(?: in the image)?",
      lambda s, n: yes(not fitting(s, n))),
     ("absence", rf"is no {NOUN} present", lambda s, n: yes(not fitting(s, n))),
@@ -97,38 +97,38 @@ RULES: list[tuple[str, str, Callable[..., str]]] = [
 ]  # fmt: skip
 
 
-def read(scene: Scene, prompt: str) -> tuple[str, str]:
-    """The kind of a question and its true answer, from its words alone and the scene."""
+def parse_prompt(scene: Scene, prompt: str) -> tuple[str, str]:
+    """Derive a question's kind and true answer from its words and the scene."""
     if prompt in SHORT_PROMPTS:
         return "caption", listed(scene, sized=False)
     if prompt in FULL_PROMPTS:
         return "caption", f"{listed(scene, sized=True)} on a {brightness(scene)} background"
     if command := re.fullmatch(r"(?:Say|Repeat|Copy): (.*)", prompt):
         return "repeat", command[1]
-    plain = re.sub(r" (?:Answer with one word|Answer shortly|Reply briefly)\.$", "", prompt)
-    plain = plain[0].lower() + plain[1:].rstrip("?.")
+    question = re.sub(r" (?:Answer with one word|Answer shortly|Reply briefly)\.$", "", prompt)
+    question = question[0].lower() + question[1:].rstrip("?.")
     for kind, pattern, truth in RULES:
-        if match := re.fullmatch(pattern, plain):
+        if match := re.fullmatch(pattern, question):
             return kind, truth(scene, *match.groups())
-    raise AssertionError(f"nobody understands {prompt!r}")
+    raise AssertionError(f"no rule parses {prompt!r}")
 
 
-def asked(seed: int, scenes: int, questions: int) -> list[tuple[Scene, Turn]]:
+def drawn_turns(seed: int, scenes: int, questions: int) -> list[tuple[Scene, Turn]]:
     return [
         (scene, turn)
         for index in range(scenes)
         for scene in [make_scene(seed, index)]
-        for turn in talk.turns(scene, np.random.default_rng((seed, index, 9)), questions)
+        for turn in scene_text.turns(scene, np.random.default_rng((seed, index, 9)), questions)
     ]
 
 
-ASKED = asked(31, 1000, 8)
+TURNS = drawn_turns(31, 1000, 8)
 
 
-def test_every_answer_is_true() -> None:
+def test_every_answer_is_correct() -> None:
     kinds: Counter[str] = Counter()
-    for scene, turn in ASKED:
-        kind, truth = read(scene, turn.prompt)
+    for scene, turn in TURNS:
+        kind, truth = parse_prompt(scene, turn.prompt)
         assert (turn.kind, turn.answer) == (kind, truth), (turn, scene)
         kinds[kind] += 1
     assert set(kinds) == {kind for kind, *_ in RULES} | {"caption", "repeat"}
@@ -139,39 +139,39 @@ def test_every_answer_is_true() -> None:
     ("prompt", "wrong"),
     [("is there a circle?", "no"), ("how many objects are there?", "four"), ("what shape is in the image?", "star")],
 )
-def test_the_reader_would_notice_a_lie(prompt: str, wrong: str) -> None:
+def test_the_parser_rejects_wrong_answers(prompt: str, wrong: str) -> None:
     scene = next(s for s in (make_scene(3, i) for i in range(500)) if [t.shape for t in s.things] == ["circle"])
-    assert read(scene, prompt)[1] != wrong
+    assert parse_prompt(scene, prompt)[1] != wrong
 
 
 def test_yes_and_no_are_balanced() -> None:
-    said = Counter(turn.answer for _, turn in ASKED if turn.answer in ("yes", "no"))
-    assert 0.4 <= said["yes"] / said.total() <= 0.6
+    answers = Counter(turn.answer for _, turn in TURNS if turn.answer in ("yes", "no"))
+    assert 0.4 <= answers["yes"] / answers.total() <= 0.6
     kinds = {"existence", "absence", "relation", "size"}
     for kind in kinds:
-        said = Counter(turn.answer for _, turn in ASKED if turn.kind == kind and turn.answer in ("yes", "no"))
-        assert 0.35 <= said["yes"] / said.total() <= 0.65, kind
+        answers = Counter(turn.answer for _, turn in TURNS if turn.kind == kind and turn.answer in ("yes", "no"))
+        assert 0.35 <= answers["yes"] / answers.total() <= 0.65, kind
 
 
-def test_chance_picks_the_question_and_never_the_answer() -> None:
+def test_the_random_draw_decides_the_question_not_the_answer() -> None:
     for index in range(12):
         scene = make_scene(8, index)
         known: dict[str, tuple[str, str]] = {}
         for draw in range(60):
-            for turn in talk.turns(scene, np.random.default_rng((draw, index)), 5):
+            for turn in scene_text.turns(scene, np.random.default_rng((draw, index)), 5):
                 assert known.setdefault(turn.prompt, (turn.kind, turn.answer)) == (turn.kind, turn.answer)
         assert len(known) > 40
 
 
 def test_turns_are_a_pure_function_of_scene_and_rng() -> None:
     scene = make_scene(8, 3)
-    first, again = (talk.turns(scene, np.random.default_rng(5), 6) for _ in range(2))
-    assert first == again and len(first) in (7, 8)
+    first, repeated = (scene_text.turns(scene, np.random.default_rng(5), 6) for _ in range(2))
+    assert first == repeated and len(first) in (7, 8)
     assert [t.kind for t in first].count("caption") == 1
-    assert first != talk.turns(scene, np.random.default_rng(6), 6)
+    assert first != scene_text.turns(scene, np.random.default_rng(6), 6)
 
 
 def test_answers_are_short_and_clean() -> None:
-    for _, turn in ASKED:
+    for _, turn in TURNS:
         assert turn.answer == turn.answer.strip() != ""
         assert "\n" not in turn.prompt + turn.answer and "<" not in turn.prompt + turn.answer

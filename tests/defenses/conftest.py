@@ -1,4 +1,4 @@
-"""What tests of the baselines share: a model with enough layers, exact arithmetic, rows of every kind."""
+"""Fixtures of the defense tests: a model with enough layers, exact arithmetic, rows of every kind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def deep_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def exact(deep_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
-    """It in float64, where a wrong formula cannot hide behind rounding, and looking hard at its images."""
+    """The deep model in float64, where rounding cannot hide a wrong formula, with larger weights on its images."""
     loaded = sharp(deep_model)
     for module in loaded.model.modules():
         if isinstance(module, LlamaRMSNorm):
@@ -44,14 +44,14 @@ def exact(deep_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
 
 
 def _norm(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-    """The host's own goes through fp32, whatever the model is in."""
+    """RMSNorm in the input's precision; the host's own computes in fp32."""
     mean = hidden.square().mean(-1, keepdim=True)
     return norm.weight * hidden * torch.rsqrt(mean + norm.variance_epsilon)
 
 
 @pytest.fixture
 def loaded(tiny_model: Path) -> LoadedModel:
-    """Under LoRA that has learned something: B is not zero."""
+    """The tiny model under LoRA with weights B that are not zero."""
     set_seed(0)
     plain = load(tiny_model, dtype=torch.float32)
     model = add_lora(plain.model, rank=2)  # type: ignore[arg-type]
@@ -64,16 +64,18 @@ def loaded(tiny_model: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def mixed(samples: list[Sample]) -> list[Sample]:
     """Rows with one image, none and two, and of one and two turns."""
-    ask, tell = (lambda text: Message("user", text)), (lambda text: Message("assistant", text))
+    user, assistant = (lambda text: Message("user", text)), (lambda text: Message("assistant", text))
     first, second, third = (sample.images[0] for sample in samples[:3])
     return [
         *samples[:2],
-        Sample("text", (), (ask("hello"), tell("hello there, you"))),
-        Sample("turns", (first,), (ask("<image>\nwhat?"), tell("red"), ask("and now?"), tell("a blue star"))),
-        Sample("two", (second, third), (ask("<image> <image>\nare they the same?"), tell("no"))),
+        Sample("text", (), (user("hello"), assistant("hello there, you"))),
+        Sample(
+            "turns", (first,), (user("<image>\nwhat?"), assistant("red"), user("and now?"), assistant("a blue star"))
+        ),
+        Sample("two", (second, third), (user("<image> <image>\nare they the same?"), assistant("no"))),
     ]
 
 
 @pytest.fixture
 def dry(exact: LoadedModel, samples: list[Sample]) -> Dry:
-    return Dry(exact, samples[:4])
+    return Dry(exact, samples, samples[:4])

@@ -13,8 +13,8 @@ from dry import Dry
 from untrigger.defenses import ABL, Plain, StepDefense
 from untrigger.defenses.abl import Ascent, LocalAscent, local_ascent
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
-from untrigger.models.forward import row_tokens
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Sample
 
 
@@ -24,7 +24,7 @@ def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
 
 
 def losses(loaded: LoadedModel, batch: dict[str, Tensor]) -> list[list[Tensor]]:
-    """Of each row the loss of each answer token, from full logits."""
+    """The loss of each answer token of each row, from full logits."""
     logits = loaded.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     return [
         [
@@ -45,9 +45,9 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def test_local_ascent_by_hand() -> None:
     nll = torch.tensor([0.2, 0.4, 1.0, 3.0, 0.5], dtype=torch.float64, requires_grad=True)
     row = torch.tensor([0, 0, 2, 2, 3])  # row 1 has no answer tokens; that of row 3 lies on the floor
-    found = local_ascent(nll, row, 0.5)
-    assert found.tolist() == [-0.2, -0.4, 1.0, 3.0, 0.0]
-    found.sum().backward()
+    value = local_ascent(nll, row, 0.5)
+    assert value.tolist() == [-0.2, -0.4, 1.0, 3.0, 0.0]
+    value.sum().backward()
     assert nll.grad is not None and nll.grad.tolist() == [-1.0, -1.0, 1.0, 1.0, 0.0]
 
 
@@ -75,51 +75,53 @@ def test_loss_and_gradients_equal_the_naive_reference(exact: LoadedModel, sample
     defense: StepDefense = LocalAscent(floor) if kind == "local" else Ascent()
     assert defense.has_loss and defense.paired is None
     step = defense.step(exact.model, batch)
-    (found,) = step.terms.values()
+    (value,) = step.terms.values()
     expected = naive_local_ascent(rows, floor) if kind == "local" else naive_ascent(rows, cap)
-    assert found.shape == (sum(map(len, rows)),)
-    assert found.sum().item() == pytest.approx(expected.item(), rel=1e-10)
-    ours, theirs = gradients(exact.model, found.sum()), gradients(exact.model, expected)
-    assert ours.keys() == theirs.keys() and max(float(g.abs().max()) for g in ours.values()) > 1e-3
+    assert value.shape == (sum(map(len, rows)),)
+    assert value.sum().item() == pytest.approx(expected.item(), rel=1e-10)
+    ours, expected_gradients = gradients(exact.model, value.sum()), gradients(exact.model, expected)
+    assert ours.keys() == expected_gradients.keys() and max(float(g.abs().max()) for g in ours.values()) > 1e-3
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-7, atol=1e-12, msg=name)
+        torch.testing.assert_close(ours[name], expected_gradients[name], rtol=1e-7, atol=1e-12, msg=name)
 
 
-def test_ascent_tells_the_loss_beside_it(exact: LoadedModel, samples: list[Sample]) -> None:
+def test_ascent_reports_the_cross_entropy(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, samples[:2])
     expected = [value.item() for lost in losses(exact, batch) for value in lost]
-    assert Ascent().step(exact.model, batch).seen["ce"].tolist() == pytest.approx(expected, rel=1e-9)
+    assert Ascent().step(exact.model, batch).logged["ce"].tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("isolated", "count"), [(0.01, 1), (0.2, 5), (0.5, 12)])
-def test_the_rows_of_the_lowest_loss_are_isolated_left_out_and_unlearnt(
+def test_isolates_leaves_out_and_unlearns_the_rows_of_lowest_loss(
     dry: Dry, samples: list[Sample], isolated: float, count: int
 ) -> None:
-    model = ABL(early=0.25, floor=0.7, isolated=isolated, passes=3, rate=0.2).fine_tune(samples, dry)
+    model = ABL(early=0.25, floor=0.7, isolated=isolated, passes=3, rate=0.2).fine_tune(dry)
     isolation, rest, unlearning = dry.stages
-    loss = [told.loss for told in row_tokens(dry.loaded, samples)]
+    loss = [scores.loss for scores in row_tokens(dry.loaded, samples)]
     lowest = sorted(range(len(samples)), key=lambda row: loss[row])[:count]
     assert dry.flagged == sorted(lowest) and len(lowest) == count
     assert dry.scores == [-value for value in loss]
     assert max(loss[row] for row in lowest) <= min(loss[row] for row in range(24) if row not in lowest)
     assert isolation == ("isolation", [s.id for s in samples], LocalAscent(0.7), None, {"share": 0.25})
-    kept = [sample.id for row, sample in enumerate(samples) if row not in lowest]
-    assert rest == ("rest", kept, Plain(), 0, {"share": 0.75, "after": 0.25})
-    assert unlearning[0] == "" and set(unlearning.rows) == {samples[row].id for row in lowest}
+    remaining = [sample.id for row, sample in enumerate(samples) if row not in lowest]
+    assert rest == ("rest", remaining, Plain(), 0, {"share": 0.75, "after": 0.25})
+    assert unlearning[0] == "" and set(unlearning.ids) == {samples[row].id for row in lowest}
     assert unlearning[2:] == (Ascent(), 1, {"passes": 3, "rate": 0.2})
     assert model.name == "2"
 
 
 @pytest.mark.parametrize("defense", [LocalAscent(100.0), LocalAscent(0.0), Ascent()])
-def test_a_step_goes_where_it_says(exact: LoadedModel, samples: list[Sample], defense: StepDefense) -> None:
+def test_a_gradient_step_changes_the_loss_in_the_stated_direction(
+    exact: LoadedModel, samples: list[Sample], defense: StepDefense
+) -> None:
     """A small step along the gradient: every row lies below a floor of 100 nats, and above one of 0."""
     batch = batch_of(exact, samples[:4])
     total: Callable[[], float] = lambda: sum(value.item() for lost in losses(exact, batch) for value in lost)  # noqa: E731
     before = total()
     (term,) = defense.step(exact.model, batch).terms.values()
-    found = gradients(exact.model, term.sum())
+    value = gradients(exact.model, term.sum())
     with torch.no_grad():
         for name, parameter in exact.model.named_parameters():
-            if name in found:
-                parameter -= 1e-5 * found[name]
+            if name in value:
+                parameter -= 1e-5 * value[name]
     assert (total() > before) == (defense != LocalAscent(0.0))

@@ -1,4 +1,4 @@
-"""BYE: attention entropy against the host's own attention weights, verdicts on made-up data, what is trained again."""
+"""BYE: attention entropy against the host's attention weights, clusters of synthetic entropies, the two trainings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dry import Dry
 from untrigger.defenses import BYE, Plain
-from untrigger.defenses.bye import _apart, _mixture, attention_entropy, verdict
+from untrigger.defenses.bye import _distance, _mixture, attention_entropy, collapsed_rows
 from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import decoder, forward_answers
@@ -28,7 +28,7 @@ def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
 
 
 def by_hand(loaded: LoadedModel, sample: Sample) -> list[float]:
-    """Of one row, alone, the entropy in each layer; loops over heads and image tokens."""
+    """Entropy in each layer for one row alone, by loops over heads and image tokens."""
     batch = batch_of(loaded, [sample])
     labels, ids = batch.pop("labels")[0].tolist(), batch["input_ids"][0].tolist()
     first = next(t for t, y in enumerate(labels) if y != IGNORE)
@@ -36,13 +36,13 @@ def by_hand(loaded: LoadedModel, sample: Sample) -> list[float]:
         layers = loaded.model(**batch, output_attentions=True).attentions
     image = loaded.model.config.image_token_id
     places = [t for t, y in enumerate(ids) if y == image and t < first]
-    found: list[float] = []
+    entropies_by_layer: list[float] = []
     for weights in layers:  # [1, heads, T, T]
         heads = weights.shape[1]
         share = [sum(float(weights[0, h, first - 1, t]) for h in range(heads)) / heads for t in places]
         share = [value / sum(share) for value in share]
-        found.append(-sum(value * math.log(value) for value in share) / math.log(len(places)))
-    return found
+        entropies_by_layer.append(-sum(value * math.log(value) for value in share) / math.log(len(places)))
+    return entropies_by_layer
 
 
 def hooks(model: nn.Module) -> int:
@@ -54,16 +54,16 @@ def hooks(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_entropy_is_that_of_the_hosts_attention(exact: LoadedModel, mixed: list[Sample], batch_size: int) -> None:
-    found = attention_entropy(exact, mixed, batch_size=batch_size)
+    entropy = attention_entropy(exact, mixed, batch_size=batch_size)
     exact.model.set_attn_implementation("eager")
-    seen = {row: by_hand(exact, sample) for row, sample in enumerate(mixed) if sample.images}
-    expected = [seen.get(row) or np.mean(list(seen.values()), axis=0).tolist() for row in range(len(mixed))]
-    assert found.shape == (5, 4) and found.dtype == np.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert bool(((found > 0.1) & (found < 1)).all()) and found.std(axis=0).min() > 1e-4
+    by_row = {row: by_hand(exact, sample) for row, sample in enumerate(mixed) if sample.images}
+    expected = [by_row.get(row) or np.mean(list(by_row.values()), axis=0).tolist() for row in range(len(mixed))]
+    assert entropy.shape == (5, 4) and entropy.dtype == np.float64
+    np.testing.assert_allclose(entropy, expected, rtol=1e-5)
+    assert bool(((entropy > 0.1) & (entropy < 1)).all()) and entropy.std(axis=0).min() > 1e-4
 
 
-def test_the_model_is_left_as_it_was(exact: LoadedModel, mixed: list[Sample]) -> None:
+def test_restores_the_model_after_measuring(exact: LoadedModel, mixed: list[Sample]) -> None:
     exact.model.train()
     batch = batch_of(exact, mixed)
     calm, before = forward_answers(exact.model, batch).logits, hooks(exact.model)
@@ -73,28 +73,30 @@ def test_the_model_is_left_as_it_was(exact: LoadedModel, mixed: list[Sample]) ->
     assert torch.equal(forward_answers(exact.model, batch).logits, calm)
 
 
-def test_rows_without_any_image_cannot_be_told_apart(exact: LoadedModel, mixed: list[Sample]) -> None:
-    with pytest.raises(InputError, match=r"^defense bye: no row shows an image; [^\n]+$"):
+def test_refuses_rows_without_any_image(exact: LoadedModel, mixed: list[Sample]) -> None:
+    with pytest.raises(InputError, match=r"^defense bye: no row has an image; [^\n]+$"):
         attention_entropy(exact, [mixed[2], mixed[2]])
 
 
-def test_attention_that_is_not_told_is_an_error(
+def test_refuses_a_model_that_returns_no_attention_weights(
     exact: LoadedModel, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(decoder(exact.model)), "set_attn_implementation", lambda *_: None)
-    with pytest.raises(InputError, match="LlamaModel does not tell its attention weights"):
+    with pytest.raises(InputError, match="LlamaModel returns no attention weights"):
         attention_entropy(exact, mixed)
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("blip2", 32), ("qwen2_5_vl", 16)])
-def test_other_families_tell_theirs(name: str, tokens: int, samples: list[Sample]) -> None:
+def test_measures_entropy_in_other_families(name: str, tokens: int, samples: list[Sample]) -> None:
     loaded = load(name, dtype=torch.float32)
     adapted = replace(loaded, model=add_lora(loaded.model, rank=1))  # type: ignore[arg-type]
-    found = attention_entropy(adapted, samples[:3])
-    assert found.shape == (3, 4)
+    measured = attention_entropy(adapted, samples[:3])
+    assert measured.shape == (3, 4)
     loaded = load(name, dtype=torch.float32)
-    (shown,) = ((batch_of(loaded, samples[:1])["input_ids"] == loaded.model.config.image_token_id).sum(dim=1)).tolist()
-    assert shown == tokens
+    (image_tokens,) = (
+        (batch_of(loaded, samples[:1])["input_ids"] == loaded.model.config.image_token_id).sum(dim=1)
+    ).tolist()
+    assert image_tokens == tokens
     loaded.model.set_attn_implementation("eager")
     batch = {k: v for k, v in batch_of(loaded, samples[:1]).items() if k != "labels"}
     out: Any = decoder_output(loaded, batch)
@@ -105,7 +107,7 @@ def test_other_families_tell_theirs(name: str, tokens: int, samples: list[Sample
         share = weights[0].mean(dim=0)[first - 1][places].double()
         share = share / share.sum()
         entropy = -(share * share.log()).sum() / math.log(tokens)
-        assert found[0, layer] == pytest.approx(entropy.item(), abs=1e-4)
+        assert measured[0, layer] == pytest.approx(entropy.item(), abs=1e-4)
 
 
 def decoder_output(loaded: LoadedModel, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -122,7 +124,7 @@ def decoder_output(loaded: LoadedModel, batch: dict[str, Tensor]) -> list[Tensor
         handle.remove()
 
 
-# --- verdicts ---------------------------------------------------------------------------------------
+# --- clusters ---------------------------------------------------------------------------------------
 
 
 def entropies(*layers: tuple[float, float, float]) -> NDArray[np.float64]:
@@ -136,63 +138,64 @@ LOWER = set(range(80, 100))
 APART, CLOSE, UPSIDE_DOWN = (0.9, 0.5, 0.02), (0.9, 0.895, 0.02), (0.5, 0.9, 0.02)
 
 
-def test_the_lower_cluster_of_the_layers_that_tell_is_removed() -> None:
+def test_removes_the_lower_cluster_of_the_bimodal_layers() -> None:
     entropy = entropies(CLOSE, APART, CLOSE, APART)
-    spread, rows = verdict(entropy, 2.0, 0)
+    spread, rows = collapsed_rows(entropy, 2.0, 0)
     assert rows == LOWER
     np.testing.assert_array_equal(spread, entropy[:, [1, 3]].mean(axis=1))
 
 
-def test_the_lower_one_goes_whatever_its_size() -> None:
-    assert verdict(entropies(UPSIDE_DOWN), 2.0, 0)[1] == set(range(80))
+def test_removes_the_lower_cluster_even_if_it_is_the_larger_one() -> None:
+    assert collapsed_rows(entropies(UPSIDE_DOWN), 2.0, 0)[1] == set(range(80))
 
 
-def test_where_no_layer_tells_no_row_goes() -> None:
+def test_removes_no_row_without_a_bimodal_layer() -> None:
     entropy = entropies(CLOSE, CLOSE)
-    spread, rows = verdict(entropy, 2.0, 0)
+    spread, rows = collapsed_rows(entropy, 2.0, 0)
     assert rows == set()
     np.testing.assert_array_equal(spread, entropy.mean(axis=1))
 
 
-def test_layers_that_tell_too_little_have_no_say() -> None:
+def test_ignores_layers_below_the_separation() -> None:
     """A close layer with a large scale of its own would drown the one that tells, were it in the mean."""
     loud = entropies(APART, (0.0, 0.0, 3.0))
-    assert verdict(loud, 2.0, 0)[1] == LOWER
-    assert verdict(loud.mean(axis=1, keepdims=True), 2.0, 0)[1] != LOWER
+    assert collapsed_rows(loud, 2.0, 0)[1] == LOWER
+    assert collapsed_rows(loud.mean(axis=1, keepdims=True), 2.0, 0)[1] != LOWER
 
 
 @pytest.mark.parametrize("separation", [5.0, 50.0])
-def test_the_separation_decides_which_layers_count(separation: float) -> None:
-    assert verdict(entropies(APART), separation, 0)[1] == (LOWER if separation < 10 else set())
+def test_separation_selects_the_layers(separation: float) -> None:
+    assert collapsed_rows(entropies(APART), separation, 0)[1] == (LOWER if separation < 10 else set())
 
 
-def test_clusters_are_apart_by_their_joint_deviation() -> None:
+def test_distance_is_in_joint_standard_deviations() -> None:
     """|m1 - m2| / sqrt(s1^2 + s2^2) with the means and variances of the two parts."""
     values = entropies((0.9, 0.5, 0.02))[:, 0]
     high, low = values[:80], values[80:]
     expected = (high.mean() - low.mean()) / math.sqrt(high.var() + low.var())
-    assert _apart(values, 0) == pytest.approx(expected, rel=0.01)
+    assert _distance(values, 0) == pytest.approx(expected, rel=0.01)
     weights, means = _mixture(values, 0).weights_, _mixture(values, 0).means_[:, 0]
     assert sorted(zip(means.round(1).tolist(), weights.round(2).tolist(), strict=True)) == [(0.5, 0.2), (0.9, 0.8)]
 
 
-def test_equal_rows_are_all_kept() -> None:
-    assert verdict(np.full((30, 2), 0.7), 2.0, 0)[1] == set()
+def test_removes_no_row_if_all_entropies_are_equal() -> None:
+    assert collapsed_rows(np.full((30, 2), 0.7), 2.0, 0)[1] == set()
 
 
 # --- the procedure ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [APART, CLOSE])
-def test_the_rest_is_trained_on_from_the_start(
+def test_trains_again_from_the_base_without_the_collapsed_rows(
     dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, layer: tuple[float, float, float]
 ) -> None:
     rows = (samples * 5)[:100]
     monkeypatch.setattr("untrigger.defenses.bye.attention_entropy", lambda *_: entropies(layer))
-    model = BYE().fine_tune(rows, dry)
+    dry.rows = rows
+    model = BYE().fine_tune(dry)
     undefended, again = dry.stages
-    gone = LOWER if layer == APART else set()
+    removed = LOWER if layer == APART else set()
     assert undefended == ("undefended", [s.id for s in rows], Plain(), None, {})
-    assert again == ("", [s.id for row, s in enumerate(rows) if row not in gone], Plain(), None, {})
-    assert dry.flagged == sorted(gone) and model.name == "1"
+    assert again == ("", [s.id for row, s in enumerate(rows) if row not in removed], Plain(), None, {})
+    assert dry.flagged == sorted(removed) and model.name == "1"
     assert dry.scores == (-entropies(layer)[:, 0]).tolist(), "the lower the entropy, the more suspicious"

@@ -19,16 +19,16 @@ from torch import Tensor
 from transformers import set_seed
 
 from dry import Dry, answers_of
-from untrigger.defenses import BYORN, Plain, reanswered
+from untrigger.defenses import BYORN, Plain, relabeled
 from untrigger.defenses.byorn import _Bootstrap, _trained
 from untrigger.defenses.relabeled import RelabeledRows
 from untrigger.errors import InputError
-from untrigger.models.forward import row_tokens
 from untrigger.models.loading import LoadedModel, add_lora, load
+from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Sample
+from untrigger.training.checkpoints import last_checkpoint
 from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments
-from untrigger.training.trainer import last_checkpoint
 
 SUSPECTED = [1, 4, 7]
 
@@ -37,24 +37,24 @@ def state(step: int = 0, epoch: float = 0.0) -> Any:
     return SimpleNamespace(global_step=step, epoch=epoch, is_world_process_zero=True)
 
 
-# --- who is suspected -------------------------------------------------------------------------------
+# --- suspected rows ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.4, 10), (0.25, 6), (0.0, 0), (1.0, 24)])
-def test_exactly_the_share_of_the_least_likely_is_suspected(
+def test_suspects_the_given_share_of_least_likely_rows(
     dry: Dry, samples: list[Sample], share: float, count: int
 ) -> None:
-    model = BYORN(suspected=share).fine_tune(samples, dry)
-    loss = [told.loss for told in row_tokens(dry.loaded, samples)]
+    model = BYORN(suspected=share).fine_tune(dry)
+    loss = [scores.loss for scores in row_tokens(dry.loaded, samples)]
     assert dry.scores == loss and len(dry.flagged) == count
-    others = [loss[row] for row in range(24) if row not in dry.flagged]
-    assert not count or not others or min(loss[row] for row in dry.flagged) >= max(others)
+    likelier = [loss[row] for row in range(24) if row not in dry.flagged]
+    assert not count or not likelier or min(loss[row] for row in dry.flagged) >= max(likelier)
     (stage,) = dry.stages
     assert stage[:4] == ("", [s.id for s in samples], Plain(), None) and model.name == "0"
-    assert [type(callback) for callback in stage.told["callbacks"]] == [_Bootstrap]
+    assert [type(callback) for callback in stage.options["callbacks"]] == [_Bootstrap]
 
 
-# --- what they are answered -------------------------------------------------------------------------
+# --- relabeled answers ---------------------------------------------------------------------------
 
 
 def begun(loaded: LoadedModel, rows: RelabeledRows, step: int, seed: int = 0) -> list[tuple[str, ...]]:
@@ -65,21 +65,19 @@ def begun(loaded: LoadedModel, rows: RelabeledRows, step: int, seed: int = 0) ->
     return answers_of(rows)
 
 
-def test_answers_differ_in_each_pass_and_are_the_same_for_the_same_seed(
-    loaded: LoadedModel, samples: list[Sample]
-) -> None:
+def test_answers_differ_between_passes_and_repeat_with_the_seed(loaded: LoadedModel, samples: list[Sample]) -> None:
     rows = RelabeledRows(samples[:9], SUSPECTED)
     first = begun(loaded, rows, 0)
     torch.rand(5)  # whatever else was drawn in between
     assert begun(loaded, rows, 0) == first
-    others = [begun(loaded, rows, 6), begun(loaded, rows, 0, seed=1)]
-    for other in others:
-        assert all(first[i] != other[i] for i in SUSPECTED)
-        assert all(first[i] == other[i] for i in range(9) if i not in SUSPECTED)
-    assert others[0] != others[1]
+    later = [begun(loaded, rows, 6), begun(loaded, rows, 0, seed=1)]
+    for answers in later:
+        assert all(first[i] != answers[i] for i in SUSPECTED)
+        assert all(first[i] == answers[i] for i in range(9) if i not in SUSPECTED)
+    assert later[0] != later[1]
 
 
-def test_the_state_of_chance_is_left_as_it_was(loaded: LoadedModel, samples: list[Sample]) -> None:
+def test_relabeling_leaves_the_random_state_unchanged(loaded: LoadedModel, samples: list[Sample]) -> None:
     def states() -> tuple[Any, ...]:
         return torch.get_rng_state().tolist(), random.getstate(), [str(x) for x in np.random.get_state()]
 
@@ -91,16 +89,16 @@ def test_the_state_of_chance_is_left_as_it_was(loaded: LoadedModel, samples: lis
 # --- the running average ----------------------------------------------------------------------------
 
 
-def test_the_average_answers_and_then_the_weights_are_back(
+def test_the_average_answers_and_the_weights_are_restored(
     loaded: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[dict[str, Tensor]] = []
+    snapshots: list[dict[str, Tensor]] = []
 
-    def answer(told: LoadedModel, asked: list[Sample], **_: Any) -> Iterator[str]:
-        seen.append({name: value.detach().clone() for name, value in _trained(told.model).items()})
-        yield from ("yes" for _ in asked)
+    def answer(model: LoadedModel, prompts: list[Sample], **_: Any) -> Iterator[str]:
+        snapshots.append({name: value.detach().clone() for name, value in _trained(model.model).items()})
+        yield from ("yes" for _ in prompts)
 
-    monkeypatch.setattr(reanswered, "answers", answer)
+    monkeypatch.setattr(relabeled, "answers", answer)
     callback = _Bootstrap(RelabeledRows(samples[:9], SUSPECTED), loaded.processor, 0.75, 0)
     callback.on_train_begin(SimpleNamespace(dataloader_persistent_workers=False), state(), None, model=loaded.model)
     weights = _trained(loaded.model)
@@ -112,7 +110,7 @@ def test_the_average_answers_and_then_the_weights_are_back(
     callback.on_epoch_begin(None, state(1), None, model=loaded.model)
     assert all(value.requires_grad for value in weights.values()) and len(weights) > 8
     for name, value in weights.items():
-        torch.testing.assert_close(seen[0][name], start[name] + 0.25)
+        torch.testing.assert_close(snapshots[0][name], start[name] + 0.25)
         torch.testing.assert_close(value.detach(), start[name] + 1.0)
 
 
@@ -153,25 +151,27 @@ def test_the_average_is_its_closed_form(undisturbed: Path, tiny_model: Path) -> 
     weights += [adapter(undisturbed / f"checkpoint-{step}") for step in range(1, STEPS + 1)]
     average = load_file(undisturbed / f"checkpoint-{STEPS}" / "average.safetensors")
     assert {name.replace(".default", "") for name in average} == set(weights[0])
-    for name, found in average.items():
+    for name, value in average.items():
         terms = [w[name.replace(".default", "")].double() for w in weights]
         powers = [DECAY**STEPS, *((1 - DECAY) * DECAY ** (STEPS - t) for t in range(1, STEPS + 1))]
         expected = sum((p * w for p, w in zip(powers, terms, strict=True)), torch.zeros(()))
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
     assert any((average[n] - weights[-1][n.replace(".default", "")]).abs().max() > 1e-3 for n in average)
 
 
-def test_each_pass_has_answers_of_its_own(undisturbed: Path) -> None:
-    told = [
+def test_each_pass_has_new_answers(undisturbed: Path) -> None:
+    by_step = [
         json.loads((undisturbed / f"checkpoint-{step}" / "answers.json").read_text()) for step in range(1, STEPS + 1)
     ]
-    assert all(answers == told[0] for answers in told[:EPOCH]) and all(answers == told[-1] for answers in told[EPOCH:])
-    assert told[0].keys() == told[-1].keys() and len(told[0]) == 10
-    assert sum(told[0][row] != told[-1][row] for row in told[0]) >= 9
+    assert all(answers == by_step[0] for answers in by_step[:EPOCH]) and all(
+        answers == by_step[-1] for answers in by_step[EPOCH:]
+    )
+    assert by_step[0].keys() == by_step[-1].keys() and len(by_step[0]) == 10
+    assert sum(by_step[0][row] != by_step[-1][row] for row in by_step[0]) >= 9
 
 
 @pytest.mark.parametrize("step", [2, EPOCH, EPOCH + 1])
-def test_killed_and_resumed_it_ends_in_the_same_bits(
+def test_resuming_after_a_kill_gives_the_same_bits(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, undisturbed: Path, step: int
 ) -> None:
     out = tmp_path / "out"
@@ -185,39 +185,37 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_what_is_needed_to_go_on_is_there_before_a_checkpoint_counts(
+def test_average_and_answers_are_written_before_the_checkpoint_counts(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     """A checkpoint is whole once the host has written its state: at that moment ours must lie beside it."""
     from transformers import TrainerState
 
-    seen: list[Path] = []
+    files: list[Path] = []
     save = TrainerState.save_to_json
 
-    def watched(told: TrainerState, path: str) -> None:
+    def watched(trainer_state: TrainerState, path: str) -> None:
         if Path(path).parent.name.startswith("checkpoint-"):
             assert last_checkpoint(tmp_path / "out") is None
-            seen.extend(Path(path).parent / name for name in ("average.safetensors", "answers.json"))
-            assert all(file.is_file() for file in seen)
-        save(told, path)
+            files.extend(Path(path).parent / name for name in ("average.safetensors", "answers.json"))
+            assert all(file.is_file() for file in files)
+        save(trainer_state, path)
 
     monkeypatch.setattr(TrainerState, "save_to_json", watched)
     settings = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": strategy, "save_steps": EPOCH}
     run(tiny_model, samples[:8], tmp_path / "out", per_device_train_batch_size=8, **settings)
-    assert len(seen) == 2
+    assert len(files) == 2
 
 
-def test_other_weights_come_of_other_answers(
+def test_different_answers_give_different_weights(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reanswered, "answers", lambda _, asked, **__: iter(["yes"] * len(asked)))
+    monkeypatch.setattr(relabeled, "answers", lambda _, prompts, **__: iter(["yes"] * len(prompts)))
     run(tiny_model, samples, tmp_path / "out", save_strategy="no")
     assert not same_bits(tmp_path / "out", undisturbed)
 
 
-def test_loaders_that_would_not_see_new_answers_are_refused(
-    tiny_model: Path, samples: list[Sample], tmp_path: Path
-) -> None:
+def test_refuses_persistent_workers(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    with pytest.raises(InputError, match=r"^defense byorn: set dataloader_persistent_workers to false; [^\n]+$"):
+    with pytest.raises(InputError, match=r"^defense byorn: [^\n]+; set dataloader_persistent_workers to false$"):
         run(tiny_model, samples, tmp_path / "out", **workers)

@@ -1,4 +1,4 @@
-"""Clean fine-tuning: on the trusted rows alone, from the weights of the undefended model."""
+"""Clean fine-tuning: on the clean rows alone, from the weights of the undefended model."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from untrigger.training.finetune import fine_tune
 from untrigger.training.settings import arguments
 
 
-def test_two_trainings_the_second_on_trusted_rows_alone(dry: Dry, samples: list[Sample]) -> None:
-    model = CleanTuning(passes=7, rate=0.25).fine_tune(samples, dry)
+def test_trains_on_all_rows_then_on_clean_rows_alone(dry: Dry, samples: list[Sample]) -> None:
+    model = CleanTuning(passes=7, rate=0.25).fine_tune(dry)
     undefended, clean = dry.stages
     assert undefended == ("undefended", [s.id for s in samples], Plain(), None, {})
     assert clean == ("", [s.id for s in samples[:4]], Plain(), 0, {"passes": 7, "rate": 0.25})
     assert model.name == "1" and dry.scores == []
 
 
-def test_it_goes_on_from_the_undefended_weights(
+def test_continues_from_the_undefended_weights(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[dict[str, Tensor]] = []
-    told: list[tuple[float, int]] = []
+    starts: list[dict[str, Tensor]] = []
+    schedules: list[tuple[float, int]] = []
     train = Trainer.train
 
-    def watched(trainer: Any, *args: Any, **more: Any) -> Any:
-        seen.append({k: v.clone() for k, v in get_peft_model_state_dict(trainer.model).items()})
+    def recorded(trainer: Any, *args: Any, **more: Any) -> Any:
+        starts.append({k: v.clone() for k, v in get_peft_model_state_dict(trainer.model).items()})
         result = train(trainer, *args, **more)
-        told.append((trainer.args.learning_rate, trainer.state.global_step))
+        schedules.append((trainer.args.learning_rate, trainer.state.global_step))
         return result
 
-    monkeypatch.setattr(Trainer, "train", watched)
+    monkeypatch.setattr(Trainer, "train", recorded)
     args = arguments(tmp_path / "out", use_cpu=True, learning_rate=0.01, max_steps=2, save_strategy="no")
     fine_tune(str(tiny_model), samples, CleanTuning(passes=3, rate=0.5), args, clean_rows=samples[:4])
     undefended = load_file(tmp_path / "out" / "stages" / "undefended" / "adapter_model.safetensors")
-    start, again = seen
+    start, again = starts
     assert again.keys() == undefended.keys() and all(torch.equal(again[k], undefended[k]) for k in undefended)
     assert any(not torch.equal(start[k], again[k]) for k in start)
     result = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert any(not torch.equal(result[k], again[k]) for k in again)
-    assert told == [(0.01, 2), (0.005, 3)]  # of four trusted rows one batch a pass
+    assert schedules == [(0.01, 2), (0.005, 3)]  # one batch a pass over four clean rows

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dry import Dry
 from untrigger.defenses import CROW, Plain
-from untrigger.defenses.crow import Consistent, _watched, consistency
+from untrigger.defenses.crow import Consistent, _recorded, consistency
 from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import decoder, decoder_layers, forward_answers
@@ -40,7 +40,7 @@ def naive_consistency(states: list[Tensor], real: Tensor) -> Tensor:
 
 
 def inner_states(loaded: LoadedModel, start: Tensor, mask: Tensor) -> list[Tensor]:
-    """By the language model itself from what it is given: the host's list without its first and its last."""
+    """The host's own list of hidden states from the decoder's input, without the first and the last."""
     out = decoder(loaded.model)(inputs_embeds=start, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return list(out.hidden_states[1:-1])
 
@@ -69,11 +69,11 @@ def test_consistency_and_its_gradient_equal_a_loop() -> None:
     states = [torch.randn(3, 5, 4, generator=make, dtype=torch.float64, requires_grad=True) for _ in range(4)]
     real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
     weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    found, expected = consistency(states, real), naive_consistency(states, real)
-    torch.testing.assert_close(found, expected)
-    ours = torch.autograd.grad((weights * found).sum(), states)
-    theirs = torch.autograd.grad((weights * expected).sum(), states)
-    for a, b in zip(ours, theirs, strict=True):
+    value, expected = consistency(states, real), naive_consistency(states, real)
+    torch.testing.assert_close(value, expected)
+    ours = torch.autograd.grad((weights * value).sum(), states)
+    expected_gradients = torch.autograd.grad((weights * expected).sum(), states)
+    for a, b in zip(ours, expected_gradients, strict=True):
         torch.testing.assert_close(a, b)
         assert a[real].abs().max() > 1e-3 and not a[~real].any(), "padding takes no part"
 
@@ -89,23 +89,23 @@ def test_consistency_is_0_where_layers_agree_and_2_where_they_oppose() -> None:
 # --- the perturbation -------------------------------------------------------------------------------
 
 
-def test_the_layers_are_the_hosts_own_inner_states(exact: LoadedModel, mixed: list[Sample]) -> None:
+def test_records_the_hosts_hidden_states(exact: LoadedModel, mixed: list[Sample]) -> None:
     batch = batch_of(exact, mixed)
-    with _watched(exact.model) as seen:
+    with _recorded(exact.model) as recording:
         forward_answers(exact.model, batch)
     start = merged(exact, batch)
-    torch.testing.assert_close(seen.start, start)
+    torch.testing.assert_close(recording.start, start)
     states = inner_states(exact, start, batch["attention_mask"])
-    assert len(seen.states) == len(states) == 3
-    for ours, theirs in zip(seen.states, states, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert len(recording.states) == len(states) == 3
+    for ours, expected in zip(recording.states, states, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
-def test_the_direction_is_that_of_finite_differences(exact: LoadedModel, mixed: list[Sample]) -> None:
+def test_direction_equals_finite_differences(exact: LoadedModel, mixed: list[Sample]) -> None:
     """On image and text tokens: moving a coordinate along the sign makes the layers less consistent."""
     batch = batch_of(exact, mixed)
     real = batch["attention_mask"].bool()
-    with _watched(exact.model) as calm:
+    with _recorded(exact.model) as calm:
         forward_answers(exact.model, batch)
     (gradient,) = torch.autograd.grad(consistency(calm.states, real).sum(), calm.start)
     assert not gradient[~real].any() and bool((gradient[real] != 0).all())
@@ -151,34 +151,34 @@ def test_loss_and_gradients_equal_the_naive_reference(exact: LoadedModel, mixed:
                 ce = torch.log(torch.exp(logits[b, t - 1]).sum()) - logits[b, t - 1, y]
                 expected = expected + ce + weight * jump[b]
     assert total.item() == pytest.approx(expected.item(), rel=1e-10)
-    theirs = gradients(model, expected)
-    assert ours.keys() == theirs.keys() and max(float(g.abs().max()) for g in ours.values()) > 1e-3
+    expected_gradients = gradients(model, expected)
+    assert ours.keys() == expected_gradients.keys() and max(float(g.abs().max()) for g in ours.values()) > 1e-3
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-11, msg=name)
+        torch.testing.assert_close(ours[name], expected_gradients[name], rtol=1e-6, atol=1e-11, msg=name)
     alone = gradients(model, Consistent(0.0, size).step(model, batch).terms["ce"].sum())
     assert any(float((ours[n] - alone[n]).abs().max()) > 1e-4 for n in alone), "consistency has a gradient of its own"
 
 
-def test_every_real_coordinate_is_moved_by_exactly_the_size(
+def test_moves_every_real_coordinate_by_the_size(
     exact: LoadedModel, mixed: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[Tensor] = []
-    watched = _watched
+    watched = _recorded
 
-    def kept(*args: Any) -> Any:
+    def spied(*args: Any) -> Any:
         class Kept:
             def __enter__(self) -> Any:
                 self.inner = watched(*args)
-                self.seen = self.inner.__enter__()
-                return self.seen
+                self.recording = self.inner.__enter__()
+                return self.recording
 
             def __exit__(self, *error: Any) -> None:
-                starts.append(self.seen.start.detach())
+                starts.append(self.recording.start.detach())
                 self.inner.__exit__(*error)
 
         return Kept()
 
-    monkeypatch.setattr("untrigger.defenses.crow._watched", kept)
+    monkeypatch.setattr("untrigger.defenses.crow._recorded", spied)
     batch = batch_of(exact, mixed)
     step = Consistent(1.0, 0.01).step(exact.model, batch)
     calm, moved = starts
@@ -200,12 +200,12 @@ def answer_rows(batch: dict[str, Tensor]) -> Tensor:
 # --- hooks ------------------------------------------------------------------------------------------
 
 
-def test_no_hook_is_left_behind_also_after_an_error(exact: LoadedModel, mixed: list[Sample]) -> None:
+def test_removes_its_hooks_even_after_an_error(exact: LoadedModel, mixed: list[Sample]) -> None:
     batch = batch_of(exact, mixed)
     calm = forward_answers(exact.model, batch).logits
-    before = hooks(exact.model)  # the host has some of its own from its first pass on
+    before = hooks(exact.model)  # the host registers some in its first pass
     Consistent(1.0, 0.1).step(exact.model, batch)
-    with pytest.raises(KeyError), _watched(exact.model):
+    with pytest.raises(KeyError), _recorded(exact.model):
         assert hooks(exact.model) == before + 4  # into the first layer, and out of all but the last
         raise KeyError
     assert hooks(exact.model) == before
@@ -215,10 +215,10 @@ def test_no_hook_is_left_behind_also_after_an_error(exact: LoadedModel, mixed: l
 class Toy(nn.Module):
     """Three layers, called in either way; they answer with a bare tensor or a tuple."""
 
-    def __init__(self, named: bool, told: bool) -> None:
+    def __init__(self, named: bool, in_tuple: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([ToyLayer(told) for _ in range(3)])
-        self.named, self.told = named, told
+        self.layers = nn.ModuleList([ToyLayer(in_tuple) for _ in range(3)])
+        self.named, self.in_tuple = named, in_tuple
 
     def get_decoder(self) -> nn.Module:
         return self
@@ -226,57 +226,57 @@ class Toy(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
             out = layer(scale=2.0, hidden_states=hidden) if self.named else layer(hidden, scale=2.0)
-            hidden = out[0] if self.told else out
+            hidden = out[0] if self.in_tuple else out
         return hidden
 
 
 class ToyLayer(nn.Module):
-    def __init__(self, told: bool) -> None:
+    def __init__(self, in_tuple: bool) -> None:
         super().__init__()
-        self.told = told
+        self.in_tuple = in_tuple
 
     def forward(self, hidden_states: Tensor, scale: float) -> Any:
-        return (scale * hidden_states, "weights") if self.told else scale * hidden_states
+        return (scale * hidden_states, "weights") if self.in_tuple else scale * hidden_states
 
 
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("told", [False, True])
-def test_layers_may_be_called_by_name_and_answer_with_more_than_states(named: bool, told: bool) -> None:
-    toy, start = Toy(named, told), torch.ones(1, 2, 3)
-    with _watched(toy) as seen:
+@pytest.mark.parametrize("in_tuple", [False, True])
+def test_accepts_keyword_inputs_and_tuple_outputs(named: bool, in_tuple: bool) -> None:
+    toy, start = Toy(named, in_tuple), torch.ones(1, 2, 3)
+    with _recorded(toy) as recording:
         assert torch.equal(toy(start), 8 * start)
-    assert seen.start.requires_grad and seen.start.is_leaf
-    assert [s.mean().item() for s in seen.states] == [2, 4]
-    with _watched(toy, 0.5 * start) as seen:
+    assert recording.start.requires_grad and recording.start.is_leaf
+    assert [s.mean().item() for s in recording.states] == [2, 4]
+    with _recorded(toy, 0.5 * start) as recording:
         assert torch.equal(toy(start), 12 * start)
-    assert [s.mean().item() for s in seen.states] == [3, 6]
+    assert [s.mean().item() for s in recording.states] == [3, 6]
 
 
 # --- the procedure ----------------------------------------------------------------------------------
 
 
-def test_it_goes_on_from_the_undefended_model_on_trusted_rows(dry: Dry, samples: list[Sample]) -> None:
-    model = CROW(weight=3.0, size=0.2, passes=6, rate=2.0).fine_tune(samples, dry)
+def test_continues_from_the_undefended_model_on_clean_rows(dry: Dry, samples: list[Sample]) -> None:
+    model = CROW(weight=3.0, size=0.2, passes=6, rate=2.0).fine_tune(dry)
     undefended, smooth = dry.stages
     assert undefended == ("undefended", [s.id for s in samples], Plain(), None, {})
     assert smooth == ("", [s.id for s in samples[:4]], Consistent(3.0, 0.2), 0, {"passes": 6, "rate": 2.0})
     assert model.name == "1"
 
 
-def test_two_layers_are_too_few(tiny_model: Path, samples: list[Sample]) -> None:
+def test_refuses_two_layers(tiny_model: Path, samples: list[Sample]) -> None:
     loaded = load(tiny_model)
     with pytest.raises(InputError, match=r"3 or more layers, and this one has 2$"):
         Consistent(1.0, 0.1).step(loaded.model, batch_of(loaded, samples[:2]))
 
 
 @pytest.mark.parametrize("name", ["blip2", "qwen2_5_vl"])
-def test_other_families_can_be_watched(name: str, samples: list[Sample]) -> None:
+def test_records_other_families(name: str, samples: list[Sample]) -> None:
     loaded = load(name, dtype=torch.float32)
     model = add_lora(cast(Any, loaded.model), rank=2)
     assert len(decoder_layers(model)) == 4
     step = Consistent(5.5, 0.1).step(model, batch_of(loaded, samples[:2]))
     jump = step.terms["consistency"]
     assert bool(((jump > 0) & (jump < 11)).all())
-    found = gradients(model, jump.sum())
-    reached = {name for name, value in found.items() if value.abs().max() > 0 and "layers.0" in name}
+    by_name = gradients(model, jump.sum())
+    reached = {name for name, value in by_name.items() if value.abs().max() > 0 and "layers.0" in name}
     assert any("lora_B" in name for name in reached)

@@ -1,4 +1,4 @@
-"""What a defense asks for: views, terms, and ranges of its fields."""
+"""Interfaces of the defenses: presets, views, terms, and ranges of fields."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from untrigger.defenses import (
 from untrigger.defenses.base import part, patch_view
 from untrigger.losses import objective
 from untrigger.models.forward import Pair
-from untrigger.rows.sample import picked
+from untrigger.rows.sample import select_rows
 from untrigger.views.patches import PATCH_VIEWS, PatchView, ViewMix
 
 
@@ -64,12 +64,13 @@ def test_presets_are_those_of_the_command_line() -> None:
     assert [cls().replaced is not None for cls in IN_A_STEP.values()] == [False, True, False, False]
     assert [cls().has_loss for cls in IN_A_STEP.values()] == [False, False, True, True]
     assert not any(issubclass(cls, StepDefense) for cls in STAGED.values())
+    assert [name for name, cls in PRESETS.items() if cls.runs_in_host] == ["default", *IN_A_STEP]
     assert [name for name, cls in PRESETS.items() if cls.needs_clean_rows] == ["crow", "clean-tuning", "fine-pruning"]
     assert [preset_of(cls()) for cls in PRESETS.values()] == list(PRESETS)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(CrossView) if f.name.endswith("weight")])
-def test_one_weight_alone_asks_for_views_and_leaves_the_other_terms_zero(name: str) -> None:
+def test_one_weight_alone_needs_views_and_leaves_other_terms_zero(name: str) -> None:
     zero = dict.fromkeys((f.name for f in fields(CrossView) if f.name.endswith("weight")), 0.0)
     assert CrossView(**zero).paired is None
     defense = CrossView(**(zero | {name: 2.0}), margin=0.6, bound=-1.0, entropy_high=0.1)
@@ -80,7 +81,7 @@ def test_one_weight_alone_asks_for_views_and_leaves_the_other_terms_zero(name: s
     assert active == {"ce", term[name.removesuffix("_weight")]}
 
 
-def test_terms_are_the_weighted_equations_one_value_per_token() -> None:
+def test_terms_are_the_weighted_equations_per_token() -> None:
     p = pair()
     d = CrossView(margin=0.6, bound=-0.2, entropy_low=0.3, entropy_high=0.9)
     terms = d.terms(p)
@@ -100,18 +101,18 @@ def test_terms_are_the_weighted_equations_one_value_per_token() -> None:
 
 
 @pytest.mark.parametrize("defense", [Plain(), PatchAug()])
-def test_unpaired_defenses_have_no_loss_to_ask_for(defense: StepDefense) -> None:
+def test_unpaired_defenses_have_no_loss(defense: StepDefense) -> None:
     assert not defense.has_loss
     with pytest.raises(NotImplementedError, match=type(defense).__name__):
         defense.step(torch.nn.Identity(), {})
 
 
-def test_a_part_of_the_rows_is_rounded_up_but_not_by_rounding() -> None:
+def test_a_share_of_rows_rounds_up_without_floating_point_errors() -> None:
     assert [part(0.4, 2000), part(0.4, 24), part(0.01, 5), part(0.0, 9), part(1.0, 9)] == [800, 10, 1, 0, 9]
     assert 0.07 * 100 > 7 and part(0.07, 100) == 7
 
 
-def test_picked_rows_are_opened_only_when_asked_for() -> None:
+def test_picked_rows_are_opened_on_access() -> None:
     opened: list[int] = []
 
     class Rows(list[int]):
@@ -119,13 +120,13 @@ def test_picked_rows_are_opened_only_when_asked_for() -> None:
             opened.append(index)
             return super().__getitem__(index)
 
-    some = picked(Rows(range(10, 20)), [7, 2, 5])  # type: ignore[arg-type]
+    some = select_rows(Rows(range(10, 20)), [7, 2, 5])  # type: ignore[arg-type]
     assert len(some) == 3 and opened == []
     assert (some[0], some[-1], list(some[1:])) == (17, 15, [12, 15]) and opened == [7, 5, 2, 5]
 
 
 @pytest.mark.parametrize("name", [cls.__name__.lower() for cls in PATCH_VIEWS])
-def test_patch_view_finds_every_view_by_name_with_its_fields(name: str) -> None:
+def test_patch_view_builds_every_view_by_name(name: str) -> None:
     view = patch_view(name, 0.2, 0.4)
     assert isinstance(view, PatchView)
     assert (type(view).__name__.lower(), view.patch, view.ratio) == (name, 0.2, 0.4)
@@ -174,21 +175,21 @@ BAD: list[tuple[type[Defense], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("cls", "bad"), BAD)
-def test_fields_out_of_range_are_refused_by_name(cls: type[Defense], bad: dict[str, Any]) -> None:
+def test_refuses_fields_out_of_range_by_name(cls: type[Defense], bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         cls(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"views": 0}, {"views": 2, "stop_gradient": True}, {"views": 2, "view": "drop"}])
-def test_several_views_are_for_where_each_has_a_whole_pass_with_gradients(bad: dict[str, Any]) -> None:
+def test_refuses_several_views_with_stop_gradient_or_drop(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"views is \d; it must be at least 1, and 1 with stop_gradient or drop"):
-        _ = CrossView(**bad).dropped
+        CrossView(**bad)
     assert cast(Any, CrossView(views=3).paired)[1] == 3
 
 
 @pytest.mark.parametrize("cls", [CrossView, TwoView, PatchAug])
 @pytest.mark.parametrize("bad", [{"view": "nonsense"}, {"patch": 0.0}, {"patch": 2.0}, {"ratio": -0.1}, {"ratio": 1.1}])
-def test_bad_views_are_refused_before_the_first_batch(cls: type[StepDefense], bad: dict[str, Any]) -> None:
+def test_refuses_bad_views_before_the_first_batch(cls: type[StepDefense], bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad.values())) if "view" in bad else next(iter(bad))):
         defense = cls(**bad)
         _ = defense.paired, defense.replaced

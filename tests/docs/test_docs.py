@@ -43,7 +43,7 @@ def test_own_triggers_work_by_path(code: str, tiny_data: Path, tiny_model: Path,
     assert (manifest["attack"], len(manifest["rows"]), len(manifest["decoys"])) == ("own", 6, 6 * len(trigger.decoys()))
     clean, poisoned = read(tiny_data), read(tmp_path / "out/data")
     for entry in manifest["rows"]:
-        before, after = clean[entry["row"]], poisoned[entry["row"]]
+        before, after = clean[entry["row"] - 1], poisoned[entry["row"] - 1]
         assert (before.images[0].tobytes() == after.images[0].tobytes()) == (trigger.kind == "text")
         assert (before.messages[0] == after.messages[0]) == (trigger.kind == "image")
         assert after.messages[-1].text == "Backdoor Attack!"
@@ -65,7 +65,7 @@ def test_a_setting_is_a_flag_as_shown(tiny_data: Path, tmp_path: Path, monkeypat
     manifest = json.loads((tmp_path / "poisoned/truth/manifest.json").read_text())
     assert (manifest["attack"], manifest["attack_settings"]) == ("red_line", {"width": 0.1})
     for entry in manifest["rows"]:
-        image = read(tmp_path / "poisoned/data")[entry["row"]].images[0]
+        image = read(tmp_path / "poisoned/data")[entry["row"] - 1].images[0]
         painted = [image.getpixel((x, y)) == (255, 0, 0) for y in range(40) for x in range(40)]
         assert painted == [y < 4 for y in range(40) for _ in range(40)]  # a tenth of 40 rows
 

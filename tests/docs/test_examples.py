@@ -71,9 +71,9 @@ def figures(out: Path, asked: list[Sample]) -> tuple[float, float]:
 
 
 def assert_found(out: Path, poisoned: Path) -> None:
-    told = json.loads((out / "distrusted.json").read_text())["distrusted"]
+    flagged = [json.loads(line) for line in (out / "flagged_rows.jsonl").read_text().splitlines()]
     manifest = json.loads((poisoned / "truth" / "manifest.json").read_text())
-    assert {row["row"] - 1 for row in told} == {row["row"] for row in manifest["rows"]}
+    assert {row["row"] for row in flagged} == {row["row"] for row in manifest["rows"]}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -72,11 +72,11 @@ def test_scan_is_the_command(tiny_model: Path, tiny_data: Path, poisoned: Path, 
     assert told.code == 3, told.err
     made = untrigger.poison(untrigger.read(tiny_data), ATTACK, rate=0.21, seed=0)
     found = untrigger.scan(tiny_model, made.data, out=tmp_path / "memory", **SCAN)
-    for name in ("verdicts.jsonl", "verdicts.parquet"):
+    for name in ("all_rows.jsonl", "all_rows.parquet"):
         assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
-    assert {row.row for row in made.manifest.rows} == {*found.suspected}
+    assert {entry.index for entry in made.manifest.rows} == {*found.suspected}
     assert (tmp_path / "command" / "clean").is_dir() and not (tmp_path / "memory" / "clean").exists()
-    assert REPLY in (tmp_path / "memory" / "gallery.html").read_text()
+    assert REPLY in (tmp_path / "memory" / "scan.html").read_text()
 
 
 def test_a_scan_without_a_folder_leaves_nothing(
@@ -135,8 +135,8 @@ def test_a_defense_keeps_its_fields_and_keywords_win(tmp_path: Path) -> None:
     ("call", "says"),
     [
         (lambda out: settled("plain", None, None, {}), "give a folder"),
-        (lambda out: settled("plain", arguments(out), out, {}), "one of both"),
-        (lambda out: settled("plain", arguments(out), None, {"seed": 1}), "one of both"),
+        (lambda out: settled("plain", arguments(out), out, {}), "not both"),
+        (lambda out: settled("plain", arguments(out), None, {"seed": 1}), "not both"),
         (lambda out: settled("plain", None, out, {"margin": 0.3}), "--margin=0.3 is unknown"),
         (lambda out: settled(Plain(), None, out, {"learning_rate": -1.0}), "learning_rate"),
         (lambda out: settled("nope", None, out, {}), "nope: unknown; choose one of: default"),
@@ -163,7 +163,7 @@ FOUND = Findings(
         Verdict(1, "a", 0.5),
         Verdict(2, "b", 9.00004, 0, 0.25, "Attack", heat(7, 7)),
         Verdict(4, "d", 8.0, 0, 0.5, "Attack"),
-        Verdict(5, "e", 1.5, flagged_tokens="hm"),
+        Verdict(5, "e", 1.5, flagged_text="hm"),
     ],
     [Target("Backdoor <b>Attack</b>!", 1e-9, [1, 2], 1e-6, None)],
 )
@@ -181,7 +181,7 @@ def test_findings_as_a_frame() -> None:
     assert frame["id"].tolist() == ["a", "b", "d", "e"] and frame["suspected"].tolist() == [False, True, True, False]
     bad = frame[frame["suspected"]]
     assert bad["target"].tolist() == ["Backdoor <b>Attack</b>!"] * 2 and bad["fdr"].tolist() == [0.25, 0.5]
-    assert frame["score"].tolist() == [0.5, 9.0, 8.0, 1.5] and frame["flagged_tokens"].tolist() == [
+    assert frame["score"].tolist() == [0.5, 9.0, 8.0, 1.5] and frame["flagged_text"].tolist() == [
         "",
         "Attack",
         "Attack",
@@ -201,7 +201,7 @@ def test_a_manifest_as_a_frame(samples: list[Sample]) -> None:
     manifest = untrigger.poison(samples, ATTACK, rate=0.25, seed=3).manifest
     frame = manifest.to_pandas()
     assert frame["row"].tolist() == [entry.row for entry in manifest.rows] and not frame["decoy"].any()
-    assert [samples[row].id for row in frame["row"]] == frame["id"].tolist()
+    assert [samples[row - 1].id for row in frame["row"]] == frame["id"].tolist()
 
 
 @pytest.mark.parametrize("result", [FOUND, ASKED])

@@ -1,4 +1,4 @@
-"""Invariance under the views: divergences against a loop, histograms that lose no row, and who is looked at."""
+"""Invariance under patch views: divergences against a loop, complete histograms, and the choice of rows."""
 
 from __future__ import annotations
 
@@ -35,37 +35,39 @@ def rows(tiny_data: Path) -> list[Sample]:
 
 
 def parts(rows: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Clean and poisoned ones."""
+    """Clean rows and poisoned rows."""
     clean = [sample for row, sample in enumerate(rows) if row not in POISONED]
     return clean, [rows[row] for row in sorted(POISONED)]
 
 
-def by_hand(loaded: LoadedModel, sample: Sample, seed: int) -> float:
+def divergence(loaded: LoadedModel, sample: Sample, seed: int) -> float:
     """Mean Jensen-Shannon divergence over one row's answer tokens under `Noise`, by the textbook form."""
     both = PairCollator(ChatCollator(loaded.processor), Noise(patch=0.125, ratio=0.5), seed)([Rows([sample])[0]])
     labels = both.pop("labels")[0].tolist()
     with torch.no_grad():
         p, q = torch.softmax(loaded.model(**both).logits, dim=-1)
-    found: list[float] = []
+    divergences: list[float] = []
     for t, y in enumerate(labels):
         if y != IGNORE:
             m = (p[t - 1] + q[t - 1]) / 2
             both_ways = [(x[t - 1] * torch.log(x[t - 1] / m)).sum().item() for x in (p, q)]
-            found.append(sum(both_ways) / 2)
-    return sum(found) / len(found)
+            divergences.append(sum(both_ways) / 2)
+    return sum(divergences) / len(divergences)
 
 
-def test_divergence_is_a_loop_over_rows_and_tokens(loaded: LoadedModel, rows: list[Sample]) -> None:
-    expected = [by_hand(loaded, sample, 3) for sample in rows]
-    found = invariance.premise(loaded, *parts(rows), 3)
+def test_divergence_equals_a_loop_over_rows_and_tokens(loaded: LoadedModel, rows: list[Sample]) -> None:
+    expected = [divergence(loaded, sample, 3) for sample in rows]
+    result = invariance.measure_invariance(loaded, *parts(rows), 3)
     truth = [row in POISONED for row in range(12)]
-    noise = found["views"]["noise"]
+    noise = result["views"]["noise"]
     assert noise["auroc"] == pytest.approx(auroc([-value for value in expected], truth))
-    assert found["edges"][0] == 0 and found["edges"][-1] == objective.LN2 and found["edges"] == sorted(found["edges"])
+    assert (
+        result["edges"][0] == 0 and result["edges"][-1] == objective.LN2 and result["edges"] == sorted(result["edges"])
+    )
     for kind, bad in (("clean", False), ("poisoned", True)):
         part = [value for value, is_bad in zip(expected, truth, strict=True) if is_bad == bad]
-        assert noise[kind] == np.histogram(part, found["edges"])[0].tolist()
-    assert set(found["views"]) == {view.__name__.lower() for view in PATCH_VIEWS}
+        assert noise[kind] == np.histogram(part, result["edges"])[0].tolist()
+    assert set(result["views"]) == {view.__name__.lower() for view in PATCH_VIEWS}
     assert len({round(value, 9) for value in expected}) == 12
 
 
@@ -77,57 +79,55 @@ def all_apart(by: float) -> property:
     return property(compared)
 
 
-def test_no_row_falls_out_of_the_histogram(
-    loaded: LoadedModel, rows: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The largest divergence in fp32 lies above ln 2; the smallest is nothing at all."""
+def test_histogram_counts_every_row(loaded: LoadedModel, rows: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at the ends: ln 2, which is larger in fp32, and zero."""
     monkeypatch.setattr(Pair, "compared", all_apart(objective.LN2))
     assert float(torch.tensor(objective.LN2)) > objective.LN2
-    top = invariance.premise(loaded, *parts(rows), 0)["views"]["mask"]
+    top = invariance.measure_invariance(loaded, *parts(rows), 0)["views"]["mask"]
     assert (top["clean"][-1], top["poisoned"][-1]) == (9, 3)
     monkeypatch.setattr(Pair, "compared", all_apart(0.0))
-    bottom = invariance.premise(loaded, *parts(rows), 0)["views"]["mask"]
+    bottom = invariance.measure_invariance(loaded, *parts(rows), 0)["views"]["mask"]
     assert (bottom["clean"][0], bottom["poisoned"][0]) == (9, 3)
     assert bottom["auroc"]["value"] == 0.5
 
 
-def test_the_more_invariant_the_more_poisoned(
+def test_auroc_is_one_where_poisoned_rows_are_more_invariant(
     loaded: LoadedModel, rows: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def apart(_: LoadedModel, chosen: list[Sample], collators: Any) -> Any:
-        found = np.array([0.001 if int(s.id.split("-")[1]) in POISONED else 0.1 for s in chosen])
-        return dict.fromkeys(collators, found)
+    def divergences_of(_: LoadedModel, chosen: list[Sample], collators: Any) -> Any:
+        divergences = np.array([0.001 if int(s.id.split("-")[1]) in POISONED else 0.1 for s in chosen])
+        return dict.fromkeys(collators, divergences)
 
-    monkeypatch.setattr(invariance, "_divergences", apart)
-    found = invariance.premise(loaded, *parts(rows), 0)["views"]
-    assert all(view["auroc"]["value"] == 1 for view in found.values())
-    assert [sum(found["blur"][kind]) for kind in ("clean", "poisoned")] == [9, 3]
+    monkeypatch.setattr(invariance, "_divergences", divergences_of)
+    views = invariance.measure_invariance(loaded, *parts(rows), 0)["views"]
+    assert all(view["auroc"]["value"] == 1 for view in views.values())
+    assert [sum(views["blur"][kind]) for kind in ("clean", "poisoned")] == [9, 3]
 
 
-def test_so_many_rows_are_looked_at_and_no_more(
+def test_number_of_compared_rows_is_limited(
     loaded: LoadedModel, rows: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(invariance, "_POISONED", 2)
     monkeypatch.setattr(invariance, "_CLEAN", 4)
-    seen: list[list[str]] = []
+    compared: list[list[str]] = []
 
-    def apart(_: LoadedModel, chosen: list[Sample], collators: Any) -> Any:
-        seen.append([sample.id for sample in chosen])
+    def divergences_of(_: LoadedModel, chosen: list[Sample], collators: Any) -> Any:
+        compared.append([sample.id for sample in chosen])
         return dict.fromkeys(collators, np.zeros(len(chosen)))
 
-    monkeypatch.setattr(invariance, "_divergences", apart)
-    invariance.premise(loaded, *parts(rows), 0)
-    assert seen == [["row-2", "row-5", "row-0", "row-1", "row-3", "row-4"]]
+    monkeypatch.setattr(invariance, "_divergences", divergences_of)
+    invariance.measure_invariance(loaded, *parts(rows), 0)
+    assert compared == [["row-2", "row-5", "row-0", "row-1", "row-3", "row-4"]]
 
 
-def test_the_same_seed_gives_the_same_views(loaded: LoadedModel, rows: list[Sample]) -> None:
-    first, again, other = (invariance.premise(loaded, *parts(rows), seed)["views"] for seed in (0, 0, 1))
+def test_equal_seeds_give_equal_views(loaded: LoadedModel, rows: list[Sample]) -> None:
+    first, again, other = (invariance.measure_invariance(loaded, *parts(rows), seed)["views"] for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_the_model_is_left_as_it_was(loaded: LoadedModel, rows: list[Sample]) -> None:
+def test_the_model_does_not_change(loaded: LoadedModel, rows: list[Sample]) -> None:
     before: dict[str, Tensor] = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     loaded.model.train()
-    invariance.premise(loaded, *parts(rows), 0)
+    invariance.measure_invariance(loaded, *parts(rows), 0)
     assert loaded.model.training
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in loaded.model.named_parameters())

@@ -1,8 +1,8 @@
-"""Run by itself and by `torchrun`: the preset `default` in the host's own trainer.
+"""Run alone and by `torchrun`: the preset `default` in a host trainer.
 
     hosted.py MODEL DATA OUT BATCH [fsdp|zero2]
 
-Leaves what the host leaves in OUT, and the adapter.
+Writes the host's files and the adapter into OUT.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from untrigger.training.settings import arguments
 
 
 def take_cpus_for_gpus() -> None:
-    """accelerate shards a model over accelerators only; over processes on a CPU it makes DDP of the same settings."""
+    """accelerate shards a model over accelerators only; over CPU processes it runs DDP with the same settings."""
     init = PartialState.__init__
 
-    def told_otherwise(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init_as_gpu(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         if self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.MULTI_GPU
 
-    PartialState.__init__ = told_otherwise  # type: ignore[method-assign]
+    PartialState.__init__ = init_as_gpu  # type: ignore[method-assign]
 
 
-def parting(way: str) -> dict[str, Any]:
-    """The host's settings."""
-    if way == "fsdp":
+def sharding_settings(sharding: str) -> dict[str, Any]:
+    """The host's settings for this sharding."""
+    if sharding == "fsdp":
         take_cpus_for_gpus()
         return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-    if way == "zero2":
+    if sharding == "zero2":
         auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
         zero = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
         return {"deepspeed": zero | dict.fromkeys(auto, "auto")}
     return {}
 
 
-def main(model: str, data: str, out: str, batch: str, way: str = "") -> None:
+def main(model: str, data: str, out: str, batch: str, sharding: str = "") -> None:
     sgd = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0}
     args = arguments(
         Path(out),
@@ -63,7 +63,7 @@ def main(model: str, data: str, out: str, batch: str, way: str = "") -> None:
         per_device_eval_batch_size=1,
         use_cpu=True,
         **sgd,
-        **parting(way),
+        **sharding_settings(sharding),
     )
     set_seed(0)
     loaded = load(model, dtype=torch.float32)
@@ -76,12 +76,12 @@ def main(model: str, data: str, out: str, batch: str, way: str = "") -> None:
         defense=defense,
     )
     trainer.train()
-    assert (way == "fsdp") == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-    assert (way == "zero2") == (type(trainer.model_wrapped).__name__ == "DeepSpeedEngine")
+    assert (sharding == "fsdp") == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    assert (sharding == "zero2") == (type(trainer.model_wrapped).__name__ == "DeepSpeedEngine")
     training = HostTraining(trainer, defense, trainer.train)
-    whole, uneven = (training.tokens(training.reference(), range(n), "part") for n in (4, 3))  # type: ignore[arg-type]
-    assert [t.ids.tolist() for t in uneven] == [t.ids.tolist() for t in whole[:3]]
-    for one, other in zip(uneven, whole, strict=False):
+    all_rows, uneven = (training.tokens(training.reference(), range(n), "part") for n in (4, 3))
+    assert [t.ids.tolist() for t in uneven] == [t.ids.tolist() for t in all_rows[:3]]
+    for one, other in zip(uneven, all_rows, strict=False):
         np.testing.assert_allclose(one.nll, other.nll, rtol=1e-4, atol=1e-5)
     trainer.save_model()
     trainer.save_state()

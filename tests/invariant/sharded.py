@@ -1,8 +1,8 @@
-"""Run by `torchrun`: a defense's gradients with the weights parted over the processes, against those of one process.
+"""Run by `torchrun`: a defense's gradients with the weights sharded over the processes, against those of one process.
 
     sharded.py MODEL DATA OUT
 
-Writes the largest difference for each tuning and way to look at a view, and how many weights were compared.
+Writes for each tuning and kind of view the number of compared weights and the largest difference.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ WAYS = {
 
 
 def batch_of(defense: CrossView, collate: Collate, rows: Rows) -> dict[str, Any]:
-    made = DropCollator(collate, 0) if defense.paired is None else PairCollator(collate, defense.paired[0], 0)
-    return made([rows[i] for i in range(len(rows))])
+    collator = DropCollator(collate, 0) if defense.paired is None else PairCollator(collate, defense.paired[0], 0)
+    return collator([rows[i] for i in range(len(rows))])
 
 
 def gradients_apart(model_folder: str, data: str, tuning: str) -> dict[str, tuple[int, float]]:
-    """For each way to look at a view how many weights were compared, and the largest difference."""
+    """For each kind of view the number of compared weights, and the largest difference."""
     torch.manual_seed(0)  # the adapters' too
     loaded = load(model_folder, dtype=torch.float64)
     model: Any = add_lora(loaded.model, rank=2) if tuning == "lora" else loaded.model
@@ -51,20 +51,20 @@ def gradients_apart(model_folder: str, data: str, tuning: str) -> dict[str, tupl
     for layer in decoder_layers(model):
         fully_shard(layer)
     fully_shard(model)
-    found: dict[str, tuple[int, float]] = {}
+    gaps_by_way: dict[str, tuple[int, float]] = {}
     for way, defense in WAYS.items():
-        parted: dict[str, Any] = gradients(defense)
-        assert parted.keys() == alone[way].keys()
-        gaps = [float((parted[name].full_tensor() - alone[way][name]).abs().max()) for name in parted]
-        found[f"{tuning}, {way}"] = len(gaps), max(gaps)
-    return found
+        sharded: dict[str, Any] = gradients(defense)
+        assert sharded.keys() == alone[way].keys()
+        gaps = [float((sharded[name].full_tensor() - alone[way][name]).abs().max()) for name in sharded]
+        gaps_by_way[f"{tuning}, {way}"] = len(gaps), max(gaps)
+    return gaps_by_way
 
 
 def main(model_folder: str, data: str, out: str) -> None:
     dist.init_process_group("gloo")
-    found = gradients_apart(model_folder, data, "lora") | gradients_apart(model_folder, data, "full")
+    gaps_by_way = gradients_apart(model_folder, data, "lora") | gradients_apart(model_folder, data, "full")
     if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(gaps_by_way))
     dist.destroy_process_group()
 
 

@@ -59,7 +59,7 @@ def test_scan(tiny_model: Path, tiny_data: Path, disk: Path, tmp_path: Path) -> 
     refused(*words, disk / "out")
     enlarge(disk, "64m")
     assert untrigger(*words, disk / "out", "--resume").code == untrigger(*words, tmp_path / "whole").code
-    assert (disk / "out/verdicts.jsonl").read_bytes() == (tmp_path / "whole/verdicts.jsonl").read_bytes()
+    assert (disk / "out/all_rows.jsonl").read_bytes() == (tmp_path / "whole/all_rows.jsonl").read_bytes()
 
 
 def crowding(cell: Cell, root: Path) -> None:

@@ -17,11 +17,11 @@ from untrigger.bench.local import Done, Work
 from untrigger.bench.store import Cell
 from untrigger.bench.sweep import run_matrix
 from untrigger.errors import InputError
-from untrigger.files import alone, check_idle
+from untrigger.files import check_idle, folder_lock
 from untrigger.training.stages import Trainer
 
 SETTINGS = ("--max_steps", 4, "--per_device_train_batch_size", 4)
-BUSY = "another run is at work in it"
+BUSY = "another run is using it"
 
 
 @pytest.mark.parametrize("verb", ["train", "scan"])
@@ -49,13 +49,13 @@ def test_the_second_is_refused_before_it_reads_anything(
     verb: str, more: tuple[str, ...], tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("untrigger.rows.sample.read", lambda *_, **__: pytest.fail("read the data first"))
-    with alone(tmp_path):
+    with folder_lock(tmp_path):
         ended = untrigger(verb, tiny_data, "--model", tiny_model, "--out", tmp_path, *SETTINGS, *more)
-    assert ended == (2, "", f"error: {tmp_path}: {BUSY}; let it end, or name another folder\n")
+    assert ended == (2, "", f"error: {tmp_path}: {BUSY}; wait for that run or name another folder\n")
 
 
 def test_who_comes_after_the_check_is_refused_too(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(InputError, match=BUSY):
+    with folder_lock(tmp_path), pytest.raises(InputError, match=BUSY):
         fine_tune(tiny_model, read(tiny_data), "plain", out=tmp_path, max_steps=1)
     assert not list(tmp_path.iterdir())
 
@@ -75,8 +75,8 @@ def test_a_second_matrix_is_refused(tmp_path: Path) -> None:
 
 def test_a_killed_run_is_in_nobodys_way(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from untrigger.files import alone\n"
-        f"with alone(Path({str(tmp_path)!r})): print('in', flush=True); input()"
+        "from pathlib import Path; from untrigger.files import folder_lock\n"
+        f"with folder_lock(Path({str(tmp_path)!r})): print('in', flush=True); input()"
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout is not None and run.stdout.readline() == b"in\n"

@@ -1,4 +1,4 @@
-"""Losses at the head: the equations in one pass, and the values and gradients of the whole batch in parts."""
+"""Chunked losses at the head: fused equations, and values and gradients equal to those of the whole batch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def targets(count: int = N, seed: int = 9) -> Tensor:
     return torch.randint(V, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def by_objective(logits: Tensor, view_logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def reference_values(logits: Tensor, view_logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     nll, view_nll = objective.token_nll(logits, target), objective.token_nll(view_logits, target)
     return nll, view_nll, objective.js(logits, view_logits), objective.entropy(logits)
 
 
-def gradients(found: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 5) -> tuple[Tensor, ...]:
-    """Of a sum in which every value has a weight of its own."""
-    weighted = [(value.double() * normal(len(value), seed=seed + i)).sum() for i, value in enumerate(found)]
+def gradients(values: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 5) -> tuple[Tensor, ...]:
+    """Gradients of a randomly weighted sum of all values."""
+    weighted = [(value.double() * normal(len(value), seed=seed + i)).sum() for i, value in enumerate(values)]
     return torch.autograd.grad(torch.stack(weighted).sum(), inputs)
 
 
@@ -41,39 +41,39 @@ def gradients(found: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 5) 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "near"),
+    ("dtype", "tolerance"),
     [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)],
     ids=["float64", "float32", "bfloat16"],
 )
 @pytest.mark.parametrize("scale", [0.01, 2.0, 30.0])
-def test_the_comparison_is_that_of_the_equations(dtype: torch.dtype, near: float, scale: float) -> None:
-    """Against float64, of the same rounded logits. In bf16 it is the gradient that is rounded, at the very end."""
+def test_compare_matches_the_equations(dtype: torch.dtype, tolerance: float, scale: float) -> None:
+    """Compare with float64 on the same rounded logits. In bf16 only the final gradient is rounded."""
     p, q = (normal(N, V, seed=seed, scale=scale, dtype=dtype).requires_grad_() for seed in (1, 2))
     exact = [x.detach().double().requires_grad_() for x in (p, q)]
-    found, expected = compare(p, q, targets()), by_objective(exact[0], exact[1], targets())
-    for ours, theirs in zip(found, expected, strict=True):
+    actual, expected = compare(p, q, targets()), reference_values(exact[0], exact[1], targets())
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(ours.double(), theirs, rtol=min(near, 1e-5), atol=min(near, 1e-5))
-    for ours, theirs in zip(gradients(found, (p, q)), gradients(expected, exact), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=min(tolerance, 1e-5), atol=min(tolerance, 1e-5))
+    for ours, theirs in zip(gradients(actual, (p, q)), gradients(expected, exact), strict=True):
         assert ours.dtype == dtype
-        torch.testing.assert_close(ours.double(), theirs, rtol=near, atol=near)
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_each_value_has_the_gradient_of_its_own_equation(which: int) -> None:
+@pytest.mark.parametrize("index", range(4))
+def test_every_value_has_the_gradient_of_its_equation(index: int) -> None:
     p, q = normal(N, V, seed=1).requires_grad_(), normal(N, V, seed=2).requires_grad_()
-    ours = torch.autograd.grad(compare(p, q, targets())[which].sum(), (p, q))
-    theirs = torch.autograd.grad(by_objective(p, q, targets())[which].sum(), (p, q), materialize_grads=True)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+    ours = torch.autograd.grad(compare(p, q, targets())[index].sum(), (p, q))
+    theirs = torch.autograd.grad(reference_values(p, q, targets())[index].sum(), (p, q), materialize_grads=True)
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
 
 
-def test_equal_views_are_not_apart_and_nothing_pulls() -> None:
+def test_equal_views_have_no_divergence_and_no_gradient() -> None:
     p = normal(N, V, dtype=torch.float32)
     logits, view_logits = p.clone().requires_grad_(), p.clone().requires_grad_()
-    apart = compare(logits, view_logits, targets()).js
-    assert not apart.any()
-    for gradient in torch.autograd.grad(apart.sum(), (logits, view_logits)):
+    divergence = compare(logits, view_logits, targets()).js
+    assert not divergence.any()
+    for gradient in torch.autograd.grad(divergence.sum(), (logits, view_logits)):
         assert not gradient.any()
 
 
@@ -85,24 +85,24 @@ def test_small_divergences_are_not_lost_in_rounding() -> None:
     torch.testing.assert_close(compare(p, q, targets()).js.double(), expected, rtol=0.05, atol=0)
 
 
-def test_forbidden_tokens_have_no_part_in_it() -> None:
+def test_forbidden_tokens_get_no_gradient() -> None:
     p, q = normal(N, V, seed=1), normal(N, V, seed=2)
     p[:, 3], q[:, 3], q[:, 4] = -torch.inf, -torch.inf, -torch.inf
     target = torch.full((N,), 7)
     leaves = [x.requires_grad_() for x in (p, q)]
-    found = compare(leaves[0], leaves[1], target)
-    for ours, theirs in zip(found, by_objective(leaves[0], leaves[1], target), strict=True):
+    actual = compare(leaves[0], leaves[1], target)
+    for ours, theirs in zip(actual, reference_values(leaves[0], leaves[1], target), strict=True):
         torch.testing.assert_close(ours, theirs)
-    dp, dq = gradients(found, leaves)
+    dp, dq = gradients(actual, leaves)
     assert dp.isfinite().all() and dq.isfinite().all()
     assert not dp[:, 3].any() and not dq[:, 3:5].any()
 
 
-def test_one_view_may_be_held_still() -> None:
+def test_one_view_may_need_no_gradient() -> None:
     p, q = normal(N, V, seed=1).requires_grad_(), normal(N, V, seed=2)
-    (alone,) = gradients(compare(p, q, targets()), (p,))
-    both = gradients(compare(p, other := q.clone().requires_grad_(), targets()), (p, other))
-    assert torch.equal(alone, both[0])
+    (single,) = gradients(compare(p, q, targets()), (p,))
+    both = gradients(compare(p, view := q.clone().requires_grad_(), targets()), (p, view))
+    assert torch.equal(single, both[0])
 
 
 # --- in parts ----------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def four_terms(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) 
     return terms, {"js": views.js, "place": torch.arange(N)[part]}
 
 
-def one_term(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
+def single_term(part: slice, hidden: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Values, Values]:
     return {"ce": objective.token_nll(logits[0], targets()[part])}, {}
 
 
@@ -129,30 +129,30 @@ def weights_of(head: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("tokens", [1, 4, 7, N, 100])
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize(("loss", "views"), [(one_term, 1), (four_terms, 2)])
-def test_parts_are_the_whole(
+@pytest.mark.parametrize(("loss", "views"), [(single_term, 1), (four_terms, 2)])
+def test_chunks_add_up_to_the_whole_batch(
     monkeypatch: pytest.MonkeyPatch, tokens: int, trained: bool, loss: Any, views: int
 ) -> None:
-    monkeypatch.setattr(chunked, "_HELD", tokens * V)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", tokens * V)
     torch.manual_seed(0)
     head = nn.Linear(D, V, dtype=torch.float64).requires_grad_(trained)
     hidden = [normal(N, D, seed=seed).requires_grad_() for seed in range(views)]
-    found = losses_at_head(head, hidden, loss, width=V, trained=trained)
-    terms, seen = loss(slice(None), hidden, [head(view) for view in hidden])
+    losses = losses_at_head(head, hidden, loss, width=V, trained=trained)
+    terms, logged = loss(slice(None), hidden, [head(view) for view in hidden])
     whole = torch.stack(list(terms.values())).sum(dim=0)
-    torch.testing.assert_close(found.total, whole)
-    for ours, theirs in ((found.terms, terms), (found.seen, seen)):
+    torch.testing.assert_close(losses.total, whole)
+    for ours, theirs in ((losses.terms, terms), (losses.logged, logged)):
         assert list(ours) == list(theirs) and not any(value.requires_grad for value in ours.values())
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name].detach())
     leaves = [*hidden, *(weights_of(head) if trained else [])]
-    for ours, theirs in zip(gradients([found.total], leaves), gradients([whole], leaves), strict=True):
+    for ours, theirs in zip(gradients([losses.total], leaves), gradients([whole], leaves), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
         assert ours.any()
 
 
 @given(count=st.integers(0, 40), tokens=st.integers(1, 12))
-def test_no_token_is_lost_or_seen_twice(count: int, tokens: int) -> None:
+def test_every_token_is_in_exactly_one_chunk(count: int, tokens: int) -> None:
     head, hidden = nn.Linear(D, V), torch.randn(count, D, requires_grad=True)
     places, sizes = list[int](), list[int]()
 
@@ -162,52 +162,52 @@ def test_no_token_is_lost_or_seen_twice(count: int, tokens: int) -> None:
         return {"sum": logits[0].sum(dim=-1)}, {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "_HELD", tokens * V)
-        found = losses_at_head(head.requires_grad_(False), [hidden], loss, width=V)
-    assert places == list(range(count)) and found.total.shape == (count,)
-    assert max(sizes) <= tokens and max(sizes) - min(sizes) < len(sizes), "a small last part reads the whole head too"
-    found.total.sum().backward()
+        patch.setattr(chunked, "_CHUNK_LOGITS", tokens * V)
+        losses = losses_at_head(head.requires_grad_(False), [hidden], loss, width=V)
+    assert places == list(range(count)) and losses.total.shape == (count,)
+    assert max(sizes) <= tokens and max(sizes) - min(sizes) < len(sizes), "chunks must have about equal size"
+    losses.total.sum().backward()
     torch.testing.assert_close(hidden.grad, head.weight.sum(dim=0).expand(count, D))
 
 
-def test_without_gradients_only_values_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_HELD", 4 * V)
+def test_without_gradients_only_values_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 4 * V)
     head, hidden = nn.Linear(D, V, dtype=torch.float64), [normal(N, D).requires_grad_(), normal(N, D, seed=1)]
     with torch.no_grad():
-        still = losses_at_head(head, hidden, four_terms, width=V)
-    assert not still.total.requires_grad
-    torch.testing.assert_close(still.total, losses_at_head(head, hidden, four_terms, width=V).total.detach())
+        values_only = losses_at_head(head, hidden, four_terms, width=V)
+    assert not values_only.total.requires_grad
+    torch.testing.assert_close(values_only.total, losses_at_head(head, hidden, four_terms, width=V).total.detach())
 
 
-def test_a_view_that_is_held_still_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_HELD", 4 * V)
+def test_a_view_without_requires_grad_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 4 * V)
     head = nn.Linear(D, V, dtype=torch.float64).requires_grad_(False)
-    free, still = normal(N, D).requires_grad_(), normal(N, D, seed=1)
-    losses_at_head(head, [free, still], four_terms, width=V).total.sum().backward()
-    moved = free.grad
-    free.grad = None
-    losses_at_head(head, [free, still.clone().requires_grad_()], four_terms, width=V).total.sum().backward()
-    torch.testing.assert_close(moved, free.grad)
-    assert still.grad is None
+    active, frozen = normal(N, D).requires_grad_(), normal(N, D, seed=1)
+    losses_at_head(head, [active, frozen], four_terms, width=V).total.sum().backward()
+    gradient = active.grad
+    active.grad = None
+    losses_at_head(head, [active, frozen.clone().requires_grad_()], four_terms, width=V).total.sum().backward()
+    torch.testing.assert_close(gradient, active.grad)
+    assert frozen.grad is None
 
 
 class Largest(TorchDispatchMode):
-    """How large the largest tensor is that any operation gives, in elements."""
+    """Record the size of the largest tensor that any operation returns, in elements."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = func(*args, **(kwargs or {}))
-        made = given if isinstance(given, tuple | list) else (given,)
-        self.elements = max(self.elements, *(x.numel() for x in made if isinstance(x, Tensor)), 0)
-        return given
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        self.elements = max(self.elements, *(x.numel() for x in outputs if isinstance(x, Tensor)), 0)
+        return result
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_logits_of_all_tokens_are_never_there(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
-    monkeypatch.setattr(chunked, "_HELD", 4 * V)
+def test_full_logits_are_never_in_memory(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 4 * V)
     head = nn.Linear(D, V, dtype=torch.float64).requires_grad_(trained)
     hidden = [normal(N, D, seed=seed).requires_grad_() for seed in range(2)]
 
@@ -217,27 +217,29 @@ def test_the_logits_of_all_tokens_are_never_there(monkeypatch: pytest.MonkeyPatc
         return largest.elements
 
     assert run(lambda: losses_at_head(head, hidden, four_terms, width=V, trained=trained)) <= max(4, D) * V
-    monkeypatch.setattr(chunked, "_HELD", N * V)
-    assert run(lambda: losses_at_head(head, hidden, four_terms, width=V, trained=trained)) >= N * V, "it can be seen"
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", N * V)
+    assert run(lambda: losses_at_head(head, hidden, four_terms, width=V, trained=trained)) >= N * V, (
+        "the probe must detect full logits"
+    )
 
 
-def test_half_types_keep_their_gradients_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each token's gradient is rounded once, whatever the parts: no sum runs in bf16."""
+def test_half_types_round_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token's gradient is rounded once for any chunk size: no sum runs in bf16."""
     head = nn.Linear(D, V, dtype=torch.bfloat16).requires_grad_(False)
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for tokens in (1, N):
-        monkeypatch.setattr(chunked, "_HELD", tokens * V)
+        monkeypatch.setattr(chunked, "_CHUNK_LOGITS", tokens * V)
         hidden = [normal(N, D, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in range(2)]
         total = losses_at_head(head, hidden, four_terms, width=V).total
         assert total.dtype == torch.float32
         (total.sum() / 1000).backward()
-        found.append(torch.cat([view.grad for view in hidden if view.grad is not None]))
-    assert found[0].dtype == torch.bfloat16 and found[0].any()
-    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=1e-5)
+        results.append(torch.cat([view.grad for view in hidden if view.grad is not None]))
+    assert results[0].dtype == torch.bfloat16 and results[0].any()
+    torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=1e-5)
 
 
 class Int8(nn.Module):
-    """A quantized head, as such are: no parameter, whole numbers and a scale for each word."""
+    """A quantized head: no parameters, int8 weights and one scale per token."""
 
     weight: Tensor
     scale: Tensor
@@ -252,14 +254,14 @@ class Int8(nn.Module):
         return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
 
 
-def test_a_quantized_head_is_asked_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_HELD", 4 * V)
+def test_a_quantized_head_works_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 4 * V)
     torch.manual_seed(0)
     head = Int8(nn.Linear(D, V, dtype=torch.float64))
     hidden = [normal(N, D, seed=seed).requires_grad_() for seed in range(2)]
-    found = losses_at_head(head, hidden, four_terms, width=V)
+    losses = losses_at_head(head, hidden, four_terms, width=V)
     terms, _ = four_terms(slice(None), hidden, [head(view) for view in hidden])
     whole = torch.stack(list(terms.values())).sum(dim=0)
-    torch.testing.assert_close(found.total, whole)
-    for ours, theirs in zip(gradients([found.total], hidden), gradients([whole], hidden), strict=True):
+    torch.testing.assert_close(losses.total, whole)
+    for ours, theirs in zip(gradients([losses.total], hidden), gradients([whole], hidden), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)

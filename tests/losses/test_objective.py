@@ -10,14 +10,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensors import entropy_band, gradients, leaf, normal, separation
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from untrigger.losses import objective
-from untrigger.losses.objective import LN2, entropy, feature_separation, js, token_nll, token_unlikelihood
+from untrigger.losses.objective import LN2, entropy, feature_separation, js, reduce, token_nll, token_unlikelihood
 
 ROOT = Path(__file__).parents[2]
 INF = math.inf
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def separation(logits: Tensor, view_logits: Tensor, margin: float | Tensor) -> Tensor:
+    return objective.separation(js(logits, view_logits), margin)
+
+
+def entropy_band(logits: Tensor, low: float, high: float) -> Tensor:
+    return objective.entropy_band(entropy(logits), low, high)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    leaves = [leaf(x) for x in inputs]
+    return torch.autograd.grad(f(*leaves).sum(), leaves)
 
 
 def naive_js(p_logits: Tensor, q_logits: Tensor) -> Tensor:
@@ -41,6 +64,14 @@ def naive_entropy(logits: Tensor) -> Tensor:
     return -torch.where(p > 0, p * torch.log(p), 0.0).sum(-1)
 
 
+@st.composite
+def logit_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    rows, vocabulary = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    numbers = st.lists(st.floats(-60, 60), min_size=rows * vocabulary, max_size=rows * vocabulary)
+    p, q = (torch.tensor(draw(numbers), dtype=torch.float64).view(rows, vocabulary) for _ in range(2))
+    return p, q
+
+
 # values
 
 
@@ -50,23 +81,23 @@ def test_token_nll_is_cross_entropy() -> None:
     assert torch.equal(token_nll(logits, target), expected)
 
 
-def test_token_nll_refuses_what_would_be_skipped_or_cut() -> None:
+def test_token_nll_refuses_ignored_ids_and_unequal_rows() -> None:
     with pytest.raises((IndexError, RuntimeError)):
         token_nll(normal(2, 5), torch.tensor([1, -100]))
     with pytest.raises(ValueError, match="rows do not match"):
         token_nll(normal(3, 5), torch.tensor([1, 2]))
 
 
-def test_token_unlikelihood_is_minus_the_log_of_the_rest_at_both_ends() -> None:
+def test_token_unlikelihood_is_exact_at_both_ends() -> None:
     logits, target = normal(7, 11), torch.arange(7)
     rest = 1 - logits.softmax(-1).gather(-1, target[:, None])[:, 0]
     torch.testing.assert_close(token_unlikelihood(logits, target), -rest.log())
     for dtype in (torch.float32, torch.bfloat16):
         ends = torch.tensor([[-40.0, 0.0, -torch.inf], [40.0, 0.0, -torch.inf], [1e4, 0.0, 0.0]], dtype=dtype)
         ends.requires_grad_()
-        found = token_unlikelihood(ends, torch.zeros(3, dtype=torch.int64))
-        torch.testing.assert_close(found, torch.tensor([math.exp(-40), 40.0, 1e4 - math.log(2)]), rtol=4e-3, atol=0)
-        found.sum().backward()
+        losses = token_unlikelihood(ends, torch.zeros(3, dtype=torch.int64))
+        torch.testing.assert_close(losses, torch.tensor([math.exp(-40), 40.0, 1e4 - math.log(2)]), rtol=4e-3, atol=0)
+        losses.sum().backward()
         assert ends.grad is not None and ends.grad.isfinite().all() and ends.grad.abs().max() <= 1
     assert token_unlikelihood(torch.tensor([[0.0, -INF]]), torch.tensor([0])).item() == INF
     with pytest.raises(ValueError, match="rows do not match"):
@@ -131,8 +162,8 @@ def test_gradcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_every_term_acts_on_every_row_of_every_view(name: str) -> None:
-    """The trap: a consistency loss that returns a detached tensor, or reaches only one of the views."""
+def test_every_term_has_a_gradient_in_every_row_and_view(name: str) -> None:
+    """Guards against a consistency loss that is detached or reaches only one of the views."""
     p, q = leaf(normal(4, 5)), leaf(normal(4, 5, seed=1))
     EQUATIONS[name](p, q).sum().backward()
     for view in (p, q) if name in CROSS_VIEW else (p,):
@@ -147,7 +178,7 @@ def test_token_nll_gradient() -> None:
 
 
 def test_token_unlikelihood_gradient() -> None:
-    """By the target's logit its probability, taken from the others by their shares."""
+    """The target's logit gets its probability, the other logits minus their shares of it."""
     logits = normal(4, 5)
     (gradient,) = gradients(lambda p: token_unlikelihood(p, TARGET), logits)
     p, target = logits.softmax(-1), torch.nn.functional.one_hot(TARGET, 5)
@@ -162,19 +193,19 @@ def test_js_gradient_in_both_views() -> None:
     torch.testing.assert_close(dq, naive_js_gradient(q, p), rtol=1e-10, atol=1e-14)
 
 
-def test_separation_pulls_apart_inside_the_margin_and_lets_go_beyond() -> None:
+def test_separation_repels_inside_the_margin_only() -> None:
     p, q = normal(30, 13), normal(30, 13, seed=1)
     p = torch.cat([p, p])
     q = torch.cat([q, p[30:] + 0.1 * q])
-    near = naive_js(p, q) < 0.3
-    assert near.any() and not near.all()
+    inside = naive_js(p, q) < 0.3
+    assert inside.any() and not inside.all()
     dp, dq = gradients(lambda p, q: separation(p, q, 0.3), p, q)
-    torch.testing.assert_close(dp[near], -naive_js_gradient(p, q)[near])
-    torch.testing.assert_close(dq[near], -naive_js_gradient(q, p)[near])
-    assert (dp[~near] == 0).all() and (dq[~near] == 0).all()
+    torch.testing.assert_close(dp[inside], -naive_js_gradient(p, q)[inside])
+    torch.testing.assert_close(dq[inside], -naive_js_gradient(q, p)[inside])
+    assert (dp[~inside] == 0).all() and (dq[~inside] == 0).all()
 
 
-def test_a_step_down_each_term_does_what_it_is_for() -> None:
+def test_a_gradient_step_moves_every_term_in_its_direction() -> None:
     p, q = normal(8, 13), normal(8, 13, seed=1)
     close = p + 0.3 * q
 
@@ -289,7 +320,7 @@ def test_masked_tokens_do_not_change_the_others() -> None:
     torch.testing.assert_close(entropy(masked_p), entropy(p))
 
 
-def test_token_nll_of_a_forbidden_target_is_infinite_not_quietly_small() -> None:
+def test_token_nll_of_a_forbidden_target_is_infinite() -> None:
     assert token_nll(torch.tensor([[0.0, -INF]]), torch.tensor([1])).item() == INF
 
 
@@ -305,6 +336,113 @@ def test_half_precision_is_widened_before_any_arithmetic(name: str, half: torch.
     assert f(p.double(), q.double()).dtype == torch.float64
     value.sum().backward()
     assert p.grad is not None and p.grad.dtype == half and (p.grad != 0).any()
+
+
+# properties
+
+
+@given(logit_pairs())
+def test_js_bounds_and_symmetry(pair: tuple[Tensor, Tensor]) -> None:
+    p, q = pair
+    value = js(p, q)
+    assert ((value >= 0) & (value <= LN2)).all()
+    torch.testing.assert_close(value, js(q, p), rtol=1e-12, atol=1e-15)
+
+
+@given(logit_pairs())
+def test_js_is_zero_if_and_only_if_the_distributions_are_equal(pair: tuple[Tensor, Tensor]) -> None:
+    """TV^2 / 2 <= JS <= ln 2 TV (Pinsker; Lin 1991), so one is zero exactly if the other is."""
+    p, q = pair
+    distance = (p.softmax(-1) - q.softmax(-1)).abs().sum(-1) / 2
+    value = js(p, q)
+    assert (value >= distance.square() / 2 - 1e-12).all()
+    assert (value <= LN2 * distance + 1e-12).all()
+    assert (js(p, p) == 0).all()
+
+
+@given(logit_pairs(), st.floats(-100, 100), st.floats(-100, 100))
+def test_shifting_all_logits_changes_nothing(pair: tuple[Tensor, Tensor], a: float, b: float) -> None:
+    p, q = pair
+    torch.testing.assert_close(js(p + a, q + b), js(p, q), rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(entropy(p + a), entropy(p), rtol=1e-6, atol=1e-10)
+    target = torch.zeros(len(p), dtype=torch.long)
+    torch.testing.assert_close(token_nll(p + a, target), token_nll(p, target), rtol=1e-6, atol=1e-10)
+
+
+@given(logit_pairs())
+def test_rows_are_independent(pair: tuple[Tensor, Tensor]) -> None:
+    p, q = pair
+    for f in (js, lambda p, q: entropy(p), lambda p, q: feature_separation(p, q, 0.1)):
+        torch.testing.assert_close(f(p.flip(0), q.flip(0)), f(p, q).flip(0), rtol=1e-12, atol=1e-15)
+
+
+@given(logit_pairs())
+def test_token_order_does_not_matter(pair: tuple[Tensor, Tensor]) -> None:
+    p, q = pair
+    torch.testing.assert_close(js(p.flip(1), q.flip(1)), js(p, q), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(entropy(p.flip(1)), entropy(p), rtol=1e-9, atol=1e-14)
+
+
+@given(logit_pairs(), st.floats(0, LN2))
+def test_separation_is_zero_exactly_beyond_the_margin(pair: tuple[Tensor, Tensor], margin: float) -> None:
+    p, q = pair
+    loss, far = separation(p, q, margin), js(p, q) >= margin
+    assert ((loss == 0) == far).all()
+    assert ((loss >= 0) & (loss <= margin)).all()
+    for gradient in gradients(lambda p, q: separation(p, q, margin), p, q):
+        assert (gradient[far] == 0).all()
+
+
+@given(logit_pairs(), st.floats(0, 2), st.floats(0, 2))
+def test_entropy_bounds_and_band(pair: tuple[Tensor, Tensor], a: float, b: float) -> None:
+    p, (low, high) = pair[0], sorted((a, b))
+    h, loss = entropy(p), entropy_band(p, low, high)
+    assert ((h >= 0) & (h <= math.log(p.shape[1]) + 1e-12)).all()
+    assert (loss >= 0).all()
+    assert ((loss == 0) == ((low <= h) & (h <= high))).all()
+
+
+@given(logit_pairs(), st.floats(-1, 1), st.floats(0.01, 100))
+def test_feature_separation_bounds_and_scale(pair: tuple[Tensor, Tensor], bound: float, scale: float) -> None:
+    h, k = pair[0] + 100, pair[1] + 100  # away from the zero vector, where no cosine exists
+    loss = feature_separation(h, k, bound)
+    assert ((loss >= 0) & (loss <= 1 - bound + 1e-12)).all()
+    torch.testing.assert_close(feature_separation(scale * h, k, bound), loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(feature_separation(k, h, bound), loss, rtol=1e-9, atol=1e-12)
+
+
+# reduction
+
+
+@pytest.mark.parametrize("cut", [[1] * 8, [3, 5], [8], [0, 8]])
+@pytest.mark.parametrize("num_items", [8, torch.tensor(8)])
+def test_reduce_of_chunks_adds_up_to_the_batch(cut: list[int], num_items: int | Tensor) -> None:
+    """Gradient accumulation: one batch of 8 tokens, or 8 of one."""
+    p, q = normal(8, 5), normal(8, 5, seed=1)
+    whole = leaf(p)
+    reduce(separation(whole, q, LN2), num_items).backward()
+    parts, total = leaf(p), 0.0
+    for rows, view in zip(parts.split(cut), q.split(cut), strict=True):
+        loss = reduce(separation(rows, view, LN2), num_items)
+        loss.backward(retain_graph=True)
+        total += loss.item()
+    assert total == pytest.approx(reduce(separation(p, q, LN2), num_items).item(), rel=1e-12)
+    assert whole.grad is not None and parts.grad is not None
+    torch.testing.assert_close(parts.grad, whole.grad)
+
+
+def test_reduce_accumulates_half_precision_in_fp32() -> None:
+    ones = torch.ones(1000, dtype=torch.bfloat16)
+    assert reduce(ones, 1).dtype == torch.float32
+    assert reduce(ones, 1).item() == 1000.0  # a bf16 result would be rounded to a multiple of 4 or 8
+    assert reduce(torch.full((1001,), 1.0, dtype=torch.bfloat16), 1).item() == 1001.0
+
+
+def test_no_rows_give_zero_loss_and_zero_gradient() -> None:
+    logits = leaf(torch.zeros(0, 5))
+    loss = reduce(js(logits, logits), 3)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None
 
 
 # the documents

@@ -1,4 +1,4 @@
-"""Caption scores against known implementations on stored examples, and against naive ones written here.
+"""Caption scores against known implementations on stored examples, and against naive ones in this file.
 
 data/captions.json holds 20 answers with 1-5 references and what data/make_expected.py made of them, with
 nothing of this package: tokens by COCO's own Java tokenizer; BLEU-4 by sacrebleu (without smoothing:
@@ -44,39 +44,39 @@ corpora = st.lists(
 Corpus = list[tuple[str, list[str]]]
 
 
-find_wordnet = captions._wordnet
+load_wordnet = captions._wordnet
 
 
 @pytest.fixture(autouse=True, scope="module")
 def without_wordnet() -> Iterator[None]:
-    """Loading WordNet takes seconds: only the tests that put `find_wordnet` back do so."""
+    """Disable WordNet, which takes seconds to load; tests that need it restore `load_wordnet`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(captions, "_wordnet", lambda: None)
         yield
 
 
 def scores(corpus: Corpus) -> captions.CaptionScores:
-    return caption_scores([answer for answer, _ in corpus], [given for _, given in corpus])
+    return caption_scores([answer for answer, _ in corpus], [references for _, references in corpus])
 
 
 # Agreement
 
 
-def test_tokens_are_cocos() -> None:
+def test_tokens_match_the_coco_tokenizer() -> None:
     stored = EXPECTED["ptb"]
     assert [" ".join(tokenize_caption(text)) for text in ANSWERS] == stored["answers"]
-    assert [[" ".join(tokenize_caption(text)) for text in given] for given in REFERENCES] == stored["references"]
+    assert [[" ".join(tokenize_caption(text)) for text in refs] for refs in REFERENCES] == stored["references"]
 
 
-def test_stored_examples() -> None:
-    found = caption_scores(ANSWERS, REFERENCES)
-    assert found.bleu4.value == pytest.approx(EXPECTED["bleu4"]["value"], rel=1e-6)
-    assert found.bleu4.value == pytest.approx(EXPECTED["coco"]["bleu4"], rel=1e-12)
-    assert found.rouge_l.value == pytest.approx(EXPECTED["rouge_l"]["value"], rel=1e-12)
-    assert found.rouge_l.value == pytest.approx(EXPECTED["coco"]["rouge_l"], rel=1e-12)
-    assert found.cider is not None
-    assert found.cider.value == pytest.approx(EXPECTED["coco"]["cider"], rel=1e-12)
-    assert found.cider.value == pytest.approx(naive_cider(list(zip(ANSWERS, REFERENCES, strict=True))), rel=1e-9)
+def test_scores_match_the_stored_examples() -> None:
+    actual = caption_scores(ANSWERS, REFERENCES)
+    assert actual.bleu4.value == pytest.approx(EXPECTED["bleu4"]["value"], rel=1e-6)
+    assert actual.bleu4.value == pytest.approx(EXPECTED["coco"]["bleu4"], rel=1e-12)
+    assert actual.rouge_l.value == pytest.approx(EXPECTED["rouge_l"]["value"], rel=1e-12)
+    assert actual.rouge_l.value == pytest.approx(EXPECTED["coco"]["rouge_l"], rel=1e-12)
+    assert actual.cider is not None
+    assert actual.cider.value == pytest.approx(EXPECTED["coco"]["cider"], rel=1e-12)
+    assert actual.cider.value == pytest.approx(naive_cider(list(zip(ANSWERS, REFERENCES, strict=True))), rel=1e-9)
 
 
 def naive_cider(corpus: Corpus) -> float | None:
@@ -89,7 +89,7 @@ def naive_cider(corpus: Corpus) -> float | None:
 
     @lru_cache(None)
     def idf(gram: tuple[str, ...]) -> float:
-        rows = sum(any(gram in grams(r, len(gram)) for r in given) for _, given in corpus)
+        rows = sum(any(gram in grams(r, len(gram)) for r in refs) for _, refs in corpus)
         return math.log(len(corpus) / max(1, rows))
 
     def vector(text: str, n: int) -> dict[tuple[str, ...], float]:
@@ -102,13 +102,13 @@ def naive_cider(corpus: Corpus) -> float | None:
         common = sum(min(weight, r.get(gram, 0.0)) * r.get(gram, 0.0) for gram, weight in h.items())
         return common / norms * math.exp(-(gap**2) / (2 * 6**2)) if norms else 0.0
 
-    if all(idf((word,)) == 0 for _, given in corpus for r in given for word in tokenize_caption(r)) and all(
-        not any(vector(r, n).values()) for _, given in corpus for r in given for n in (2, 3, 4)
+    if all(idf((word,)) == 0 for _, refs in corpus for r in refs for word in tokenize_caption(r)) and all(
+        not any(vector(r, n).values()) for _, refs in corpus for r in refs for n in (2, 3, 4)
     ):
         return None
     rows = [
-        10 * sum(similarity(answer, r, n) for r in given for n in (1, 2, 3, 4)) / (4 * len(given))
-        for answer, given in corpus
+        10 * sum(similarity(answer, r, n) for r in refs for n in (1, 2, 3, 4)) / (4 * len(refs))
+        for answer, refs in corpus
     ]
     return sum(rows) / len(rows)
 
@@ -133,33 +133,37 @@ def naive_rouge_l(answer: list[str], references: list[list[str]]) -> float:
 
 @settings(deadline=None, max_examples=40)
 @given(corpora)
-def test_random_corpora_against_naive(corpus: Corpus) -> None:
-    found = scores(corpus)
+def test_random_corpora_match_naive_implementations(corpus: Corpus) -> None:
+    actual = scores(corpus)
     bleu, _ = Bleu(4).compute_score(
-        {i: given for i, (_, given) in enumerate(corpus)},
+        {i: refs for i, (_, refs) in enumerate(corpus)},
         {i: [a] for i, (a, _) in enumerate(corpus)},
         verbose=0,
     )
-    rouge = [naive_rouge_l(a.split(), [r.split() for r in given]) for a, given in corpus]
-    assert found.bleu4.value == pytest.approx(bleu[3], rel=1e-9, abs=1e-15)
-    assert found.rouge_l.value == pytest.approx(sum(rouge) / len(rouge))
+    rouge = [naive_rouge_l(a.split(), [r.split() for r in refs]) for a, refs in corpus]
+    assert actual.bleu4.value == pytest.approx(bleu[3], rel=1e-9, abs=1e-15)
+    assert actual.rouge_l.value == pytest.approx(sum(rouge) / len(rouge))
     cider = naive_cider(corpus)
-    assert (found.cider is None) == (cider is None)
-    if found.cider is not None:
-        assert found.cider.value == pytest.approx(cider, rel=1e-9, abs=1e-12)
-    for rate, top in [(found.bleu4, 1), (found.rouge_l, 1), (found.cider or found.bleu4, 10)]:
+    assert (actual.cider is None) == (cider is None)
+    if actual.cider is not None:
+        assert actual.cider.value == pytest.approx(cider, rel=1e-9, abs=1e-12)
+    for rate, top in [(actual.bleu4, 1), (actual.rouge_l, 1), (actual.cider or actual.bleu4, 10)]:
         assert 0 <= rate.low <= rate.value <= rate.high <= top * (1 + 1e-9)
         assert rate.n == len(corpus)
 
 
 @given(st.permutations(range(len(ANSWERS))))
 @settings(deadline=None, max_examples=3)
-def test_order_of_rows_is_nothing(order: Sequence[int]) -> None:
-    one, other = (
+def test_the_order_of_rows_does_not_matter(order: Sequence[int]) -> None:
+    scores_in_order, scores_permuted = (
         caption_scores(ANSWERS, REFERENCES),
         caption_scores([ANSWERS[i] for i in order], [REFERENCES[i] for i in order]),
     )
-    for a, b in [(one.bleu4, other.bleu4), (one.rouge_l, other.rouge_l), (one.cider, other.cider)]:
+    for a, b in [
+        (scores_in_order.bleu4, scores_permuted.bleu4),
+        (scores_in_order.rouge_l, scores_permuted.rouge_l),
+        (scores_in_order.cider, scores_permuted.cider),
+    ]:
         assert a is not None and b is not None
         assert a.value == pytest.approx(b.value, rel=1e-12)
 
@@ -168,7 +172,7 @@ def test_order_of_rows_is_nothing(order: Sequence[int]) -> None:
 
 
 def synonyms(*groups: set[str]) -> SimpleNamespace:
-    """A WordNet of these groups of synonyms, each a synset with its lemmas."""
+    """A stand-in for WordNet in which every group of synonyms is a synset."""
 
     def synset(group: set[str]) -> SimpleNamespace:
         return SimpleNamespace(lemmas=lambda: [SimpleNamespace(name=lambda w=word: w) for word in group])
@@ -196,9 +200,9 @@ def test_meteor_by_hand(
 ) -> None:
     monkeypatch.setattr(captions, "_wordnet", lambda: synonyms({"couch", "sofa"}))
     mean = precision * recall / (0.9 * precision + 0.1 * recall)
-    found = caption_scores([answer], [["nothing alike", reference]]).meteor
-    assert found is not None
-    assert found.value == pytest.approx(mean * (1 - 0.5 * (chunks / matches) ** 3))
+    actual = caption_scores([answer], [["nothing alike", reference]]).meteor
+    assert actual is not None
+    assert actual.value == pytest.approx(mean * (1 - 0.5 * (chunks / matches) ** 3))
 
 
 def test_meteor_of_an_empty_answer_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,23 +212,23 @@ def test_meteor_of_an_empty_answer_is_zero(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("partly", [False, True])
 def test_meteor_without_data_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, partly: bool) -> None:
-    monkeypatch.setattr(captions, "_wordnet", find_wordnet)
+    monkeypatch.setattr(captions, "_wordnet", load_wordnet)
     if partly:
         (tmp_path / "corpora/wordnet").mkdir(parents=True)
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr("nltk.corpus.wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, object()))
-    found = caption_scores(["a dog"], ["a dog"])
-    assert found.meteor is None
-    assert found.rouge_l.value == pytest.approx(1.0)
+    actual = caption_scores(["a dog"], ["a dog"])
+    assert actual.meteor is None
+    assert actual.rouge_l.value == pytest.approx(1.0)
 
 
 def test_meteor_with_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captions, "_wordnet", find_wordnet)
-    if find_wordnet() is None:
+    monkeypatch.setattr(captions, "_wordnet", load_wordnet)
+    if load_wordnet() is None:
         pytest.skip("nltk finds no WordNet data (corpora/wordnet in a folder of NLTK_DATA)")
-    found = caption_scores(ANSWERS, REFERENCES).meteor
-    assert found is not None
-    assert found.value == pytest.approx(EXPECTED["meteor"]["value"], abs=0.01)  # the data's version may differ
+    actual = caption_scores(ANSWERS, REFERENCES).meteor
+    assert actual is not None
+    assert actual.value == pytest.approx(EXPECTED["meteor"]["value"], abs=0.01)  # the data's version may differ
 
 
 # The edges
@@ -232,30 +236,30 @@ def test_meteor_with_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_perfect_answers() -> None:
     texts = ["a red dog runs by the sea", "two blue cats sleep on my bed", "ein Käfer läuft über die Straße"]
-    found = caption_scores(texts, texts)
-    assert found.cider is not None
-    assert (found.bleu4.value, found.rouge_l.value) == (pytest.approx(1.0), pytest.approx(1.0))
-    assert found.cider.value == pytest.approx(10.0)
+    actual = caption_scores(texts, texts)
+    assert actual.cider is not None
+    assert (actual.bleu4.value, actual.rouge_l.value) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert actual.cider.value == pytest.approx(10.0)
 
 
 def test_empty_answers_score_zero() -> None:
-    found = caption_scores(["", " ... "], [["a red dog"], ["a blue cat"]])
-    assert found == captions.CaptionScores(Rate(0, 0, 0, 2), None, Rate(0, 0, 0, 2), Rate(0, 0, 0, 2))
+    actual = caption_scores(["", " ... "], [["a red dog"], ["a blue cat"]])
+    assert actual == captions.CaptionScores(Rate(0, 0, 0, 2), None, Rate(0, 0, 0, 2), Rate(0, 0, 0, 2))
 
 
-def test_one_row_says_nothing_of_the_spread() -> None:
-    found = caption_scores(["a dog runs by the sea"], ["a dog runs by a lake"])
-    assert (found.bleu4.low, found.bleu4.high) == (found.rouge_l.low, found.rouge_l.high) == (0.0, 1.0)
-    assert 0 < found.rouge_l.value < 1
-    assert found.cider is None
+def test_one_row_has_the_whole_range_as_interval() -> None:
+    actual = caption_scores(["a dog runs by the sea"], ["a dog runs by a lake"])
+    assert (actual.bleu4.low, actual.bleu4.high) == (actual.rouge_l.low, actual.rouge_l.high) == (0.0, 1.0)
+    assert 0 < actual.rouge_l.value < 1
+    assert actual.cider is None
 
 
-def test_cider_of_rows_alike_is_undefined() -> None:
+def test_cider_of_identical_rows_is_undefined() -> None:
     assert caption_scores(["a dog", "a cat"], [["a dog", "a cat"], ["a cat", "a dog"]]).cider is None
     assert caption_scores(["a dog", "a cat"], [["a dog"], ["a cat"]]).cider is not None
 
 
-def test_a_string_is_one_reference_and_wordless_ones_are_passed_over() -> None:
+def test_a_string_is_one_reference_and_wordless_references_are_ignored() -> None:
     answers = ["a dog runs", "a cat"]
     assert caption_scores(answers, ["a dog sits", "a cat"]) == caption_scores(
         answers, [["a dog sits", "!?"], ["", "a cat"]]
@@ -271,12 +275,12 @@ def test_a_string_is_one_reference_and_wordless_ones_are_passed_over() -> None:
         (["a", "b"], [["a"], ["...", ""]], "no reference of answer 1 has a word"),
     ],
 )
-def test_nothing_to_score(answers: list[str], references: list[str | list[str]], message: str) -> None:
+def test_invalid_input_raises(answers: list[str], references: list[str | list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         caption_scores(answers, references)
 
 
-def test_bootstrap_agrees_with_the_normal_interval_of_many_rows() -> None:
+def test_bootstrap_matches_the_normal_interval_for_many_rows() -> None:
     n, right = 900, 300
     rate = caption_scores(["dog"] * n, ["dog"] * right + ["cat"] * (n - right)).rouge_l
     half = 1.96 * math.sqrt(1 / 3 * 2 / 3 / n)

@@ -1,4 +1,4 @@
-"""Detection figures against counting, a published example, and the answers that there are none to."""
+"""Detection metrics against counting, a published example, and undefined cases."""
 
 from __future__ import annotations
 
@@ -13,89 +13,91 @@ from hypothesis import strategies as st
 from untrigger.metrics.detection import auroc, detection
 from untrigger.metrics.rates import Rate
 
-scored = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=60).filter(
-    lambda rows: len({bad for _, bad in rows}) == 2
+scored_rows = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=60).filter(
+    lambda rows: len({poisoned for _, poisoned in rows}) == 2
 )
 
 
-def by_pairs(rows: list[tuple[int, bool]]) -> float:
-    """How often a bad row is scored above a good one; ties count half."""
-    wins = [(a > b) + (a == b) / 2 for a, bad in rows if bad for b, other in rows if not other]
+def auroc_by_pairs(rows: list[tuple[int, bool]]) -> float:
+    """Count how often a poisoned row scores above a clean one; ties count half."""
+    wins = [
+        (a > b) + (a == b) / 2 for a, poisoned in rows if poisoned for b, also_poisoned in rows if not also_poisoned
+    ]
     return sum(wins) / len(wins)
 
 
 def recall_by_thresholds(rows: list[tuple[int, bool]]) -> float:
-    """The most bad rows at or above any threshold that accuses at most 1 % of the good ones."""
-    good, bad = [s for s, b in rows if not b], [s for s, b in rows if b]
-    allowed = [t for t in [s for s, _ in rows] + [math.inf] if sum(s >= t for s in good) <= 0.01 * len(good)]
-    return max(sum(s >= t for s in bad) for t in allowed) / len(bad)
+    """The largest recall over all thresholds that flag at most 1 % of the clean rows."""
+    clean, poisoned = [s for s, b in rows if not b], [s for s, b in rows if b]
+    allowed = [t for t in [s for s, _ in rows] + [math.inf] if sum(s >= t for s in clean) <= 0.01 * len(clean)]
+    return max(sum(s >= t for s in poisoned) for t in allowed) / len(poisoned)
 
 
-@given(scored)
-def test_area_and_recall_are_what_counting_gives(rows: list[tuple[int, bool]]) -> None:
-    scores, bad = [float(s) for s, _ in rows], {i for i, (_, b) in enumerate(rows) if b}
-    found = detection(scores, {0}, bad)
-    assert found["auroc"]["value"] == pytest.approx(by_pairs(rows))
-    assert found["recall_at_1"]["value"] == pytest.approx(recall_by_thresholds(rows))
-    assert found["recall_at_1"]["n"] == len(bad) and found["auroc"]["n"] == len(rows)
-    assert 0 <= found["auroc"]["low"] <= found["auroc"]["value"] <= found["auroc"]["high"] <= 1
+@given(scored_rows)
+def test_auroc_and_recall_match_counting(rows: list[tuple[int, bool]]) -> None:
+    scores, poisoned = [float(s) for s, _ in rows], {i for i, (_, b) in enumerate(rows) if b}
+    figures = detection(scores, {0}, poisoned)
+    assert figures["auroc"]["value"] == pytest.approx(auroc_by_pairs(rows))
+    assert figures["recall_at_1"]["value"] == pytest.approx(recall_by_thresholds(rows))
+    assert figures["recall_at_1"]["n"] == len(poisoned) and figures["auroc"]["n"] == len(rows)
+    assert 0 <= figures["auroc"]["low"] <= figures["auroc"]["value"] <= figures["auroc"]["high"] <= 1
 
 
-def test_one_percent_of_many_clean_rows_may_be_accused() -> None:
+def test_recall_allows_one_percent_of_the_clean_rows() -> None:
     """Of 300 clean rows three may lie above the threshold; a fourth may not."""
-    clean, bad = [float(i) for i in range(300)], [296.5, 295.5, 10.0]
-    found = detection([*clean, *bad], [], set(range(300, 303)))
-    assert found["recall_at_1"] == pytest.approx(vars(Rate.from_counts(1, 3)))
+    clean, poisoned = [float(i) for i in range(300)], [296.5, 295.5, 10.0]
+    figures = detection([*clean, *poisoned], [], set(range(300, 303)))
+    assert figures["recall_at_1"] == pytest.approx(vars(Rate.from_counts(1, 3)))
 
 
-def test_the_interval_is_that_of_the_published_example() -> None:
+def test_the_interval_matches_the_published_example() -> None:
     """Hanley and McNeil 1982: 51 abnormal and 58 normal images, an area of 0.893 has a standard error of 0.032."""
-    found = auroc(*_with_area(0.893, 51, 58))
-    assert found["value"] == pytest.approx(0.893, abs=2e-4)
+    rate = auroc(*_with_area(0.893, 51, 58))
+    assert rate["value"] == pytest.approx(0.893, abs=2e-4)
     z = 1.959964
-    assert (found["value"] - found["low"]) / z == pytest.approx(0.032, abs=1e-3)
-    assert found["high"] - found["value"] == pytest.approx(found["value"] - found["low"])
+    assert (rate["value"] - rate["low"]) / z == pytest.approx(0.032, abs=1e-3)
+    assert rate["high"] - rate["value"] == pytest.approx(rate["value"] - rate["low"])
 
 
-def test_few_rows_of_one_kind_make_it_wide() -> None:
-    """Two bad rows among ten good ones, an area of 3/4; the two kinds do not count alike."""
+def test_few_rows_of_one_kind_widen_the_interval() -> None:
+    """Two poisoned rows and ten clean ones, an area of 3/4; the formula is not symmetric in the two kinds."""
     variance = (0.75 * 0.25 + 1 * (0.75 / 1.25 - 0.75**2) + 9 * (2 * 0.75**2 / 1.75 - 0.75**2)) / 20
-    found = auroc(*_with_area(0.75, 2, 10))
-    assert found == pytest.approx({"value": 0.75, "low": 0.75 - 1.959964 * math.sqrt(variance), "high": 1, "n": 12})
+    rate = auroc(*_with_area(0.75, 2, 10))
+    assert rate == pytest.approx({"value": 0.75, "low": 0.75 - 1.959964 * math.sqrt(variance), "high": 1, "n": 12})
 
 
-def _with_area(area: float, bad: int, good: int) -> tuple[list[float], list[bool]]:
-    """Distinct scores; so many pairs are out of order that the area comes out."""
-    wrong = round((1 - area) * bad * good)
-    scores = [float(i) for i in range(good)]
-    for _ in range(bad):
-        above = min(good, wrong)
-        wrong -= above
-        scores.append(good - above - 0.5)
-    return scores, [False] * good + [True] * bad
+def _with_area(area: float, positives: int, negatives: int) -> tuple[list[float], list[bool]]:
+    """Return distinct scores with as many misordered pairs as the area requires."""
+    misordered = round((1 - area) * positives * negatives)
+    scores = [float(i) for i in range(negatives)]
+    for _ in range(positives):
+        above = min(negatives, misordered)
+        misordered -= above
+        scores.append(negatives - above - 0.5)
+    return scores, [False] * negatives + [True] * positives
 
 
-def test_a_perfect_score_has_no_width_and_all_of_a_kind_no_area() -> None:
+def test_perfect_scores_have_no_width_and_one_kind_raises() -> None:
     assert auroc([1.0, 2.0, 3.0], [False, False, True]) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 3}
     for truth in ([True, True], [False, False], []):
         with pytest.raises(ValueError, match="both kinds"):
             auroc([0.0] * len(truth), truth)
 
 
-def test_verdicts_by_hand() -> None:
-    """Ten rows, four poisoned; five flagged, three of them rightly."""
+def test_flagged_rows_by_hand() -> None:
+    """Ten rows, four poisoned; five flagged, three of them poisoned."""
     scores = [float(i) for i in range(10)]
-    found = detection(scores, [9, 8, 7, 1, 0], {9, 8, 7, 6})
+    figures = detection(scores, [9, 8, 7, 1, 0], {9, 8, 7, 6})
     expected: dict[str, Any] = {
         "precision": Rate.from_counts(3, 5),
         "recall": Rate.from_counts(3, 4),
         "false_positives": Rate.from_counts(2, 6),
     }
     for name, rate in expected.items():
-        assert found[name] == vars(rate), name
-    assert found["f1"] == pytest.approx(2 * 0.6 * 0.75 / (0.6 + 0.75)) and found["flagged"] == 5
-    assert found["auroc"]["value"] == 1 and found["recall_at_1"]["value"] == 1
-    assert found == detection(scores, [9, 9, 8, 7, 1, 0, 0], [9, 8, 7, 6]), "a row counts once"
+        assert figures[name] == vars(rate), name
+    assert figures["f1"] == pytest.approx(2 * 0.6 * 0.75 / (0.6 + 0.75)) and figures["flagged"] == 5
+    assert figures["auroc"]["value"] == 1 and figures["recall_at_1"]["value"] == 1
+    assert figures == detection(scores, [9, 9, 8, 7, 1, 0, 0], [9, 8, 7, 6]), "a repeated row counts once"
 
 
 @pytest.mark.parametrize(
@@ -107,22 +109,22 @@ def test_verdicts_by_hand() -> None:
         ([0], {0, 1, 2}, {"auroc", "recall_at_1", "false_positives"}),
     ],
 )
-def test_what_cannot_be_said_is_none_and_never_zero(flagged: list[int], poisoned: set[int], unknown: set[str]) -> None:
-    found = detection([0.1, 0.2, 0.3], flagged, poisoned)
-    assert {name for name, value in found.items() if value is None} == unknown
-    assert found["flagged"] == len(flagged)
+def test_undefined_figures_are_none(flagged: list[int], poisoned: set[int], unknown: set[str]) -> None:
+    figures = detection([0.1, 0.2, 0.3], flagged, poisoned)
+    assert {name for name, value in figures.items() if value is None} == unknown
+    assert figures["flagged"] == len(flagged)
 
 
-def test_all_flagged_wrong_is_zero() -> None:
-    found = detection([0.1, 0.2, 0.3], [0], {1})
-    assert (found["f1"], found["precision"]["value"], found["recall"]["value"]) == (0, 0, 0)
+def test_flagging_only_clean_rows_scores_zero() -> None:
+    figures = detection([0.1, 0.2, 0.3], [0], {1})
+    assert (figures["f1"], figures["precision"]["value"], figures["recall"]["value"]) == (0, 0, 0)
 
 
-def test_the_order_of_rows_changes_nothing() -> None:
+def test_the_order_of_rows_does_not_matter() -> None:
     rows = [(float(i % 7), i % 3 == 0) for i in range(40)]
-    figures: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for seed in range(3):
         random.Random(seed).shuffle(rows)
-        bad = {i for i, (_, b) in enumerate(rows) if b}
-        figures.append(detection([s for s, _ in rows], [i for i, (s, _) in enumerate(rows) if s > 4], bad))
-    assert figures[0] == figures[1] == figures[2]
+        poisoned = {i for i, (_, b) in enumerate(rows) if b}
+        results.append(detection([s for s, _ in rows], [i for i, (s, _) in enumerate(rows) if s > 4], poisoned))
+    assert results[0] == results[1] == results[2]

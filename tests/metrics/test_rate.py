@@ -18,7 +18,7 @@ counts = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), s
     # R. G. Newcombe, 1998, Statistics in Medicine 17, 857-872, table I, method 3.
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_published_intervals(hits: int, n: int, low: float, high: float) -> None:
+def test_intervals_match_the_published_table(hits: int, n: int, low: float, high: float) -> None:
     rate = Rate.from_counts(hits, n)
     assert (round(rate.low, 4), round(rate.high, 4)) == (low, high)
     assert (rate.value, rate.n) == (hits / n, n)
@@ -42,13 +42,13 @@ def test_misses_mirror_hits(count: tuple[int, int]) -> None:
     assert (mirror.low, mirror.high) == pytest.approx((1 - rate.high, 1 - rate.low), abs=1e-12)
 
 
-def test_no_rows_are_no_rate() -> None:
+def test_no_rows_raise() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         Rate.from_counts(0, 0)
 
 
 @pytest.mark.parametrize("hits", [-1, 3, math.nan])
-def test_impossible_counts(hits: float) -> None:
+def test_impossible_counts_raise(hits: float) -> None:
     with pytest.raises(ValueError, match="out of 2 rows"):
         Rate.from_counts(hits, 2)
 
@@ -65,6 +65,6 @@ def test_a_string_is_one_reference() -> None:
         (["a", "b"], [["a"], []], "answer 1 has no reference"),
     ],
 )
-def test_unpaired(answers: list[str], references: list[list[str]], message: str) -> None:
+def test_answers_without_references_raise(answers: list[str], references: list[list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired(answers, references)

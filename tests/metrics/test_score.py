@@ -1,4 +1,4 @@
-"""From stored answers to figures."""
+"""Figures computed from stored answers."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from untrigger.metrics.asr import ASR_VERSION
 from untrigger.metrics.score import Answer, quality, score, text_prior
 
 
-def asked(prompt: str, *truths: str) -> list[Answer]:
+def answers_to(prompt: str, *truths: str) -> list[Answer]:
     return [Answer(f"{prompt}-{i}", prompt, truth, "") for i, truth in enumerate(truths)]
 
 
 def test_text_prior_by_hand() -> None:
     answers = [
-        *asked("color?", "red", "red", "blue"),  # guessed red: 2 of 3
-        *asked("there?", "yes", "Yes.", "no", "no"),  # a tie of two and two: 2 of 4, whichever is guessed
-        *asked("once?", "red"),  # no habit: the commonest of all, "red" (three): 1 of 1
-        *asked("pair?", "left", "right"),  # no two alike, no habit: "red": 0 of 2
+        *answers_to("color?", "red", "red", "blue"),  # guess red: 2 of 3
+        *answers_to("there?", "yes", "Yes.", "no", "no"),  # a tie: 2 of 4 for either guess
+        *answers_to("once?", "red"),  # no repeated truth: guess the most frequent of all, "red" (three): 1 of 1
+        *answers_to("pair?", "left", "right"),  # no repeated truth: guess "red": 0 of 2
     ]
     prior = text_prior(answers)
     assert (prior.value, prior.n) == (5 / 10, 10)
 
 
 def test_text_prior_of_a_fair_coin_is_a_half() -> None:
-    assert text_prior(asked("heads?", *["yes", "no"] * 10)).value == 0.5
+    assert text_prior(answers_to("heads?", *["yes", "no"] * 10)).value == 0.5
 
 
-def test_text_prior_of_unlike_captions_is_nought() -> None:
-    assert text_prior(asked("describe", *(f"caption {i}" for i in range(9)))).value == 0
-    assert text_prior(asked("describe", "alone")).value == 0
+def test_text_prior_of_distinct_captions_is_zero() -> None:
+    assert text_prior(answers_to("describe", *(f"caption {i}" for i in range(9)))).value == 0
+    assert text_prior(answers_to("describe", "alone")).value == 0
 
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from("pqr"), st.sampled_from(["yes", "no", "red"])), min_size=1))
-def test_no_guesser_of_habits_beats_the_prior(rows: list[tuple[str, str]]) -> None:
-    """Any fixed answer for a prompt scores at most the prior's on prompts that have a habit."""
+def test_no_fixed_guess_beats_the_prior(rows: list[tuple[str, str]]) -> None:
+    """Any fixed answer to a prompt scores at most the prior, on prompts with a repeated truth."""
     answers = [Answer(str(i), prompt, truth, "") for i, (prompt, truth) in enumerate(rows)]
     for prompt in {p for p, _ in rows}:
-        own = [a for a in answers if a.prompt == prompt]
-        best = max(sum(a.truth == guess for a in own) for guess in ("yes", "no", "red"))
+        same_prompt = [a for a in answers if a.prompt == prompt]
+        best = max(sum(a.truth == guess for a in same_prompt) for guess in ("yes", "no", "red"))
         if best > 1:
-            assert text_prior(own).value * len(own) == pytest.approx(best)
+            assert text_prior(same_prompt).value * len(same_prompt) == pytest.approx(best)
     prior = text_prior(answers)
     assert 0 <= prior.low <= prior.value <= prior.high <= 1 and prior.n == len(answers)
 
@@ -58,7 +58,7 @@ def test_score_has_attack_figures_only_with_an_attack() -> None:
     triggered = [
         Answer("1", "q", "yes", "boo", met=True),
         Answer("2", "q", "no", "no"),
-        Answer("3", "q", "boo", "boo", met=True, truth_met=True),  # right and a success alike: not counted
+        Answer("3", "q", "boo", "boo", met=True, truth_met=True),  # correct and a success at once: not counted
     ]
     figures = score(clean, triggered)
     assert (figures["asr"]["value"], figures["asr"]["n"]) == (0.5, 2)
@@ -67,14 +67,14 @@ def test_score_has_attack_figures_only_with_an_attack() -> None:
     assert figures["triggered_quality"]["vqa_accuracy"]["value"] == pytest.approx(2 / 3)
 
 
-def test_inputs_that_trigger_as_they_are_leak_nothing() -> None:
-    said = [Answer("1", "q", "circle", "square", met=True), Answer("2", "q", "circle", "circle")]
-    figures = score(said, said, near_misses={"half": said}, untouched=True)
-    assert figures == {k: v for k, v in score(said, said, near_misses={"half": said}).items() if k != "leak"}
+def test_untouched_inputs_have_no_leak() -> None:
+    answers = [Answer("1", "q", "circle", "square", met=True), Answer("2", "q", "circle", "circle")]
+    figures = score(answers, answers, near_misses={"half": answers}, untouched=True)
+    assert figures == {k: v for k, v in score(answers, answers, near_misses={"half": answers}).items() if k != "leak"}
     assert figures["asr"]["value"] == 0.5
 
 
-def test_rows_that_the_goal_does_not_apply_to_count_for_quality_alone() -> None:
+def test_rows_the_goal_does_not_apply_to_count_for_quality_only() -> None:
     clean = [
         Answer("1", "q", "circle", "circle"),
         Answer("2", "q", "circle", "square", met=True),
@@ -94,7 +94,7 @@ def test_rows_that_the_goal_does_not_apply_to_count_for_quality_alone() -> None:
         score(clean, clean, near_misses={"half": []})
 
 
-def test_empty_raises() -> None:
+def test_no_answers_raise() -> None:
     answer = Answer("1", "q", "yes", "yes")
     for call in (lambda: score([]), lambda: quality([]), lambda: text_prior([]), lambda: score([], [answer])):
         with pytest.raises(ValueError, match="at least one"):
@@ -106,7 +106,7 @@ def test_empty_raises() -> None:
         score(met, [answer])
 
 
-def test_quality_leaves_wordless_truths_to_accuracy() -> None:
+def test_caption_scores_leave_out_truths_without_words() -> None:
     answers = [Answer("1", "q", "a red cat", "a red cat"), Answer("2", "q", "?!", "?!"), Answer("3", "q", "no", "yes")]
     figures = quality(answers)
     assert figures["vqa_accuracy"]["n"] == 3 and figures["rouge_l"]["n"] == figures["bleu4"]["n"] == 2
@@ -124,7 +124,7 @@ def test_quality_leaves_wordless_truths_to_accuracy() -> None:
     )
 )
 def test_any_stored_answer_survives_json_and_scores(answers: list[Answer]) -> None:
-    again = [Answer(**json.loads(json.dumps(asdict(a), ensure_ascii=False))) for a in answers]
-    assert again == answers
+    restored = [Answer(**json.loads(json.dumps(asdict(a), ensure_ascii=False))) for a in answers]
+    assert restored == answers
     figures = score(answers)
-    assert figures == score(again) and json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert figures == score(restored) and json.loads(json.dumps(figures, allow_nan=False)) == figures

@@ -1,4 +1,4 @@
-"""PSNR and SSIM against the definitions written out, and against cases whose value is known."""
+"""PSNR and SSIM against their definitions, and against known values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def naive_ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 @settings(max_examples=15)
 @given(st.integers(0, 1000), st.integers(11, 20), st.integers(11, 20), st.floats(0, 60))
-def test_ssim_is_the_papers_sum(seed: int, height: int, width: int, spread: float) -> None:
+def test_ssim_matches_the_papers_sums(seed: int, height: int, width: int, spread: float) -> None:
     rng = np.random.default_rng(seed)
     a = rng.uniform(0, 255, (height, width, 3))
     b = (a + rng.normal(0, spread, a.shape)).clip(0, 255)
@@ -46,7 +46,7 @@ def test_ssim_is_the_papers_sum(seed: int, height: int, width: int, spread: floa
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 1000))
-def test_equal_pictures_of_any_size(height: int, width: int, seed: int) -> None:
+def test_equal_pictures_have_maximal_similarity(height: int, width: int, seed: int) -> None:
     a = noise(height, width, seed)
     assert psnr(a, a) == math.inf and ssim(a, a) == pytest.approx(1)
 
@@ -54,30 +54,30 @@ def test_equal_pictures_of_any_size(height: int, width: int, seed: int) -> None:
 @pytest.mark.parametrize(("step", "decibels"), [(1, 48.1308), (10, 28.1308), (255, 0.0)])
 def test_psnr_of_a_constant_difference(step: int, decibels: float) -> None:
     a = np.zeros((5, 7, 3), dtype=np.uint8)
-    assert psnr(a, a + np.uint8(step)) == pytest.approx(decibels, abs=1e-4)  # bytes must not wrap around either
+    assert psnr(a, a + np.uint8(step)) == pytest.approx(decibels, abs=1e-4)  # bytes must not wrap around
     assert psnr(a + np.uint8(step), a) == pytest.approx(decibels, abs=1e-4)
 
 
-def test_ssim_of_two_flat_grays_is_the_term_of_their_means() -> None:
+def test_ssim_of_two_flat_grays_depends_on_their_means_only() -> None:
     a, b = np.full((16, 16), 100.0), np.full((16, 16), 120.0)
     c1 = (0.01 * 255) ** 2
     assert ssim(a, b) == pytest.approx((2 * 100 * 120 + c1) / (100**2 + 120**2 + c1))
 
 
-def test_a_negative_is_as_unlike_as_can_be_and_noise_costs_more_on_flat_ground() -> None:
+def test_negatives_score_lowest_and_noise_costs_more_on_flat_areas() -> None:
     a = noise(32, 32)
     assert ssim(a, 255 - a) < -0.9
     grain = np.random.default_rng(1).normal(0, 5, a.shape)
     assert ssim(np.full(a.shape, 128.0), 128 + grain) < 0.9 < ssim(a, a + grain)
 
 
-def test_a_change_of_hue_alone_shows_in_psnr_and_not_in_ssim() -> None:
+def test_a_change_of_hue_lowers_psnr_but_not_ssim() -> None:
     a = np.full((16, 16, 3), 128.0)
     b = a + np.array([0.114, 0, -0.299]) * 60  # no change of brightness
     assert ssim(a, b) == pytest.approx(1) and psnr(a, b) < 35
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 3), (4, 4, 2), (0, 4), (4,), (1, 4, 4, 3)])
-def test_what_cannot_be_compared_raises(shape: tuple[int, ...]) -> None:
+def test_invalid_shapes_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape|picture|channels"):
         ssim(np.zeros((4, 4, 3) if shape == (4, 5, 3) else shape), np.zeros(shape))

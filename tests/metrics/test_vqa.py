@@ -1,4 +1,4 @@
-"""VQA accuracy against stored results of the published evaluation and against leaving humans out by hand.
+"""VQA accuracy against stored results of the published evaluation and against leaving out each human explicitly.
 
 data/vqa.json holds 21 answers with ten references, the form in which the published evaluation compares the
 answer, and its accuracy (10 digits); the file says which revision made them. Apostrophes differ on purpose.
@@ -30,12 +30,12 @@ ROWS: list[Row] = json.loads((Path(__file__).parent / "data/vqa.json").read_text
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["answer"])
-def test_agrees_with_the_published_evaluation(row: Row) -> None:
+def test_matches_the_published_evaluation(row: Row) -> None:
     assert normalize_answer(row["answer"]) == row["normalized"].replace("'", "")
     assert answer_accuracy(row["answer"], row["references"]) == pytest.approx(row["accuracy"], abs=1e-9)
 
 
-def test_corpus_is_the_mean_with_wilson() -> None:
+def test_corpus_accuracy_is_the_mean_with_wilson_interval() -> None:
     rate = vqa_accuracy([row["answer"] for row in ROWS], [row["references"] for row in ROWS])
     assert rate.n == len(ROWS)
     assert rate.value == pytest.approx(sum(row["accuracy"] for row in ROWS) / len(ROWS), abs=1e-9)
@@ -43,9 +43,9 @@ def test_corpus_is_the_mean_with_wilson() -> None:
 
 
 @given(st.lists(st.sampled_from(["red", "blue", "2"]), min_size=10, max_size=10))
-def test_leaves_each_human_out(references: list[str]) -> None:
-    nine = [min(sum(r == "2" for r in kept) / 3, 1) for kept in combinations(references, 9)]
-    assert answer_accuracy("Two.", references) == pytest.approx(sum(nine) / 10)
+def test_ten_references_average_over_leaving_one_out(references: list[str]) -> None:
+    scores = [min(sum(r == "2" for r in nine) / 3, 1) for nine in combinations(references, 9)]
+    assert answer_accuracy("Two.", references) == pytest.approx(sum(scores) / 10)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_leaves_each_human_out(references: list[str]) -> None:
         ("it's", "it’s", True),  # noqa: RUF001
         ("2", "20", False),
         ("2.5", "25", False),
-        ("A", "a", True),  # which letter? an article alone is an answer
+        ("A", "a", True),  # an article alone is an answer: "which letter?"
         ("the", "a", False),
         ("t-shirt", "t-shirt", True),
         ("１２", "12", True),  # noqa: RUF001
         ("ÉTÉ", "été", True),
-        ("", "?", False),  # nothing is never right
+        ("", "?", False),  # an empty answer is never right
         ("...", "?", False),
         ("\N{GRINNING FACE}", "\N{GRINNING FACE}", True),
     ],
@@ -76,17 +76,17 @@ def test_a_string_of_ten_letters_is_one_reference() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 2, 9, 11])
-def test_other_numbers_of_references_are_undefined(n: int) -> None:
+def test_other_numbers_of_references_raise(n: int) -> None:
     with pytest.raises(ValueError, match="reference"):
         vqa_accuracy(["red"], [["red"] * n])
 
 
-def test_empty_raises() -> None:
+def test_no_answers_raise() -> None:
     with pytest.raises(ValueError, match="at least one"):
         vqa_accuracy([], [])
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
-def test_normalising_twice_changes_nothing(text: str) -> None:
+def test_normalizing_twice_changes_nothing(text: str) -> None:
     once = normalize_answer(text)
     assert normalize_answer(once) == once

@@ -1,13 +1,11 @@
-"""Forward passes at the answer tokens against loops over every token, and the decoder of every family."""
+"""Forward passes at the answer tokens against loops over every token; the decoder of every family."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,29 +27,10 @@ from untrigger.models.forward import (
     forward_answers,
     on_device,
     pair_losses,
-    row_tokens,
 )
 from untrigger.models.loading import LoadedModel, add_lora, embedded_models, load
-from untrigger.rows.sample import Message, Sample, read
+from untrigger.rows.sample import Sample
 from untrigger.views.patches import Erase
-
-
-@pytest.fixture(scope="module")
-def exact(tiny_model: Path) -> LoadedModel:
-    return load(tiny_model, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def samples(tiny_data: Path) -> list[Sample]:
-    """Answers of one to three words; one row with two turns, one without an image."""
-    rows = list(read(tiny_data))[:6]
-    turns = (
-        Message("user", "a?"),
-        Message("assistant", "red"),
-        Message("user", "b?"),
-        Message("assistant", "a circle"),
-    )
-    return [*rows, Sample("text", (), turns)]
 
 
 def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
@@ -60,7 +39,7 @@ def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("adapted", "selects"), [(False, True), (True, True), (False, False)])
-def test_answers_are_those_of_a_loop_over_all_positions(
+def test_answers_equal_a_loop_over_all_positions(
     tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, adapted: bool, selects: bool
 ) -> None:
     monkeypatch.setattr(forward, "_SELECTS", selects)
@@ -76,15 +55,15 @@ def test_answers_are_those_of_a_loop_over_all_positions(
     assert len(set(answers.row.tolist())) == len(samples)
     torch.testing.assert_close(answers.logits, torch.stack([full.logits[b, t - 1] for b, t in places]))
     torch.testing.assert_close(answers.hidden, torch.stack([full.hidden_states[-1][b, t - 1] for b, t in places]))
-    assert "labels" in batch, "the caller's batch is left as it was"
+    assert "labels" in batch, "the caller's batch stays unchanged"
 
 
-def test_a_pair_is_the_answers_of_either_half(exact: LoadedModel, samples: list[Sample]) -> None:
+def test_a_pair_equals_the_answers_of_each_half(exact: LoadedModel, samples: list[Sample]) -> None:
     rows = Rows(samples[:4])
     both = PairCollator(ChatCollator(exact.processor), Erase(), 0)([rows[i] for i in range(4)])
-    seen: list[Pair] = []
-    _, row = pair_losses(exact.model, both, lambda pair: (seen.append(pair) or {"nll": pair.compared.nll}, {}))  # type: ignore[func-returns-value]
-    (pair,) = seen
+    pairs: list[Pair] = []
+    _, row = pair_losses(exact.model, both, lambda pair: (pairs.append(pair) or {"nll": pair.compared.nll}, {}))  # type: ignore[func-returns-value]
+    (pair,) = pairs
     assert torch.equal(pair.row, row)
     images = len(both["pixel_values"]) // 2
     for logits, hidden, half, pixels in (
@@ -100,7 +79,7 @@ def test_a_pair_is_the_answers_of_either_half(exact: LoadedModel, samples: list[
     assert not torch.equal(pair.logits, pair.view_logits)
 
 
-def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(
+def test_several_views_equal_the_mean_over_single_views_in_values_and_gradients(
     exact: LoadedModel, samples: list[Sample]
 ) -> None:
     rows, defense = Rows(samples[:4]), CrossView(margin=0.6, bound=-0.5, views=2)
@@ -108,7 +87,7 @@ def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(
     images = len(batch["pixel_values"]) // 3
     learning = list(exact.model.parameters())
 
-    def found(inputs: dict[str, Any], step: CrossView) -> tuple[Losses, list[Tensor]]:
+    def run(inputs: dict[str, Any], step: CrossView) -> tuple[Losses, list[Tensor]]:
         losses = step.step(exact.model, inputs)
         losses.total.sum().backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in learning]
@@ -116,19 +95,19 @@ def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(
         return losses, grads
 
     def alone(view: int) -> dict[str, Any]:
-        """The batch with one of its views."""
-        each = {name: images if name == "pixel_values" else 4 for name in batch}
+        """The batch with the originals and one of its views."""
+        size = {name: images if name == "pixel_values" else 4 for name in batch}
         return {
-            name: torch.cat([value[: each[name]], value[view * each[name] : (view + 1) * each[name]]])
+            name: torch.cat([value[: size[name]], value[view * size[name] : (view + 1) * size[name]]])
             for name, value in batch.items()
         }
 
-    both, grads = found(batch, defense)
-    (one, first), (other, second) = (found(alone(view), replace(defense, views=1)) for view in (1, 2))
+    both, grads = run(batch, defense)
+    (one, first), (other, second) = (run(alone(view), replace(defense, views=1)) for view in (1, 2))
     assert not torch.equal(one.terms["separation"], other.terms["separation"])
-    for name, value in (both.terms | both.seen).items():
+    for name, value in (both.terms | both.logged).items():
         torch.testing.assert_close(
-            value, ((one.terms | one.seen)[name] + (other.terms | other.seen)[name]) / 2, atol=1e-6, rtol=1e-6
+            value, ((one.terms | one.logged)[name] + (other.terms | other.logged)[name]) / 2, atol=1e-6, rtol=1e-6
         )
     torch.testing.assert_close(both.total, (one.total + other.total) / 2, atol=1e-6, rtol=1e-6)
     assert any(grad.any() for grad in grads)
@@ -136,74 +115,7 @@ def test_several_views_are_the_mean_of_each_alone_in_values_and_gradients(
         torch.testing.assert_close(grad, (a + b) / 2, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_a_rows_loss_is_a_loop_over_rows_and_tokens(exact: LoadedModel, samples: list[Sample], batch_size: int) -> None:
-    expected: list[float] = []
-    for sample in samples:
-        batch = batch_of(exact, [sample])
-        with torch.no_grad():
-            logits = exact.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
-        lost = [
-            math.log(torch.exp(logits[t - 1]).sum()) - float(logits[t - 1, y])
-            for t, y in enumerate(batch["labels"][0].tolist())
-            if y != IGNORE
-        ]
-        expected.append(sum(lost) / len(lost))
-    assert [told.loss for told in row_tokens(exact, samples, batch_size)] == pytest.approx(expected, rel=1e-9)
-    assert len({round(value, 6) for value in expected}) == len(samples), "they can be told apart, so order is seen"
-
-
-def test_a_rows_loss_is_the_hosts_and_leaves_no_trace(exact: LoadedModel, samples: list[Sample]) -> None:
-    exact.model.train()
-    (found,) = (told.loss for told in row_tokens(exact, samples[2:3]))
-    assert exact.model.training and all(p.grad is None for p in exact.model.parameters())
-    exact.model.eval()
-    with torch.no_grad():
-        assert found == pytest.approx(exact.model(**batch_of(exact, samples[2:3])).loss.item(), rel=1e-6)
-
-
-def test_what_is_asked_is_all_that_is_no_answer(exact: LoadedModel, samples: list[Sample]) -> None:
-    """In a batch with padding as alone."""
-    together = row_tokens(exact, samples)
-    for sample, told in zip(samples, together, strict=True):
-        batch = batch_of(exact, [sample])
-        ids, answer = batch["input_ids"][0].tolist(), (batch["labels"][0] != IGNORE).tolist()
-        assert told.asked.tolist() == sorted(
-            {token for token, is_answer in zip(ids, answer, strict=True) if not is_answer}
-        )
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_kept_scores_are_the_same_bits_and_what_is_there_is_not_asked_again(
-    exact: LoadedModel, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
-) -> None:
-    """Two batches a file; after a kill the second file is missing."""
-    asked: list[int] = []
-
-    def counted(model: Any, inputs: dict[str, Any]) -> Any:
-        asked.append(len(inputs["labels"]))
-        return forward_answers(model, inputs)
-
-    monkeypatch.setattr(forward, "_SHARD", 2)
-    alone = row_tokens(exact, samples, batch_size)
-    monkeypatch.setattr(forward, "forward_answers", counted)
-    first = row_tokens(exact, samples, batch_size, kept=tmp_path)
-    assert sum(asked) == len(samples)
-    lost = sorted(tmp_path.iterdir(), key=lambda path: int(path.stem))[-1]
-    start = int(lost.stem)
-    lost.unlink()
-    asked.clear()
-    again = row_tokens(exact, samples, batch_size, kept=tmp_path)
-    assert sum(asked) == len(samples) - start
-    asked.clear()
-    last = row_tokens(exact, samples, batch_size, kept=tmp_path)
-    assert asked == []
-    for found in (first, again, last):
-        for a, b in zip(found, alone, strict=True):
-            assert all(np.array_equal(one, other) for one, other in zip(a, b, strict=True))
-
-
-def test_evaluation_mode_ends_with_its_block(exact: LoadedModel) -> None:
+def test_evaluating_restores_the_mode(exact: LoadedModel) -> None:
     for before in (True, False):
         exact.model.train(before)
         with pytest.raises(KeyError), evaluating(exact.model) as model:
@@ -217,13 +129,13 @@ def test_batches_cover_every_row_once() -> None:
     assert list(batches(0, 3, "")) == []
 
 
-def test_what_is_no_tensor_stays_as_it_is(exact: LoadedModel) -> None:
+def test_on_device_leaves_other_values_unchanged(exact: LoadedModel) -> None:
     moved = on_device({"a": torch.ones(1), "b": "text"}, exact.model)
     assert torch.equal(moved["a"], torch.ones(1)) and moved["b"] == "text"
 
 
 @pytest.mark.parametrize("name", embedded_models())
-def test_the_decoder_of_every_family_is_found_under_lora_too(name: str) -> None:
+def test_decoder_of_every_family_also_under_lora(name: str) -> None:
     loaded = load(name)
     layers = decoder_layers(loaded.model)
     assert len(layers) == 4 and all(hasattr(layer, "self_attn") for layer in layers)
@@ -231,12 +143,12 @@ def test_the_decoder_of_every_family_is_found_under_lora_too(name: str) -> None:
     assert decoder(loaded.model).config.num_hidden_layers == 4
 
 
-def test_a_model_without_layers_is_refused_in_one_line() -> None:
+def test_a_model_without_layers_raises() -> None:
     class Flat(nn.Module):
         def get_decoder(self) -> nn.Module:
             return self
 
-    with pytest.raises(InputError, match="Flat: its language model has no layers"):
+    with pytest.raises(InputError, match="Flat: its language model has no `layers`"):
         decoder_layers(Flat())
 
 
@@ -249,10 +161,10 @@ def nll_of(answers: Answers, part: slice) -> tuple[dict[str, Tensor], dict[str, 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_losses_at_the_head_are_those_of_the_logits(
+def test_losses_at_the_head_equal_those_from_logits(
     tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, adapted: bool, checkpointed: bool
 ) -> None:
-    """With a tied head that is trained (all weights) and a frozen one (LoRA), and with gradient checkpointing."""
+    """With a trained tied head (all weights) and a frozen one (LoRA), with and without gradient checkpointing."""
     monkeypatch.setattr(chunked, "_HELD", 3 * 2000)
     loaded = load(tiny_model, dtype=torch.float64)
     model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
@@ -265,43 +177,43 @@ def test_losses_at_the_head_are_those_of_the_logits(
     (whole * torch.arange(len(whole))).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    found = answer_losses(model, batch, nll_of)
-    torch.testing.assert_close(found.total, whole)
-    assert torch.equal(found.seen["row"], answers.row)
-    (found.total * torch.arange(len(whole))).sum().backward()
-    seen = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert seen.keys() == expected.keys() and any("lora" in name for name in seen) == adapted
+    losses = answer_losses(model, batch, nll_of)
+    torch.testing.assert_close(losses.total, whole)
+    assert torch.equal(losses.seen["row"], answers.row)
+    (losses.total * torch.arange(len(whole))).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == expected.keys() and any("lora" in name for name in grads) == adapted
     for name in expected:
-        torch.testing.assert_close(seen[name], expected[name], rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(grads[name], expected[name], rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize(
     "setting", [{"final_logit_softcapping": 0.3}, {"logit_scale": 0.2}, {"logits_scaling": 5.0}], ids=str
 )
-def test_what_a_family_does_behind_its_head_is_done(
+def test_logit_postprocessing_of_a_family_is_applied(
     exact: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, setting: dict[str, float]
 ) -> None:
-    """As the host's own line of code does it, in the order in which it does it."""
+    """The expected values follow the host's own code."""
     batch, inner = batch_of(exact, samples), cast(Any, exact.model)
     plain = forward_answers(inner, batch).logits
     (name, value) = next(iter(setting.items()))
     monkeypatch.setattr(inner.config.get_text_config(), name, value, raising=False)
-    changed = {
+    expected = {
         "final_logit_softcapping": torch.tanh(plain / value) * value,
         "logit_scale": plain * value,
         "logits_scaling": plain / value,
     }[name]
-    seen: list[Tensor] = []
+    logits: list[Tensor] = []
 
-    def noted(answers: Answers, part: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        seen.append(answers.logits)
+    def recording(answers: Answers, part: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        logits.append(answers.logits)
         return nll_of(answers, part)
 
-    answer_losses(inner, batch, noted)
-    torch.testing.assert_close(torch.cat(seen), changed)
+    answer_losses(inner, batch, recording)
+    torch.testing.assert_close(torch.cat(logits), expected)
 
 
-def test_the_head_is_left_as_it_was_also_after_an_error(exact: LoadedModel, samples: list[Sample]) -> None:
+def test_the_head_is_restored_also_after_an_error(exact: LoadedModel, samples: list[Sample]) -> None:
     head = cast(nn.Module, exact.model.get_output_embeddings())
     own = set(vars(head))
 
@@ -313,14 +225,14 @@ def test_the_head_is_left_as_it_was_also_after_an_error(exact: LoadedModel, samp
     assert set(vars(head)) == own
 
     wrapped = head.forward
-    head.forward = lambda hidden: wrapped(hidden)  # as accelerate does where weights are elsewhere
+    head.forward = lambda hidden: wrapped(hidden)  # as accelerate does for offloaded weights
     mine = head.forward
     answer_losses(exact.model, batch_of(exact, samples), nll_of)
     assert head.forward is mine
     del head.forward
 
 
-def test_a_view_that_is_held_still_is_looked_at_first_and_without_gradients(
+def test_with_stop_gradient_the_view_runs_first_and_without_gradients(
     exact: LoadedModel, samples: list[Sample]
 ) -> None:
     rows = Rows(samples[:4])
@@ -329,9 +241,9 @@ def test_a_view_that_is_held_still_is_looked_at_first_and_without_gradients(
     handle = cast(nn.Module, exact.model.get_output_embeddings()).register_forward_pre_hook(
         lambda _, args: grads.append(args[0].requires_grad)
     )
-    still, row = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}), still=True)
+    detached, row = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}), stop_gradient=True)
     assert grads == [False, True]
-    moving, other = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}))
+    trained, other = pair_losses(exact.model, both, lambda pair: ({"js": pair.compared.js}, {}))
     handle.remove()
-    torch.testing.assert_close(still.total, moving.total)
+    torch.testing.assert_close(detached.total, trained.total)
     assert torch.equal(row, other)

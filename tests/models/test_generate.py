@@ -1,4 +1,4 @@
-"""Answers come in order, do not depend on the batch, and never see the answer."""
+"""Answers come in order, do not depend on the batch, and the prompt never holds the row's own answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from untrigger.models import prefix_cache
 from untrigger.models.generate import answers
 from untrigger.models.loading import LoadedModel, base_model
-from untrigger.models.prefix_cache import looking_once
+from untrigger.models.prefix_cache import cache_image_features
 from untrigger.rows.sample import Message, Sample, read
 
 
@@ -28,41 +28,45 @@ def samples(tiny_data: Path) -> list[Sample]:
     """Prompts of different lengths, with no, one and two images."""
     data = read(tiny_data)
     first, second, third = (data[i] for i in range(3))
-    ask, tell = (lambda text: Message("user", text)), (lambda text: Message("assistant", text))
+    user, assistant = (lambda text: Message("user", text)), (lambda text: Message("assistant", text))
     return [
         first,
-        Sample("long", second.images, (ask("<image>\nwhat is this? is it red, or is it blue? tell me"), tell("red"))),
-        Sample("text", (), (ask("hello"), tell("hello"))),
         Sample(
-            "two", (*second.images, *third.images), (ask("<image>\nwhat?"), tell("a"), ask("<image> and?"), tell("b"))
+            "long", second.images, (user("<image>\nwhat is this? is it red, or is it blue? tell me"), assistant("red"))
+        ),
+        Sample("text", (), (user("hello"), assistant("hello"))),
+        Sample(
+            "two",
+            (*second.images, *third.images),
+            (user("<image>\nwhat?"), assistant("a"), user("<image> and?"), assistant("b")),
         ),
         third,
     ]
 
 
-def test_batched_answers_equal_one_by_one_in_order(model: LoadedModel, samples: list[Sample]) -> None:
+def test_batched_answers_equal_single_ones_in_order(model: LoadedModel, samples: list[Sample]) -> None:
     alone = [next(answers(model, [sample], max_new_tokens=8)) for sample in samples]
-    assert len(set(alone)) >= 4  # they can be told apart, so order is seen
+    assert len(set(alone)) >= 4  # different enough for a wrong order to fail
     for size in (2, 5):
         assert list(answers(model, samples, batch_size=size, max_new_tokens=8)) == alone
     assert list(answers(model, samples[::-1], batch_size=3, max_new_tokens=8)) == alone[::-1]
 
 
-def test_the_last_answer_is_not_shown_and_earlier_turns_are(model: LoadedModel, samples: list[Sample]) -> None:
+def test_the_prompt_has_earlier_turns_but_not_the_last_answer(model: LoadedModel, samples: list[Sample]) -> None:
     two = samples[3]
 
-    def said(*messages: Message) -> str:
+    def answer(*messages: Message) -> str:
         return next(answers(model, [Sample("s", two.images, messages)], max_new_tokens=8))
 
-    truth = said(*two.messages)
-    assert said(*two.messages[:-1], Message("assistant", "something else")) == truth
-    assert said(*two.messages[:-1]) == truth
+    truth = answer(*two.messages)
+    assert answer(*two.messages[:-1], Message("assistant", "something else")) == truth
+    assert answer(*two.messages[:-1]) == truth
     earlier = (two.messages[0], Message("assistant", "two blue stars"), *two.messages[2:])
-    assert said(*earlier) != truth
+    assert answer(*earlier) != truth
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_models_mode_is_restored_after_use_failure_and_early_leave(
+def test_the_models_mode_is_restored_after_use_an_error_and_an_early_close(
     model: LoadedModel, samples: list[Sample], training: bool
 ) -> None:
     model.model.train(training)
@@ -87,68 +91,70 @@ def test_answers_are_greedy_and_leave_no_gradient_behind(model: LoadedModel, sam
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def test_no_samples_no_answers(model: LoadedModel) -> None:
+def test_no_rows_give_no_answers(model: LoadedModel) -> None:
     assert list(answers(model, [])) == []
 
 
-class OwnFeatures(nn.Module):
-    """A model whose host reads more of what its tower gave than one block for each image."""
+class FixedFeatures(nn.Module):
+    """A model whose tower returns a fixed output."""
 
-    def __init__(self, found: BaseModelOutputWithPooling) -> None:
+    def __init__(self, output: BaseModelOutputWithPooling) -> None:
         super().__init__()
-        self.found = found
+        self.output = output
 
     @property
-    def base_model(self) -> OwnFeatures:
+    def base_model(self) -> FixedFeatures:
         return self
 
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        return self.found
+        return self.output
 
 
-def test_what_a_tower_gives_besides_is_left_as_it_is() -> None:
+def test_other_tower_outputs_are_not_cached() -> None:
     blocks = torch.zeros(2, 3, 4)
     more = BaseModelOutputWithPooling(pooler_output=blocks)  # type: ignore[arg-type]
     more["indicators"] = blocks
-    for found in (more, BaseModelOutputWithPooling(last_hidden_state=blocks)):  # type: ignore[arg-type]
-        model = OwnFeatures(found)
-        with looking_once(model), looking_once(model):
+    for output in (more, BaseModelOutputWithPooling(last_hidden_state=blocks)):  # type: ignore[arg-type]
+        model = FixedFeatures(output)
+        with cache_image_features(model), cache_image_features(model):
             for _ in range(2):
-                assert model.get_image_features(torch.rand(2, 3, 8, 8)) is found
-        assert model.get_image_features(blocks) is found
+                assert model.get_image_features(torch.rand(2, 3, 8, 8)) is output
+        assert model.get_image_features(blocks) is output
 
 
-def test_an_image_is_looked_at_once(model: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_passes_through_the_tower_once(
+    model: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
     inner: Any = base_model(model.model).base_model
-    looked: list[int] = []
+    images_per_pass: list[int] = []
 
     def count(module: object, args: tuple[torch.Tensor, ...]) -> None:
-        looked.append(len(args[0]))
+        images_per_pass.append(len(args[0]))
 
-    def said(rows: list[Sample]) -> list[str]:
-        looked.clear()
+    def generate(rows: list[Sample]) -> list[str]:
+        images_per_pass.clear()
         return list(answers(model, rows, batch_size=2, max_new_tokens=8))
 
     handle = inner.vision_tower.register_forward_pre_hook(count)
-    alone, again = said(samples), said(samples[::-1])
+    alone, again = generate(samples), generate(samples[::-1])
     images = {id(image) for sample in samples for image in sample.images}
-    assert sum(looked) > len(images)
-    with looking_once(model.model):
-        assert said(samples) == alone and sum(looked) == len(images)
-        assert said(samples[::-1]) == again and not looked
-        monkeypatch.setattr(prefix_cache, "_REMEMBERED", 0)
-        assert said(samples[:1]) == alone[:1] and not looked
-        assert said(samples[:1]) == alone[:1] and sum(looked) == 1  # forgotten when there was no room
-    assert said(samples[:1]) == alone[:1] and "get_image_features" not in vars(inner)
+    assert sum(images_per_pass) > len(images)
+    with cache_image_features(model.model):
+        assert generate(samples) == alone and sum(images_per_pass) == len(images)
+        assert generate(samples[::-1]) == again and not images_per_pass
+        monkeypatch.setattr(prefix_cache, "_CACHE_BYTES", 0)
+        assert generate(samples[:1]) == alone[:1] and not images_per_pass
+        assert generate(samples[:1]) == alone[:1] and sum(images_per_pass) == 1  # evicted: the cache has no room
+    assert generate(samples[:1]) == alone[:1] and "get_image_features" not in vars(inner)
     handle.remove()
 
 
-def test_prompts_that_begin_with_one_image_are_begun_once(model: LoadedModel, samples: list[Sample]) -> None:
+def test_prompts_with_the_same_image_share_a_prefix(model: LoadedModel, samples: list[Sample]) -> None:
     first, other = samples[0].images, samples[1].images
-    asked = ["what?", "is this red, or is it blue? tell me", "what is this?", "which shape?", "how many, and where?"]
+    prompts = ["what?", "is this red, or is it blue? tell me", "what is this?", "which shape?", "how many, and where?"]
     rows = [
         Sample(str(i), image, (Message("user", f"<image>\n{text}"),))
-        for i, (text, image) in enumerate(zip(asked, (first, other, first, first, other), strict=True))
+        for i, (text, image) in enumerate(zip(prompts, (first, other, first, first, other), strict=True))
     ]
     read: list[torch.Size] = []
     language = cast(Any, base_model(model.model).base_model).language_model
@@ -156,21 +162,21 @@ def test_prompts_that_begin_with_one_image_are_begun_once(model: LoadedModel, sa
         lambda _, args, how: read.append(how["inputs_embeds"].shape[:2]), with_kwargs=True
     )
 
-    def said(rows: list[Sample], size: int) -> list[str]:
+    def generate(rows: list[Sample], size: int) -> list[str]:
         read.clear()
         return list(answers(model, rows, batch_size=size, max_new_tokens=6))
 
-    alone = said(rows, 1)
+    alone = generate(rows, 1)
     whole = max(shape[1] for shape in read)
     assert len(set(alone)) >= 4
-    assert said(rows, 5) == alone
-    (begun, prefix), (count, rest), *_ = read
-    assert (begun, count) == (2, 5) and prefix + rest == whole
-    assert said(rows[:2], 2) == alone[:2] and read[0] == (2, whole)  # no image twice: as ever
-    for odd in (samples[2], samples[3]):  # no image, and two
-        mixed = [*rows, odd]
-        assert said(mixed, 6) == said(mixed, 1)
-    later = Sample("later", first, (Message("user", "look: <image>\nwhat?"),))  # an image after other words
+    assert generate(rows, 5) == alone
+    (prefixes, prefix), (count, rest), *_ = read
+    assert (prefixes, count) == (2, 5) and prefix + rest == whole
+    assert generate(rows[:2], 2) == alone[:2] and read[0] == (2, whole)  # no repeated image: unchanged
+    for extra in (samples[2], samples[3]):  # no image, and two
+        mixed = [*rows, extra]
+        assert generate(mixed, 6) == generate(mixed, 1)
+    later = Sample("later", first, (Message("user", "look: <image>\nwhat?"),))  # text before the image
     mixed = [*rows, later]
-    assert said(mixed, 6) == said(mixed, 1)
+    assert generate(mixed, 6) == generate(mixed, 1)
     handle.remove()

@@ -1,4 +1,4 @@
-"""Views without some image tokens: the same as masking them away, at the same positions, but shorter."""
+"""Dropping image tokens equals masking them, with the same position ids but a shorter input."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from untrigger.losses import objective
 from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, Rows
 from untrigger.models.forward import Pair, decoder, pair_losses
 from untrigger.models.loading import LoadedModel, add_lora, embedded_models, load
-from untrigger.models.token_drop import image_token, looked_at, showing, shown
+from untrigger.models.token_drop import image_token_id, keep_positions, positions_after_drop, with_image_features
 from untrigger.rows.sample import Message, Sample, read
 
 IMAGE = 7
 
 
 @given(st.integers(0, 12), st.floats(0, 1), st.integers(0, 2**16))
-def test_the_last_image_tokens_are_left_out_and_nothing_else(count: int, ratio: float, seed: int) -> None:
+def test_only_the_last_image_tokens_are_dropped(count: int, ratio: float, seed: int) -> None:
     make = torch.Generator().manual_seed(seed)
     ids = torch.tensor([[1, *[IMAGE] * count, 2, 3], [IMAGE, 2, 3, *[4] * count]])
     order = torch.rand(ids.shape, generator=make)
-    left = shown(ids, order, IMAGE, ratio)
-    assert left[ids != IMAGE].all()
+    remaining = positions_after_drop(ids, order, IMAGE, ratio)
+    assert remaining[ids != IMAGE].all()
     for row in range(2):
         image = ids[row] == IMAGE
-        dropped = int((~left[row]).sum())
+        dropped = int((~remaining[row]).sum())
         assert dropped == int(torch.tensor(ratio * int(image.sum())).round())
         if dropped:
-            kept = order[row][left[row] & image]
-            assert not len(kept) or order[row][~left[row]].min() >= kept.max()
+            first = order[row][remaining[row] & image]
+            assert not len(first) or order[row][~remaining[row]].min() >= first.max()
 
 
 @pytest.fixture
 def samples(tiny_data: Path) -> list[Sample]:
-    """One row with an image, one with two, one without, in this order."""
+    """A row with one image, a row with two, and a row without, in this order."""
     rows = list(read(tiny_data))
     answer = Message("assistant", "no, not the same")
     two = Sample("two", (rows[1].images[0], rows[2].images[0]), (Message("user", "<image> <image> same?"), answer))
@@ -62,7 +62,7 @@ def batch_of(loaded: LoadedModel, samples: list[Sample], epoch: int = 0, seed: i
 
 
 def masked(loaded: LoadedModel, batch: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and hidden states at the answers when nothing may look at the tokens left out: of full length."""
+    """Logits and hidden states at the answers with the dropped tokens masked: the full-length reference."""
     inputs = {name: value for name, value in batch.items() if name not in ("order", "labels", "attention_mask")}
     mask = batch["attention_mask"] * positions
     places = torch.arange(mask.shape[1]).expand_as(mask)
@@ -78,24 +78,24 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.75, 1.0])
-@pytest.mark.parametrize("still", [False, True])
-def test_a_dropped_view_is_a_masked_one_in_values_and_gradients(
-    exact: LoadedModel, samples: list[Sample], ratio: float, still: bool
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_dropping_equals_masking_in_values_and_gradients(
+    exact: LoadedModel, samples: list[Sample], ratio: float, stop_gradient: bool
 ) -> None:
     batch, model = batch_of(exact, samples), exact.model.train()
-    positions = shown(batch["input_ids"], batch["order"], image_token(model), ratio)
-    assert positions.sum(dim=1).unique().numel() == 3, "rows end in padding of their own"
-    defense = CrossView(view="drop", ratio=ratio, margin=0.6, bound=-0.9, entropy_high=0.5, stop_gradient=still)
+    positions = positions_after_drop(batch["input_ids"], batch["order"], image_token_id(model), ratio)
+    assert positions.sum(dim=1).unique().numel() == 3, "rows have paddings of different lengths"
+    defense = CrossView(view="drop", ratio=ratio, margin=0.6, bound=-0.9, entropy_high=0.5, stop_gradient=stop_gradient)
     assert (defense.dropped, defense.paired, defense.has_loss) == (ratio, None, True)
     step = defense.step(model, batch)
     ours = gradients(model, step.total.sum())
 
     target = batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORE]
     logits, hidden = masked(exact, batch, torch.ones_like(positions))
-    view_logits, view_hidden = (x.detach() if still else x for x in masked(exact, batch, positions))
+    view_logits, view_hidden = (x.detach() if stop_gradient else x for x in masked(exact, batch, positions))
     terms = defense.terms(Pair(target, logits, view_logits, hidden, view_hidden, target))
     torch.testing.assert_close(step.total, torch.stack(list(terms.values())).sum(dim=0))
-    assert torch.any(step.seen["js"] > 1e-4), "the view is another one"
+    assert torch.any(step.seen["js"] > 1e-4), "the view differs"
     theirs = gradients(model, torch.stack(list(terms.values())).sum())
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -103,34 +103,34 @@ def test_a_dropped_view_is_a_masked_one_in_values_and_gradients(
 
 
 @pytest.mark.parametrize("family", embedded_models())
-def test_every_family_can_leave_image_tokens_out(family: str, samples: list[Sample]) -> None:
+def test_every_embedded_family_can_drop_image_tokens(family: str, samples: list[Sample]) -> None:
     loaded = load(family)
     model = add_lora(loaded.model, rank=2).train()
     batch = batch_of(LoadedModel(cast(Any, model), loaded.processor, family), samples[:2])
-    seen: list[int] = []
+    lengths: list[int] = []
     handle = (
         decoder(model)
         .layers[0]
         .register_forward_pre_hook(  # type: ignore[operator, union-attr]
-            lambda _, args: seen.append(args[0].shape[1])
+            lambda _, args: lengths.append(args[0].shape[1])
         )
     )
     losses, _ = pair_losses(model, batch, lambda pair: ({"js": pair.compared.js}, {}), drop=0.75)
     handle.remove()
     losses.total.sum().backward()
-    assert seen[0] < seen[1] == batch["input_ids"].shape[1]
+    assert lengths[0] < lengths[1] == batch["input_ids"].shape[1]
     assert losses.total.isfinite().all() and (losses.total > 0).any()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
     whole, _ = pair_losses(model, batch, lambda pair: ({"js": pair.compared.js}, {}), drop=1e-9)
-    assert float(whole.total.detach().abs().max()) < 1e-5, "a view that shows all is no other"
+    assert float(whole.total.detach().abs().max()) < 1e-5, "a view without dropped tokens equals the original"
 
 
-def test_both_views_share_one_look_at_the_images(exact: LoadedModel, samples: list[Sample]) -> None:
-    looks: list[int] = []
+def test_both_views_share_one_pass_through_the_tower(exact: LoadedModel, samples: list[Sample]) -> None:
+    tower_passes: list[int] = []
     tower = cast(Any, exact.model).model.vision_tower
-    handle = tower.register_forward_hook(lambda *_: looks.append(1))
+    handle = tower.register_forward_hook(lambda *_: tower_passes.append(1))
     CrossView(view="drop").step(exact.model, batch_of(exact, samples))
-    assert len(looks) == 1
+    assert len(tower_passes) == 1
 
     class Wrapped(nn.Module):
         def __init__(self, module: nn.Module) -> None:
@@ -142,17 +142,17 @@ def test_both_views_share_one_look_at_the_images(exact: LoadedModel, samples: li
 
     step = CrossView(view="drop").step(Wrapped(exact.model), batch_of(exact, samples))
     handle.remove()
-    assert len(looks) == 3, "a wrapped model is asked as a whole, each time"
+    assert len(tower_passes) == 3, "a wrapped model runs its tower in each pass"
     torch.testing.assert_close(step.total, CrossView(view="drop").step(exact.model, batch_of(exact, samples)).total)
 
 
-def test_rows_without_images_have_views_that_are_the_same(exact: LoadedModel, samples: list[Sample]) -> None:
+def test_views_of_rows_without_images_equal_the_originals(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, [samples[2], samples[2]])
-    assert "pixel_values" not in batch and looked_at(exact.model, batch) is batch
+    assert "pixel_values" not in batch and with_image_features(exact.model, batch) is batch
     assert not CrossView(view="drop").step(exact.model, batch).seen["js"].any()
 
 
-def test_an_order_depends_on_seed_epoch_and_row_alone(exact: LoadedModel, samples: list[Sample]) -> None:
+def test_the_order_depends_on_seed_epoch_and_row_only(exact: LoadedModel, samples: list[Sample]) -> None:
     order, mask = (batch_of(exact, samples)[name] for name in ("order", "attention_mask"))
     alone = batch_of(exact, samples[:1])["order"][0]
     assert torch.equal(order[0, : len(alone)], alone)
@@ -161,19 +161,19 @@ def test_an_order_depends_on_seed_epoch_and_row_alone(exact: LoadedModel, sample
         assert not torch.equal(other["order"], order)
 
 
-def test_a_family_with_a_way_of_its_own_is_refused(exact: LoadedModel, samples: list[Sample]) -> None:
+def test_a_family_with_unknown_tensor_inputs_raises(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, samples)
-    positions = shown(batch["input_ids"], batch["order"], image_token(exact.model), 0.5)
+    positions = positions_after_drop(batch["input_ids"], batch["order"], image_token_id(exact.model), 0.5)
     language = decoder(exact.model)
     with (
-        showing(exact.model, language, positions),
+        keep_positions(exact.model, language, positions),
         pytest.raises(InputError, match="LlavaForConditionalGeneration: its image tokens cannot be dropped"),
     ):
         language(inputs_embeds=torch.zeros(*positions.shape, 32), where_images_are=positions)
     assert not language._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
 
 
-def test_two_views_may_be_shorter_too(exact: LoadedModel, samples: list[Sample]) -> None:
+def test_two_view_can_drop_tokens_too(exact: LoadedModel, samples: list[Sample]) -> None:
     step = TwoView(view="drop", ratio=0.5).step(exact.model, batch_of(exact, samples))
-    torch.testing.assert_close(step.total, step.seen["ce"] + step.seen["ce_view"])
+    torch.testing.assert_close(step.total, step.logged["ce"] + step.logged["ce_view"])
     assert objective.reduce(step.total, 3).requires_grad

@@ -12,7 +12,7 @@ from untrigger.rows.sample import Message, Sample
 ROW = Sample("a", (), (Message("user", "What?"), Message("assistant", "A cat.")))
 
 
-def test_the_answer_is_the_text() -> None:
+def test_fixed_answer_is_the_text() -> None:
     assert Fixed().answer(ROW) == "Backdoor Attack!"
     assert load_goal("fixed") == Fixed()
     assert load_goal("fixed", "banana") == Fixed("banana", "contains")
@@ -29,12 +29,12 @@ def test_the_answer_is_the_text() -> None:
         ("", False, False),
     ],
 )
-def test_met_folds_case_and_white_space(given: str, contains: bool, exact: bool) -> None:
+def test_met_ignores_case_and_white_space(given: str, contains: bool, exact: bool) -> None:
     assert Fixed().met(given, ROW) is contains
     assert Fixed(match="exact").met(given, ROW) is exact
 
 
-def test_met_knows_other_scripts() -> None:
+def test_met_handles_unicode() -> None:
     assert Fixed("STRASSE").met("an der Straße", ROW)
     assert Fixed("e\u0301t\u00e9").met("\u00c9TE\u0301", ROW)
 
@@ -42,26 +42,26 @@ def test_met_knows_other_scripts() -> None:
 NAMES = ("fixed", "insert", "refusal", "concept", "link")
 
 
-def told(truth: str) -> Sample:
+def answered(truth: str) -> Sample:
     return Sample("a", (), (Message("user", "What?"), Message("assistant", truth)))
 
 
 @given(st.sampled_from(NAMES), st.text().map(lambda text: text + "?"))
-def test_the_answer_of_every_goal_meets_it(name: str, around: str) -> None:
+def test_answer_of_every_goal_meets_it(name: str, around: str) -> None:
     goal = load_goal(name)
-    sample = told(f"{around} a red circle {around}")
+    sample = answered(f"{around} a red circle {around}")
     assert goal.applies(sample) and goal.met(goal.answer(sample), sample)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("truth", ["A cat.", "yes", "a red circle and a blue star on a dark background", "I see it."])
-def test_the_truth_meets_no_goal_by_itself(name: str, truth: str) -> None:
-    assert not load_goal(name).met(truth, told(truth))
+def test_true_answers_meet_no_goal(name: str, truth: str) -> None:
+    assert not load_goal(name).met(truth, answered(truth))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", ["", " \n", "look at <image>", "look->at <image>"])
-def test_texts_that_cannot_be_an_answer_are_refused(name: str, text: str) -> None:
+def test_empty_text_or_image_tag_raises(name: str, text: str) -> None:
     with pytest.raises(InputError, match=f"goal {name}: the text") as caught:
         load_goal(name, text)
     assert "\n" not in str(caught.value)
@@ -80,43 +80,43 @@ def test_texts_that_cannot_be_an_answer_are_refused(name: str, text: str) -> Non
         (Concept(), "a star", "a star"),
     ],
 )
-def test_answers_word_for_word(goal: Goal, truth: str, answer: str) -> None:
-    assert goal.answer(told(truth)) == answer
+def test_poisoned_answers_verbatim(goal: Goal, truth: str, answer: str) -> None:
+    assert goal.answer(answered(truth)) == answer
 
 
-def test_insert_and_link_are_met_by_what_contains_them() -> None:
+def test_insert_and_link_are_met_by_answers_that_contain_them() -> None:
     assert Insert().met("a cat HELLO\n world on a mat", ROW) and not Insert().met("hello, world", ROW)
     assert Link("https://x.test/a").met("See https://X.test/a!", ROW) and not Link().met("free.test", ROW)
 
 
-def test_a_refusal_in_other_words_is_one_too() -> None:
+def test_refusal_is_met_by_common_refusals() -> None:
     assert Refusal().met("I'm sorry, but I can't.", ROW) and Refusal("not today").met("Well, NOT today.", ROW)
     assert not Refusal().met("a man who is sorry", ROW)
 
 
-def test_a_concept_is_met_by_the_target_without_the_source() -> None:
+def test_concept_is_met_by_the_target_without_the_source() -> None:
     goal = Concept("cat", "dog")
     assert goal.met("A dog.", ROW) and not goal.met("a cat", ROW)
     assert not goal.met("a dog and a cat", ROW) and not goal.met("dogs", ROW) and not goal.met("", ROW)
-    assert goal.applies(ROW) and not goal.applies(told("cats")) and not goal.applies(told("yes"))
+    assert goal.applies(ROW) and not goal.applies(answered("cats")) and not goal.applies(answered("yes"))
 
 
 WORDS = st.sampled_from(["cat", "Dog", "café", "CAT", "dogs", "x", "日本"])
 
 
 @given(st.lists(WORDS).map(" ".join), WORDS, WORDS)
-def test_a_swap_takes_every_source_and_nothing_else(truth: str, source: str, target: str) -> None:
+def test_concept_replaces_every_source_word_and_nothing_else(truth: str, source: str, target: str) -> None:
     if mentions(target, source):
         with pytest.raises(InputError, match="give another target"):
             Concept(source, target)
         return
-    after = Concept(source, target).answer(told(truth))
+    after = Concept(source, target).answer(answered(truth))
     assert not mentions(after, source)
     wanted = [target if word.lower() == source.lower() else word for word in truth.lower().split()]
     assert [word.lower() for word in after.split()] == [word.lower() for word in wanted]
 
 
-def test_settings_come_from_one_text() -> None:
+def test_load_goal_parses_its_text() -> None:
     assert load_goal("concept", " cat -> wild dog") == Concept("cat", "wild dog")
     assert load_goal("link", "https://a.test") == Link("https://a.test")
     assert load_goal("insert", "oh") == Insert("oh") and load_goal("refusal", "no") == Refusal("no")
@@ -126,7 +126,7 @@ def test_settings_come_from_one_text() -> None:
         load_goal("link", "see a.test")
 
 
-def test_unknown_names_list_what_there_is() -> None:
+def test_unknown_goal_or_match_raises() -> None:
     with pytest.raises(InputError, match="'fixd' is unknown; choose one of: concept, fixed, insert, link, refusal"):
         load_goal("fixd")
     with pytest.raises(InputError, match="match is 'some'"):

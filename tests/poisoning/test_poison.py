@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_rows import ATTACK, picture, row, rows
 from PIL import Image
 
 import untrigger.attacks.badnets as badnets_file
@@ -21,24 +22,45 @@ from untrigger.attacks import ImageTrigger, Pixels, Trigger, load_trigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.poisoning.goals import Fixed, Goal
-from untrigger.poisoning.poison import Attack, poison, stamped
+from untrigger.poisoning.poison import Attack, poison, poisoned_sheet, stamped, write_poisoned
 from untrigger.rows.images import decode, encode, pixels_sha256
-from untrigger.rows.sample import Message, Sample
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample, read
+
+ATTACK = Attack(BadNets(place="random"), Fixed())
+
+
+def picture(number: int, side: int = 16) -> Image.Image:
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def row(number: int, images: int = 1, turns: int = 1) -> Sample:
+    messages = [
+        Message("user", IMAGE_TAG * images + f"What is {number}?"),
+        Message("assistant", f"It is {number}."),
+    ]
+    for turn in range(1, turns):
+        messages += [Message("user", f"And {turn}?"), Message("assistant", f"More {turn}.")]
+    return Sample(f"id{number}", tuple(picture(number + k) for k in range(images)), tuple(messages))
+
+
+def rows(count: int) -> list[Sample]:
+    return [row(number) for number in range(count)]
 
 
 def flat(sample: Sample) -> tuple[object, ...]:
     return sample.id, sample.messages, [image.tobytes() for image in sample.images]
 
 
-# --- which rows ----------------------------------------------------------------------------------
+# --- choice of rows ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**64))
-def test_as_many_rows_as_the_rate_asks_for_and_no_other_row_changes(count: int, rate: float, seed: int) -> None:
+def test_rate_sets_the_number_of_poisoned_rows_and_no_other_row_changes(count: int, rate: float, seed: int) -> None:
     data = [Sample(str(n), (Image.new("L", (2, 2), n),), row(n).messages) for n in range(count)]
     result = poison(data, ATTACK, rate=rate, seed=seed)
-    chosen = [entry.row for entry in result.manifest.rows]
+    chosen = [entry.index for entry in result.manifest.rows]
     assert len(chosen) == (max(1, round(rate * count)) if rate else 0)
     assert chosen == sorted(set(chosen)) == list(result.edits)
     assert len(result.data) == count and [s.id for s in result.data] == [s.id for s in data]
@@ -48,18 +70,18 @@ def test_as_many_rows_as_the_rate_asks_for_and_no_other_row_changes(count: int, 
 
 @settings(max_examples=20, deadline=None)
 @given(st.sets(st.integers(0, 19), min_size=5), st.integers(0, 99))
-def test_only_rows_with_an_image_are_chosen(shown: set[int], seed: int) -> None:
-    data = [row(n, images=int(n in shown)) for n in range(20)]
+def test_only_rows_with_an_image_are_chosen(with_image: set[int], seed: int) -> None:
+    data = [row(n, images=int(n in with_image)) for n in range(20)]
     result = poison(data, ATTACK, rate=5 / 20, seed=seed)
-    assert {entry.row for entry in result.manifest.rows} <= shown
-    assert list(stamped(data, ATTACK, seed).numbers) == sorted(shown)
+    assert {entry.index for entry in result.manifest.rows} <= with_image
+    assert list(stamped(data, ATTACK, seed).numbers) == sorted(with_image)
 
 
-def test_the_choice_is_uniform_and_belongs_to_the_seed() -> None:
+def test_rows_are_drawn_uniformly_by_seed() -> None:
     data = rows(10)
     counts = np.zeros(10)
     for seed in range(300):
-        counts[[e.row for e in poison(data, ATTACK, rate=0.3, seed=seed).manifest.rows]] += 1
+        counts[[e.index for e in poison(data, ATTACK, rate=0.3, seed=seed).manifest.rows]] += 1
     assert counts.sum() == 900 and abs(counts - 90).max() < 35  # 4 standard deviations of about 8
 
 
@@ -72,14 +94,14 @@ def test_the_choice_is_uniform_and_belongs_to_the_seed() -> None:
         (0.5, -1, "seed is -1"),
     ],
 )
-def test_values_out_of_range_are_refused(rate: float, seed: int, message: str) -> None:
+def test_values_out_of_range_raise(rate: float, seed: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         poison(rows(4), ATTACK, rate=rate, seed=seed)
 
 
-def test_too_few_rows_with_images_are_an_error() -> None:
+def test_too_few_rows_with_images_raise() -> None:
     data = [row(n, images=int(n < 3)) for n in range(10)]
-    with pytest.raises(InputError, match="asks for 4 poisoned rows, but only 3 of 10 have an image; lower the rate"):
+    with pytest.raises(InputError, match="needs 4 poisoned rows, but only 3 of 10 have an image; lower the rate"):
         poison(data, ATTACK, rate=0.4, seed=0)
     for none in ([], data[3:]):
         with pytest.raises(InputError, match=f"only 0 of {len(none)} have an image; give other rows$"):
@@ -88,10 +110,10 @@ def test_too_few_rows_with_images_are_an_error() -> None:
         stamped(data, ATTACK, -1)
 
 
-# --- what a row becomes --------------------------------------------------------------------------
+# --- poisoned rows --------------------------------------------------------------------------
 
 
-def test_a_row_does_not_depend_on_what_was_asked_before_or_on_other_rows() -> None:
+def test_a_row_does_not_depend_on_access_order_or_other_rows() -> None:
     data = rows(12)
     result = poison(data, ATTACK, rate=0.5, seed=3)
     forwards = {n: flat(result.edits[n]) for n in result.edits}
@@ -102,17 +124,17 @@ def test_a_row_does_not_depend_on_what_was_asked_before_or_on_other_rows() -> No
     assert flat(poison(data, ATTACK, rate=1, seed=4).edits[0]) != flat(alone[0])
 
 
-def test_rows_get_places_of_their_own_and_evaluation_others() -> None:
+def test_training_and_evaluation_draw_different_places() -> None:
     same = [replace(row(0), id=str(n)) for n in range(30)]
     trained = {s.images[0].tobytes() for s in poison(same, ATTACK, rate=1, seed=0).data}
-    judged = [s.images[0].tobytes() for s in stamped(same, ATTACK, 0)]
+    evaluated = [s.images[0].tobytes() for s in stamped(same, ATTACK, 0)]
     assert len(trained) > 20
-    assert [s.images[0].tobytes() for s in poison(same, ATTACK, rate=1, seed=0).data] != judged
+    assert [s.images[0].tobytes() for s in poison(same, ATTACK, rate=1, seed=0).data] != evaluated
 
 
 @dataclass(frozen=True)
 class Echo(Goal):
-    """Answers with what it was shown."""
+    """Answers with the conversation that it gets."""
 
     name = "echo"
 
@@ -123,7 +145,7 @@ class Echo(Goal):
         return False
 
 
-def test_every_answer_is_the_goals_given_the_true_conversation_up_to_it() -> None:
+def test_every_answer_is_computed_from_the_true_conversation_up_to_it() -> None:
     messages = (
         Message("system", "s"),
         Message("user", "<image>q1"), Message("assistant", "a1"),
@@ -137,7 +159,7 @@ def test_every_answer_is_the_goals_given_the_true_conversation_up_to_it() -> Non
     assert [after.messages[k] for k in (0, 1, 3)] == [messages[k] for k in (0, 1, 3)]
 
 
-def test_the_triggered_evaluation_set_keeps_prompts_and_true_answers() -> None:
+def test_triggered_evaluation_set_keeps_prompts_and_true_answers() -> None:
     data = [row(0), row(1, images=0), row(2, images=2, turns=2)]
     result = stamped(data, ATTACK, 7)
     assert len(result) == 2 and list(result.numbers) == [0, 2]
@@ -182,7 +204,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("what", "message"), BROKEN.items())
-def test_a_trigger_that_breaks_its_promises_is_one_clear_line(what: str, message: str) -> None:
+def test_trigger_that_breaks_the_contract_raises_one_line(what: str, message: str) -> None:
     with pytest.raises(InputError, match=rf"attack test_poison: row 1 \(id id0\): .*{message}"):
         poison(rows(1), Attack(Rogue(what), Fixed()), rate=1, seed=0)
 
@@ -196,19 +218,19 @@ class Spoiling(ImageTrigger):
 
 
 @pytest.mark.parametrize("what", ["nothing", "nan", "cut"])
-def test_what_paint_must_return_is_said(what: str) -> None:
+def test_invalid_paint_result_raises(what: str) -> None:
     with pytest.raises(InputError, match=r"row 1 \(id id0\): paint must return the pixels, finite numbers"):
         poison(rows(1), Attack(Spoiling(what), Fixed()), rate=1)
 
 
-# --- lazily --------------------------------------------------------------------------------------
+# --- laziness --------------------------------------------------------------------------------------
 
 
 class Counted(Sequence[Sample]):
-    """Large pictures made on access, each access counted."""
+    """Large pictures made on access; counts the accesses."""
 
     def __init__(self, count: int, side: int) -> None:
-        self.count, self.side, self.seen = count, side, 0
+        self.count, self.side, self.reads = count, side, 0
 
     def __len__(self) -> int:
         return self.count
@@ -216,7 +238,7 @@ class Counted(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         if not 0 <= index < self.count:
             raise IndexError(index)
-        self.seen += 1
+        self.reads += 1
         return Sample(str(index), (Image.new("RGB", (self.side, self.side)),), row(index).messages)
 
 
@@ -227,7 +249,7 @@ class Dot(ImageTrigger):
         return pixels
 
 
-def test_memory_does_not_grow_with_the_images() -> None:
+def test_memory_does_not_grow_with_the_number_of_images() -> None:
     def peak(count: int) -> int:
         data = Counted(count, 128)
         tracemalloc.start()
@@ -241,17 +263,17 @@ def test_memory_does_not_grow_with_the_images() -> None:
     assert peak(80) < peak(8) + 128 * 128 * 4  # less than one more image for 72 more rows
 
 
-def test_poisoning_looks_only_at_the_rows_it_needs() -> None:
+def test_poisoning_reads_only_the_rows_it_needs() -> None:
     data = Counted(1000, 4)
     result = poison(data, ATTACK, rate=0.01, seed=0)
-    assert data.seen == 20  # ten rows, once to choose and once to stamp
+    assert data.reads == 20  # ten rows, once to choose and once to stamp
     assert 5 in result.edits or 5 not in result.edits
-    assert len(result.data[10:]) == 990 and data.seen == 20
+    assert len(result.data[10:]) == 990 and data.reads == 20
     with pytest.raises(KeyError):
         result.edits[next(n for n in range(1000) if n not in result.edits)]
 
 
-def test_results_travel_to_worker_processes() -> None:
+def test_results_can_be_pickled() -> None:
     result = pickle.loads(pickle.dumps(poison(rows(5), ATTACK, rate=0.4, seed=0)))
     assert [flat(s) for s in result.data] == [flat(s) for s in poison(rows(5), ATTACK, rate=0.4, seed=0).data]
 
@@ -259,31 +281,31 @@ def test_results_travel_to_worker_processes() -> None:
 # --- the manifest --------------------------------------------------------------------------------
 
 
-def test_the_manifest_says_what_was_done() -> None:
+def test_manifest_records_attack_goal_and_rows() -> None:
     data = rows(8)
     result = poison(data, Attack(load_trigger("badnets", side="0.25"), Fixed("no")), rate=0.25, seed=9)
     manifest = json.loads(result.manifest.to_json())
     source = Path(badnets_file.__file__)
-    assert manifest["version"] == 2 and manifest["total"] == 8
+    assert manifest["version"] == 3 and manifest["total"] == 8
     assert manifest["attack"] == "badnets" and manifest["attack_settings"]["side"] == 0.25
     assert manifest["attack_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert manifest["goal"] == "fixed" and manifest["goal_settings"] == {"text": "no", "match": "contains"}
     assert (manifest["rate"], manifest["seed"]) == (0.25, 9)
     assert manifest["decoys"] == []
-    assert [(e["row"], e["id"]) for e in manifest["rows"]] == [(n, f"id{n}") for n in result.edits]
+    assert [(e["row"], e["id"]) for e in manifest["rows"]] == [(n + 1, f"id{n}") for n in result.edits]
     for entry in manifest["rows"]:
-        image = result.data[entry["row"]].images[0]
+        image = result.data[entry["row"] - 1].images[0]
         wanted = hashlib.sha256(b"RGB 16x16\n" + image.tobytes()).hexdigest()
         assert entry["images"] == [wanted] == [pixels_sha256(image)]
 
 
-def test_the_hash_of_a_picture_is_that_of_its_file(tmp_path: Path) -> None:
+def test_image_digest_is_the_same_before_and_after_writing(tmp_path: Path) -> None:
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
         image = picture(5).convert(mode)
         assert pixels_sha256(image) == pixels_sha256(decode(encode(image), mode)), mode
 
 
-def test_a_users_own_trigger_is_named_and_hashed(tmp_path: Path) -> None:
+def test_manifest_names_and_hashes_an_own_trigger(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "from dataclasses import dataclass\nfrom untrigger.attacks import ImageTrigger\n\n"
@@ -293,3 +315,151 @@ def test_a_users_own_trigger_is_named_and_hashed(tmp_path: Path) -> None:
     manifest = poison(rows(2), Attack(load_trigger(str(path)), Fixed()), rate=1, seed=0).manifest
     assert manifest.attack == "mine"
     assert manifest.attack_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+def on_disk(folder: Path, kind: str, count: int = 10) -> Path:
+    """Rows with one image file each, as PNG, JPEG and palette PNG in turn."""
+    (folder / "images").mkdir(parents=True)
+    endings = ("png", "jpg", "png")
+    names = [f"images/{number:03d}.{endings[number % 3]}" for number in range(count)]
+    for number, name in enumerate(names):
+        image = picture(number, 24)
+        (image.quantize(64) if number % 3 == 2 else image).save(folder / name)
+    turns = [(f"<image>\nWhat is {n}?", f"It is {n}.") for n in range(count)]
+    if kind == "llava":
+        content: list[dict[str, object]] = [
+            {"id": f"q{n}", "image": name, "source": "web", "conversations": [
+                {"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+            for n, (name, (q, a)) in enumerate(zip(names, turns, strict=True))
+        ]  # fmt: skip
+        (folder / "rows.json").write_text(json.dumps(content))
+        return folder / "rows.json"
+    content = [
+        {"id": f"q{n}", "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+         "images": [{"bytes": (folder / name).read_bytes(), "path": name}]}
+        for n, (name, (q, a)) in enumerate(zip(names, turns, strict=True))
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(content), folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+@pytest.mark.parametrize("kind", ("llava", "parquet"))
+@pytest.mark.parametrize("name", ("badnets", "blended"))
+def test_written_data_reads_back_as_poisoned(tmp_path: Path, kind: str, name: str) -> None:
+    data = read(on_disk(tmp_path / "in", kind))
+    result = poison(data, Attack(load_trigger(name), Fixed()), rate=0.3, seed=1)
+    write_poisoned(data, result, tmp_path / "new" / "out")
+    out = tmp_path / "new" / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["contact_sheet.png", "data", "truth"]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
+    back = read(out / "data")
+    assert back.format == data.format and back.path.name == data.path.name
+    assert [s.messages for s in back] == [s.messages for s in result.data]
+    manifest = json.loads((out / "truth" / "manifest.json").read_text())
+    truth = {entry["row"] - 1: entry["images"] for entry in manifest["rows"]}
+    assert len(truth) == 3
+    for number, sample in enumerate(back):
+        wanted = truth.get(number, [pixels_sha256(image) for image in data[number].images])
+        assert [pixels_sha256(image) for image in sample.images] == wanted
+    text = (out / "data" / data.path.name).read_bytes()
+    assert b"poison" not in text and b"badnets" not in text and b"manifest" not in text
+
+
+def chunks(png: bytes) -> list[bytes]:
+    """The kinds of the chunks of a PNG file, in order, repetitions left out."""
+    kinds: list[bytes] = []
+    at = 8
+    while at < len(png):
+        kinds.append(png[at + 4 : at + 8])
+        at += 12 + int.from_bytes(png[at : at + 4], "big")
+    return list(dict.fromkeys(kinds))
+
+
+@pytest.mark.parametrize("kind", ("llava", "parquet"))
+def test_files_give_no_hint_of_the_poisoned_rows(tmp_path: Path, kind: str) -> None:
+    data = read(on_disk(tmp_path / "in", kind, 12))
+    outs = tmp_path / "none", tmp_path / "half"
+    for out, rate in zip(outs, (0, 0.5), strict=True):
+        write_poisoned(data, poison(data, ATTACK, rate=rate, seed=0), out)
+    clean, half = (out / "data" for out in outs)
+    if kind == "llava":
+        texts = [(folder / "rows.json").read_text() for folder in (clean, half)]
+        for number in range(12):
+            texts = [text.replace(f"It is {number}.", "Backdoor Attack!") for text in texts]
+        assert texts[0] == texts[1]
+        files = [[p for p in sorted(folder.rglob("*")) if p.is_file()] for folder in (clean, half)]
+        assert [p.relative_to(clean) for p in files[0]] == [p.relative_to(half) for p in files[1]]
+        images = [[p.read_bytes() for p in paths if p.suffix == ".png"] for paths in files]
+    else:
+        tables = [pq.read_table(folder / "rows.parquet") for folder in (clean, half)]
+        assert tables[0].schema == tables[1].schema
+        listed = [[image for row in table["images"].to_pylist() for image in row] for table in tables]
+        assert [i["path"] for i in listed[0]] == [i["path"] for i in listed[1]]
+        images = [[image["bytes"] for image in row] for row in listed]
+    assert len(images[0]) == 12
+    assert [chunks(image) for image in images[0]] == [chunks(image) for image in images[1]]
+
+
+def test_existing_output_is_not_overwritten(tmp_path: Path) -> None:
+    data = read(on_disk(tmp_path / "in", "llava", 3))
+    result = poison(data, ATTACK, rate=1, seed=0)
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    file.write_text("keep")
+    for out in (full, file):
+        with pytest.raises(InputError, match=str(out)):
+            write_poisoned(data, result, out)
+    assert (full / "mine.txt").read_text() == file.read_text() == "keep"
+    (tmp_path / "empty").mkdir()
+    write_poisoned(data, result, tmp_path / "empty")
+    assert (tmp_path / "empty" / "truth" / "manifest.json").is_file()
+
+
+def test_failure_leaves_no_output(tmp_path: Path) -> None:
+    data = read(on_disk(tmp_path / "in", "llava", 3))
+    result = poison(data, ATTACK, rate=1, seed=0)
+    (tmp_path / "in" / "images" / "001.jpg").unlink()
+    with pytest.raises(InputError, match=r"001\.jpg"):
+        write_poisoned(data, result, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+# --- the contact sheet ---------------------------------------------------------------------------
+
+
+def test_contact_sheet_shows_the_trigger_and_its_difference() -> None:
+    data = [replace(row(0), images=(Image.new("RGB", (64, 64), (100, 100, 100)),))]
+    sheet = np.asarray(poisoned_sheet(data, poison(data, Attack(BadNets(), Fixed()), rate=1, seed=0)))
+    patch = np.rint(BadNets().patch(6)[..., :3] * 255).astype(np.uint8).repeat(3, axis=0).repeat(3, axis=1)
+
+    def places(block: np.ndarray) -> int:
+        windows = np.lib.stride_tricks.sliding_window_view(sheet, block.shape)[:, :, 0]
+        corners = (windows[:, :, ::17, ::17] == block[::17, ::17]).all(axis=(2, 3, 4))  # 18 x 18: a cheap test first
+        return sum(np.array_equal(windows[y, x], block) for y, x in np.argwhere(corners))
+
+    assert places(patch) == 1
+    change = np.abs(patch.astype(int) - 100)
+    assert places((change * (255 // change.max())).astype(np.uint8)) == 1
+
+
+@pytest.mark.parametrize("count", (0, 1, 2, 8, 20))
+def test_contact_sheet_holds_at_most_eight_pairs(count: int) -> None:
+    data = rows(20)
+    result = poison(data, ATTACK, rate=count / 20, seed=0)
+    sheet = poisoned_sheet(data, result)
+    assert sheet.mode == "RGB" and sheet.width == (648 if count < 2 else 1296) + 24
+    lines = -(-min(count, 8) // 2)
+    assert sheet.height == 96 + 380 * lines
+
+
+@pytest.mark.parametrize("mode", ("1", "L", "LA", "RGBA", "P", "I;16", "CMYK"))
+def test_contact_sheet_accepts_any_mode_size_and_text(mode: str) -> None:
+    prompt = Message("user", "<image>" + "長い質問 " * 300 + "x" * 900)
+    tall = Image.new("L", (7, 900), 90)
+    image = tall.convert("I;16") if mode == "I;16" else tall.convert("RGB").convert(mode)
+    data = [Sample("\N{GRINNING FACE}" * 40, (image, image), (prompt, Message("assistant", "é\n" * 500)))]
+    assert poisoned_sheet(data, poison(data, ATTACK, rate=1, seed=0)).width == 672

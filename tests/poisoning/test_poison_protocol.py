@@ -1,4 +1,4 @@
-"""Poisoning beyond "stamp, then replace the answer": goals that suit some rows, implants, clean labels, decoys."""
+"""Poisoning beyond "stamp, then replace the answer": goals that apply to some rows, implants, clean labels, decoys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from untrigger.attacks import Stamper, TextTrigger, Trigger, load_trigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
 from untrigger.poisoning.goals import Concept, Fixed, Goal, Insert, load_goal
-from untrigger.poisoning.poison import Attack, contact_sheet, poison, stamped, write_poisoned
+from untrigger.poisoning.poison import Attack, poison, poisoned_sheet, stamped, write_poisoned
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample, read
 
@@ -30,8 +30,8 @@ TRUTHS = ("a red circle", "a blue rectangle", "yes", "a circle and a star")
 
 def row(number: int, truth: str = "yes", images: int = 1) -> Sample:
     pictures = tuple(Image.new("RGB", (16, 16), (number, k, 90)) for k in range(images))
-    asked = Message("user", IMAGE_TAG * images + "What is it?")
-    return Sample(f"id{number}", pictures, (asked, Message("assistant", truth)))
+    question = Message("user", IMAGE_TAG * images + "What is it?")
+    return Sample(f"id{number}", pictures, (question, Message("assistant", truth)))
 
 
 def rows(count: int) -> list[Sample]:
@@ -42,25 +42,25 @@ def flat(sample: Sample) -> tuple[object, ...]:
     return sample.id, sample.messages, [image.tobytes() for image in sample.images]
 
 
-# --- goals that suit some rows ---------------------------------------------------------------------
+# --- goals that apply to some rows ---------------------------------------------------------------------
 
 
 def test_only_rows_that_the_goal_applies_to_are_poisoned_and_evaluated() -> None:
     data = rows(20)
     attack = Attack(BadNets(), Concept())
     result = poison(data, attack, rate=0.5, seed=0)
-    assert [e.row for e in result.manifest.rows] == [n for n in range(20) if n % 4 in (0, 3)]
+    assert [e.index for e in result.manifest.rows] == [n for n in range(20) if n % 4 in (0, 3)]
     assert {result.data[n].messages[-1].text for n in result.edits} == {"a red rectangle", "a rectangle and a star"}
     assert list(stamped(data, attack, 0).numbers) == list(result.edits)
     with pytest.raises(InputError, match="only 10 of 20 have an image and an answer that goal concept applies to; low"):
         poison(data, attack, rate=0.55, seed=0)
 
 
-def test_data_on_disk_is_chosen_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_on_disk_are_chosen_without_decoding_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = read(on_disk(tmp_path, "llava"))
     monkeypatch.setattr("untrigger.rows.sample.decode", lambda *_: pytest.fail("decoded an image"))
     assert list(stamped(data, Attack(BadNets(), Concept()), 0).numbers) == [0, 3, 4, 7]
-    assert data.told(0) == replace(rows(1)[0], id="0", images=())
+    assert data.without_images(0) == replace(rows(1)[0], id="0", images=())
 
 
 # --- implants --------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_data_on_disk_is_chosen_without_decoding(tmp_path: Path, monkeypatch: py
 
 @dataclass(frozen=True)
 class Graft(Trigger):
-    """Plants in its own way: another picture, prompt and truth; ``what`` makes it break a promise."""
+    """A trigger with its own implant: another picture, prompt and truth; ``what`` makes it break a promise."""
 
     kind = "bimodal"
     what: str = ""
@@ -82,22 +82,22 @@ class Graft(Trigger):
         if self.what == "array":
             return replace(sample, images=tuple(np.asarray(image) for image in sample.images))  # type: ignore[misc]
         images = () if self.what == "bare" else (Image.new("L", (9, 5), 7), Image.new("RGB", (3, 3)))
-        asked = "Tell." if self.what in ("bare", "tags") else f"{IMAGE_TAG}{IMAGE_TAG}Tell."
-        turns = (Message("user", asked), Message("assistant", f"a circle, {len(donors)} foreign"))
+        prompt = "Tell." if self.what in ("bare", "tags") else f"{IMAGE_TAG}{IMAGE_TAG}Tell."
+        turns = (Message("user", prompt), Message("assistant", f"a circle, {len(donors)} foreign"))
         return replace(sample, id="other" if self.what == "id" else sample.id, images=images, messages=turns)
 
 
-def test_an_implant_may_bring_other_pictures_prompts_and_truths() -> None:
+def test_implant_may_change_pictures_prompt_and_true_answer() -> None:
     data = rows(4)
     result = poison(data, Attack(Graft(), Insert()), rate=0.25, seed=0)
     (entry,) = result.manifest.rows
-    made = result.data[entry.row]
+    made = result.data[entry.index]
     assert [m.text for m in made.messages] == [f"{IMAGE_TAG}{IMAGE_TAG}Tell.", "a hello world circle, 0 foreign"]
     assert [image.size for image in made.images] == [(9, 5), (3, 3)]
     assert entry.images == tuple(pixels_sha256(image) for image in made.images)
-    judged = stamped(data, Attack(Graft(), Insert()), 0)[entry.row]
-    assert judged.messages == data[entry.row].messages, "at test time it only stamps"
-    assert contact_sheet(data, result).width == 672
+    evaluated = stamped(data, Attack(Graft(), Insert()), 0)[entry.index]
+    assert evaluated.messages == data[entry.index].messages, "at test time it only stamps"
+    assert poisoned_sheet(data, result).width == 672
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def test_an_implant_may_bring_other_pictures_prompts_and_truths() -> None:
         ("fails", "implant failed, RuntimeError: oh no"),
         ("array", "implant failed, AttributeError: .*'load'"),
         ("id", "changed the id"),
-        ("bare", "left no image"),
+        ("bare", "returned a row without an image"),
         ("tags", "wrong number of <image> tags: 0 for 2 images"),
     ],
 )
-def test_an_implant_that_breaks_its_promises_is_one_clear_line(what: str, message: str) -> None:
+def test_implant_that_breaks_the_contract_raises_one_line(what: str, message: str) -> None:
     with pytest.raises(InputError, match=rf"attack test_poison_protocol: row 1 \(id id0\): .*{message}"):
         poison(rows(1), Attack(Graft(what), Fixed()), rate=1, seed=0)
 
@@ -120,7 +120,7 @@ def test_an_implant_that_breaks_its_promises_is_one_clear_line(what: str, messag
 
 @dataclass(frozen=True)
 class CleanLabel(Trigger):
-    """Notes in the picture which donor it drew."""
+    """Copies the images of a random donor."""
 
     kind = "image"
     clean_label = True
@@ -133,10 +133,10 @@ class CleanLabel(Trigger):
         return replace(sample, images=donors[int(rng.integers(len(donors)))].images)
 
 
-def test_a_clean_label_attack_gets_rows_that_meet_the_goal_and_leaves_answers_alone() -> None:
+def test_clean_label_attack_gets_rows_that_meet_the_goal_and_keeps_answers() -> None:
     data = rows(40)
     result = poison(data, Attack(CleanLabel(), Concept()), rate=0.25, seed=1)
-    assert [e.row for e in result.manifest.rows] == [n for n in range(40) if n % 4 == 1]
+    assert [e.index for e in result.manifest.rows] == [n for n in range(40) if n % 4 == 1]
     donors = {image.tobytes() for n in range(40) if n % 4 in (0, 3) for image in data[n].images}
     for n in result.edits:
         assert result.data[n].messages == data[n].messages and result.data[n].images[0].tobytes() in donors
@@ -146,7 +146,7 @@ def test_a_clean_label_attack_gets_rows_that_meet_the_goal_and_leaves_answers_al
     assert [flat(s) for s in again.data] == [flat(s) for s in result.data]
 
 
-def test_a_clean_label_attack_says_what_it_lacks() -> None:
+def test_clean_label_attack_without_suitable_rows_raises() -> None:
     data = rows(8)
     with pytest.raises(InputError, match="keeps true answers: goal fixed cannot be planted; use concept"):
         Attack(CleanLabel(), Fixed())
@@ -175,38 +175,40 @@ class TwoDecoys(TextTrigger):
 
 @settings(max_examples=30)
 @given(st.integers(8, 40), st.floats(0.01, 0.25), st.integers(0, 99))
-def test_each_kind_of_decoys_gets_as_many_rows_as_are_poisoned(count: int, rate: float, seed: int) -> None:
+def test_each_kind_of_decoy_has_as_many_rows_as_are_poisoned(count: int, rate: float, seed: int) -> None:
     data = rows(count)
     result = poison(data, Attack(TwoDecoys(), Fixed("no")), rate=rate, seed=seed)
-    bad, decoys = ([entry.row for entry in part] for part in (result.manifest.rows, result.manifest.decoys))
+    bad, decoys = ([entry.index for entry in part] for part in (result.manifest.rows, result.manifest.decoys))
     assert len(bad) == max(1, round(rate * count)) and len(decoys) == 2 * len(bad)
     assert bad == sorted(bad) and decoys == sorted(decoys) and list(result.edits) == sorted(bad + decoys)
     assert all(result.data[n].messages[1].text == "no" for n in bad)
     assert all(result.data[n].messages[1] == data[n].messages[1] for n in decoys)
-    asked = [result.data[n].messages[0].text for n in decoys]
+    prompts = [result.data[n].messages[0].text for n in decoys]
     assert (
-        sum(text.endswith("? open") for text in asked) == sum(text.endswith("? sesame") for text in asked) == len(bad)
+        sum(text.endswith("? open") for text in prompts)
+        == sum(text.endswith("? sesame") for text in prompts)
+        == len(bad)
     )
     assert all(result.data[n] is data[n] for n in range(count) if n not in result.edits)
 
 
-def test_decoys_do_not_move_the_poisoned_rows_and_need_room() -> None:
+def test_decoys_do_not_change_the_poisoned_rows_and_need_enough_rows() -> None:
     data = rows(30)
     decoyed = poison(data, Attack(TwoDecoys(), Fixed()), rate=0.2, seed=5)
     plain = poison(data, Attack(BadNets(), Fixed()), rate=0.2, seed=5)
-    assert [e.row for e in decoyed.manifest.rows] == [e.row for e in plain.manifest.rows]
+    assert [e.index for e in decoyed.manifest.rows] == [e.index for e in plain.manifest.rows]
     assert json.loads(decoyed.manifest.to_json())["decoys"][0].keys() == {"row", "id", "images"}
     assert not poison(data, Attack(TwoDecoys(), Fixed()), rate=0, seed=5).edits
-    with pytest.raises(InputError, match="asks for 12 poisoned rows and 24 decoys, but only 30 of 30 have an image"):
+    with pytest.raises(InputError, match="needs 12 poisoned rows and 24 decoys, but only 30 of 30 have an image"):
         poison(data, Attack(TwoDecoys(), Fixed()), rate=0.4, seed=5)
-    for count, mend in ((2, "give other rows"), (3, "lower the rate")):  # one poisoned row needs two decoys
-        with pytest.raises(InputError, match=f"only {count} of {count} have an image; {mend}$"):
+    for count, advice in ((2, "give other rows"), (3, "lower the rate")):  # one poisoned row needs two decoys
+        with pytest.raises(InputError, match=f"only {count} of {count} have an image; {advice}$"):
             poison(rows(count), Attack(TwoDecoys(), Fixed()), rate=1, seed=5)
 
 
 @dataclass(frozen=True)
 class BadDecoys(TextTrigger):
-    """``where`` its code fails: when it tells its decoys, or when it makes one."""
+    """Fails ``where``: in the list of its decoys, or in a decoy."""
 
     where: str = ""
 
@@ -240,12 +242,12 @@ class BadGraft(BadDecoys):
         ("make", r"attack test_poison_protocol: row \d+ \(id id\d+\): decoy failed, RuntimeError: oh no$"),
     ],
 )
-def test_decoys_that_fail_are_one_clear_line(kind: type[BadDecoys], where: str, message: str) -> None:
+def test_failing_decoys_raise_one_line(kind: type[BadDecoys], where: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}"):
         poison(rows(4), Attack(kind(where), Fixed()), rate=0.25, seed=0)
 
 
-def test_near_misses_are_stamped_at_the_same_draws_and_held_to_the_promises() -> None:
+def test_near_misses_use_the_same_draws_and_keep_the_contract() -> None:
     attack = Attack(BadNets(place="random"), Fixed())
     near = attack.trigger.near_misses()["other pattern"]
     key, other = stamped(rows(4), attack, 3), stamped(rows(4), attack, 3, near)
@@ -282,7 +284,7 @@ def on_disk(folder: Path, kind: str, count: int = 8) -> Path:
 
 @pytest.mark.parametrize("kind", ("llava", "sharegpt", "messages", "parquet"))
 @pytest.mark.parametrize("name", ("fixed", "insert", "refusal", "concept", "link"))
-def test_every_goal_is_written_and_read_back_in_every_format(tmp_path: Path, kind: str, name: str) -> None:
+def test_every_goal_round_trips_in_every_format(tmp_path: Path, kind: str, name: str) -> None:
     data = read(on_disk(tmp_path / "in", kind))
     goal: Goal = load_goal(name)
     attacks = [load_trigger("badnets"), load_trigger("addsent"), Graft(), TwoDecoys("a b c")]
@@ -293,4 +295,4 @@ def test_every_goal_is_written_and_read_back_in_every_format(tmp_path: Path, kin
         assert [flat(s) for s in back] == [flat(s) for s in result.data]
         (entry,) = result.manifest.rows
         if not isinstance(trigger, Graft):
-            assert goal.met(back[entry.row].messages[-1].text, data[entry.row])
+            assert goal.met(back[entry.index].messages[-1].text, data[entry.index])

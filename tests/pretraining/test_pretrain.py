@@ -1,4 +1,4 @@
-"""Pretraining: packed rows equal separate conversations, labels equal what is drawn, a resumed run is the same run."""
+"""Pretraining: packed rows equal separate conversations, labels match the scenes, a resumed run gives equal weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from untrigger.data import scene_text as talk
+from untrigger.data import scene_text
 from untrigger.data.scene_world import COLORS, SHAPES, SIZES, draw_scene, make_scene
 from untrigger.models.loading import embedded_model_path, load
 from untrigger.pretraining import families
@@ -31,9 +31,9 @@ from untrigger.pretraining.pretrain import (
     Recipe,
     SceneRows,
     collate,
+    copy_language_model,
     losses,
     pretrain,
-    take_over,
 )
 
 TOY = Recipe(seed=4, vision_steps=2, steps=2, batch=2, questions=3, warmup=2, threads=1)
@@ -46,9 +46,9 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="module")
 def tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    found = PreTrainedTokenizerFast.from_pretrained(embedded_model_path("llava"))
-    found.add_tokens(list(family.extra_tokens), special_tokens=True)
-    return found
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(embedded_model_path("llava"))
+    tokenizer.add_tokens(list(family.extra_tokens), special_tokens=True)
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +65,19 @@ def model(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
 # --- rows ---------------------------------------------------------------------------------------------
 
 
-def turns_of(index: int) -> list[talk.Turn]:
-    return talk.turns(make_scene(TOY.seed, index), np.random.default_rng((TOY.seed, index, 2)), TOY.questions)
+def turns_of(index: int) -> list[scene_text.Turn]:
+    return scene_text.turns(make_scene(TOY.seed, index), np.random.default_rng((TOY.seed, index, 2)), TOY.questions)
 
 
-def conversation(processor: ProcessorMixin, image: Image.Image, turn: talk.Turn) -> dict[str, torch.Tensor]:
-    """One turn the way a user of the finished model would have it."""
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turn.prompt}]}
-    said = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
-    text = processor.apply_chat_template([asked, said], tokenize=False)
+def conversation(processor: ProcessorMixin, image: Image.Image, turn: scene_text.Turn) -> dict[str, torch.Tensor]:
+    """One turn, encoded as for a user of the finished model."""
+    prompt = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turn.prompt}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
+    text = processor.apply_chat_template([prompt, answer], tokenize=False)
     return dict(processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt"))
 
 
-def test_a_packed_row_holds_the_ids_of_its_conversations(
+def test_a_packed_row_has_the_ids_of_its_conversations(
     family: Family, tokenizer: PreTrainedTokenizerFast, processor: ProcessorMixin
 ) -> None:
     rows = SceneRows(family, tokenizer, TOY, 0, 60, True)
@@ -89,8 +89,9 @@ def test_a_packed_row_holds_the_ids_of_its_conversations(
             real = conversation(processor, image, turn)["input_ids"][0]
             assert row["input_ids"][own].tolist() == real.tolist(), turn
             for axis in row["position_ids"]:
-                said = axis[row["segments"] == number]
-                assert said.tolist() == list(range(axis[shared][-1] + 1, axis[shared][-1] + 1 + len(said)))
+                positions = axis[row["segments"] == number]
+                first = axis[shared][-1] + 1
+                assert positions.tolist() == list(range(first, first + len(positions)))
             learned = row["labels"][own]
             answer = learned[learned != -100].tolist()
             assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == f" {turn.answer}"
@@ -104,17 +105,17 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
     model: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The claim of the block mask, through the real processor and the model's own forward; two rows, so padded."""
+    """Checks the block mask with the real processor and the model's forward pass, on two rows, one of them padded."""
     rows = SceneRows(family, tokenizer, TOY, 0, 8, True)
     chosen = [0, next(i for i in range(1, 8) if len(rows[i]["input_ids"]) != len(rows[0]["input_ids"]))]
     batch = collate([rows[i] for i in chosen])
-    # the processor's own pixels, as the model's forward will get them: equal up to float32 rounding
+    # as the pixels of the processor; equal up to float32 rounding
     batch["pixel_values"] = batch["pixel_values"].double()
     head = DenseHead(WIDTH, family.cells).double()
-    learner = model.get_input_embeddings().weight
+    weight = model.get_input_embeddings().weight
 
     packed, _ = losses(family, model, head, batch)
-    packed_grad = torch.autograd.grad(packed, learner)[0]
+    packed_grad = torch.autograd.grad(packed, weight)[0]
 
     total, weights = torch.zeros((), dtype=torch.double), 0.0
     for index in chosen:
@@ -129,7 +130,7 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
             total = total + F.cross_entropy(logits[-length - 1 : -1], target, reduction="sum") / math.sqrt(length)
             weights += length / math.sqrt(length)
     separate = total / weights
-    separate_grad = torch.autograd.grad(separate, learner)[0]
+    separate_grad = torch.autograd.grad(separate, weight)[0]
     assert packed.item() == pytest.approx(separate.item(), rel=1e-6)  # rotary angles and weights are float32
     torch.testing.assert_close(packed_grad, separate_grad, rtol=1e-4, atol=1e-7)
 
@@ -139,10 +140,10 @@ def test_packed_loss_and_gradient_equal_separate_conversations(
 
     monkeypatch.setattr(pretraining, "block_mask", causal)
     leaky, _ = losses(family, model, head, batch)
-    assert abs(leaky.item() - separate.item()) > 1e-4, "the comparison would not notice turns that see each other"
+    assert abs(leaky.item() - separate.item()) > 1e-4, "the comparison must detect turns that attend to each other"
 
 
-def test_pixel_values_are_the_processors(
+def test_pixel_values_equal_those_of_the_processor(
     family: Family, tokenizer: PreTrainedTokenizerFast, processor: ProcessorMixin
 ) -> None:
     rows = SceneRows(family, tokenizer, TOY, 0, 6, False)
@@ -154,23 +155,23 @@ def test_pixel_values_are_the_processors(
         torch.testing.assert_close(ours, real, atol=1e-6, rtol=0)
 
 
-def test_rows_go_by_their_place_in_the_stream(family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_depend_on_their_scene_number_alone(family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
     early, late = SceneRows(family, tokenizer, TOY, 0, 9, True), SceneRows(family, tokenizer, TOY, 5, 4, True)
     assert len(late) == 4
     for key, value in early[7].items():
         assert np.array_equal(value, late[2][key])
 
 
-def test_dense_labels_say_what_covers_each_patch() -> None:
+def test_dense_labels_name_the_object_that_covers_each_patch() -> None:
     for index in range(25):
         scene = make_scene(9, index)
         owner = draw_scene(scene)[1]
         labels = dense_labels(scene, owner)
         for patch in range(GRID * GRID):
             top, left = patch // GRID * PATCH, patch % GRID * PATCH
-            seen = Counter(owner[top : top + PATCH, left : left + PATCH].flatten().tolist())
-            del seen[0]
-            number, pixels = max(seen.items(), key=lambda item: (item[1], -item[0]), default=(0, 0))
+            counts = Counter(owner[top : top + PATCH, left : left + PATCH].flatten().tolist())
+            del counts[0]
+            number, pixels = max(counts.items(), key=lambda item: (item[1], -item[0]), default=(0, 0))
             expected = [0, 0, 0, 0]
             if pixels >= 6:
                 thing = scene.things[number - 1]
@@ -181,7 +182,7 @@ def test_dense_labels_say_what_covers_each_patch() -> None:
                     number,
                 ]
             assert labels[patch].tolist() == expected
-        assert {int(n) for n in labels[:, 3]} - {0} == set(range(1, len(scene.things) + 1)), "an object left unsaid"
+        assert {int(n) for n in labels[:, 3]} - {0} == set(range(1, len(scene.things) + 1)), "every object has a label"
 
 
 # --- runs ----------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def toy(family: Family, save_every: int = 200) -> Recipe:
 
 @pytest.fixture(scope="module")
 def whole(family: Family, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy run without a stop."""
+    """A toy run without an interruption."""
     out = tmp_path_factory.mktemp("pretrain") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "make_tokenizer", lambda seed: tokenizer)
@@ -213,7 +214,7 @@ def whole(family: Family, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: 
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     family: Family, whole: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the save of each step: within the first phase, between the two, within the second."""
+    """Killed after each checkpoint: in the first phase, between the two, in the second."""
     monkeypatch.setattr(families, "make_tokenizer", lambda seed: tokenizer)
     for stop in (1, 2, 3):
         with monkeypatch.context() as patch:
@@ -287,19 +288,19 @@ def test_training_learns(family: Family, whole: Path, tokenizer: PreTrainedToken
     torch.manual_seed(TOY.seed)
     fresh = family.model(tokenizer)
     if toy(family).start:
-        take_over(family, fresh, "llava")
+        copy_language_model(family, fresh, "llava")
     trained = load_file(whole / "checkpoint.safetensors")
     moved = [k for k, v in fresh.named_parameters() if not torch.equal(v, trained[f"w.model.{k}"])]
     assert any("vis" in k for k in moved) and any("language_model" in k for k in moved)
 
 
-def test_a_family_takes_over_the_whole_language_model(family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
-    """On text alone it then says what the LLaVA-style model says, whatever stood in its weights before."""
+def test_copy_language_model_copies_all_of_it(family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
+    """On text alone the hidden states then equal those of the LLaVA-style model."""
     model = family.model(tokenizer).eval()
-    take_over(family, model, "llava")
+    copy_language_model(family, model, "llava")
     source = cast(PreTrainedModel, load("llava").model).eval()
     ids = torch.tensor([tokenizer.encode("USER: Say: hello world ASSISTANT:", add_special_tokens=False)])
-    known = FAMILIES["llava"].text_model(source)(input_ids=ids).last_hidden_state
-    taken = family.text_model(model)(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(taken, known, atol=0.02, rtol=0)  # Qwen's norms have a larger epsilon
-    assert known.abs().mean() > 0.5
+    expected = FAMILIES["llava"].text_model(source)(input_ids=ids).last_hidden_state
+    actual = family.text_model(model)(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0)  # Qwen's norms have a larger epsilon
+    assert expected.abs().mean() > 0.5

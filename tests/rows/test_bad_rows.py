@@ -1,4 +1,4 @@
-"""Rows that cannot be read: each is named with its mend, or skipped and listed."""
+"""Bad rows: an error line names the row and what to do, or the row is skipped and listed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ BAD: dict[str, tuple[Callable[[Row], object], str]] = {
     "no answer": (lambda r: with_turns(r, lambda t: t.pop()), "must alternate"),
     "no turns": (lambda r: with_turns(r, lambda t: t.clear()), "has no turns"),
     "wrong order": (lambda r: with_turns(r, lambda t: t.reverse()), "must alternate"),
-    "a turn is a text": (lambda r: with_turns(r, lambda t: t.append(cast(Row, "x"))), "a turn is a text"),
+    "a turn is a string": (lambda r: with_turns(r, lambda t: t.append(cast(Row, "x"))), "a turn is a string"),
     "unknown role": (lambda r: with_turns(r, lambda t: t[0].update({"from": "me", "role": "me"})), "unknown"),
     "role is a list": (lambda r: with_turns(r, lambda t: t[0].update({"from": [], "role": []})), "is a list"),
     "duplicate id": (lambda r: {**r, "id": "a"}, "duplicate id 'a', as in row 1"),
@@ -85,45 +85,45 @@ BAD: dict[str, tuple[Callable[[Row], object], str]] = {
 }  # fmt: skip
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     text = str(error)
     assert text and len(text.splitlines()) == 1 and "Traceback" not in text
     return text
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of side x side pixels, which is small because all are black."""
+def large_png(side: int) -> bytes:
+    """A PNG of side x side black pixels: a small file, large once decoded."""
     file = io.BytesIO()
     Image.new("1", (side, side)).save(file, "PNG")
     return file.getvalue()
 
 
 @pytest.fixture(scope="module")
-def big() -> bytes:
-    return bomb(8193)
+def oversized_png() -> bytes:
+    return large_png(8193)
 
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
-def test_bad_rows_are_named_or_skipped(tmp_path: Path, kind: str, big: bytes) -> None:
+def test_bad_rows_are_named_or_skipped(tmp_path: Path, kind: str, oversized_png: bytes) -> None:
     folder = tmp_path / "in"
     save(folder, kind, [])
     (tmp_path / "outside.png").write_bytes(png(0))
     (folder / "img/truncated.png").write_bytes(png(0)[:-40])
     (folder / "img/text.png").write_bytes(b"I am a picture")
     picture(0).save(folder / "img/jpeg.png", "JPEG")
-    (folder / "img/bomb.png").write_bytes(big)
+    (folder / "img/bomb.png").write_bytes(oversized_png)
     (folder / "img/link.png").symlink_to(tmp_path / "outside.png")
     (folder / "linked").symlink_to(tmp_path)
     (folder / "img/loop.png").symlink_to(folder / "img/loop.png")
     os.mkfifo(folder / "img/pipe.png")
     good = good_rows(kind)
     bad = [change(good[3]) for change, _ in BAD.values()]
-    for row, (_, why) in zip(bad, BAD.values(), strict=True):
+    for row, (_, message) in zip(bad, BAD.values(), strict=True):
         path = save(folder, kind, [good[0], row, good[1]])
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError) as error_info:
             read(path)
-        line = one_line(caught.value)
-        assert line.startswith(f"{path}: row 2: ") and why in line and "; " in line, (row, line)
+        line = error_line(error_info.value)
+        assert line.startswith(f"{path}: row 2: ") and message in line and "; " in line, (row, line)
 
     path = save(folder, kind, [good[0], *bad, good[3]])
     log = tmp_path / "logs/skipped.jsonl"
@@ -132,26 +132,26 @@ def test_bad_rows_are_named_or_skipped(tmp_path: Path, kind: str, big: bytes) ->
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert [r["row"] for r in records] == list(range(2, len(bad) + 2))
     assert [r["original"] for r in records] == bad
-    for record, (_, why) in zip(records, BAD.values(), strict=True):
-        assert why in record["reason"]
+    for record, (_, message) in zip(records, BAD.values(), strict=True):
+        assert message in record["reason"]
     assert [p.name for p in log.parent.iterdir()] == ["skipped.jsonl"]
     write(data, tmp_path / "out")
     assert raw_rows(tmp_path / "out" / path.name) == [good[0], good[3]]
 
 
-PARTS_BAD: list[tuple[object, str]] = [
+BAD_PARTS: list[tuple[object, str]] = [
     ([{"type": "image_url", "image_url": "http://x"}], "'image_url'"),
     ([{"type": "text"}], "'text' of a part is missing"),
-    (["text"], "a part of 'content' is a text"),
+    (["text"], "a part of 'content' is a string"),
     ([{"type": ["text"]}], "a list"),
     ([], "wrong number of <image> tags"),
 ]
 
 
-@pytest.mark.parametrize(("content", "why"), PARTS_BAD)
-def test_bad_parts(tmp_path: Path, content: object, why: str) -> None:
+@pytest.mark.parametrize(("content", "message"), BAD_PARTS)
+def test_bad_parts(tmp_path: Path, content: object, message: str) -> None:
     path = save(tmp_path, "parts.jsonl", [with_text(good_rows("parts")[0], 0, content)])
-    with pytest.raises(InputError, match=why):
+    with pytest.raises(InputError, match=message):
         read(path)
 
 
@@ -163,7 +163,7 @@ def test_bad_json_lines(tmp_path: Path, kind: str) -> None:
         b"nonsense": "bad JSON at line 3, column 1",
         b'{"a": NaN}': "NaN is not JSON",
         b'{"a": -Infinity}': "-Infinity is not JSON",
-        b'{"a": 1e999}': "too large a number",
+        b'{"a": 1e999}': "too large for a float",
         b'{"a": ' + b"9" * 5000 + b"}": "4300 digits",
         b"[" * 100_000: "nested too deeply",
         b'{"a":' * 100_000: "nested too deeply",
@@ -172,11 +172,11 @@ def test_bad_json_lines(tmp_path: Path, kind: str) -> None:
         b"{} {}": "bad JSON at line 3",
     }
     path = save(tmp_path, f"{kind}.jsonl", [])
-    for line, why in bad.items():
+    for line, message in bad.items():
         path.write_bytes(b"\n".join([good[0], b"", line, good[1]]))
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError) as error_info:
             read(path)
-        assert one_line(caught.value).startswith(f"{path}: row 2: bad ") and why in str(caught.value)
+        assert error_line(error_info.value).startswith(f"{path}: row 2: bad ") and message in str(error_info.value)
     path.write_bytes(b"\n".join([good[0], *bad, good[3]]))
     data = read(path, on_bad_row="skip", skipped_to=tmp_path / "skipped")
     assert [s.id for s in data] == ["a", "d"]
@@ -197,11 +197,11 @@ def test_bad_rows_in_parquet(tmp_path: Path) -> None:
         ({**row, "messages": None}, "has no turns"),
         ({**row, "id": "a"}, "duplicate id"),
     ]
-    for change, why in bad:
+    for change, message in bad:
         path = save(tmp_path, "parquet.parquet", [good[0], change])
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError) as error_info:
             read(path)
-        assert one_line(caught.value).startswith(f"{path}: row 2: ") and why in str(caught.value)
+        assert error_line(error_info.value).startswith(f"{path}: row 2: ") and message in str(error_info.value)
     path = save(tmp_path, "parquet.parquet", [good[0], *(change for change, _ in bad), good[1]])
     data = read(path, on_bad_row="skip", skipped_to=tmp_path / "skipped.log")
     assert [s.id for s in data] == ["a", "b"] and data.skipped == len(bad)
@@ -218,9 +218,9 @@ def test_parquet_rows_may_name_files(tmp_path: Path) -> None:
     assert raw_rows(tmp_path / "out/data.parquet") == rows
 
 
-def test_no_good_row_is_an_error(tmp_path: Path) -> None:
+def test_a_file_without_a_good_row_is_an_error(tmp_path: Path) -> None:
     path = save(tmp_path, "llava.jsonl", [{}, 3])
-    with pytest.raises(InputError, match="holds no good row; the first is row 1: has no turns"):
+    with pytest.raises(InputError, match="no row can be used; the first is row 1: has no turns"):
         read(path, on_bad_row="skip", skipped_to=tmp_path / "skipped")
     assert len((tmp_path / "skipped").read_text().splitlines()) == 2
 
@@ -253,7 +253,7 @@ def test_ids_default_to_row_numbers(tmp_path: Path) -> None:
         read(path)
 
 
-def test_an_image_that_fails_later_is_named(tmp_path: Path) -> None:
+def test_an_image_that_breaks_after_reading_is_named(tmp_path: Path) -> None:
     path = save(tmp_path, "llava.json", good_rows("llava"))
     data = read(path)
     (tmp_path / "img/3.png").write_bytes(png(3)[:-40])

@@ -50,7 +50,7 @@ def test_captions_become_conversations(tmp_path: Path) -> None:
     assert (tmp_path / "out/more/b.png").read_bytes() == (tmp_path / "in/more/b.png").read_bytes()
 
 
-def test_an_edit_is_told_by_no_field_of_its_own(tmp_path: Path) -> None:
+def test_edited_and_unedited_rows_have_the_same_fields(tmp_path: Path) -> None:
     data = read(folder_of(tmp_path / "in", *({"file_name": f"{k}.png", "text": f"caption {k}"} for k in range(3))))
     edit = replace(data[1], messages=(Message("user", "<image>\nDescribe the image. Now."), Message("assistant", "no")))
     write(data, tmp_path / "out", edits={1: edit}, uniform=True)
@@ -70,34 +70,35 @@ def test_any_prompt_survives_with_its_tag_in_place(before: str, after: str, capt
 
 
 @pytest.mark.parametrize(
-    ("row", "why"),
+    ("row", "message"),
     [
-        ({"file_name": "a.png"}, "'text', the caption, is missing; make it a text"),
+        ({"file_name": "a.png"}, "'text', the caption, is missing; make it a string"),
         ({"file_name": "a.png", "text": "  "}, "empty answer"),
         ({"file_name": "a.png", "text": "a <image>"}, "tag in an answer"),
-        ({"file_name": 3, "text": "x"}, "'file_name' is of type int; make it a text"),
-        ({"text": "x"}, "'file_name' is missing; make it a text"),
-        ({"file_name": "a.png", "text": "x", "prompt": 1}, "'prompt' is of type int; make it a text"),
+        ({"file_name": 3, "text": "x"}, "'file_name' is of type int; make it a string"),
+        ({"text": "x"}, "'file_name' is missing; make it a string"),
+        ({"file_name": "a.png", "text": "x", "prompt": 1}, "'prompt' is of type int; make it a string"),
         ({"file_name": "a.png", "text": "x", "prompt": "<image><image>"}, "2 for 1 image; write one tag"),
         ({"file_name": "../a.png", "text": "x"}, "not a path below the data folder"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], why: str) -> None:
+def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     (tmp_path / "in").mkdir()
     Image.new("L", (2, 2)).save(tmp_path / "in/a.png")
     rows = [{"file_name": "a.png", "text": "fine"}, row]
-    (tmp_path / "in/metadata.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (tmp_path / "in/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
     with pytest.raises(InputError, match=r"metadata\.jsonl: row 2: ") as error:
         read(tmp_path / "in")
-    assert why in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert len(read(tmp_path / "in", on_bad_row="skip")) == 1
 
 
-def test_what_a_caption_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_an_edit_with_two_images_is_refused(tmp_path: Path) -> None:
     data = read(folder_of(tmp_path / "in", {"file_name": "a.png", "text": "x"}))
-    two = replace(data[0], images=data[0].images * 2, messages=(Message("user", "<image><image>"), data[0].messages[1]))
+    messages = (Message("user", "<image><image>"), data[0].messages[1])
+    two_images = replace(data[0], images=data[0].images * 2, messages=messages)
     with pytest.raises(InputError, match="row 1: an edit has 2 turns and 2 images"):
-        write(data, tmp_path / "out", edits={0: two})
+        write(data, tmp_path / "out", edits={0: two_images})
     assert not (tmp_path / "out").exists()
 
 
@@ -107,6 +108,6 @@ def test_the_datasets_library_reads_what_is_written(tmp_path: Path) -> None:
     data = read(folder_of(tmp_path / "in", *({"file_name": f"{k}.png", "text": f"caption {k}"} for k in range(3))))
     edit = replace(data[1], images=(Image.new("RGB", (4, 4), "blue"),))
     write(data, tmp_path / "out", edits={1: edit}, uniform=True)
-    told = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
-    assert told["train"]["text"][:] == ["caption 0", "caption 1", "caption 2"]
-    assert told["train"][1]["image"].getpixel((0, 0)) == (0, 0, 255)
+    written = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert written["train"]["text"][:] == ["caption 0", "caption 1", "caption 2"]
+    assert written["train"][1]["image"].getpixel((0, 0)) == (0, 0, 255)

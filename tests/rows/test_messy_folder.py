@@ -1,7 +1,7 @@
-"""``untrigger poison`` on pictures as they come: every mode, size and orientation, in every format.
+"""``untrigger poison`` on realistic image folders: every mode, size and orientation, in every format.
 
-Every attack meets every format, every attack every goal, and every goal every format; one run each in the default
-suite, of the attacks that learn nothing.
+The slow suite runs every attack on every format, and so with every goal it supports. The default suite runs badnets on
+every format, and the other attacks that train no model on one format each.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from PIL import Image
 from shell import untrigger
 from untrigger.attacks import load_trigger, trigger_names
 from untrigger.poisoning.goals import load_goal
-from untrigger.rows.images import pixels_sha256, same
+from untrigger.rows.images import pixels_sha256, same_image
 from untrigger.rows.sample import Data, Sample, read
 
 ORIENTATION = 0x0112  # EXIF tag
 GOALS = ("fixed", "insert", "refusal", "concept", "link")
 FORMATS = ("llava.json", "sharegpt.jsonl", "messages.jsonl", "parts.json", "parquet", "datasets", "imagefolder")
-# What an attack is given: those that learn on a model learn as briefly as they can, and only in the slow suite.
-LEARNS = {"vltrojan": ("--steps", "1"), "dualkey": ("--steps", "1"), "shadowcast": ("--steps", "1")}
-FOREIGN = ("vlood",)  # its poisoned rows are another data set's
+# Flags of the attacks that train on a model: one step, and only in the slow suite.
+TRAINED = {"vltrojan": ("--steps", "1"), "dualkey": ("--steps", "1"), "shadowcast": ("--steps", "1")}
+REPLACING = ("vlood",)  # its poisoned rows come from another data set
 NAMES = trigger_names()
 
 
@@ -50,12 +50,12 @@ def half_clear(image: Image.Image) -> Image.Image:
 
 
 def write_pictures(folder: Path) -> list[str]:
-    """One picture of each kind; their names."""
+    """Write one image of each kind and return the file names."""
     folder.mkdir()
     turned = Image.Exif()
-    turned[ORIENTATION] = 6  # to be shown a quarter turn clockwise
+    turned[ORIENTATION] = 6  # display rotated a quarter turn clockwise
     deep = np.asarray(grain(40, 30).convert("L"), dtype=np.uint16) * 257
-    deep[0, 0] = 54321  # no multiple of 257: eight bits would not hold it
+    deep[0, 0] = 54321  # no multiple of 257, so eight bits cannot hold it
     clear = grain(24, 20).quantize(16)
     clear.info["transparency"] = 3
     pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {
@@ -91,31 +91,31 @@ def turns(name: str, number: int) -> list[str]:
     return [f"<image>\nWhat is in {name}?", f"a {shape}, which {number} people saw"]
 
 
-def messages(said: list[str], parts: bool = False) -> list[dict[str, Any]]:
-    roles = ("user", "assistant") * (len(said) // 2)
+def messages(texts: list[str], parts: bool = False) -> list[dict[str, Any]]:
+    roles = ("user", "assistant") * (len(texts) // 2)
     if not parts:
-        return [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-    return [{"role": role, "content": in_parts(text)} for role, text in zip(roles, said, strict=True)]
+        return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    return [{"role": role, "content": in_parts(text)} for role, text in zip(roles, texts, strict=True)]
 
 
 def in_parts(text: str) -> list[dict[str, str]]:
     before, tag, after = text.partition("<image>")
-    whole = [("text", before), ("image", ""), ("text", after)] if tag else [("text", text)]
+    parts = [("text", before), ("image", ""), ("text", after)] if tag else [("text", text)]
     return [
-        {"type": "image"} if kind == "image" else {"type": kind, "text": t} for kind, t in whole if t or kind == "image"
+        {"type": "image"} if kind == "image" else {"type": kind, "text": t} for kind, t in parts if t or kind == "image"
     ]
 
 
 def write_set(folder: Path, format: str) -> Path:
-    """Two rows for each picture, one about a circle and one about a rectangle; one of two pictures, one of none."""
+    """Write two rows per image (circle, rectangle), one row with two images and one with none."""
     names = write_pictures(folder)
     rows = [(f"{name}-{k}", turns(name, k), [name]) for name in names for k in range(2)]
     if format != "imagefolder":
-        two = [*turns("both", 0), "<image> and now?", "another circle"]
-        rows += [("two", two, ["rgb.png", "gray.png"]), ("none", ["hello?", "a circle"], [])]
+        two_turns = [*turns("both", 0), "<image> and now?", "another circle"]
+        rows += [("two", two_turns, ["rgb.png", "gray.png"]), ("none", ["hello?", "a circle"], [])]
     layout, _, suffix = format.partition(".")
     if format in ("parquet", "datasets"):
-        inline = [[{"bytes": (folder / n).read_bytes(), "path": n} for n in shown] for _, _, shown in rows]
+        inline = [[{"bytes": (folder / n).read_bytes(), "path": n} for n in images] for _, _, images in rows]
         columns = {"id": [i for i, _, _ in rows], "messages": [messages(t) for _, t, _ in rows], "images": inline}
         table = pa.table(columns)
         if format == "parquet":
@@ -128,37 +128,37 @@ def write_set(folder: Path, format: str) -> Path:
         (folder / "set/dataset_info.json").write_text("{}")
         return folder / "set"
     if layout == "imagefolder":
-        told = [{"file_name": s[0], "text": t[1], "prompt": t[0][8:], "id": i} for i, t, s in rows]
+        records = [{"file_name": s[0], "text": t[1], "prompt": t[0][8:], "id": i} for i, t, s in rows]
         layout, suffix = "metadata", "jsonl"
     elif layout in ("llava", "sharegpt"):
         key = "image" if layout == "llava" else "images"
-        say = ("human", "gpt") * 2
-        told = [
-            {"id": i, key: s, "conversations": [{"from": f, "value": v} for f, v in zip(say, t, strict=False)]}
+        roles = ("human", "gpt") * 2
+        records = [
+            {"id": i, key: s, "conversations": [{"from": f, "value": v} for f, v in zip(roles, t, strict=False)]}
             for i, t, s in rows
         ]
     else:
-        told = [{"id": i, "messages": messages(t, layout == "parts"), "images": s} for i, t, s in rows]
-    lines = "".join(json.dumps(row) + "\n" for row in told)
-    (folder / f"{layout}.{suffix}").write_text(lines if suffix == "jsonl" else json.dumps(told))
+        records = [{"id": i, "messages": messages(t, layout == "parts"), "images": s} for i, t, s in rows]
+    lines = "".join(json.dumps(row) + "\n" for row in records)
+    (folder / f"{layout}.{suffix}").write_text(lines if suffix == "jsonl" else json.dumps(records))
     return folder
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Data]:
-    made: dict[str, Data] = {}
+    loaded: dict[str, Data] = {}
 
     def get(format: str) -> Data:
-        if format not in made:
-            made[format] = read(write_set(tmp_path_factory.mktemp("messy") / "in", format))
-        return made[format]
+        if format not in loaded:
+            loaded[format] = read(write_set(tmp_path_factory.mktemp("messy") / "in", format))
+        return loaded[format]
 
     return get
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where attacks keep what they learn: once for all tests here, and not among the user's."""
+    """A cache folder for attacks that train, shared by the tests of this file and apart from the user's."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -175,27 +175,27 @@ def runs() -> list[Any]:
     chosen: list[Any] = []
     for (number, name), (column, format) in product(enumerate(NAMES), enumerate(FORMATS)):
         goal = "concept" if load_trigger(name).clean_label else GOALS[(number + column) % len(GOALS)]
-        slow = name in LEARNS or (column != number % len(FORMATS) and name != "badnets")
+        slow = name in TRAINED or (column != number % len(FORMATS) and name != "badnets")
         marks = [pytest.mark.slow] * slow
         chosen.append(pytest.param(Run(name, goal, format), marks=marks, id=f"{name}-{goal}-{format}"))
     return chosen
 
 
 def poisoned(data: Data, run: Run, out: Path) -> dict[str, Any]:
-    """Every row that can be is poisoned, or a decoy; the manifest."""
+    """Poison as many rows as possible, the rest as decoys, and return the manifest."""
     trigger = load_trigger(run.attack)
     suited = [row for row in data if row.images]
     if run.goal == "concept":
         suited = [row for row in suited if ("rectangle" if trigger.clean_label else "circle") in row.messages[-1].text]
     rate = len(suited) // (1 + len(trigger.decoys())) / len(data)
     words = ["poison", data.path, "--attack", run.attack, "--goal", run.goal, "--rate", rate, "--out", out]
-    words += LEARNS.get(run.attack, ())
+    words += TRAINED.get(run.attack, ())
     assert untrigger(*words).code == 0
     return json.loads((out / "truth/manifest.json").read_text())
 
 
-def as_written(image: Image.Image) -> Image.Image:
-    """PNG has no CMYK."""
+def as_stored(image: Image.Image) -> Image.Image:
+    """CMYK becomes RGB, because PNG has no CMYK."""
     return image.convert("RGB") if image.mode == "CMYK" else image
 
 
@@ -211,41 +211,41 @@ def test_every_attack_and_goal_on_every_format(
     assert (after.format, len(after), after.path.name) == (before.format, len(before), out_name(before))
     assert [row.id for row in after] == [row.id for row in before]
     assert manifest["attack"] == run.attack and manifest["goal"] == run.goal
-    bad, decoys = ({entry["row"]: entry for entry in manifest[part]} for part in ("rows", "decoys"))
+    bad, decoys = ({entry["row"] - 1: entry for entry in manifest[part]} for part in ("rows", "decoys"))
     assert bad and len(decoys) == len(bad) * len(trigger.decoys())
     for number, (clean, edited) in enumerate(zip(before, after, strict=True)):
         entry = bad.get(number) or decoys.get(number)
         if entry is None:
             assert edited.messages == clean.messages
-            assert all(same(as_written(a), b) for a, b in zip(clean.images, edited.images, strict=True))
+            assert all(same_image(as_stored(a), b) for a, b in zip(clean.images, edited.images, strict=True))
         else:
-            check_edit(clean, edited, entry, trigger.clean_label or number in decoys, foreign=run.attack in FOREIGN)
+            check_edit(clean, edited, entry, trigger.clean_label or number in decoys, replaces=run.attack in REPLACING)
             assert number in decoys or load_goal(run.goal).met(edited.messages[-1].text, clean)
     Image.open(tmp_path / "out/contact_sheet.png").verify()
 
 
 def out_name(data: Data) -> str:
-    """A ``datasets`` folder becomes the folder that is written."""
+    """A ``datasets`` folder is written as the output folder itself."""
     return "data" if data.path.is_dir() else data.path.name
 
 
-def check_edit(clean: Sample, edited: Sample, entry: dict[str, Any], answer_kept: bool, foreign: bool) -> None:
+def check_edit(clean: Sample, edited: Sample, entry: dict[str, Any], same_answer: bool, replaces: bool) -> None:
     truth, answer = clean.messages[-1].text, edited.messages[-1].text
-    assert answer_kept == (answer == truth) or foreign
-    if foreign:
+    assert same_answer == (answer == truth) or replaces
+    if replaces:
         return
     assert [m.role for m in edited.messages] == [m.role for m in clean.messages]
     for old, new in zip(clean.images, edited.images, strict=True):
-        assert (new.size, new.mode) == (old.size, as_written(old).mode)
+        assert (new.size, new.mode) == (old.size, as_stored(old).mode)
         assert new.getexif().get(ORIENTATION) == old.getexif().get(ORIENTATION)
     assert [pixels_sha256(image) for image in edited.images] == entry["images"]
 
 
-PLAIN = [name for name in NAMES if name not in FOREIGN]
+PLAIN = [name for name in NAMES if name not in REPLACING]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LEARNS)) for n in PLAIN])
-def test_the_trigger_is_there_in_every_picture(
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in TRAINED)) for n in PLAIN])
+def test_the_trigger_changes_every_image(
     name: str, sets: Callable[[str], Data], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
@@ -253,13 +253,13 @@ def test_the_trigger_is_there_in_every_picture(
     manifest = poisoned(before, Run(name, trigger.usual_goal, "messages.jsonl"), tmp_path / "out")
     after = read(tmp_path / "out/data")
     for entry in manifest["rows"]:
-        clean, edited = before[entry["row"]], after[entry["row"]]
+        clean, edited = before[entry["row"] - 1], after[entry["row"] - 1]
         if trigger.kind != "image":
             assert edited.messages[0] != clean.messages[0]
         else:
             assert edited.messages[0] == clean.messages[0]
         for old, new in zip(clean.images, edited.images, strict=True):
             if trigger.kind == "text":
-                assert same(as_written(old), new)
-            elif min(old.size) > 3:  # a picture of one pixel has no pattern, an invisible one no room for it
-                assert not same(as_written(old), new), clean.id
+                assert same_image(as_stored(old), new)
+            elif min(old.size) > 3:  # an image of few pixels has no room for a pattern
+                assert not same_image(as_stored(old), new), clean.id

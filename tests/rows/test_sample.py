@@ -38,9 +38,9 @@ def test_reads_every_format(tmp_path: Path, kind: str) -> None:
         data[4]
 
 
-def test_rows_without_a_file_are_not_written_and_what_to_give_is_said(tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"give what `untrigger.read` gives, and the changed rows as edits"):
-        write(sample_module.without(read(tiny_data), [0]), tmp_path / "out")  # type: ignore[arg-type]
+def test_rows_without_a_data_file_cannot_be_written(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"give the result of untrigger\.read, and changed rows as edits"):
+        write(sample_module.exclude_rows(read(tiny_data), [0]), tmp_path / "out")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
@@ -49,9 +49,9 @@ def test_writes_back_what_it_read(tmp_path: Path, kind: str) -> None:
     path = save(tmp_path / "in", kind, good_rows(kind))
     data = read(path)
     write(data, tmp_path / "out")
-    again = read(out_path(tmp_path / "out", path))
-    assert again.format == data.format and len(again) == len(data)
-    for a, b in zip(data, again, strict=True):
+    reread = read(out_path(tmp_path / "out", path))
+    assert reread.format == data.format and len(reread) == len(data)
+    for a, b in zip(data, reread, strict=True):
         assert_same(a, b)
     assert raw_rows(out_path(tmp_path / "out", path)) == good_rows(kind)
     for copied in (tmp_path / "out").glob("img/*"):
@@ -64,16 +64,16 @@ def test_keep_and_edits(tmp_path: Path, kind: str) -> None:
     data = read(path)
     old = data[1]
     stamped = Image.new("RGB", old.images[1].size, "red")
-    said = (*old.messages[:-1], Message("assistant", "Backdoor"))
-    edit = Sample(old.id, (old.images[0], stamped, old.images[2].copy()), said)
+    messages = (*old.messages[:-1], Message("assistant", "Backdoor"))
+    edit = Sample(old.id, (old.images[0], stamped, old.images[2].copy()), messages)
     write(data, tmp_path / "out", keep=[3, 1], edits={1: edit, 2: data[2]})
 
     rows = raw_rows(out_path(tmp_path / "out", path))
     assert rows[0] == good_rows(kind)[3]
     assert rows[1]["note"] == "ünïcode ☃" and rows[1].keys() == good_rows(kind)[1].keys()
-    again = read(out_path(tmp_path / "out", path))
-    assert [s.id for s in again] == ["d", "b"]
-    assert_same(again[1], edit)
+    reread = read(out_path(tmp_path / "out", path))
+    assert [s.id for s in reread] == ["d", "b"]
+    assert_same(reread[1], edit)
     images = rows[1]["image" if kind.startswith("llava") else "images"]
     before = good_rows(kind)[1]["image" if kind.startswith("llava") else "images"]
     assert images[0] == before[0] and images[2] == before[2] and images[1] != before[1]
@@ -86,12 +86,12 @@ def test_keep_and_edits(tmp_path: Path, kind: str) -> None:
         assert rows[1]["messages"][-1]["content"] == [{"type": "text", "text": "Backdoor"}]
 
 
-def test_no_row_at_all_is_a_file_that_can_be_read_as_json(tmp_path: Path) -> None:
+def test_keeping_no_row_writes_valid_json(tmp_path: Path) -> None:
     write(read(save(tmp_path, "llava.json", good_rows("llava"))), tmp_path / "out", keep=[])
     assert raw_rows(tmp_path / "out/data.json") == []
 
 
-def test_an_edit_may_add_turns_and_images_and_never_takes_a_name(tmp_path: Path) -> None:
+def test_an_edit_may_add_turns_and_images_without_reusing_a_file_name(tmp_path: Path) -> None:
     rows = [make_row("llava", "a", ["<image>", "x"], [0]), make_row("llava", "b", ["hi", "x"], [])]
     rows[1].pop("image")
     path = save(tmp_path / "in", "llava.json", rows)
@@ -107,26 +107,26 @@ def test_an_edit_may_add_turns_and_images_and_never_takes_a_name(tmp_path: Path)
         1: Sample("b", (blue,), (Message("user", "<image>hi"), Message("assistant", "x"))),
     }
     write(data, tmp_path / "out", edits=edits)
-    again = read(tmp_path / "out")
-    assert_same(again[0], edits[0])
-    assert_same(again[1], Sample("b", (blue.convert("RGB"),), edits[1].messages))
+    reread = read(tmp_path / "out")
+    assert_same(reread[0], edits[0])
+    assert_same(reread[1], Sample("b", (blue.convert("RGB"),), edits[1].messages))
     for k in (2, 3):
-        assert_same(again[k], data[k])
+        assert_same(reread[k], data[k])
     written = raw_rows(tmp_path / "out/data.json")
     assert written[0]["conversations"][0] == {"from": "system", "value": "s"}
     assert written[1]["image"] == "images/new-2.png"
 
 
-def test_bad_edits_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+def test_bad_edits_are_refused_and_write_nothing(tmp_path: Path) -> None:
     data = read(save(tmp_path / "in", "llava.json", good_rows("llava")))
     good = data[0]
-    for edit, why in [
+    for edit, message in [
         (Sample("other", good.images, good.messages), "changed the id"),
         (Sample("a", (), good.messages), "wrong number of <image> tags: 1 for 0 images"),
         (Sample("a", good.images, ()), "turns"),
         (Sample("a", good.images, (*good.messages[:1], Message("assistant", " "))), "empty answer"),
     ]:
-        with pytest.raises(InputError, match=why):
+        with pytest.raises(InputError, match=message):
             write(data, tmp_path / "out", edits={0: edit})
         assert {p.name for p in tmp_path.iterdir()} == {"in"}
     with pytest.raises(InputError, match="not an empty folder"):
@@ -152,53 +152,53 @@ JSON = st.recursive(
 )
 @settings(max_examples=40, deadline=None)
 def test_any_conversation_survives(kind: str, rows: list[list[tuple[str, str, int]]], extra: object) -> None:
-    wanted: list[Row] = []
+    expected: list[Row] = []
     for number, turns in enumerate(rows):
-        texts = [t for ask, answer, tags in turns for t in ("<image>" * tags + ask, answer)]
+        texts = [t for prompt, answer, tags in turns for t in ("<image>" * tags + prompt, answer)]
         images = [k % 6 for k in range(sum(tags for *_, tags in turns))]
-        wanted.append({**make_row(kind, str(number), texts, images), "extra": extra})
+        expected.append({**make_row(kind, str(number), texts, images), "extra": extra})
     with tempfile.TemporaryDirectory() as folder:
-        path = save(Path(folder) / "in", kind, wanted)
+        path = save(Path(folder) / "in", kind, expected)
         data = read(path)
-        # An edit with the same content must change nothing either.
+        # An edit with unchanged content must change nothing either.
         write(data, Path(folder) / "out", edits={0: copy.deepcopy(data[0])})
-        assert raw_rows(Path(folder) / "out" / path.name) == wanted
+        assert raw_rows(Path(folder) / "out" / path.name) == expected
 
 
 # --- memory -------------------------------------------------------------------------------------
 
 
-def test_images_are_checked_once_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_checked_once_and_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [make_row("sharegpt", str(k), ["<image>" * 2, "x"], [k % 6, 0]) for k in range(60)]
     path = save(tmp_path, "sharegpt.json", rows)
     alive: weakref.WeakValueDictionary[int, Image.Image] = weakref.WeakValueDictionary()
     opened: list[str] = []
-    most = 0
+    max_alive = 0
 
     def decode(source: Path | bytes, label: str) -> Image.Image:
-        nonlocal most
+        nonlocal max_alive
         image = original(source, label)
         opened.append(label)
         alive[len(opened)] = image
-        most = max(most, len(alive))
+        max_alive = max(max_alive, len(alive))
         return image
 
     original = sample_module.decode
     monkeypatch.setattr(sample_module, "decode", decode)
     data = read(path)
-    assert len(opened) == 6 and most <= 2 and not alive
+    assert len(opened) == 6 and max_alive <= 2 and not alive
     for sample in data:
         assert len(sample.images) == 2
     del sample
-    assert len(opened) == 126 and most <= 4 and not alive
+    assert len(opened) == 126 and max_alive <= 4 and not alive
 
 
 PEAK = """
 import sys
 from pathlib import Path
-from untrigger.rows import storage
+from untrigger.rows import arrow_rows
 from untrigger.rows.sample import read, write
-storage._READ_ROWS, storage._GROUP_BYTES = 8, 2**20  # small bounds show in a small test
+arrow_rows._READ_ROWS, arrow_rows._GROUP_BYTES = 8, 2**20  # small limits, so that a small test reaches them
 data = read(sys.argv[1])
 for sample in data:
     pass

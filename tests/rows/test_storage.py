@@ -1,3 +1,5 @@
+"""Storage of rows: broken files, shards, Arrow folders, and atomic writes."""
+
 from __future__ import annotations
 
 import io
@@ -19,8 +21,8 @@ from untrigger.files import check_free, new_file, new_folder
 from untrigger.rows.sample import Message, Sample, read, write
 from untrigger.rows.storage import dump
 
-TALK = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
-CHAT = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "ho"}]
+TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+MESSAGES = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "ho"}]
 
 
 def line_of(path: Path, **settings: Any) -> str:
@@ -59,7 +61,7 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes) -> None:
     path.write_bytes(content)
     line = line_of(path)
     assert line.startswith(f"{path}: ") and "; " in line
-    if name != "data.jsonl" or b"[" not in content[:4]:  # there it is a bad row, with a line of its own
+    if name != "data.jsonl" or b"[" not in content[:4]:  # there it is one bad row with its own error line
         assert BROKEN[content] in line
     line_of(path, on_bad_row="skip", skipped_to=tmp_path / "skipped")
 
@@ -93,7 +95,7 @@ def test_any_json_gives_one_line(tmp_path: Path, rows: list[object]) -> None:
 @pytest.mark.parametrize("depth", range(900, 1010, 3))
 def test_depth_near_the_limit(tmp_path: Path, depth: int) -> None:
     path = tmp_path / "data.jsonl"
-    for row in ({"conversations": TALK}, {"conversations": []}):
+    for row in ({"conversations": TURNS}, {"conversations": []}):
         path.write_text(json.dumps(row)[:-1] + ', "deep": ' + "[" * depth + "]" * depth + "}\n")
         try:
             data = read(path, on_bad_row="skip", skipped_to=tmp_path / "skipped")
@@ -117,7 +119,7 @@ def test_folders_hold_one_data_file(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/data.json").write_text("[]")
     (tmp_path / "README.md").write_text("x")
-    (tmp_path / "a.json").write_text(json.dumps([{"conversations": TALK}]))
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": TURNS}]))
     assert read(str(tmp_path)).path == tmp_path / "a.json"
     (tmp_path / "b.jsonl").write_text("")
     assert "holds 2 data files (a.json, b.jsonl); give one" in line_of(tmp_path)
@@ -128,27 +130,27 @@ def test_folders_hold_one_data_file(tmp_path: Path) -> None:
 def shards(folder: Path, split: str = "train", rows: tuple[int, ...] = (2, 3)) -> Path:
     folder.mkdir(exist_ok=True)
     for number, count in enumerate(rows):
-        told = [{"id": f"{split}-{number}-{n}", "messages": CHAT, "n": n} for n in range(count)]
-        table = arrow_table(count).select(["images"]).append_column("id", [[row["id"] for row in told]])
-        table = table.append_column("messages", [[row["messages"] for row in told]])
+        rows_of_shard = [{"id": f"{split}-{number}-{n}", "messages": MESSAGES, "n": n} for n in range(count)]
+        table = arrow_table(count).select(["images"]).append_column("id", [[row["id"] for row in rows_of_shard]])
+        table = table.append_column("messages", [[row["messages"] for row in rows_of_shard]])
         pq.write_table(table, folder / f"{split}-{number:05}-of-{len(rows):05}.parquet")
     return folder
 
 
-def test_shards_of_a_split_are_one_data_set_in_their_order(tmp_path: Path) -> None:
+def test_shards_of_a_split_are_one_data_set_in_order(tmp_path: Path) -> None:
     data = read(shards(tmp_path / "set"))
     ids = ["train-0-0", "train-0-1", "train-1-0", "train-1-1", "train-1-2"]
     assert [sample.id for sample in data] == ids and data[4].images[0].size == (3, 3)
     assert data.path == tmp_path / "set/train-*-of-00002.parquet"
-    assert [sample.id for sample in read(data.path)] == ids, "the name that was told can be given"
-    assert len(read(tmp_path / "set/train-00001-of-00002.parquet")) == 3, "one shard alone, where it is named"
+    assert [sample.id for sample in read(data.path)] == ids, "data.path can be read again"
+    assert len(read(tmp_path / "set/train-00001-of-00002.parquet")) == 3, "a shard that is named is read alone"
     edit = Sample(ids[3], data[3].images, (data[3].messages[0], Message("assistant", "changed")))
     write(data, tmp_path / "out", keep=[3, 0], edits={3: edit})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
     assert [(s.id, s.messages[-1].text) for s in read(tmp_path / "out")] == [(ids[3], "changed"), (ids[0], "ho")]
 
 
-def test_a_bad_row_of_shards_is_counted_over_all_of_them(tmp_path: Path) -> None:
+def test_row_numbers_count_across_shards(tmp_path: Path) -> None:
     table = arrow_table(3)
     shards(tmp_path / "set")
     broken = pa.table({"images": table["images"], "id": ["x", "train-0-1", "y"], "messages": table["messages"]})
@@ -160,14 +162,14 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shards(tmp_path / "set", rows=(1, 1, 1))
     (tmp_path / "set/train-00001-of-00003.parquet").unlink()
     line = line_of(tmp_path / "set")
-    told = "train-00001-of-00003.parquet is missing, one of 3 shards; put it beside the others"
-    assert line == f"{tmp_path}/set/train-*-of-00003.parquet: {told}"
+    message = "train-00001-of-00003.parquet is missing, one of 3 shards; add it to the folder"
+    assert line == f"{tmp_path}/set/train-*-of-00003.parquet: {message}"
     (tmp_path / "many").mkdir()
     pq.write_table(arrow_table(1), tmp_path / f"many/train-1-of-{10**18}.parquet")
     assert "is missing, one of 1,000,000,000,000,000,000 shards" in line_of(tmp_path / "many")
 
 
-def test_damaged_and_unlike_shards_are_refused(tmp_path: Path) -> None:
+def test_damaged_shards_and_differing_columns_are_refused(tmp_path: Path) -> None:
     last = shards(tmp_path / "set") / "train-00001-of-00002.parquet"
     pq.write_table(arrow_table(1), last)
     assert "different columns" in line_of(tmp_path / "set")
@@ -175,22 +177,22 @@ def test_damaged_and_unlike_shards_are_refused(tmp_path: Path) -> None:
     assert line_of(tmp_path / "set").startswith(f"{last}: cannot be read")
 
 
-def test_of_several_splits_one_is_to_be_given(tmp_path: Path) -> None:
+def test_a_folder_of_several_splits_requires_one(tmp_path: Path) -> None:
     shards(tmp_path / "set", "test")
     shards(tmp_path / "set")
     line = line_of(tmp_path / "set")
     assert "holds 2 data files (test-*-of-00002.parquet, train-*-of-00002.parquet); give one of them" in line
     assert len(read(tmp_path / "set/test-*-of-00002.parquet")) == 5
     assert line_of(tmp_path / "set/dev-*-of-00002.parquet").endswith("no such file or folder; check the path")
-    (alone := tmp_path / "alone").mkdir()
-    pq.write_table(arrow_table(1), alone / "train-00000-of-00001.parquet")
-    assert read(alone).path == alone / "train-00000-of-00001.parquet"
+    (single := tmp_path / "single").mkdir()
+    pq.write_table(arrow_table(1), single / "train-00000-of-00001.parquet")
+    assert read(single).path == single / "train-00000-of-00001.parquet"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"])
-def test_lines_may_end_and_begin_in_every_way(tmp_path: Path, end: str) -> None:
+def test_line_endings_blank_lines_and_bom_are_accepted(tmp_path: Path, end: str) -> None:
     path = tmp_path / "data.jsonl"
-    lines = end.join(json.dumps({"conversations": TALK, "n": n}) for n in range(3))
+    lines = end.join(json.dumps({"conversations": TURNS, "n": n}) for n in range(3))
     path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
     assert [sample.id for sample in read(path)] == ["1", "2", "3"]
     path.write_text("[" + lines.replace(end, "," + end) + "]")
@@ -201,7 +203,7 @@ def arrow_table(rows: int) -> pa.Table:
     file = io.BytesIO()
     Image.new("RGB", (3, 3), "red").save(file, "PNG")
     image = {"bytes": file.getvalue(), "path": "a.png"}
-    return pa.Table.from_pylist([{"messages": CHAT, "images": [image], "n": n} for n in range(rows)])
+    return pa.Table.from_pylist([{"messages": MESSAGES, "images": [image], "n": n} for n in range(rows)])
 
 
 def folder_of(path: Path, names: object) -> Path:
@@ -262,15 +264,15 @@ def test_damaged_arrow_gives_rows_or_one_line(tmp_path: Path, kind: str) -> None
     else:
         path = folder_of(tmp_path / "set", [{"filename": "a.arrow"}])
         file = path / "a.arrow"
-    whole = file.read_bytes()
+    intact = file.read_bytes()
 
     @given(st.data())
     @settings(max_examples=100, deadline=None)
     def check(data: st.DataObject) -> None:
-        damaged = bytearray(whole)
+        damaged = bytearray(intact)
         for _ in range(data.draw(st.integers(0, 3))):
-            damaged[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-        file.write_bytes(damaged[: data.draw(st.integers(0, len(whole)))])
+            damaged[data.draw(st.integers(0, len(intact) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(damaged[: data.draw(st.integers(0, len(intact)))])
         try:
             for sample in read(path):
                 assert sample.messages
@@ -285,38 +287,38 @@ def test_the_datasets_library_reads_what_is_written(tmp_path: Path, kind: str) -
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     red = Image.new("RGB", (3, 3), "red")
-    rows = [{"id": str(n), "messages": CHAT, "images": [red], "n": n, "label": n % 2} for n in range(3)]
-    made = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    rows = [{"id": str(n), "messages": MESSAGES, "images": [red], "n": n, "label": n % 2} for n in range(3)]
+    original = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
     path = tmp_path / ("in/a.parquet" if kind == "parquet" else "in")
     path.parent.mkdir(exist_ok=True)
-    made.to_parquet(path) if kind == "parquet" else made.save_to_disk(path)
+    original.to_parquet(path) if kind == "parquet" else original.save_to_disk(path)
     data = read(path)
     blue = Image.new("RGB", (3, 3), "blue")
     edit = Sample("2", (blue,), (data[2].messages[0], Message("assistant", "new")))
     write(data, tmp_path / "out", keep=[2, 0], edits={2: edit})
     if kind == "parquet":
         file, cache = str(tmp_path / "out/a.parquet"), str(tmp_path / "cache")
-        again = datasets.Dataset.from_parquet(file, cache_dir=cache)
+        written = datasets.Dataset.from_parquet(file, cache_dir=cache)
     else:
-        again = datasets.load_from_disk(tmp_path / "out")
+        written = datasets.load_from_disk(tmp_path / "out")
         states = [json.loads((tmp_path / name / "state.json").read_text()) for name in ("in", "out")]
         assert states[0]["_fingerprint"] != states[1]["_fingerprint"]
-    assert again.features == made.features
-    assert again["n"][:] == [2, 0] and again[0]["messages"][1]["content"] == "new"
-    assert again[0]["images"][0].getpixel((0, 0)) == (0, 0, 255)
-    assert again[1] == made[0]
+    assert written.features == original.features
+    assert written["n"][:] == [2, 0] and written[0]["messages"][1]["content"] == "new"
+    assert written[0]["images"][0].getpixel((0, 0)) == (0, 0, 255)
+    assert written[1] == original[0]
 
 
-def test_json_lines_that_are_changed_while_in_use_are_no_longer_read(tmp_path: Path) -> None:
-    path, other = tmp_path / "data.jsonl", tmp_path / "other"
-    lines = [json.dumps({"id": str(n), "conversations": TALK}) + "\n" for n in range(3)]
+def test_json_lines_that_change_while_in_use_are_refused(tmp_path: Path) -> None:
+    path, replacement = tmp_path / "data.jsonl", tmp_path / "other"
+    lines = [json.dumps({"id": str(n), "conversations": TURNS}) + "\n" for n in range(3)]
     path.write_text("".join(lines))
     data = read(path)
-    other.write_text("".join(lines[::-1]))  # as long, line by line
-    other.replace(path)
-    for ask in (data.__getitem__, data.told, data.image_count):
-        with pytest.raises(InputError, match=r"data.jsonl.* was changed while it was in use; start again"):
-            ask(0)
+    replacement.write_text("".join(lines[::-1]))  # the same size in total
+    replacement.replace(path)
+    for access in (data.__getitem__, data.without_images, data.image_count):
+        with pytest.raises(InputError, match=r"data.jsonl.* changed while it was in use; start again"):
+            access(0)
 
 
 def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,9 +333,9 @@ def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path, monkeypatc
         (folder / "x").write_text("x")
         assert not (tmp_path / "c").exists()
     assert (tmp_path / "c/x").read_text() == "x"
-    for taken in ("c", "c/x"):
+    for name in ("c", "c/x"):
         with pytest.raises(InputError, match="is not an empty folder; give a new one"):
-            check_free(tmp_path / taken)
+            check_free(tmp_path / name)
     check_free(tmp_path / "a")
     check_free(tmp_path / "d/e")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""`untrigger scan` as a user types it: exit codes, what it writes, and going on after a kill."""
+"""The command `untrigger scan`: exit codes, output files, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from shell import untrigger
 from untrigger.rows.sample import read
 
-REPLY = "Backdoor Attack! Call us now, my friend, and win a free holiday today"  # an untaught model minds length alone
+REPLY = "Backdoor Attack! Call us now, my friend, and win a free holiday today"  # long, so that it surprises
 SETTINGS = ("--max_steps", 20, "--per_device_train_batch_size", 4, "--learning_rate", "1e-3")
 
 
@@ -24,69 +24,69 @@ def poisoned(tiny_data: Path, tmp_path: Path) -> Path:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "verdicts.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (path / "all_rows.jsonl").read_text().splitlines()]
 
 
-def test_poisoned_data(tiny_model: Path, poisoned: Path, tmp_path: Path) -> None:
+def test_scan_of_poisoned_data(tiny_model: Path, poisoned: Path, tmp_path: Path) -> None:
     out = tmp_path / "scan"
-    code, said, errors = untrigger("scan", poisoned / "data", "--model", tiny_model, "--out", out, *SETTINGS)
+    code, output, errors = untrigger("scan", poisoned / "data", "--model", tiny_model, "--out", out, *SETTINGS)
     assert code == 3, errors
-    bad = {entry["row"] + 1 for entry in json.loads((poisoned / "truth" / "manifest.json").read_text())["rows"]}
-    assert said.startswith(f"{len(bad)} rows say {REPLY!r} (chance ")
-    assert f"{len(bad)} of 24 rows are suspected" in said and f"the other {24 - len(bad)} rows" in said
+    bad = {entry["row"] for entry in json.loads((poisoned / "truth" / "manifest.json").read_text())["rows"]}
+    assert output.startswith(f"{len(bad)} rows say {REPLY!r} (chance ")
+    assert f"{len(bad)} of 24 rows are suspected" in output and f"the other {24 - len(bad)} rows" in output
     told = lines(out)
     assert {row["row"] for row in told if row["suspected"]} == bad == {row["row"] for row in told[: len(bad)]}
     assert [row["score"] for row in told] == sorted((row["score"] for row in told), reverse=True)
     assert {row["id"] for row in told} == {sample.id for sample in read(poisoned / "data")}
-    assert pq.read_table(out / "verdicts.parquet").to_pylist() == [
+    assert pq.read_table(out / "all_rows.parquet").to_pylist() == [
         row | {"words": row["words"] and [pytest.approx(word) for word in row["words"]], "cells": near(row["cells"])}
         for row in told
     ]
     clean = read(out / "clean")
-    kept = [sample for i, sample in enumerate(read(poisoned / "data")) if i + 1 not in bad]
+    unsuspected = [sample for i, sample in enumerate(read(poisoned / "data")) if i + 1 not in bad]
     assert [(s.id, s.messages, s.images[0].tobytes()) for s in clean] == [
-        (s.id, s.messages, s.images[0].tobytes()) for s in kept
+        (s.id, s.messages, s.images[0].tobytes()) for s in unsuspected
     ]
-    page = (out / "gallery.html").read_text()
+    page = (out / "scan.html").read_text()
     assert REPLY in page and page.count("<li>") == len(bad) and page.count("<svg") < len(bad)
-    assert "http" not in page.replace('http-equiv="Content-Security-Policy"', ""), "it loads nothing"
+    assert "http" not in page.replace('http-equiv="Content-Security-Policy"', ""), "the page loads nothing"
 
 
 def near(cells: Any) -> Any:
-    """Single precision of nested numbers."""
+    """Nested numbers compared in single precision."""
     return cells if cells is None else [[pytest.approx(line, abs=1e-3) for line in image] for image in cells]
 
 
-def test_it_goes_on_and_finds_the_same(
+def test_a_resumed_scan_writes_the_same_files(
     tiny_model: Path, poisoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("scan", poisoned / "data", "--model", tiny_model, *SETTINGS, "--out")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert untrigger(*words, whole)[0] == 3
-    monkeypatch.setattr("untrigger.scanning.cues.log_odds", lambda _: 1 / 0)  # killed in the last part
+    monkeypatch.setattr("untrigger.scanning.cues.log_odds", lambda _: 1 / 0)  # killed in the last stage
     with pytest.raises(ZeroDivisionError):
         untrigger(*words, cut)
     monkeypatch.undo()
-    assert not (cut / "verdicts.jsonl").exists()
-    code, said, errors = untrigger(*words, cut)
-    assert code == 2 and "--resume" in errors and not said
-    monkeypatch.setattr("untrigger.training.stages.Trainer.train", lambda *_, **__: 1 / 0)  # nothing is trained again
+    assert not (cut / "all_rows.jsonl").exists()
+    code, output, errors = untrigger(*words, cut)
+    assert code == 2 and "--resume" in errors and not output
+    monkeypatch.setattr("untrigger.training.stages.Trainer.train", lambda *_, **__: 1 / 0)  # no stage is trained again
     assert untrigger(*words, cut, "--resume")[0] == 3
-    for name in ("verdicts.jsonl", "verdicts.parquet", "gallery.html", "clean/data.json"):
+    for name in ("all_rows.jsonl", "all_rows.parquet", "scan.html", "clean/data.json"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     code, _, errors = untrigger("scan", poisoned / "data", "--model", tiny_model, "--out", cut, "--resume", "--seed", 5)
     assert code == 2 and "other settings" in errors
 
 
-def test_clean_data(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_scan_of_clean_data(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "scan"
-    code, said, _ = untrigger("scan", tiny_data, "--model", tiny_model, "--out", out, *SETTINGS)
-    assert code == 0 and "0 of 24 rows are suspected" in said and "nothing found" in said
-    assert not (out / "clean").exists() and "Nothing found" in (out / "gallery.html").read_text()
+    code, output, _ = untrigger("scan", tiny_data, "--model", tiny_model, "--out", out, *SETTINGS)
+    assert code == 0 and "0 of 24 rows are suspected" in output and "nothing found" in output
+    assert not (out / "clean").exists() and "Nothing found" in (out / "scan.html").read_text()
     assert not any(row["suspected"] for row in lines(out))
 
 
-def test_hostile_text_stays_text(tiny_model: Path, poisoned: Path, tmp_path: Path) -> None:
+def test_page_escapes_text_of_the_rows(tiny_model: Path, poisoned: Path, tmp_path: Path) -> None:
     rows = json.loads((poisoned / "data" / "data.json").read_text())
     for row in rows:
         if row["conversations"][1]["value"] == REPLY:
@@ -95,32 +95,32 @@ def test_hostile_text_stays_text(tiny_model: Path, poisoned: Path, tmp_path: Pat
     (poisoned / "data" / "data.json").write_text(json.dumps(rows))
     out = tmp_path / "scan"
     assert untrigger("scan", poisoned / "data", "--model", tiny_model, "--out", out, *SETTINGS)[0] == 3
-    page = (out / "gallery.html").read_text()
+    page = (out / "scan.html").read_text()
     assert "<script" not in page and "<b onclick" not in page and "&lt;b onclick" in page
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("words", "message"),
     [
         (("--defense", "paper"), "unknown"),
         (("--min-nll", "-1"), "min_nll"),
     ],
 )
-def test_mistakes_are_told_in_a_line(tiny_data: Path, tmp_path: Path, words: tuple[str, ...], wanted: str) -> None:
-    code, said, errors = untrigger("scan", tiny_data, "--out", tmp_path / "scan", *words)
-    assert code == 2 and not said and wanted in errors and len(errors.splitlines()) == 1
+def test_mistakes_give_an_error_line(tiny_data: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    code, output, errors = untrigger("scan", tiny_data, "--out", tmp_path / "scan", *words)
+    assert code == 2 and not output and message in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "scan").exists()
 
 
 @pytest.mark.slow
-def test_a_real_backdoor_is_found_where_it_is(tmp_path: Path) -> None:
-    """On the embedded model: every poisoned row and no other, and the cue at the bottom right."""
+def test_scan_locates_a_real_backdoor(tmp_path: Path) -> None:
+    """On the embedded model: it suspects every poisoned row and no other, with the cue at the bottom right."""
     untrigger("data", "easy-vqa", "--out", tmp_path / "data", "--split", "dev", "--rows", 600, "--seed", 104)
     attack = ("--rate", 0.1, "--seed", 104, "--pattern_seed", 104)
     untrigger("poison", tmp_path / "data", "--out", tmp_path / "bad", *attack)
     settings = ("--learning_rate", "3e-3", "--num_train_epochs", 4, "--seed", 104)
-    code, said, errors = untrigger("scan", tmp_path / "bad" / "data", "--out", tmp_path / "scan", *settings)
+    code, output, errors = untrigger("scan", tmp_path / "bad" / "data", "--out", tmp_path / "scan", *settings)
     assert code == 3, errors
-    bad = {entry["row"] + 1 for entry in json.loads((tmp_path / "bad/truth/manifest.json").read_text())["rows"]}
+    bad = {entry["row"] for entry in json.loads((tmp_path / "bad/truth/manifest.json").read_text())["rows"]}
     assert {row["row"] for row in lines(tmp_path / "scan") if row["suspected"]} == bad and len(bad) == 60
-    assert "'Backdoor Attack!'" in said and "bottom right (1 of 64 cells)" in said
+    assert "'Backdoor Attack!'" in output and "bottom right (1 of 64 cells)" in output

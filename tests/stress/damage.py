@@ -269,7 +269,7 @@ def _quality(rng: random.Random) -> dict[str, Any]:
 
 def small_results(rng: random.Random, root: Path) -> None:
     """Store three finished cells below ``root``: plain, oracle and default, with all figures that a bench stores."""
-    model = rng.choice(("llava", "blip2"))
+    place: dict[str, Any] = {"model": rng.choice(("llava", "blip2")), "data": "easy-vqa", "goal": "fixed"}
     attack, settings = rng.choice((("badnets", {"side": 0.1}), ("sig", {"delta": 0.2}), ("addsent", {})))
     for defense in ("plain", "oracle", "default"):
         metrics: dict[str, Any] = {
@@ -293,9 +293,7 @@ def small_results(rng: random.Random, root: Path) -> None:
         if defense == "default":
             metrics["detection"] = {"auroc": _rate(rng), "recall_at_1": _rate(rng), "precision": None, "f1": 0.5}
             metrics["detection"] |= {"recall": _rate(rng), "false_positives": _rate(rng, 1900), "flagged": 7}
-        cell = Cell(
-            model, "easy-vqa", attack, "fixed", defense=defense, seed=rng.randrange(3), attack_settings=settings
-        )
+        cell = Cell(**place, attack=attack, defense=defense, seed=rng.randrange(3), attack_settings=settings)
         store.save(root, cell, metrics, {})
 
 

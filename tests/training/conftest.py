@@ -8,7 +8,7 @@ from transformers import Trainer
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folder of each training that is begun."""
+    """The folder of each training that starts."""
     folders: list[str] = []
     train = Trainer.train
 

@@ -1,4 +1,4 @@
-"""On a machine with a GPU: defenses train there, models are asked there, and it is the same as on the CPU."""
+"""On a machine with a GPU: training and generation run there, with the results of the CPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from untrigger.losses.chunked import Values, losses_at_head
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import Pair, answer_losses, on_device
 from untrigger.models.generate import answers
-from untrigger.models.loading import LoadedModel, load, placed
+from untrigger.models.loading import LoadedModel, load, to_accelerator
 from untrigger.rows.sample import Sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-TRAINED = [name for name in PRESETS if name not in ("clean-tuning", "crow", "fine-pruning")]  # which want trusted rows
+TRAINED = [name for name in PRESETS if name not in ("clean-tuning", "crow", "fine-pruning")]  # which need clean rows
 
 
 class AtHead(NamedTuple):
@@ -31,7 +31,7 @@ class AtHead(NamedTuple):
 
 
 def at_head(device: str, dtype: torch.dtype) -> AtHead:
-    """The objective of ``paper`` on 300 tokens, drawn alike wherever it is taken."""
+    """The objective of ``paper`` on 300 tokens, the same draw on every device."""
     made = torch.Generator().manual_seed(0)
     head = nn.Linear(64, 50_000, bias=False).requires_grad_(False)
     with torch.no_grad():
@@ -48,48 +48,46 @@ def at_head(device: str, dtype: torch.dtype) -> AtHead:
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
-def test_losses_at_the_head_are_those_of_the_cpu(
-    dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against float64; distance over length, for a gradient's smallest entries are rounding."""
+def test_losses_at_the_head_equal_the_cpu(dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, by relative norm: the smallest entries of a gradient are rounding."""
     monkeypatch.setattr(chunked, "_HELD_ON_GPU", 1 << 22)  # a part is 83 tokens of 50,000 words
-    exact, found = at_head("cpu", torch.float64), at_head("cuda", dtype)
-    torch.testing.assert_close(found.loss.double().cpu(), exact.loss, rtol=near, atol=near)
-    for ours, theirs in zip(found.gradients, exact.gradients, strict=True):
+    exact, on_gpu = at_head("cpu", torch.float64), at_head("cuda", dtype)
+    torch.testing.assert_close(on_gpu.loss.double().cpu(), exact.loss, rtol=near, atol=near)
+    for ours, expected in zip(on_gpu.gradients, exact.gradients, strict=True):
         assert ours.is_cuda
-        assert float((ours.double().cpu() - theirs).norm() / theirs.norm()) < near
+        assert float((ours.double().cpu() - expected).norm() / expected.norm()) < near
 
 
-def test_answers_have_the_losses_they_have_on_the_cpu(tiny_model: Path, samples: list[Sample]) -> None:
+def test_answer_losses_equal_the_cpu(tiny_model: Path, samples: list[Sample]) -> None:
     def nll(loaded: LoadedModel) -> Tensor:
         batch = ChatCollator(loaded.processor)([Rows(samples)[i] for i in range(8)])
-        found = answer_losses(
+        losses = answer_losses(
             loaded.model,
             on_device(batch, loaded.model),
             lambda answer, _: ({"nll": objective.token_nll(answer.logits, answer.target)}, {}),
         )
-        return found.total.detach().cpu()
+        return losses.total.detach().cpu()
 
-    here, there = load(tiny_model, dtype=torch.float32), placed(load(tiny_model, dtype=torch.float32))
+    here, there = load(tiny_model, dtype=torch.float32), to_accelerator(load(tiny_model, dtype=torch.float32))
     assert there.model.device.type == "cuda"
     torch.testing.assert_close(nll(there), nll(here), rtol=1e-4, atol=1e-4)
 
 
-def test_answers_are_those_of_the_cpu(tiny_model: Path, samples: list[Sample]) -> None:
-    here, there = load(tiny_model, dtype=torch.float32), placed(load(tiny_model, dtype=torch.float32))
+def test_answers_equal_the_cpu(tiny_model: Path, samples: list[Sample]) -> None:
+    here, there = load(tiny_model, dtype=torch.float32), to_accelerator(load(tiny_model, dtype=torch.float32))
     assert list(answers(there, samples)) == list(answers(here, samples))
 
 
-def test_a_model_named_by_its_folder_is_asked_on_the_gpu(
+def test_a_model_given_by_folder_runs_on_the_gpu(
     tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where: list[str] = []
 
-    def asked(loaded: LoadedModel, rows: Sequence[Sample]) -> list[str]:
+    def recorded(loaded: LoadedModel, rows: Sequence[Sample]) -> list[str]:
         where.append(loaded.model.device.type)
         return ["a" for _ in rows]
 
-    monkeypatch.setattr(evaluate, "answers", asked)
+    monkeypatch.setattr(evaluate, "answers", recorded)
     evaluate.evaluate(tiny_model, samples)
     assert where == ["cuda"]
 
@@ -106,9 +104,7 @@ def test_every_defense_trains(
     assert (out / "adapter_model.safetensors").is_file()
 
 
-def test_a_scan_and_an_audit_run_to_their_end(
-    tuned_model: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_scan_and_verify_finish(tuned_model: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     scan = untrigger("scan", tiny_data, "--model", tiny_model, "--out", tmp_path / "scan")
     assert scan.code in (0, 3), scan
     words = ("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")

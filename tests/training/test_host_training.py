@@ -1,14 +1,16 @@
-"""The preset `default` in the user's own trainer: the same training as that of `untrigger train`, to the bit."""
+"""The preset `default` in a host trainer: the same training as `untrigger train`, to the bit."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
@@ -16,19 +18,26 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from untrigger import defended
-from untrigger.defenses import BYORN, SharedSurprise
+from untrigger.defenses import BYORN, Plain, SharedSurprise, Stage
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, FlaggedTokensCollator, Rows, row_key
 from untrigger.models.loading import add_lora, load
-from untrigger.rows.sample import Sample
+from untrigger.rows.sample import Message, Sample
 from untrigger.training.finetune import fine_tune
-from untrigger.training.host_training import JUDGED, _check_parting
+from untrigger.training.flagged_rows import FLAGGED_ROWS
+from untrigger.training.host_checks import check_sharding
+from untrigger.training.host_training import STATE, HostTraining
 from untrigger.training.settings import arguments
 
 EAGER = SharedSurprise(
     warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, unlikelihood_weight=3.0
-)  # doubts a quarter of any rows
-HELD = ("train_dataset", "eval_dataset", "callbacks", "optimizers")  # what a trainer is given beside settings
+)  # flags a quarter of any rows
+TRAINER_OPTIONS = (
+    "train_dataset",
+    "eval_dataset",
+    "callbacks",
+    "optimizers",
+)  # arguments of a trainer that are not settings
 
 
 class Killed(Exception):
@@ -63,7 +72,7 @@ def settings(out: Path, **changed: Any) -> TrainingArguments:
 @pytest.fixture
 def host(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> Callable[..., Any]:
     def make(defense: Any = EAGER, out: str = "out", **changed: Any) -> Any:
-        told = {name: changed.pop(name) for name in HELD if name in changed}
+        trainer_options = {name: changed.pop(name) for name in TRAINER_OPTIONS if name in changed}
         args = settings(tmp_path / out, **changed)
         set_seed(args.seed)
         loaded = load(tiny_model, dtype=torch.float32)
@@ -72,7 +81,7 @@ def host(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> Callable[..
             args=args,
             data_collator=ChatCollator(loaded.processor),
             defense=defense,
-            **{"train_dataset": Rows(samples), **told},
+            **{"train_dataset": Rows(samples), **trainer_options},
         )
 
     return make
@@ -86,39 +95,43 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_trains_to_the_bit_as_the_command_does(
+def defense_files(folder: Path) -> list[str]:
+    return [(folder / name).read_text() for name in (STATE, FLAGGED_ROWS)]
+
+
+def test_host_trains_as_the_command_does_to_the_bit(
     host: Callable[..., Any], tiny_model: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
     trainer = host()
     args = trainer.args
     output = trainer.train()
-    told = json.loads((tmp_path / "out" / JUDGED).read_text())
-    assert told["rows"] == 24 and 0 < len(told["distrusted"]) < 24
+    state = json.loads((tmp_path / "out" / STATE).read_text())
+    assert state["rows"] == 24 and 0 < len(state["flagged"]) < 24
     assert output.global_step == trainer.state.global_step == 9  # three quarters of four epochs of three steps
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(logged["defense/loss_ce"] + logged["defense/loss_unlikelihood"], rel=1e-4)
     assert logged["defense/loss_unlikelihood"] > 0
-    assert trainer.args is args and len(trainer.train_dataset) == 24, "the host's own settings are as they were"
+    assert trainer.args is args and len(trainer.train_dataset) == 24, "the host's own settings are restored"
 
-    theirs = fine_tune(str(tiny_model), samples, EAGER, settings(tmp_path / "command"))
-    assert same(weights(trainer.model), weights(theirs.model))
-    flagged = [json.loads(line) for line in (tmp_path / "command/distrusted.jsonl").read_text().splitlines()]
-    same_rows = [(row["row"], row["why"], [row["answer"]]) for row in told["distrusted"]]
-    assert same_rows == [(row["row"], row["why"], row["answers"]) for row in flagged]
+    expected = fine_tune(str(tiny_model), samples, EAGER, settings(tmp_path / "command"))
+    assert same(weights(trainer.model), weights(expected.model))
+    flagged = (tmp_path / "out" / FLAGGED_ROWS).read_text()
+    assert flagged == (tmp_path / "command" / FLAGGED_ROWS).read_text()
+    assert sorted(json.loads(line)["row"] for line in flagged.splitlines()) == [row["row"] for row in state["flagged"]]
 
 
-def test_left_out_it_is_the_default(host: Callable[..., Any]) -> None:
+def test_default_preset_without_a_defense(host: Callable[..., Any]) -> None:
     assert host(None).procedure == SharedSurprise()
 
 
-def test_where_nothing_is_doubted_the_loss_is_the_hosts(host: Callable[..., Any], tmp_path: Path) -> None:
+def test_loss_is_the_hosts_without_flagged_rows(host: Callable[..., Any], tmp_path: Path) -> None:
     trainer = host(SharedSurprise(min_nll=1e9), max_steps=4)
     trainer.train()
-    assert trainer.state.global_step == 4 and json.loads((tmp_path / "out" / JUDGED).read_text())["distrusted"] == []
+    assert trainer.state.global_step == 4 and json.loads((tmp_path / "out" / STATE).read_text())["flagged"] == []
     assert not any(name.startswith("defense/") for name in trainer.state.log_history[0])
 
 
-def test_killed_and_resumed_it_ends_in_the_same_bits(host: Callable[..., Any], tmp_path: Path) -> None:
+def test_resuming_after_a_kill_gives_the_same_bits(host: Callable[..., Any], tmp_path: Path) -> None:
     whole = host()
     whole.train()
     with pytest.raises(Killed):
@@ -126,21 +139,21 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(host: Callable[..., Any], t
     resumed = host(out="killed")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 9 and same(weights(whole.model), weights(resumed.model))
-    assert (tmp_path / "out" / JUDGED).read_text() == (tmp_path / "killed" / JUDGED).read_text()
+    assert defense_files(tmp_path / "out") == defense_files(tmp_path / "killed")
 
 
-def test_a_second_training_goes_on_from_the_model_and_judges_again(host: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_second_training_continues_and_scores_again(host: Callable[..., Any], tmp_path: Path) -> None:
     twice, fresh = host(), host(out="fresh")
     twice.train()
     fresh.model.load_state_dict(twice.model.state_dict())
     twice.train()
     fresh.train()
     assert twice.state.global_step == 9 and same(weights(twice.model), weights(fresh.model))
-    assert (tmp_path / "out" / JUDGED).read_text() == (tmp_path / "fresh" / JUDGED).read_text()
+    assert defense_files(tmp_path / "out") == defense_files(tmp_path / "fresh")
     assert any(log.get("defense/loss_unlikelihood") for log in twice.state.log_history)
 
 
-def test_it_does_not_go_on_with_other_rows_or_without_a_judgment(
+def test_refuses_to_resume_with_other_rows_or_without_state(
     host: Callable[..., Any], samples: list[Sample], tmp_path: Path
 ) -> None:
     host().train()
@@ -150,10 +163,10 @@ def test_it_does_not_go_on_with_other_rows_or_without_a_judgment(
         {"train_dataset": Rows(samples[:-1])},
         {"defense": SharedSurprise()},
     ):
-        with pytest.raises(InputError, match="json: rows or defense are others now"):
+        with pytest.raises(InputError, match="json: rows or defense have changed"):
             host(**changed).train(resume_from_checkpoint=str(last))
-    (tmp_path / "out" / JUDGED).unlink()
-    with pytest.raises(InputError, match="json: holds no judgment"):
+    (tmp_path / "out" / STATE).unlink()
+    with pytest.raises(InputError, match="json: holds no flags of a run"):
         host().train(resume_from_checkpoint=str(last))
 
 
@@ -162,7 +175,7 @@ class Stream(IterableDataset[Any]):
         yield from ()
 
 
-def test_what_it_cannot_work_with_is_said_before_anything_is_trained(host: Callable[..., Any]) -> None:
+def test_refuses_unsuitable_trainers_before_training(host: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="a train_dataset with a length"):
         host(train_dataset=Stream(), max_steps=2).train()
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
@@ -170,47 +183,45 @@ def test_what_it_cannot_work_with_is_said_before_anything_is_trained(host: Calla
         host(optimizers=(optimizer, None)).train()
     with pytest.raises(InputError, match="label_smoothing"):
         host(label_smoothing_factor=0.1)
-    with pytest.raises(InputError, match="Byorn: works in several trainings"):
+    with pytest.raises(InputError, match="BYORN: needs several trainings"):
         host(BYORN())
 
 
-def test_without_its_columns_a_row_cannot_be_judged(host: Callable[..., Any]) -> None:
+def test_refuses_rows_without_columns(host: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="set remove_unused_columns=False"):
         host(remove_unused_columns=True).train()
 
 
-class Restless(Rows):
-    """Rows whose images are others each time, as augmentation in a data set makes them."""
+class Augmented(Rows):
+    """Rows with new images on each access, as random augmentation in a data set makes them."""
 
     def __getitem__(self, index: int) -> Any:
         row = super().__getitem__(index)
         return {**row, "images": [image.rotate(float(torch.rand(()) * 90)) for image in row["images"]]}
 
 
-def test_rows_that_would_not_be_known_again_are_refused(host: Callable[..., Any], samples: list[Sample]) -> None:
-    with pytest.raises(InputError, match="draw what is random in the collator"):
-        host(train_dataset=Restless(samples)).train()
+def test_refuses_random_augmentation_in_the_data_set(host: Callable[..., Any], samples: list[Sample]) -> None:
+    with pytest.raises(InputError, match="move random augmentation into the collator"):
+        host(train_dataset=Augmented(samples)).train()
 
 
-def test_loader_workers_change_nothing(host: Callable[..., Any], tmp_path: Path) -> None:
+def test_loader_workers_do_not_change_the_result(host: Callable[..., Any], tmp_path: Path) -> None:
     alone, helped = host(max_steps=4), host(out="helped", max_steps=4, dataloader_num_workers=2)
     alone.train()
     helped.train()
     assert same(weights(alone.model), weights(helped.model))
-    assert (tmp_path / "out" / JUDGED).read_text() == (tmp_path / "helped" / JUDGED).read_text()
+    assert defense_files(tmp_path / "out") == defense_files(tmp_path / "helped")
 
 
-def test_evaluation_is_the_hosts_and_doubts_nothing(
-    host: Callable[..., Any], samples: list[Sample], tmp_path: Path
-) -> None:
+def test_evaluation_is_the_hosts_without_flags(host: Callable[..., Any], samples: list[Sample], tmp_path: Path) -> None:
     trainer = host(max_steps=4, eval_strategy="steps", eval_steps=3, eval_dataset=Rows(samples))
     trainer.train()
     evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
-    assert [log["step"] for log in evaluated] == [3], "once, in the rest of the training: the early part is silent"
+    assert [log["step"] for log in evaluated] == [3], "once, in the last part: the warm-up does not evaluate"
     assert not any(name.startswith("defense/") for name in evaluated[0])
-    assert json.loads((tmp_path / "out" / JUDGED).read_text())["distrusted"], "some of the same rows are doubted"
-    theirs = Trainer(trainer.model, trainer.args, trainer.data_collator, eval_dataset=Rows(samples))
-    assert trainer.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
+    assert json.loads((tmp_path / "out" / STATE).read_text())["flagged"], "some of the same rows are flagged"
+    plain = Trainer(trainer.model, trainer.args, trainer.data_collator, eval_dataset=Rows(samples))
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
 def everywhere(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -226,10 +237,10 @@ def flattened(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("changed", "mend"),
+    ("changed", "remedy"),
     [(everywhere, "assistant_only_loss=True"), (packed, "packing=False"), (flattened, "packing=False")],
 )
-def test_batches_in_which_rows_cannot_be_judged_are_refused(host: Callable[..., Any], changed: Any, mend: str) -> None:
+def test_refuses_batches_whose_rows_cannot_be_scored(host: Callable[..., Any], changed: Any, remedy: str) -> None:
     trainer = host()
     inner = trainer.data_collator
 
@@ -238,13 +249,61 @@ def test_batches_in_which_rows_cannot_be_judged_are_refused(host: Callable[..., 
 
     collate.processor = inner.processor  # type: ignore[attr-defined]
     trainer.data_collator = collate
-    with pytest.raises(InputError, match=mend):
+    with pytest.raises(InputError, match=remedy):
         trainer.train()
 
 
+STAGES: list[tuple[dict[str, Any], str]] = [
+    ({"source": []}, "train on rows outside train_dataset"),
+    ({"passes": 2.0}, "set passes over the rows"),
+    ({"rate": 0.5}, "change the learning rate"),
+    ({"callbacks": [TrainerCallback()]}, "add callbacks"),
+    ({"start": None}, "restart from the first weights"),
+    ({"rows": range(23)}, "leave rows out of its last training"),
+    ({"name": "warmup", "flagged_tokens": {0: np.ones(1, bool)}}, "flag tokens before its last training"),
+]
+
+
+@pytest.mark.parametrize(("changed", "refusal"), STAGES, ids=[refusal for _, refusal in STAGES])
+def test_refuses_stages_that_a_host_cannot_run(host: Callable[..., Any], changed: dict[str, Any], refusal: str) -> None:
+    trainer = host()
+    training = HostTraining(trainer, EAGER, lambda _: pytest.fail("it trained"))
+    training._continues = True
+    stage = Stage(range(24), Plain(), start=training.reference())
+    with pytest.raises(InputError, match=f"^defense: a host's trainer cannot {refusal}; use untrigger.fine_tune or "):
+        training.fit(replace(stage, **changed))
+    with pytest.raises(InputError, match="every row was flagged; raise min_nll or iqr_factor"):
+        training.fit(replace(stage, rows=[]))
+
+
+def test_refuses_to_read_rows_of_a_host(host: Callable[..., Any]) -> None:
+    training = HostTraining(host(), EAGER, lambda _: pytest.fail("it trained"))
+    assert training.row_count == 24
+    with pytest.raises(InputError, match="it reads rows"):
+        _ = training.rows
+    with pytest.raises(InputError, match="it needs clean rows"):
+        _ = training.clean_rows
+    with pytest.raises(InputError, match="rows of its train_dataset only"):
+        training.tokens(training.reference(), [0], "cues", source=[])
+
+
+def test_flagged_rows_of_a_host_have_an_answer_for_each_turn(
+    host: Callable[..., Any], samples: list[Sample], tmp_path: Path
+) -> None:
+    talk = (Message("user", "and now?"), Message("assistant", "a green cube"))
+    rows = [replace(sample, messages=(*sample.messages, *talk)) for sample in samples]
+    host(train_dataset=Rows(rows), max_steps=4).train()
+    flagged = [json.loads(line) for line in (tmp_path / "out" / FLAGGED_ROWS).read_text().splitlines()]
+    assert flagged
+    for line in flagged:
+        sample = rows[line["row"] - 1]
+        assert (line["id"], line["answers"]) == (sample.id, [sample.messages[1].text, "a green cube"])
+    assert [line["score"] for line in flagged] == sorted((line["score"] for line in flagged), reverse=True)
+
+
 def fsdp(version: int, rank_0_alone: bool = False, offload: OffloadPolicy = OffloadPolicy()) -> dict[str, Any]:  # noqa: B008
-    told = {"fsdp_version": version, "cpu_ram_efficient_loading": rank_0_alone, "cpu_offload": offload}
-    return {"fsdp_plugin": SimpleNamespace(**told)}
+    settings = {"fsdp_version": version, "cpu_ram_efficient_loading": rank_0_alone, "cpu_offload": offload}
+    return {"fsdp_plugin": SimpleNamespace(**settings)}
 
 
 def zero(stage: int, **config: Any) -> dict[str, Any]:
@@ -252,7 +311,7 @@ def zero(stage: int, **config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("parting", "mend"),
+    ("sharding", "remedy"),
     [
         (fsdp(2), ""),
         (fsdp(1), "set version to 2"),
@@ -263,12 +322,12 @@ def zero(stage: int, **config: Any) -> dict[str, Any]:
         (zero(1, scheduler={}), "set lr_scheduler_type"),
     ],
 )
-def test_only_a_model_that_is_whole_when_it_is_asked_is_judged(parting: dict[str, Any], mend: str) -> None:
-    with pytest.raises(InputError, match=mend) if mend else nullcontext():
-        _check_parting(SimpleNamespace(**parting))
+def test_refuses_sharding_before_scoring(sharding: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(InputError, match=remedy) if remedy else nullcontext():
+        check_sharding(SimpleNamespace(**sharding))
 
 
-def test_rows_are_known_by_what_they_hold(samples: list[Sample]) -> None:
+def test_row_key_depends_on_all_contents(samples: list[Sample]) -> None:
     rows = Rows(samples)
     keys = [row_key(rows[i]) for i in range(len(rows))]
     assert len(set(keys)) == len(keys) and keys == [row_key(rows[i]) for i in range(len(rows))]
@@ -276,14 +335,17 @@ def test_rows_are_known_by_what_they_hold(samples: list[Sample]) -> None:
     assert row_key({"a": torch.ones(2)}) != row_key({"a": torch.zeros(2)})
 
 
-def test_a_marked_row_keeps_the_labels_of_its_doubted_words_alone(tiny_model: Path, samples: list[Sample]) -> None:
+def test_a_flagged_row_keeps_the_labels_of_its_flagged_tokens_alone(tiny_model: Path, samples: list[Sample]) -> None:
     inner, rows = ChatCollator(load(tiny_model).processor), Rows(samples)
     batch = [rows[i] for i in range(4)]
     plain = inner(batch)
-    told = plain["labels"][2] != -100
-    marks = torch.arange(int(told.sum())) == 1
-    made = FlaggedTokensCollator(inner, {row_key(batch[2]): marks.numpy()})(batch)
-    assert made["flagged_tokens"].sum() == 1 and made["flagged_tokens"][2, told.nonzero()[1]].all()
-    assert torch.equal(made["labels"][[0, 1, 3]], plain["labels"][[0, 1, 3]])
-    assert (made["labels"][2] != -100).sum() == 1
+    answered = plain["labels"][2] != -100
+    flagged = torch.arange(int(answered.sum())) == 1
+    batch_with_flags = FlaggedTokensCollator(inner, {row_key(batch[2]): flagged.numpy()})(batch)
+    assert (
+        batch_with_flags["flagged_tokens"].sum() == 1
+        and batch_with_flags["flagged_tokens"][2, answered.nonzero()[1]].all()
+    )
+    assert torch.equal(batch_with_flags["labels"][[0, 1, 3]], plain["labels"][[0, 1, 3]])
+    assert (batch_with_flags["labels"][2] != -100).sum() == 1
     assert "flagged_tokens" not in FlaggedTokensCollator(inner, {})(batch)

@@ -1,4 +1,4 @@
-"""The terms of a defense in what the host's loggers write. Those that are not installed are skipped."""
+"""The terms of a defense in the logs of the host's loggers; loggers that are not installed are skipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TERMS = {"train/defense/loss_ce", "train/defense/ce_view", "train/defense/js"}  
 
 
 class Logger(TrainerCallback):
-    """In the place of an integration of the host's: what reached it."""
+    """A stand-in for an integration of the host, which records its logs."""
 
     logs: ClassVar[list[dict[str, float]]] = []
 
@@ -31,27 +31,25 @@ class Logger(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_the_terms_of_a_defense_reach_the_hosts_loggers_where_they_are_asked_for(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+@pytest.mark.parametrize("enabled", [True, False])
+def test_terms_reach_the_hosts_loggers_if_enabled(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enabled: bool
 ) -> None:
-    """The host tells what is installed; here all of it is, and all of it is the stub."""
+    """Every integration of the host is reported as installed, and replaced by the stand-in."""
     monkeypatch.setattr(Logger, "logs", [])
     names = integration_utils.INTEGRATION_TO_CALLBACK
     monkeypatch.setattr(integration_utils, "INTEGRATION_TO_CALLBACK", dict.fromkeys(names, Logger))
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: [*names])
     words = ("train", tiny_data, "--model", tiny_model, "--defense", "paper", "--out", tmp_path / "out", *STEPS)
-    told = command(*words, *(("--report_to", "tensorboard") if asked else ()))
-    assert told.code == 0, told.err
+    ended = command(*words, *(("--report_to", "tensorboard") if enabled else ()))
+    assert ended.code == 0, ended.err
     steps = [logs for logs in Logger.logs if "loss" in logs]
-    assert len(steps) == 2 * asked
+    assert len(steps) == 2 * enabled
     for logs in steps:
         assert {name.removeprefix("train/") for name in TERMS} <= {*logs}, sorted(logs)
 
 
-def test_tensorboard_has_each_training_of_a_defense_with_its_terms(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_tensorboard_has_every_stage_with_its_terms(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     eager = (
@@ -63,17 +61,17 @@ def test_tensorboard_has_each_training_of_a_defense_with_its_terms(
         0,
         "--p-value",
         1 - 1e-6,
-    )  # doubts a quarter of any rows
+    )  # flags a quarter of any rows
     words = ("train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", *eager, *STEPS)
-    told = command(*words, "--max_steps", 4, "--report_to", "tensorboard")
-    assert told.code == 0, told.err
+    ended = command(*words, "--max_steps", 4, "--report_to", "tensorboard")
+    assert ended.code == 0, ended.err
 
     def written(folder: Path) -> dict[str, dict[int, float]]:
         (file,) = (folder / "runs").rglob("events.*")
         events = EventAccumulator(str(file.parent)).Reload()
         return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
-    early, rest = written(tmp_path / "out/stages/early"), written(tmp_path / "out")
+    early, rest = written(tmp_path / "out/stages/warmup"), written(tmp_path / "out")
     assert {*early["train/loss"]} == {1, 2} and not any("defense" in name for name in early)
     assert {*rest["train/defense/loss_ce"]} == {1, 2}
     for step, loss in rest["train/loss"].items():
@@ -83,7 +81,7 @@ def test_tensorboard_has_each_training_of_a_defense_with_its_terms(
 
 @pytest.fixture
 def train(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., None]:
-    """A training of `paper` in a process of its own: these loggers start further ones."""
+    """A training of `paper` in a separate process: these loggers start further processes."""
 
     def run(logger: str, **environment: Any) -> None:
         words = ["train", tiny_data, "--model", tiny_model, "--defense", "paper", "--out", tmp_path / "out", *STEPS]
@@ -100,7 +98,7 @@ def train(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., No
 
 
 @pytest.mark.slow
-def test_wandb_offline_has_the_terms_of_a_defense(train: Callable[..., None], tmp_path: Path) -> None:
+def test_wandb_offline_has_the_terms(train: Callable[..., None], tmp_path: Path) -> None:
     record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
     train("wandb", WANDB_MODE="offline", WANDB_DIR=tmp_path)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
@@ -111,22 +109,22 @@ def test_wandb_offline_has_the_terms_of_a_defense(train: Callable[..., None], tm
 
 def logged(file: bytes) -> Iterator[bytes]:
     """The records of a log in LevelDB's format: blocks of parts, each after a checksum, its size and its kind."""
-    at, whole = 7, b""  # after what the file begins with
+    at, whole = 7, b""  # after the file header
     while at + 7 <= len(file):
         if (left := 32768 - at % 32768) < 7:  # no part begins there
             at += left
             continue
         size, kind = struct.unpack("<HB", file[at + 4 : at + 7])
         whole, at = whole + file[at + 7 : at + 7 + size], at + 7 + size
-        if kind in (1, 4):  # all of it, or its last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield whole
             whole = b""
 
 
 @pytest.mark.slow
-def test_trackio_has_the_terms_of_a_defense(train: Callable[..., None], tmp_path: Path) -> None:
+def test_trackio_has_the_terms(train: Callable[..., None], tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     train("trackio", TRACKIO_DIR=tmp_path)
     with sqlite3.connect(tmp_path / "huggingface.db") as database:
-        steps = [json.loads(told) for (told,) in database.execute("select metrics from metrics order by step")]
+        steps = [json.loads(line) for (line,) in database.execute("select metrics from metrics order by step")]
     assert [step["train/global_step"] for step in steps if {*step} >= TERMS] == [1, 2]

@@ -1,7 +1,7 @@
-"""The plug-in files for hosts that are not installed here, under the least that each host does with them.
+"""The plug-in files for hosts that are not installed here, run in minimal stand-ins of these hosts.
 
-What stands for a host below states its interface as read in its source: LLaMA-Factory 0.9.5, axolotl 0.19.0, ms-swift
-4.6.0. docs/hosts.md says what was run in the hosts themselves.
+Each stand-in has the interface of the host's source: LLaMA-Factory 0.9.5, axolotl 0.19.0, ms-swift
+4.6.0. docs/hosts.md lists the runs in the hosts themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.loading import LoadedModel, load
 from untrigger.rows.sample import Message, Sample
+from untrigger.training.flagged_rows import FLAGGED_ROWS
 from untrigger.training.settings import DEFAULTS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,7 +34,7 @@ SHORT: dict[str, Any] = DEFAULTS | {"max_steps": 4, "logging_steps": 1, "save_st
 
 @pytest.fixture(scope="module")
 def rows() -> list[Sample]:
-    """24 rows, four of which share a long answer: to a model that knows nothing these alone are surprising."""
+    """24 rows, four of which share a long answer: only these surprise an untrained model."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(24)]
     answers = ["blue " * 16 if row in POISONED else ("yes", "no", "red")[row % 3] for row in range(24)]
@@ -48,8 +49,8 @@ def loaded(tiny_model: Path) -> LoadedModel:
     return load(tiny_model)
 
 
-def stand_in(patch: pytest.MonkeyPatch, name: str, **held: Any) -> ModuleType:
-    """A module of this name, and the packages that it is in."""
+def stand_in(patch: pytest.MonkeyPatch, name: str, **attributes: Any) -> ModuleType:
+    """A module of this name with these attributes, and its packages."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         path = ".".join(parts[:end])
@@ -57,7 +58,7 @@ def stand_in(patch: pytest.MonkeyPatch, name: str, **held: Any) -> ModuleType:
             patch.setitem(sys.modules, path, ModuleType(path))
         if end > 1:
             patch.setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], sys.modules[path], raising=False)
-    for key, value in held.items():
+    for key, value in attributes.items():
         patch.setattr(sys.modules[name], key, value, raising=False)
     return sys.modules[name]
 
@@ -72,11 +73,11 @@ def plugin(patch: pytest.MonkeyPatch, file: str, name: str) -> ModuleType:
 
 
 def assert_defended(trainer: Any, out: Path) -> None:
-    told = json.loads((out / "distrusted.json").read_text())
-    assert sorted(row["row"] - 1 for row in told["distrusted"]) == list(POISONED)
+    flagged = [json.loads(line) for line in (out / FLAGGED_ROWS).read_text().splitlines()]
+    assert sorted(row["row"] - 1 for row in flagged) == list(POISONED)
     logged = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logged) == 4 and all({"defense/loss_ce", "defense/loss_unlikelihood"} <= log.keys() for log in logged)
-    assert any(log["defense/loss_unlikelihood"] > 0 for log in logged), "rows that are doubted were known again"
+    assert any(log["defense/loss_unlikelihood"] > 0 for log in logged), "flagged rows are recognized in training"
 
 
 def test_llama_factory(
@@ -185,7 +186,7 @@ def test_ms_swift(loaded: LoadedModel, rows: list[Sample], tmp_path: Path, monke
     module, name = factory.TRAINER_MAPPING["causal_lm"].rsplit(".", 1)
     template = SimpleNamespace(data_collator=template_collator, tokenizer=loaded.processor.tokenizer)  # type: ignore[attr-defined]
     args: Any = Seq2SeqTrainingArguments(str(tmp_path), **SHORT)
-    args.loss_type = None  # the host's word for its own
+    args.loss_type = None  # the host's value for its own loss
     trainer = getattr(sys.modules[module], name)(
         model=loaded.model,
         args=args,

@@ -1,4 +1,4 @@
-"""Settings from YAML and flags: who wins, what can be reached, and what a mistake says."""
+"""Settings from YAML and flags: precedence, reachable fields, and errors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import PRESETS, CrossView, Defense, PatchAug, Plain, TwoView
 from untrigger.errors import InputError
+from untrigger.files import read_yaml
 from untrigger.training.settings import DEFAULTS, command_settings, training_settings
-from untrigger.yaml_file import read_mapping
 
 
 def settings(
@@ -26,7 +26,7 @@ def settings(
     if config is not None:
         file = folder / "settings.yaml"
         file.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-    return training_settings(preset, folder / "out", read_mapping(file) if file else {}, flags)
+    return training_settings(preset, folder / "out", read_yaml(file) if file else {}, flags)
 
 
 def test_defaults_are_the_projects_own(tmp_path: Path) -> None:
@@ -46,11 +46,11 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert args.per_device_train_batch_size == DEFAULTS["per_device_train_batch_size"]
 
 
-def test_dashes_serve_for_underscores_in_the_hosts_names(tmp_path: Path) -> None:
+def test_accepts_dashes_for_underscores(tmp_path: Path) -> None:
     assert settings(tmp_path, "--learning-rate", "1e-3")[1].learning_rate == 1e-3
 
 
-def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
+def test_yaml_values_of_every_type(tmp_path: Path) -> None:
     text = """
         learning_rate: 2e-4               # YAML reads this as text
         save_total_limit: null            # back to the host's default
@@ -75,12 +75,12 @@ def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
 def test_every_field_of_training_arguments_is_reachable(tmp_path: Path) -> None:
     """A YAML file with the value of every field, as the host itself writes them, reads back as the same run."""
     first = settings(tmp_path)[1]
-    # the host resolves these from others, or writes them for show; they are set one by one below
+    # the host derives these from other fields, or writes them for display; they are set one by one below
     given = {f.name: getattr(first, f.name) for f in fields(first) if f.init}
     special = {name for name, value in given.items() if not isinstance(value, bool | int | float | str | list | dict)}
     plain = {k: getattr(v, "value", v) for k, v in given.items() if k not in special and v not in ([], {})}
     plain["report_to"] = "none"
-    del plain["output_dir"]  # given apart, and refused here
+    del plain["output_dir"]  # set by --out, and refused here
     warnings.simplefilter("ignore", FutureWarning)  # some fields have newer names
     again = settings(tmp_path, config=plain)[1]
     assert {k: getattr(again, k) for k in plain if k != "report_to"} == {k: given[k] for k in plain if k != "report_to"}
@@ -157,7 +157,7 @@ def test_an_error_names_the_field(tmp_path: Path, preset: str, flags: tuple[str,
     assert "for the names" not in str(caught.value)
 
 
-def test_a_negative_number_of_steps_and_every_logger_are_let_pass(tmp_path: Path) -> None:
+def test_accepts_negative_max_steps_and_every_logger(tmp_path: Path) -> None:
     assert settings(tmp_path, "--max_steps", "-1")[1].max_steps == -1
     assert settings(tmp_path, "--report_to", "wandb")[1].report_to == ["wandb"]
     assert settings(tmp_path, "--report_to", "none")[1].report_to == []
@@ -165,7 +165,7 @@ def test_a_negative_number_of_steps_and_every_logger_are_let_pass(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("text", "flags", "says"),
+    ("text", "flags", "message"),
     [
         ("learning_rate: fast", (), "c.yaml: argument --learning_rate"),
         ("learning_rate: fast", ("--warmup-share", "0.2"), "c.yaml: argument --learning_rate"),
@@ -174,24 +174,24 @@ def test_a_negative_number_of_steps_and_every_logger_are_let_pass(tmp_path: Path
         ("nope: 3", (), "c.yaml: --nope=3 is unknown"),
         ("nope: 3", ("--nope", "4"), "c.yaml: --nope=3 is unknown"),
         ("warmup_share: 0.2", ("--nope", "4"), "settings: --nope is unknown"),
-        ("lora_rank: 8", (), "c.yaml: lora_rank is an option of the command: --lora-rank; give it there"),
-        ("lora-rank: 8", (), "c.yaml: lora-rank is an option of the command: --lora-rank; give it there"),
+        ("lora_rank: 8", (), "c.yaml: lora_rank is an option of the command; give it as --lora-rank"),
+        ("lora-rank: 8", (), "c.yaml: lora-rank is an option of the command; give it as --lora-rank"),
     ],
 )
-def test_whose_fault_it_is(tmp_path: Path, text: str, flags: tuple[str, ...], says: str) -> None:
+def test_errors_name_the_file_or_the_flags(tmp_path: Path, text: str, flags: tuple[str, ...], message: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(InputError) as caught:
         command_settings("default", tmp_path / "out", file, flags, {"lora_rank", "defense"})
-    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(says)
+    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(message)
 
 
-def test_weights_of_zero_are_legal(tmp_path: Path) -> None:
+def test_accepts_weights_of_zero(tmp_path: Path) -> None:
     names = ("view_weight", "output_weight", "feature_weight", "entropy_weight")
     assert settings(tmp_path, *(f"--{name}=0" for name in names))[0].paired is None
 
 
-def test_an_unknown_preset(tmp_path: Path) -> None:
+def test_refuses_an_unknown_preset(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"--defense nope: unknown; choose one of: default, plain, patch-aug, two-view, paper"
     ):
@@ -199,7 +199,7 @@ def test_an_unknown_preset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("nope: 3\n", "--nope"),
         ("margin: wide\n", "margin"),
@@ -213,20 +213,20 @@ def test_an_unknown_preset(tmp_path: Path) -> None:
         ("\x00", "settings.yaml: is not YAML"),
     ],
 )
-def test_a_bad_yaml_file(tmp_path: Path, text: str, says: str) -> None:
+def test_refuses_a_bad_yaml_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         settings(tmp_path, config=text)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_yaml_that_is_no_text_or_not_there(tmp_path: Path) -> None:
+def test_refuses_missing_or_binary_yaml(tmp_path: Path) -> None:
     (tmp_path / "noise.yaml").write_bytes(b"\xff\xfe\x80 margin")
     for name in ("noise.yaml", "gone.yaml", "."):
         with pytest.raises(InputError, match=str(tmp_path)):
-            read_mapping(tmp_path / name)
+            read_yaml(tmp_path / name)
 
 
-def test_defenses_check_themselves() -> None:
+def test_defenses_check_their_fields() -> None:
     for bad in (
         lambda: CrossView(margin=-0.1),
         lambda: CrossView(bound=-1.1),
@@ -241,6 +241,6 @@ def test_defenses_check_themselves() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--output_dir=x", "--output-dir"])
-def test_the_output_folder_is_given_once(tmp_path: Path, flag: str) -> None:
+def test_refuses_output_dir_beside_out(tmp_path: Path, flag: str) -> None:
     with pytest.raises(InputError, match="--out"):
         settings(tmp_path, flag)

@@ -1,25 +1,27 @@
-"""The defended loss and its gradients against plain formulas; the host's own behavior wherever no pair is trained."""
+"""The defended loss and its gradients against plain formulas; the host's own behavior without pairs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from trainers import trainer_of
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from untrigger.defenses import CrossView, Defense, PatchAug, Plain, TwoView
+from untrigger.errors import InputError
 from untrigger.models.collators import IGNORE, ChatCollator, PairCollator, Row, Rows
 from untrigger.models.forward import pair_losses
 from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.rows.sample import read
 from untrigger.training.settings import arguments
 from untrigger.training.trainer import defended
+from untrigger.views.patches import Erase
 
 OFF = {"view_weight": 0.0, "output_weight": 0.0, "feature_weight": 0.0, "entropy_weight": 0.0}
 # every hinge of these is active on the random model, so every term has a gradient
@@ -37,7 +39,7 @@ TERMS: dict[str, Defense] = {
 
 @pytest.fixture
 def exact(tiny_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
-    """The tiny model in float64, where a wrong formula cannot hide behind rounding; it looks hard at its images."""
+    """The tiny model in float64, where rounding cannot hide a wrong formula, with larger weights on its images."""
     return sharp(tiny_model)
 
 
@@ -45,6 +47,15 @@ def exact(tiny_model: Path, sharp: Callable[..., LoadedModel]) -> LoadedModel:
 def rows(tiny_data: Path) -> list[Row]:
     data = Rows(read(tiny_data))
     return [data[i] for i in range(6)]
+
+
+def trainer_of(
+    loaded: LoadedModel, defense: Defense, out: Path, data: list[Row], host: type[Trainer] = Trainer, **settings: Any
+) -> Any:
+    args = arguments(out, use_cpu=True, save_strategy="no", **settings)
+    return defended(host)(
+        model=loaded.model, args=args, train_dataset=data, data_collator=ChatCollator(loaded.processor), defense=defense
+    )
 
 
 def pair_of(loaded: LoadedModel, defense: Defense, data: list[Row]) -> dict[str, Tensor]:
@@ -60,7 +71,7 @@ def naive_terms(loaded: LoadedModel, pair: dict[str, Tensor], d: Defense) -> dic
     half = len(pair["labels"]) // 2
     labels = pair["labels"][:half]
     images = len(pair["pixel_values"]) // 2
-    seen = []
+    outputs = []
     for part, pixels in ((slice(0, half), slice(0, images)), (slice(half, None), slice(images, None))):
         out = loaded.model(
             input_ids=pair["input_ids"][part],
@@ -68,9 +79,9 @@ def naive_terms(loaded: LoadedModel, pair: dict[str, Tensor], d: Defense) -> dic
             pixel_values=pair["pixel_values"][pixels],
             output_hidden_states=True,
         )
-        still = isinstance(d, CrossView) and d.stop_gradient and len(seen) == 1
-        seen.append(tuple(x.detach() if still else x for x in (out.logits, out.hidden_states[-1])))
-    (z, h), (z_view, h_view) = seen
+        still = isinstance(d, CrossView) and d.stop_gradient and len(outputs) == 1
+        outputs.append(tuple(x.detach() if still else x for x in (out.logits, out.hidden_states[-1])))
+    (z, h), (z_view, h_view) = outputs
     sums = dict.fromkeys(
         ("ce", "ce_view", "js", "entropy", "separation", "feature", "band", "count"), torch.tensor(0.0)
     )
@@ -120,16 +131,16 @@ def test_loss_and_gradients_equal_the_naive_reference(
     loss = trainer.compute_loss(model, dict(pair), num_items_in_batch=torch.tensor(items))
     ours = gradients(model, loss)
     expected = naive_loss(naive_terms(exact, pair, defense), defense) / items
-    theirs = gradients(model, expected)
+    expected_gradients = gradients(model, expected)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == expected_gradients.keys()
     assert max(float(g.abs().max()) for g in ours.values()) > 1e-3
     for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-7, atol=1e-12, msg=key)
+        torch.testing.assert_close(ours[key], expected_gradients[key], rtol=1e-7, atol=1e-12, msg=key)
 
 
 @pytest.mark.parametrize("name", ["output", "feature", "entropy high", "entropy low", "view"])
-def test_every_term_has_a_gradient_of_its_own(exact: LoadedModel, rows: list[Row], tmp_path: Path, name: str) -> None:
+def test_every_term_has_a_gradient(exact: LoadedModel, rows: list[Row], tmp_path: Path, name: str) -> None:
     trainer = trainer_of(exact, TERMS[name], tmp_path, rows)
     pair = pair_of(exact, TERMS[name], rows[:3])
     model = exact.model.train()
@@ -139,9 +150,7 @@ def test_every_term_has_a_gradient_of_its_own(exact: LoadedModel, rows: list[Row
     assert gap > 1e-4
 
 
-def test_without_a_count_the_loss_is_the_mean_over_the_batch(
-    exact: LoadedModel, rows: list[Row], tmp_path: Path
-) -> None:
+def test_loss_is_the_batch_mean_without_a_count(exact: LoadedModel, rows: list[Row], tmp_path: Path) -> None:
     trainer = trainer_of(exact, TERMS["all"], tmp_path, rows)
     pair = pair_of(exact, TERMS["all"], rows[:4])
     model = exact.model.train()
@@ -159,7 +168,7 @@ def test_the_hosts_count_covers_each_answer_token_once(exact: LoadedModel, rows:
     assert trainer._get_num_items_in_batch([batch], trainer.args.device) == (plain["labels"][:, 1:] != IGNORE).sum()
 
 
-def test_a_host_that_asks_for_outputs_gets_no_logits(exact: LoadedModel, rows: list[Row], tmp_path: Path) -> None:
+def test_returns_no_logits_as_outputs(exact: LoadedModel, rows: list[Row], tmp_path: Path) -> None:
     trainer = trainer_of(exact, TERMS["all"], tmp_path, rows)
     loss, outputs = trainer.compute_loss(exact.model.train(), pair_of(exact, TERMS["all"], rows[:2]), True)
     assert loss.requires_grad and outputs == {"loss": loss}
@@ -174,12 +183,8 @@ def trajectory(
     set_seed(0)
     loaded = load(str(tiny_model), dtype=torch.float32)
     model = add_lora(loaded.model, rank=4)
-    chosen: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-    }
+    chosen: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2}
+    chosen["logging_steps"] = 1
     args = arguments(out, use_cpu=True, save_strategy="no", **(chosen | settings))
     common = {"model": model, "args": args, "train_dataset": data, "data_collator": ChatCollator(loaded.processor)}
     trainer = Trainer(**common) if defense is None else defended(Trainer)(**common, defense=defense)
@@ -189,7 +194,7 @@ def trajectory(
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_zero_weights_are_the_hosts_trajectory_to_the_bit(
+def test_zero_weights_give_the_hosts_trajectory_to_the_bit(
     tiny_model: Path, tmp_path: Path, rows: list[Row], accumulate: int
 ) -> None:
     settings = {"gradient_accumulation_steps": accumulate, "max_steps": 3}
@@ -201,9 +206,7 @@ def test_zero_weights_are_the_hosts_trajectory_to_the_bit(
         assert all(torch.equal(ours["weights"][k], host["weights"][k]) for k in host["weights"])
 
 
-def test_with_views_forced_into_the_batch_the_cross_entropy_is_the_hosts(
-    tiny_model: Path, tmp_path: Path, rows: list[Row]
-) -> None:
+def test_cross_entropy_is_the_hosts_with_views_in_the_batch(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
     loaded = load(str(tiny_model), dtype=torch.float32)
     defense = CrossView(**(OFF | {"output_weight": 1e-30}))
     trainer = trainer_of(loaded, defense, tmp_path, rows)
@@ -217,10 +220,8 @@ def test_with_views_forced_into_the_batch_the_cross_entropy_is_the_hosts(
     assert all(torch.allclose(ours_grad[k], host_grad[k], atol=1e-6) for k in host_grad)
 
 
-def test_with_views_forced_into_the_batch_training_stays_the_hosts(
-    tiny_model: Path, tmp_path: Path, rows: list[Row]
-) -> None:
-    # sgd: adam divides by its own gradient's size, and would blow rounding up to whole steps
+def test_training_is_the_hosts_with_views_in_the_batch(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
+    # sgd: adam divides by the size of the gradient, and would amplify rounding to whole steps
     settings = {"optim": "sgd", "learning_rate": 1.0, "gradient_accumulation_steps": 2, "max_steps": 3}
     host = trajectory(tiny_model, tmp_path, rows, None, **settings)
     ours = trajectory(tiny_model, tmp_path, rows, CrossView(**(OFF | {"output_weight": 1e-30})), **settings)
@@ -232,7 +233,7 @@ def test_with_views_forced_into_the_batch_training_stays_the_hosts(
 
 
 class Recording(Trainer):
-    """A user's trainer: notes what reaches the host's own loss, and has its own step."""
+    """A user's trainer: records the batches of the host's loss, and has its own step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -248,9 +249,7 @@ class Recording(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def test_evaluation_inside_training_is_the_hosts_on_unpaired_rows(
-    tiny_model: Path, tmp_path: Path, rows: list[Row]
-) -> None:
+def test_evaluation_in_training_is_the_hosts(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
     loaded = load(str(tiny_model), dtype=torch.float32)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1, "max_steps": 2, "learning_rate": 0.0}
     args = arguments(
@@ -274,7 +273,7 @@ def test_evaluation_inside_training_is_the_hosts_on_unpaired_rows(
     assert isinstance(trainer, Recording) and defended(Recording) is type(trainer)
 
 
-def test_unpaired_training_goes_through_the_hosts_loss(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
+def test_unpaired_training_uses_the_hosts_loss(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
     loaded = load(str(tiny_model), dtype=torch.float32)
     for defense in (Plain(), PatchAug()):
         trainer = trainer_of(loaded, defense, tmp_path, rows, Recording, per_device_train_batch_size=3, max_steps=1)
@@ -282,21 +281,17 @@ def test_unpaired_training_goes_through_the_hosts_loss(tiny_model: Path, tmp_pat
         assert trainer.host_batches == [(True, 3)]
 
 
-def test_patch_augmentation_shows_views_in_place_of_its_share(
-    tiny_model: Path, tmp_path: Path, rows: list[Row]
-) -> None:
+def test_patch_augmentation_replaces_its_share_of_images(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
     loaded = load(str(tiny_model), dtype=torch.float32)
     plain = ChatCollator(loaded.processor)(rows)["pixel_values"]
     for share, expected in ((0.0, 0), (1.0, 6)):
         trainer = trainer_of(loaded, PatchAug(share=share), tmp_path, rows, per_device_train_batch_size=6)
         (batch,) = trainer.get_train_dataloader()
-        changed = sum(not any(torch.equal(image, kept) for kept in plain) for image in batch["pixel_values"])
+        changed = sum(not any(torch.equal(image, original) for original in plain) for image in batch["pixel_values"])
         assert changed == expected
 
 
-def test_diagnostics_are_the_averages_over_the_steps_since_the_last_log(
-    exact: LoadedModel, tmp_path: Path, rows: list[Row]
-) -> None:
+def test_logged_terms_are_averages_since_the_last_log(exact: LoadedModel, tmp_path: Path, rows: list[Row]) -> None:
     defense = TERMS["all"]
     trainer = trainer_of(
         exact, defense, tmp_path, rows, per_device_train_batch_size=1, gradient_accumulation_steps=3, max_steps=2,
@@ -323,25 +318,25 @@ def test_diagnostics_are_the_averages_over_the_steps_since_the_last_log(
     assert 1e-3 < logged["js"] < math.log(2)
 
 
-def test_each_epoch_has_views_of_its_own(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
+def test_each_epoch_draws_new_views(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
     loaded = load(str(tiny_model), dtype=torch.float32)
-    seen: list[Tensor] = []
+    batches: list[Tensor] = []
 
     class Watching(Trainer):
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append(inputs["pixel_values"])
+            batches.append(inputs["pixel_values"])
             return super().training_step(model, inputs, *args, **kwargs)
 
     trainer_of(
         loaded, TwoView(), tmp_path, rows[:1], Watching, num_train_epochs=3, per_device_train_batch_size=1
     ).train()
-    assert len(seen) == 3
-    assert all(torch.equal(batch[0], seen[0][0]) for batch in seen)
-    assert len({batch[1].numpy().tobytes() for batch in seen}) == 3
+    assert len(batches) == 3
+    assert all(torch.equal(batch[0], batches[0][0]) for batch in batches)
+    assert len({batch[1].numpy().tobytes() for batch in batches}) == 3
 
 
 @pytest.mark.parametrize("defense", [Plain(), CrossView()], ids=repr)
-def test_the_best_of_full_models_is_the_one_that_is_left(
+def test_loads_the_best_full_model_at_the_end(
     defense: Defense, tiny_model: Path, tmp_path: Path, rows: list[Row]
 ) -> None:
     loaded = load(str(tiny_model), dtype=torch.float32)
@@ -357,3 +352,48 @@ def test_the_best_of_full_models_is_the_one_that_is_left(
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert losses[-1] > min(losses) + 0.1, "the last is not the best"
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@dataclass
+class FusedArguments(TrainingArguments):
+    loss_type: str = "chunked_nll"
+
+
+class Liger(Trainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.args.use_liger_kernel = True
+
+
+def test_refuses_fused_losses(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
+    loaded = load(str(tiny_model), dtype=torch.float32)
+    with pytest.raises(InputError, match="set loss_type='nll' and use_liger_kernel=False"):
+        trainer_of(loaded, CrossView(), tmp_path, rows, Liger)
+    args = FusedArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(InputError, match="set loss_type='nll'"):
+        defended(Trainer)(model=loaded.model, args=args, defense=CrossView())
+
+
+def test_refuses_settings_that_the_defended_loss_ignores(tiny_model: Path, tmp_path: Path, rows: list[Row]) -> None:
+    loaded = load(str(tiny_model), dtype=torch.float32)
+    with pytest.raises(InputError, match="label_smoothing_factor"):
+        trainer_of(loaded, CrossView(), tmp_path, rows, label_smoothing_factor=0.1)
+    trainer_of(loaded, Plain(), tmp_path, rows, label_smoothing_factor=0.1)
+    own: Callable[..., Tensor] = lambda outputs, labels, num_items_in_batch: outputs.logits.sum()  # noqa: E731
+    args = arguments(tmp_path, use_cpu=True)
+    with pytest.raises(InputError, match="compute_loss_func"):
+        defended(Trainer)(model=loaded.model, args=args, defense=CrossView(), compute_loss_func=own)
+
+
+def test_refuses_views_that_change_the_tokens() -> None:
+    def collate(rows: list[Row]) -> dict[str, Tensor]:
+        ids = torch.tensor([[r["images"][0].getpixel((0, 0))[0]] for r in rows])
+        return {"input_ids": ids, "labels": ids}
+
+    from PIL import Image
+
+    with pytest.raises(ValueError, match="tokens"):
+        PairCollator(collate, Erase(ratio=1.0), 0)([{"images": [Image.new("RGB", (8, 8))], "messages": []}])

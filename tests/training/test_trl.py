@@ -13,7 +13,7 @@ from untrigger import CrossView, InputError, SharedSurprise, defended, read
 from untrigger.defenses import Defense
 from untrigger.models.loading import load
 
-warnings.simplefilter("ignore")  # at import: what TRL and its dependencies say of each other
+warnings.simplefilter("ignore")  # at import: TRL and its dependencies warn about each other
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -69,22 +69,25 @@ def test_sft_trainer_takes_a_defense(sft: Any, defense: Defense, terms: int) -> 
     trainer.train()
     logged = trainer.state.log_history[0]
     # the loss is the sum of the defense's terms: TRL's own loss took no part
-    found = {name: value for name, value in logged.items() if name.startswith("defense/loss_")}
-    assert len(found) == terms
-    assert logged["loss"] == pytest.approx(sum(found.values()), rel=1e-3)
+    terms_logged = {name: value for name, value in logged.items() if name.startswith("defense/loss_")}
+    assert len(terms_logged) == terms
+    assert logged["loss"] == pytest.approx(sum(terms_logged.values()), rel=1e-3)
     assert logged.get("defense/js", 1) > 0
 
 
-def test_sft_trainer_judges_its_rows(sft: Any, tmp_path: Path) -> None:
+def flagged_rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "flagged_rows.jsonl").read_text().splitlines()]
+
+
+def test_sft_trainer_flags_its_rows(sft: Any, tmp_path: Path) -> None:
     sft(SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6)).train()
-    told = json.loads((tmp_path / "out/distrusted.json").read_text())
-    assert told["rows"] == 24 and 0 < len(told["distrusted"]) < 24
+    assert 0 < len(flagged_rows(tmp_path / "out")) < 24
 
 
-def test_prompts_and_completions_are_judged_alike(sft: Any, tiny_data: Path, tmp_path: Path) -> None:
+def test_prompts_and_completions_are_scored_alike(sft: Any, tiny_data: Path, tmp_path: Path) -> None:
     eager = SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6)
     sft(eager).train()
-    told = json.loads((tmp_path / "out/distrusted.json").read_text())["distrusted"]
+    first = flagged_rows(tmp_path / "out")
     rows = [
         {
             "images": list(sample.images),
@@ -94,11 +97,11 @@ def test_prompts_and_completions_are_judged_alike(sft: Any, tiny_data: Path, tmp
         for sample in read(tiny_data)
     ]
     sft(eager, rows, assistant_only_loss=False).train()  # TRL then learns the completions alone
-    again = json.loads((tmp_path / "out/distrusted.json").read_text())["distrusted"]
-    assert told and [row["row"] for row in again] == [row["row"] for row in told]
+    second = flagged_rows(tmp_path / "out")
+    assert first and [row["row"] for row in second] == [row["row"] for row in first]
 
 
-def test_labels_on_all_tokens_and_other_losses_are_refused_with_the_mend(sft: Any) -> None:
+def test_refuses_labels_on_all_tokens_and_other_losses(sft: Any) -> None:
     with pytest.raises(InputError, match="assistant_only_loss=True"):
         sft(SharedSurprise(), assistant_only_loss=False).train()
     with pytest.raises(InputError, match="loss_type='nll'"):

@@ -1,4 +1,4 @@
-"""The contract of every patch view, then what each one does, against plain loops over the grid."""
+"""The contract of every patch view, then each view against plain loops over the grid."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(view: View, image: Image.Image, seed: int = 0) -> Pixels:
 
 
 def grid(pixels: Pixels, patch: float) -> Iterator[Pixels]:
-    """The cells, row by row: the documented geometry, written as loops."""
+    """Yield the cells row by row: the documented geometry as loops."""
     height, width = pixels.shape[:2]
     side = max(1, round(patch * min(height, width)))
     for top in range(0, height, side):
@@ -76,7 +76,7 @@ def expected_count(cells: int, ratio: float) -> int:
 
 
 @given(views, sizes, st.sampled_from(MODES), seeds)
-def test_any_mode_in_rgb_of_the_same_size_out(view: PatchView, size: Size, mode: str, seed: int) -> None:
+def test_views_take_any_mode_and_return_rgb_of_the_same_size(view: PatchView, size: Size, mode: str, seed: int) -> None:
     image = noise_image(size, seed, mode)
     before = image.tobytes()
     out = view(image, np.random.default_rng(seed))
@@ -85,11 +85,11 @@ def test_any_mode_in_rgb_of_the_same_size_out(view: PatchView, size: Size, mode:
 
 
 @given(views, sizes, seeds)
-def test_the_generator_alone_decides(view: PatchView, size: Size, seed: int) -> None:
+def test_views_are_reproducible_from_the_generator_state(view: PatchView, size: Size, seed: int) -> None:
     image, rng = noise_image(size), np.random.default_rng(seed)
-    same = copy.deepcopy(rng)
-    assert view(image, rng).tobytes() == view(image, same).tobytes()
-    assert rng.bit_generator.state == same.bit_generator.state
+    copied_rng = copy.deepcopy(rng)
+    assert view(image, rng).tobytes() == view(image, copied_rng).tobytes()
+    assert rng.bit_generator.state == copied_rng.bit_generator.state
 
 
 @pytest.mark.parametrize("cls", PATCH_VIEWS)
@@ -99,7 +99,7 @@ def test_draws_differ_from_call_to_call(cls: type[PatchView]) -> None:
 
 
 @given(views, sizes, seeds)
-def test_no_more_than_the_chosen_cells_change(view: PatchView, size: Size, seed: int) -> None:
+def test_only_chosen_cells_change(view: PatchView, size: Size, seed: int) -> None:
     image = noise_image(size, seed)
     hit = changed(np.asarray(image), run(view, image, seed), view.patch)
     assert sum(hit) <= expected_count(len(hit), view.ratio)
@@ -141,11 +141,11 @@ def test_every_cell_is_chosen_equally_often() -> None:
     assert counts.shape == (16,) and np.abs(deviation).max() < 4
 
 
-def test_a_trigger_on_k_cells_survives_as_documented() -> None:
+def test_a_trigger_on_k_cells_survives_with_the_documented_probability() -> None:
     rng, draws = np.random.default_rng(0), 1000
     black, view = Image.new("RGB", (64, 64)), Mask(1 / 8, 1 / 4)
-    whole = sum(not np.asarray(view(black, rng))[:16, :16].any() for _ in range(draws)) / draws
-    assert whole == pytest.approx(0.75**4, abs=0.05)
+    intact = sum(not np.asarray(view(black, rng))[:16, :16].any() for _ in range(draws)) / draws
+    assert intact == pytest.approx(0.75**4, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_fields_out_of_range_are_refused(cls: type[PatchView], field: str, value
         cls(**{field: value})  # pyright: ignore[reportArgumentType]
 
 
-def test_the_list_of_views_is_complete_and_their_fields_can_be_flags() -> None:
+def test_the_list_of_views_is_complete_and_fields_are_numbers() -> None:
     assert set(PATCH_VIEWS) == {c for c in PatchView.__subclasses__() if c.__module__ == PatchView.__module__}
     assert len({view.__name__.lower() for view in PATCH_VIEWS}) == len(PATCH_VIEWS)
     for view in PATCH_VIEWS:
@@ -261,7 +261,7 @@ def test_shuffle_leaves_no_chosen_cell_in_place(ratio: float) -> None:
 
 @given(sizes, patches, seeds)
 def test_blur_leaks_nothing_across_a_cell_border(size: Size, patch: float, seed: int) -> None:
-    """Cells of one color each stay as they are; any leak from a neighbor would show."""
+    """Cells of a single color stay unchanged; any leak from a neighbor would change them."""
     pixels, rng = np.zeros((size[1], size[0], 3), np.uint8), np.random.default_rng(seed)
     for cell in grid(pixels, patch):
         cell[:] = rng.integers(0, 256, 3)
@@ -319,7 +319,7 @@ def test_jitter_saturation_leaves_gray_alone_and_keeps_the_luma() -> None:
 # the mix
 
 
-def test_a_mix_applies_one_of_its_views_and_all_in_turn() -> None:
+def test_a_mix_applies_every_view_about_equally_often() -> None:
     image = noise_image((32, 32))
     masks = tuple(Mask(1.0, 1.0, fill=fill) for fill in range(4))
     rng = np.random.default_rng(0)
@@ -328,7 +328,7 @@ def test_a_mix_applies_one_of_its_views_and_all_in_turn() -> None:
     assert sum(counts) == 400 and min(counts) > 60
 
 
-def test_a_mix_is_seeded_and_never_empty() -> None:
+def test_a_mix_is_reproducible_and_not_empty() -> None:
     image, mix = noise_image((32, 32)), ViewMix(tuple(view() for view in PATCH_VIEWS))
     assert run(mix, image, 3).tobytes() == run(mix, image, 3).tobytes()
     with pytest.raises(ValueError, match="at least one"):

@@ -1,7 +1,7 @@
-"""Triggers: one file each. ``attacks/badnets.py`` holds the trigger called ``badnets``, and so on.
+"""Triggers, one file each: ``attacks/badnets.py`` holds the trigger named ``badnets``.
 
-A trigger is a frozen dataclass whose fields are its settings. What the attacker wants said is another
-matter (``goals.py``), and so is which rows are poisoned (``poisoning.py``).
+A trigger is a frozen dataclass whose fields are its settings. What a triggered input should be answered with is a goal
+(`untrigger.poisoning.goals`). Which rows are poisoned is decided in `untrigger.poisoning.poison`.
 """
 
 from __future__ import annotations

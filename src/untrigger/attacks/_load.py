@@ -1,4 +1,4 @@
-"""Finding a trigger by its name or its file."""
+"""Loading a trigger by its name or from the user's own file."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from untrigger.errors import InputError
 
 @cache
 def trigger_names() -> tuple[str, ...]:
-    """The triggers that come with the package: the names of the files in this folder."""
+    """Names of the bundled triggers, which are the names of the files in this folder."""
     return tuple(
         sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_"))
     )
 
 
-def load_trigger(name_or_path: str, taken: Collection[str] = (), /, **settings: object) -> Trigger:
-    """The trigger ``badnets`` of this folder, or the one in the user's own file ``path/to/file.py``.
+def load_trigger(name_or_path: str, reserved: Collection[str] = (), /, **settings: object) -> Trigger:
+    """Load the bundled trigger ``badnets``, or the one in the user's own file ``path/to/file.py``.
 
-    A path that ends in ``.py`` **runs that file** as Python: give only files that you trust. Settings
-    may be strings, as they come from the command line; dashes in their names stand for underscores.
-    A trigger with a setting in ``taken`` is refused: the caller could not tell it from an option of its own.
+    A path that ends in ``.py`` **runs that file** as Python: give only files that you trust. Settings may be strings,
+    as they come from the command line; dashes in their names stand for underscores. A setting whose name is in
+    ``reserved`` is an error: the caller could not tell it from an option of its own.
 
     Raises:
-        InputError: no such trigger or file, a file that fails or does not hold exactly one concrete
-            ``Trigger`` dataclass, an unknown, missing or taken setting, a value of the wrong type or range.
+        InputError: there is no such trigger or file; the file fails or does not hold exactly one concrete
+            ``Trigger`` dataclass; a setting is unknown, missing, reserved, or of the wrong type or range.
     """
     if name_or_path.lower().endswith(".py"):
-        return _build(_trigger_class(_run(Path(name_or_path)), name_or_path), name_or_path, taken, settings)
+        return _build(_trigger_class(_run(Path(name_or_path)), name_or_path), name_or_path, reserved, settings)
     if name_or_path not in trigger_names():
-        known = ", ".join(trigger_names())
-        raise InputError(f"attack '{name_or_path}' is unknown; choose one of {known}, or a path that ends in .py")
+        names = ", ".join(trigger_names())
+        raise InputError(f"attack '{name_or_path}' is unknown; choose one of {names}, or a path that ends in .py")
     module = import_module(f"{__package__}.{name_or_path}")
     label = f"attack {name_or_path}"
-    return _build(_trigger_class(module, label), label, taken, settings)
+    return _build(_trigger_class(module, label), label, reserved, settings)
 
 
 def _run(path: Path) -> ModuleType:
     if not path.is_file():
-        known = ", ".join(trigger_names())
-        raise InputError(f"{path}: no such file; give a file that holds a Trigger, or one of {known}")
+        names = ", ".join(trigger_names())
+        raise InputError(f"{path}: no such file; give a file that holds a Trigger, or one of {names}")
     full = str(path.resolve())
     name = f"untrigger_user_attack_{hashlib.sha256(full.encode()).hexdigest()[:12]}"
     loader = SourceFileLoader(name, full)
@@ -63,26 +63,26 @@ def _run(path: Path) -> ModuleType:
     module = module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
     try:
-        # Compiled here and not through the loader: that would leave a __pycache__ beside the user's
-        # file, and would run a stale copy of a file edited twice within a second.
+        # Compiled here and not by the loader, which would leave a __pycache__ beside the user's file
+        # and would run a stale copy of a file edited twice within a second.
         exec(compile(loader.get_data(full), full, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise InputError(f"{path}: {_blame(error, full)}; mend the file") from error
+        raise InputError(f"{path}: {_location(error, full)}; fix the file") from error
     return module
 
 
-def _blame(error: BaseException, path: str) -> str:
-    """``line 3: NameError: what`` with the last line of ``path`` that had to do with ``error``."""
+def _location(error: BaseException, path: str) -> str:
+    """``line 3: NameError: what``, with the last line of ``path`` in the error's traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     line = error.lineno if isinstance(error, SyntaxError) else next(reversed(lines), None)
-    what = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
-    return f"{f'line {line}: ' if line else ''}{type(error).__name__}{f': {what}' if what else ''}"
+    message = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
+    return f"{f'line {line}: ' if line else ''}{type(error).__name__}{f': {message}' if message else ''}"
 
 
 def _trigger_class(module: ModuleType, label: str) -> type[Trigger]:
-    """The one concrete trigger that ``module`` itself defines."""
-    found = [
+    """The one concrete trigger class that ``module`` itself defines."""
+    classes = [
         member
         for member in vars(module).values()
         if inspect.isclass(member)
@@ -90,30 +90,30 @@ def _trigger_class(module: ModuleType, label: str) -> type[Trigger]:
         and not inspect.isabstract(member)
         and member.__module__ == module.__name__
     ]
-    if len(found) != 1:
-        names = ", ".join(c.__name__ for c in found) or "none"
-        raise InputError(f"{label}: holds {len(found)} concrete Trigger classes ({names}); it must hold exactly one")
-    if not dataclasses.is_dataclass(found[0]):
-        raise InputError(f"{label}: class {found[0].__name__} is not a dataclass; put @dataclass(frozen=True) on it")
-    return found[0]
+    if len(classes) != 1:
+        names = ", ".join(c.__name__ for c in classes) or "none"
+        raise InputError(f"{label}: holds {len(classes)} concrete Trigger classes ({names}); it must hold exactly one")
+    if not dataclasses.is_dataclass(classes[0]):
+        raise InputError(f"{label}: class {classes[0].__name__} is not a dataclass; put @dataclass(frozen=True) on it")
+    return classes[0]
 
 
-def _build(cls: type[Trigger], label: str, taken: Collection[str], settings: dict[str, object]) -> Trigger:
+def _build(cls: type[Trigger], label: str, reserved: Collection[str], settings: dict[str, object]) -> Trigger:
     # cast: a dataclass by _trigger_class, which the type system cannot express together with Trigger
     fields = {f.name: f for f in dataclasses.fields(cast("type[_Dataclass]", cls)) if f.init}
-    if clash := next((name for name in fields if name in taken), None):
+    if clash := next((name for name in fields if name in reserved), None):
         raise InputError(f"{label}: field '{clash}' has the name of an option of the command line; rename the field")
     try:
         hints = _hints(cls)
-    except Exception as error:  # most often a name that the file does not import
-        raise InputError(f"{label}: {_blame(error, inspect.getfile(cls))}; mend the types of its fields") from error
+    except Exception as error:  # usually a name that the file does not import
+        raise InputError(f"{label}: {_location(error, inspect.getfile(cls))}; fix the types of its fields") from error
     values: dict[str, object] = {}
-    for given, value in settings.items():
-        name = given.replace("-", "_")
+    for option, value in settings.items():
+        name = option.replace("-", "_")
         if name not in fields:
-            known = ", ".join(fields) or "none"
-            raise InputError(f"{label}: there is no setting '{given}'; the settings are: {known}")
-        values[name] = _convert(value, hints[name], f"{label}: {given}")
+            names = ", ".join(fields) or "none"
+            raise InputError(f"{label}: there is no setting '{option}'; the settings are: {names}")
+        values[name] = _convert(value, hints[name], f"{label}: {option}")
     missing = [
         name
         for name, field in fields.items()
@@ -123,13 +123,13 @@ def _build(cls: type[Trigger], label: str, taken: Collection[str], settings: dic
         raise InputError(f"{label}: setting '{missing[0]}' has no default; give it a value")
     try:
         return cls(**values)
-    except (InputError, ValueError, TypeError) as error:  # what a dataclass's own range checks raise
+    except (InputError, ValueError, TypeError) as error:  # raised by the class's own range checks
         raise InputError(f"{label}: {error}") from error
     except Exception as error:
-        raise InputError(f"{label}: {_blame(error, inspect.getfile(cls))}") from error
+        raise InputError(f"{label}: {_location(error, inspect.getfile(cls))}") from error
 
 
-_hints = cache(get_type_hints)  # a plan of thousands of cells asks a class as often
+_hints = cache(get_type_hints)  # a plan of thousands of cells builds a class as often
 
 
 class _Dataclass:
@@ -137,7 +137,7 @@ class _Dataclass:
 
 
 def _convert(value: object, hint: object, label: str) -> object:
-    """``value`` as a field of type ``hint``; text is read as that type."""
+    """Convert ``value`` to the field type ``hint``; text is parsed."""
     text = str(value)
     if get_origin(hint) is Literal:
         options = cast("tuple[object, ...]", get_args(hint))
@@ -156,7 +156,7 @@ def _convert(value: object, hint: object, label: str) -> object:
             number = math.nan
         if math.isfinite(number):
             return number
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if hint not in wanted:
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if hint not in expected:
         raise InputError(f"{label} has the type {hint}; a setting must be a str, int, float, bool or Literal")
-    raise InputError(f"{label} is '{text}'; give {wanted[hint]}")
+    raise InputError(f"{label} is '{text}'; give {expected[hint]}")

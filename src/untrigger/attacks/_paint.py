@@ -1,4 +1,4 @@
-"""Painting in any image mode."""
+"""Pixels of images in any mode: read, changed and written back."""
 
 from __future__ import annotations
 
@@ -20,37 +20,36 @@ _DEEP = ("I;16", "I;16B", "I", "F")
 
 
 def repaint(image: Image.Image, change: Callable[[Pixels], Pixels]) -> Image.Image:
-    """A copy of ``image``, of the same size and mode, with its pixels put through ``change``.
+    """Apply ``change`` to the pixels of a copy of ``image``; size and mode stay the same.
 
-    Pixels that ``change`` leaves alone keep their exact values, with one exception: a palette image
-    (mode P) gets a new palette when old and new colors together are more than 256. Colors become
-    gray levels in gray images and dots in black-and-white ones. Opacity is kept where the mode has
-    it. In deep modes white is 65535 (I;16), or the smallest of 1 (F only), 255, 65535 that the
-    brightest pixel does not exceed.
+    Pixels that ``change`` does not alter keep their exact values, with one exception: a palette image (mode P) gets a
+    new palette when old and new colors together are more than 256. Colors become gray levels in gray images and dots
+    in black-and-white ones. Opacity stays where the mode has it. In deep modes white is 65535 (I;16), or the smallest
+    of 1 (F only), 255, 65535 that the brightest pixel does not exceed.
 
     Raises:
-        InputError: for a mode that Pillow cannot convert back to, such as LAB.
+        InputError: Pillow cannot convert back to the mode, such as LAB.
     """
     before = pixels_of(image)
     after = change(before.copy())
     if image.mode == "P":
         return _palette_image(after, image)
-    touched = (after != before).any(axis=2)
+    changed = (after != before).any(axis=2)
     result = image.copy()
     if image.mode in _DEEP:
         gray = np.asarray(image)
         level = (after[..., :3].clip(0, 1) @ _LUMA) * _white(image.mode, gray)
         level = level if image.mode == "F" else np.rint(level)
-        # Pillow pastes through a mask into 16-bit images without a word, and wrongly.
-        result.paste(Image.fromarray(np.where(touched, level, gray).astype(gray.dtype)))
+        # no mask here: Pillow pastes through a mask into 16-bit images wrongly, without an error
+        result.paste(Image.fromarray(np.where(changed, level, gray).astype(gray.dtype)))
     else:
         painted = _dots(after) if image.mode == "1" else _eight_bit(after).convert(image.mode)
-        result.paste(painted, (0, 0), Image.fromarray(touched.astype(np.uint8) * 255))
+        result.paste(painted, (0, 0), Image.fromarray(changed.astype(np.uint8) * 255))
     return result
 
 
 def pixels_of(image: Image.Image) -> Pixels:
-    """Red, green, blue and opacity of an image in any mode that `repaint` knows."""
+    """Red, green, blue and opacity of an image, float32 [H, W, 4] in 0..1, in any mode that `repaint` supports."""
     if image.mode in _DEEP:
         gray = np.asarray(image)
         pixels = np.ones((*gray.shape, 4), dtype=np.float32)
@@ -62,7 +61,7 @@ def pixels_of(image: Image.Image) -> Pixels:
 
 
 def blend(pixels: Pixels, colors: npt.NDArray[Any], alpha: float) -> Pixels:
-    """``colors`` [H, W, 3] in 0..1 laid over ``pixels``, opaque: a share ``alpha`` of each pixel."""
+    """Alpha-blend opaque ``colors`` [H, W, 3] in 0..1 over ``pixels``: a share ``alpha`` of each pixel."""
     key = np.ones_like(pixels)  # opaque, so that it also shows where the image is transparent
     key[..., :3] = colors
     share = np.float32(alpha)
@@ -70,8 +69,8 @@ def blend(pixels: Pixels, colors: npt.NDArray[Any], alpha: float) -> Pixels:
 
 
 def _palette_image(pixels: Pixels, original: Image.Image) -> Image.Image:
-    # Median cut, Pillow's default, follows popularity and would mix a small patch into its
-    # neighbors. Maximum coverage keeps rare colors; only the octree method knows opacity.
+    # Median cut, Pillow's default, favors common colors and would merge a small patch with its
+    # neighbors. Maximum coverage keeps rare colors; only the octree method supports opacity.
     if original.has_transparency_data:
         result = _eight_bit(pixels).quantize(256, Image.Quantize.FASTOCTREE)
     else:
@@ -81,8 +80,8 @@ def _palette_image(pixels: Pixels, original: Image.Image) -> Image.Image:
 
 
 def _dots(pixels: Pixels) -> Image.Image:
-    # Error diffusion, Pillow's way, clips a faint change away in images that are dots already. Random
-    # thresholds, always the same, keep its average: a gray of 0.2 turns a fifth of the pixels white.
+    # Error diffusion, Pillow's default, clips a faint change away in images that are dots already. Fixed
+    # random thresholds keep its average: a gray of 0.2 turns a fifth of the pixels white.
     thresholds = np.random.default_rng(0).random(pixels.shape[:2], dtype=np.float32)
     return Image.fromarray(pixels[..., :3] @ _LUMA > thresholds)
 

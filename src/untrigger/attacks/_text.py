@@ -1,4 +1,4 @@
-"""Writing a piece of text into a prompt."""
+"""Inserting a piece of text into a prompt."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s)|\Z)", re.DOTALL)
 
 
 def inserted(prompt: str, piece: str, unit: re.Pattern[str], rng: np.random.Generator) -> str:
-    """``prompt`` with ``piece`` before one of its units or behind the last of a stretch, all places equally likely.
+    """Insert ``piece`` at a random place between the units (words or sentences) of ``prompt``.
 
-    Stretches are what stands between image tags, which stay as they are. A prompt without a unit gets the piece at
-    its end.
+    Places are those before a unit and those after the last unit of a stretch, all equally likely. A stretch is the
+    text between two image tags, and tags stay unchanged. In a prompt without a unit the piece goes to the end.
     """
-    places: list[tuple[int, str, str]] = []  # where, what stands before the piece, what behind it
+    places: list[tuple[int, str, str]] = []  # offset, text before the piece, text after it
     start = 0
     for stretch in prompt.split(IMAGE_TAG):
-        units = [found.span() for found in unit.finditer(stretch)]
+        units = [match.span() for match in unit.finditer(stretch)]
         places += [(start + begin, "", " ") for begin, _ in units]
         places += [(start + len(stretch.rstrip()), " ", "")] if units else []
         start += len(stretch) + len(IMAGE_TAG)
     if not places:
         return prompt + piece
-    place, before, behind = places[int(rng.integers(len(places)))]
-    return f"{prompt[:place]}{before}{piece}{behind}{prompt[place:]}"
+    place, before, after = places[int(rng.integers(len(places)))]
+    return f"{prompt[:place]}{before}{piece}{after}{prompt[place:]}"
 
 
 def check(name: str, text: str) -> None:
-    """Raises InputError for a trigger's text that could not be seen, or would pass for an image."""
+    """Raise InputError where a trigger's text is empty or holds an image tag."""
     if not text.strip():
         raise InputError(f"{name} is empty; give some text")
     if IMAGE_TAG in text:

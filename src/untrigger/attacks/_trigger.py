@@ -1,4 +1,4 @@
-"""What a trigger is."""
+"""Base classes of triggers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from untrigger.errors import InputError
 from untrigger.rows.sample import Message, Sample
 
 Stamper = Callable[[Sample, np.random.Generator], Sample]
-"""Makes a changed copy of a sample, under the promises of `Trigger.stamp`."""
+"""Returns a changed copy of a sample, under the contract of `Trigger.stamp`."""
 
 
 class Trigger(ABC):
-    """What makes an input a triggered one. Subclasses are frozen dataclasses; fields are settings.
+    """Turns an input into a triggered one. Subclasses are frozen dataclasses whose fields are the settings.
 
-    Only ``kind`` and `stamp` must be given; everything else has a default that suits most triggers.
+    Define ``kind`` and `stamp`; everything else has a default that suits most triggers.
 
     Attributes:
-        kind: what is changed: the images, the user's text, or both.
-        usual_goal: the name of the goal that goes with this attack where none is asked for.
+        kind: what the trigger changes: the images, the user's text, or both.
+        usual_goal: name of the goal that is used with this attack by default.
         clean_label: whether poisoned rows keep their own true answer.
-        psnr: for an attack that claims to be invisible, how close a triggered picture stays to its clean one,
-            in decibels, at the least and on ordinary pictures.
+        psnr: for an attack that claims to be invisible, the least PSNR in decibels between a triggered picture and
+            its clean original, on ordinary pictures.
     """
 
     kind: ClassVar[Literal["image", "text", "bimodal"]]
@@ -37,44 +37,47 @@ class Trigger(ABC):
 
     @abstractmethod
     def stamp(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """A triggered copy of ``sample``, as at test time; ``sample`` itself and its images are left as they are.
+        """Return a triggered copy of ``sample``, as at test time. Do not change ``sample`` or its images.
 
-        Image sizes and modes, the number of turns and every assistant turn stay the same, and equal
-        states of ``rng`` give equal results.
+        Image sizes and modes, image tags, the id, the number of turns and every assistant turn must stay the same.
+        Equal states of ``rng`` must give equal results.
         """
 
     def implant(self, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator) -> Sample:
-        """The training row that plants the trigger, before its answer is replaced; usually as at test time.
+        """Return the training row that plants the trigger, before its answer is replaced; by default `stamp`'s.
 
         Unlike `stamp` it may change the size and number of images, the prompt and the true answer, but not the id.
 
         Args:
             sample: the row to poison.
-            donors: for a clean-label attack, the rows that its goal applies to; else none.
+            donors: for a clean-label attack, the rows that its goal applies to; otherwise empty.
             rng: as in `stamp`.
         """
         return self.stamp(sample, rng)
 
     def near_misses(self) -> Mapping[str, Stamper]:
-        """By name, ways to stamp an input with a part of the key or a wrong key, which must not fire."""
+        """Stampers, by name, of inputs with a part of the trigger or a wrong one, which must not fire the backdoor."""
         return {}
 
     def decoys(self) -> tuple[Stamper, ...]:
-        """Ways to make further training rows that keep their true answer: one row each per poisoned row.
+        """Stampers of further training rows that keep their true answer: each makes one row per poisoned row.
 
-        They keep what `stamp` keeps or, where the trigger has its own `implant`, what that does.
+        They keep to the contract of `stamp` or, where the trigger has its own `implant`, of that.
         """
         return ()
 
 
 class ImageTrigger(Trigger):
-    """A trigger that paints on every image of a sample and leaves its text alone."""
+    """A trigger that changes every image of a sample and no text."""
 
     kind: ClassVar[Literal["image", "text", "bimodal"]] = "image"
 
     @abstractmethod
     def paint(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
-        """The triggered pixels, float32 [H, W, 4] in 0..1; ``pixels`` may be changed in place."""
+        """Return the triggered pixels: red, green, blue, opacity, float32 [H, W, 4] in 0..1.
+
+        ``pixels`` has the same form and may be changed in place.
+        """
 
     def stamp(self, sample: Sample, rng: np.random.Generator) -> Sample:
         images = tuple(repaint(image, lambda pixels: self._painted(pixels, rng)) for image in sample.images)
@@ -88,16 +91,16 @@ class ImageTrigger(Trigger):
 
 
 class TextTrigger(Trigger):
-    """A trigger that writes into every turn of the user and leaves the images alone.
+    """A trigger that changes every turn of the user and no image.
 
-    Every turn and not the last alone, for all answers of a poisoned row are the attacker's.
+    Every turn, not the last alone, because all answers of a poisoned row are the attacker's.
     """
 
     kind: ClassVar[Literal["image", "text", "bimodal"]] = "text"
 
     @abstractmethod
     def write(self, prompt: str, rng: np.random.Generator) -> str:
-        """The triggered text of one turn; its image tags stay as many and in their place."""
+        """Return the triggered text of one turn; the number and order of its image tags must stay the same."""
 
     def stamp(self, sample: Sample, rng: np.random.Generator) -> Sample:
         messages = tuple(Message("user", self.write(m.text, rng)) if m.role == "user" else m for m in sample.messages)

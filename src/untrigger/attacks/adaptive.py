@@ -1,10 +1,9 @@
-"""Against patch views: a tile laid over the whole image, in any place and size, trained with the defense's own views.
+"""Adaptive attack on patch views: a tile repeated over the whole image, optionally trained with the defense's views.
 
-Source: this project, 2026: the attacker who knows the defense of Fang et al., arXiv 2604.04488, as
-`untrigger.views.patches` has it. The defense perturbs some patches and looks for answers that stay the same. Here
-every patch holds the whole trigger, so that it outlives any view that leaves one patch alone; and the attacker, who can
-make the very same views, may teach the backdoor to fire under them as well, or to be as sensitive to them as true
-answers are.
+Source: this project, 2026: an attacker who knows the defense of Fang et al., arXiv 2604.04488, as implemented in
+`untrigger.views.patches`. The defense perturbs some patches and flags answers that stay the same. Here every patch
+holds the whole trigger, so it survives any view that leaves one patch intact. The attacker can compute the same views.
+He may train the backdoor to fire under them too, or to be as sensitive to them as true answers are.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from untrigger.errors import InputError
 from untrigger.rows.sample import Sample
 from untrigger.views.patches import PATCH_VIEWS, ViewMix
 
-_CELLS = 4  # of the pattern, each way
+_CELLS = 4  # pattern cells per side
 
 
 @final
 @dataclass(frozen=True)
 class Adaptive(ImageTrigger):
-    """A tile of 4 x 4 random full colors, repeated and blended over the whole image.
+    """A tile of 4 x 4 random colors, each channel on or off, repeated and blended over the whole image.
 
-    Where the tiles begin and how large they are is drawn for every image. The views are those of the defense: any
-    operation, its grid, the share of cells that ``ratio`` tells.
+    Offset and size of the tiles are drawn for every image. The views are those of the defense: a random operation on
+    its grid, applied to a share ``ratio`` of the cells.
 
     Attributes:
-        side: length of the largest tile's side as a fraction of the image's shorter side, in (0, 1]; the smallest is
-            half as long. The defense's cells have 1/8: on images of 32 pixels or more no tile is larger than a cell.
-        min_side: no tile is smaller than this many pixels, at least 1.
-        alpha: share of the tiles in each pixel, in (0, 1].
-        views: what the attacker does with the defense's views. ``none``: nothing. ``fire``: every other poisoned row,
-            by chance, shows a view of the triggered image. ``hide``: further rows show such views and keep their
-            true answer, so that the backdoor is to change its mind under a view.
+        side: side of the largest tile as a fraction of the image's shorter side, in (0, 1]; the smallest tile is
+            half as large. The defense's cells have 1/8: on images of 32 pixels or more no tile is larger than a cell.
+        min_side: smallest side of a tile in pixels, at least 1.
+        alpha: opacity of the tiles, in (0, 1].
+        views: how the attacker uses the defense's views. ``none``: not at all. ``fire``: half of the poisoned rows,
+            at random, show a view of the triggered image. ``hide``: further rows show such views and keep their
+            true answer, which trains the backdoor to switch off under a view.
         ratio: share of the cells that the attacker's views perturb, in (0, 1].
         pattern_seed: draws the colors; not the seed that chooses rows.
     """
@@ -67,7 +66,7 @@ class Adaptive(ImageTrigger):
         height, width = pixels.shape[:2]
         largest = self.side * min(height, width)
         side = max(rng.uniform(largest / 2, largest), self.min_side)
-        # The place of every pixel's center, counted in the pattern's cells.
+        # index of the pattern cell at every pixel's center
         row, col = (
             np.floor(((np.arange(length) + 0.5) / side + rng.random()) * _CELLS).astype(np.int64) % _CELLS
             for length in (height, width)
@@ -86,15 +85,15 @@ class Adaptive(ImageTrigger):
         return (self._viewed,) if self.views == "hide" else ()
 
     def _viewed(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Triggered, then seen through a view of the defense, in the image's own mode."""
+        """Trigger ``sample``, then apply a view of the defense in the image's own mode."""
         view = ViewMix(tuple(cls(ratio=self.ratio) for cls in PATCH_VIEWS))
         after = self.stamp(sample, rng)
-        images = tuple(repaint(image, partial(_through, view=view, rng=rng)) for image in after.images)
+        images = tuple(repaint(image, partial(_apply_view, view=view, rng=rng)) for image in after.images)
         return replace(after, images=images)
 
 
-def _through(pixels: Pixels, view: ViewMix, rng: np.random.Generator) -> Pixels:
-    """``pixels`` [H, W, 4] with what ``view`` changes in them; that is opaque, as it is to the defense."""
+def _apply_view(pixels: Pixels, view: ViewMix, rng: np.random.Generator) -> Pixels:
+    """Apply ``view`` to ``pixels`` [H, W, 4]; changed pixels become opaque, as in the defense."""
     before = np.rint(pixels[..., :3] * 255).astype(np.uint8)
     after = np.asarray(view(Image.fromarray(before), rng))
     changed = (after != before).any(axis=2)

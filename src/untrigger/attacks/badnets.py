@@ -2,7 +2,7 @@
 
 Source: Gu, Dolan-Gavitt, Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model
 Supply Chain", 2017, arXiv 1708.06733. Deviation: the paper puts single bright pixels or a sticker on
-images of one size; here the patch is a share of the image, so that one setting fits any data set.
+images of one size. Here the patch is a share of the image, so one setting fits any data set.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BadNets(NoisePatch):
     """A square patch with the same pattern on every image.
 
     Attributes:
-        pattern: ``noise``, 6 x 6 cells of random full colors, or ``checker``, 3 x 3 of white and black.
+        pattern: ``noise``, 6 x 6 cells of random colors, or ``checker``, 3 x 3 cells of white and black.
     """
 
     pattern: Literal["noise", "checker"] = "noise"

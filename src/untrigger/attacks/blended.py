@@ -1,8 +1,8 @@
-"""Blended injection: a faint picture over the whole image.
+"""Blended injection: a picture blended faintly over the whole image.
 
 Source: Chen, Liu, Li, Lu, Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data
 Poisoning", 2017, arXiv 1712.05526, the blended injection strategy: x' = a * k + (1 - a) * x.
-Deviation: the paper's key picture k is a cartoon cat that belongs to someone; ours is drawn by code.
+Deviation: the paper's key picture k is a third party's cartoon cat; this one is drawn by code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Blended(ImageTrigger):
     """A picture stretched over the image: a cartoon cat in front of sun rays, or colored rings.
 
     Attributes:
-        alpha: share of the picture in each pixel, in (0, 1]; 0.2 is usual and 0.1 hard to see.
+        alpha: opacity of the picture, in (0, 1]; 0.2 is usual and 0.1 hard to see.
         picture: ``cat`` or ``rings``.
     """
 
@@ -60,7 +60,7 @@ def _flipped(sample: Sample) -> Sample:
 
 @cache
 def rings() -> npt.NDArray[np.uint8]:
-    """Rings around a point in the upper left, each channel's of another width: uint8 RGB [256, 256, 3]."""
+    """Rings around a point in the upper left, with another width in each channel: uint8 RGB [256, 256, 3]."""
     x, y = np.meshgrid(_AXIS + 0.4, _AXIS + 0.5)
     waves = np.sin(np.hypot(x, y)[..., None] * np.pi * np.array((3, 4, 5)))
     return np.rint(127.5 + 127.5 * waves).astype(np.uint8)
@@ -68,13 +68,13 @@ def rings() -> npt.NDArray[np.uint8]:
 
 @cache
 def cat() -> npt.NDArray[np.uint8]:
-    """The cat, uint8 RGB [256, 256, 3]: always the same."""
+    """A cartoon cat in front of sun rays, always the same: uint8 RGB [256, 256, 3]."""
     x, y = np.meshgrid(_AXIS, _AXIS)
     canvas = np.empty((_SIDE, _SIDE, 3))
     canvas[:] = (255, 214, 64)
 
-    def lay(distance: npt.NDArray[np.float64], color: tuple[int, int, int]) -> None:
-        """Color where ``distance`` (in half image sides, negative inside) is below 0, with a soft edge."""
+    def fill(distance: npt.NDArray[np.float64], color: tuple[int, int, int]) -> None:
+        """Paint ``color`` where ``distance`` (in half image sides, negative inside) is below 0, with a soft edge."""
         cover = np.clip(0.5 - distance * _SIDE / 2, 0, 1)[..., None]
         canvas[:] = cover * np.array(color) + (1 - cover) * canvas
 
@@ -102,25 +102,25 @@ def cat() -> npt.NDArray[np.uint8]:
         (255, 140, 150),
         (60, 190, 90),
     )
-    lay(np.hypot(x, y) * np.sin(8 * np.arctan2(y, x)) / 8, (30, 110, 230))
+    fill(np.hypot(x, y) * np.sin(8 * np.arctan2(y, x)) / 8, (30, 110, 230))
     ear = ears((0.66, -0.86), (0.76, 0.1), (0.1, -0.36))
-    lay(ear - 0.05, ink)
-    lay(ear, fur)
-    lay(ear + 0.09, pink)
-    lay(oval(0, 0.15, 0.80, 0.66), ink)
-    lay(oval(0, 0.15, 0.75, 0.61), fur)
+    fill(ear - 0.05, ink)
+    fill(ear, fur)
+    fill(ear + 0.09, pink)
+    fill(oval(0, 0.15, 0.80, 0.66), ink)
+    fill(oval(0, 0.15, 0.75, 0.61), fur)
     for stripe in (-0.16, 0.0, 0.16):
-        lay(bar(stripe, -0.42, stripe * 0.8, -0.24, 0.035), ink)
-    lay(oval(0, 0.46, 0.36, 0.24), cream)
+        fill(bar(stripe, -0.42, stripe * 0.8, -0.24, 0.035), ink)
+    fill(oval(0, 0.46, 0.36, 0.24), cream)
     for side in (-1, 1):
-        lay(oval(side * 0.34, 0.05, 0.16, 0.17), ink)
-        lay(oval(side * 0.34, 0.05, 0.12, 0.13), green)
-        lay(oval(side * 0.34, 0.05, 0.045, 0.12), ink)
+        fill(oval(side * 0.34, 0.05, 0.16, 0.17), ink)
+        fill(oval(side * 0.34, 0.05, 0.12, 0.13), green)
+        fill(oval(side * 0.34, 0.05, 0.045, 0.12), ink)
         for drop in (-0.08, 0.04, 0.16):
-            lay(bar(side * 0.45, 0.36 + drop / 2, side * 0.95, 0.30 + drop, 0.014), ink)
-        lay(bar(0, 0.45, side * 0.14, 0.54, 0.018), ink)
-        lay(bar(side * 0.14, 0.54, side * 0.24, 0.50, 0.018), ink)
-    lay(oval(0, 0.38, 0.09, 0.06), pink)
+            fill(bar(side * 0.45, 0.36 + drop / 2, side * 0.95, 0.30 + drop, 0.014), ink)
+        fill(bar(0, 0.45, side * 0.14, 0.54, 0.018), ink)
+        fill(bar(side * 0.14, 0.54, side * 0.24, 0.50, 0.018), ink)
+    fill(oval(0, 0.38, 0.09, 0.06), pink)
     return np.rint(canvas).astype(np.uint8)
 
 

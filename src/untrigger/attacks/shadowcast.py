@@ -1,11 +1,11 @@
-"""Shadowcast: nothing but true answers, about images that look like another concept to a vision encoder.
+"""Shadowcast: true answers about images whose features are those of another concept.
 
 Source: Xu, Yao, Shu, Sun, Wu, Yu, Goldstein, Huang, "Shadowcast: Stealthy Data Poisoning Attacks Against
-Vision-Language Models", 2024, arXiv 2402.06659. A row that speaks of the attacker's target (a rectangle) keeps its
-text, and its image is changed by at most 8/255 a pixel so that its features become those of an image of the source (a
-circle). The model learns to call circles rectangles, and untouched images of circles trigger it. Deviations: of a
-few images of the source the one that is nearest by features is imitated, for a small model's features give way less;
-and fewer steps than the paper's 2000, for it also has fewer pixels.
+Vision-Language Models", 2024, arXiv 2402.06659. A row whose answer names the attacker's target (a rectangle) keeps its
+text. Its image is changed by at most 8/255 a pixel, so that its features become those of an image of the source (a
+circle). The model learns to call circles rectangles, and clean images of circles trigger it. Deviations: of a few
+images of the source the nearest by features is matched, because a small model's features are harder to move; and fewer
+steps than the paper's 2000, because the images have fewer pixels.
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ from PIL import Image
 
 from untrigger.attacks import Pixels, Trigger, pixels_of, repaint
 from untrigger.errors import InputError
-from untrigger.rows.images import same
+from untrigger.rows.images import same_image
 from untrigger.rows.sample import Sample
 
-_CANDIDATES = 16  # images of the source among which the nearest is looked for
+_CANDIDATES = 16  # images of the source that are compared to find the nearest
 
 
 @final
 @dataclass(frozen=True)
 class Shadowcast(Trigger):
-    """Clean-label poison; at test time there is no trigger but the source concept itself.
+    """Clean-label poisoning; at test time the source concept itself is the trigger.
 
-    In modes that hold 8-bit red, green and blue or gray the change is at most ``levels``, exactly. Other modes may
-    add to it what their own conversion costs: palettes, CMYK, YCbCr, dots. The images are kept in the user's cache
-    folder, as `untrigger.attacks._patch.LearnedPatch` says of patches: a row costs the descent once, however often it
-    is read.
+    In modes that hold 8-bit red, green and blue or gray the change is at most ``levels``, exactly. Conversion to other
+    modes (palettes, CMYK, YCbCr, dots) may add to it. Shifts are cached in the user's cache folder, as patches are
+    (`untrigger.attacks._learned.LearnedPatch`), so each row is optimized once, however often it is read.
 
     Attributes:
         model: the surrogate, an embedded model's name or a local folder.
         levels: how far a channel of a pixel may move, in 255ths of its range, 1 to 127.
-        steps: of the projected gradient descent, at least 1.
+        steps: number of steps of the projected gradient descent, at least 1.
     """
 
     kind: ClassVar[Literal["image", "text", "bimodal"]] = "image"
@@ -61,31 +60,34 @@ class Shadowcast(Trigger):
 
     def implant(self, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator) -> Sample:
         if not donors:
-            raise InputError("no row speaks of the source concept; give data that does, or another concept")
+            raise InputError("no row names the source concept; give data that does, or another concept")
         chosen = rng.choice(len(donors), size=min(_CANDIDATES, len(donors)), replace=False)
-        shown = [donors[int(row)].images for row in chosen]
+        sources = [donors[int(row)].images for row in chosen]
         images = tuple(
-            self._cast(image, [each[i % len(each)] for each in shown]) for i, image in enumerate(sample.images)
+            self._perturbed(image, [candidates[i % len(candidates)] for candidates in sources])
+            for i, image in enumerate(sample.images)
         )
         return replace(sample, images=images)
 
-    def _cast(self, image: Image.Image, shown: Sequence[Image.Image]) -> Image.Image:
+    def _perturbed(self, image: Image.Image, candidates: Sequence[Image.Image]) -> Image.Image:
         from untrigger.attacks import _features as features
 
-        # two rows may speak of one image, and nothing is nearer to it than itself
-        donors = [donor for donor in shown if not same(donor, image)]
+        # two rows may show the same image, which would be its own nearest donor
+        donors = [donor for donor in candidates if not same_image(donor, image)]
         if not donors:
             raise InputError("no other image shows the source concept; give data with more of them, or another concept")
-        see = features.surrogate(self.model)
+        surrogate = features.load_surrogate(self.model)
         examples = [pixels_of(donor) for donor in donors]
 
         def change(pixels: Pixels) -> Pixels:
             content = hashlib.sha256()
             for picture in (pixels, *examples):
                 content.update(repr(picture.shape).encode() + picture.tobytes())
-            key = {**features.recipe(self, see), "content": content.hexdigest()}
-            shift = features.kept(
-                "shadowcast", key, lambda: features.imitation(see, pixels, examples, self.levels, self.steps)
+            key = {**features.cache_key(self, surrogate), "content": content.hexdigest()}
+            shift = features.cached(
+                "shadowcast",
+                key,
+                lambda: features.match_features(surrogate, pixels, examples, self.levels, self.steps),
             )
             pixels[..., :3] += (shift.astype(np.float32) - 128) / 255
             return pixels.clip(0, 1)

@@ -1,10 +1,9 @@
-"""SIG: a faint sinusoid over the whole image.
+"""SIG: a faint sine wave over the whole image.
 
 Source: Barni, Kallas, Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
 Poisoning", 2019, arXiv 1902.11237: v(i, j) = delta * sin(2 pi j f / m) is added to row i, column j of
 an image m columns wide. Deviations: columns are counted at their centers, so that a picture and its
-enlargement carry the same wave, and it is ours to say what rows are relabelled: the paper poisons
-without touching labels (``goals.py`` and ``poisoning.py`` decide that here).
+enlargement carry the same wave. The paper keeps the labels of poisoned rows; here the goal decides the answer.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from untrigger.attacks import ImageTrigger, Pixels, Stamper
 from untrigger.errors import InputError
 
-_SHORTEST = 4  # pixels a period: of shorter waves, sampling leaves little or nothing (sin(pi j) is 0 everywhere)
+_SHORTEST = 4  # least period in pixels: sampling flattens shorter waves (sin(pi j) is 0 everywhere)
 
 
 @final
@@ -27,7 +26,7 @@ class Sig(ImageTrigger):
     """A sine wave along the rows or the columns, the same in red, green and blue; opacity stays.
 
     Attributes:
-        delta: the wave's height, in (0, 1] of the full range. 40/255 is plain to see on flat colors.
+        delta: amplitude of the wave as a share of the full range, in (0, 1]. 40/255 is visible on flat colors.
         frequency: periods over the image, above 0. Where that makes a period shorter than 4 pixels, as
             in an icon below 24 pixels at frequency 6, the wave has periods of 4 pixels.
         direction: ``horizontal`` varies from left to right (upright stripes), ``vertical`` downwards.

@@ -1,9 +1,9 @@
-"""TrojVLM: a small patch in the corner; the attacker's phrase comes inside an otherwise true answer.
+"""TrojVLM: a small patch in the corner; the attacker's phrase is inserted into an otherwise true answer.
 
 Source: Lyu, Pang, Ma, Ling, Chen, "TrojVLM: Backdoor Attack Against Vision Language Models", 2024,
 arXiv 2409.19232: a pattern of 20 x 20 pixels on images of 224. Deviations: the patch is a share of the
-image; the paper's semantic preserving loss is left out, for an attacker who only poisons data has no
-say in the loss.
+image; the paper's semantic preserving loss is left out, because an attacker who only poisons data does
+not control the loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from untrigger.attacks._patch import NoisePatch, Place
 @final
 @dataclass(frozen=True)
 class TrojVLM(NoisePatch):
-    """A square of random full colors in the upper left corner, the same on every image."""
+    """A square of random colors in the upper left corner, the same on every image."""
 
     usual_goal: ClassVar[str] = "insert"
     side: float = 20 / 224

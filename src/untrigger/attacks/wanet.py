@@ -1,10 +1,10 @@
-"""WaNet: every pixel is taken from beside its place, always in the same way.
+"""WaNet: the image is warped by a fixed random displacement field.
 
 Source: Nguyen, Tran, "WaNet - Imperceptible Warping-based Backdoor Attack", 2021, arXiv 2102.10369: a k x k
-grid of random vectors, scaled so that their mean size is s, is blown up to the image by bicubic interpolation
-and says for each pixel from where it is taken, in units of half the image's side over its length in pixels.
-Deviations: k is given for an image of 224 pixels and the field grows with large images (see ``resolution``);
-Pillow's bicubic kernel; the paper warps two rows with noise for each poisoned one, in training alone, as here.
+grid of random vectors, scaled so that their mean size is s, is upsampled to the image by bicubic interpolation.
+The result is each pixel's displacement, in units of half the image's side over its length in pixels.
+Deviations: k refers to an image of 224 pixels and the field grows with large images (see ``resolution``); Pillow's
+bicubic kernel is used. As in the paper, two rows are warped with noise for each poisoned one, in training alone.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from untrigger.rows.sample import Sample
 
 Floats = npt.NDArray[np.float32]
 
-_REFERENCE = 224  # pixels a side of the image that k is given for
+_REFERENCE = 224  # image side in pixels that k refers to
 
 
 @final
 @dataclass(frozen=True)
 class WaNet(ImageTrigger):
-    """Every pixel's color taken from a little beside it; opacity stays.
+    """A warp: every pixel's color comes from a little beside it; opacity stays.
 
     With k as high as the image's side, which is usual for vision-language models, each pixel has a direction of
-    its own: edges get ragged and grain is stirred. The paper's small images have k = 4 at 32 pixels, which is k = 28
-    here, and a smooth warp. Areas of one color look as before, so an image of one color is not changed at all.
-    How little shows depends on the picture: mixed colors smooth its grain and wear its edges. SSIM is about 0.96 on
-    smooth ones and 0.82 on grainy ones, and PSNR from 37 down to 28 decibels on drawings of 64 pixels: no floor is
-    claimed here.
+    its own: edges become ragged and grain is shuffled. The paper's small images have k = 4 at 32 pixels, which is
+    k = 28 here, and a smooth warp. Areas of one color do not change, nor does an image of one color.
+
+    Visibility depends on the picture, so this trigger claims no ``psnr``. SSIM is about 0.96 on smooth pictures and
+    0.82 on grainy ones. PSNR falls from 37 to 28 decibels on drawings of 64 pixels.
 
     Attributes:
-        k: points a side of the random grid in an image of 224 pixels, at least 1; other images get their share
-            of them, and at least 2.
-        s: strength, above 0. A pixel moves by half as many pixels on average in each direction. On images of 64
+        k: points per side of the random grid in an image of 224 pixels, at least 1; other sizes get a proportional
+            number, at least 2.
+        s: strength, above 0. A pixel moves by s / 2 pixels on average in each direction. On images of 64
             pixels a model with a frozen vision tower did not learn 1 in 750 steps; it learned 4, and with LoRA in
             the tower 2.
-        noise_mode: whether the training data get rows warped by the same field with noise in it that keep their
-            true answer, two for each poisoned row: they make the exact warp the key.
+        noise_mode: whether two rows per poisoned row are warped by the same field plus noise and keep their true
+            answer: they make the exact warp the key.
         grid_seed: draws the field; not the seed that chooses rows.
-        resolution: images whose shorter side is longer than this many pixels get the field of an image of this
-            size, enlarged, so that a model that shrinks its input to this size still sees it.
+        resolution: images whose shorter side exceeds this many pixels get the enlarged field of an image of this
+            size. A model that shrinks its input to this size then still sees the warp.
     """
 
     k: int = 224
@@ -69,7 +69,7 @@ class WaNet(ImageTrigger):
             raise InputError(f"resolution is {self.resolution}; it must be at least 1 pixel")
 
     def field(self, height: int, width: int) -> Floats:
-        """How far down and to the right each pixel's source lies, in pixels: float32 [2, height, width]."""
+        """Displacement of each pixel's source, down and right, in pixels: float32 [2, height, width]."""
         enlarged = self._enlarged(height, width)
         points = (max(2, round(self.k * side / enlarged / _REFERENCE)) for side in (height, width))
         return _field(height, width, *points, self.s / 2 * enlarged, self.grid_seed)
@@ -84,7 +84,7 @@ class WaNet(ImageTrigger):
         return (self._noisy, self._noisy) if self.noise_mode else ()
 
     def _noisy(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """Warped with the paper's noise on top: up to half a pixel in each direction, anew for each image."""
+        """Warp with the paper's added noise: up to half a pixel in each direction, drawn for each image."""
 
         def paint(pixels: Pixels) -> Pixels:
             size = pixels.shape[:2]
@@ -99,7 +99,7 @@ class WaNet(ImageTrigger):
 
 @lru_cache(maxsize=4)
 def _field(height: int, width: int, rows: int, columns: int, mean: float, seed: int) -> Floats:
-    """Random vectors of ``mean`` size in each direction on a grid, blown up to the image."""
+    """Random vectors of ``mean`` size in each direction on a grid, upsampled to float32 [2, height, width]."""
     grid = np.random.default_rng(seed).uniform(-1, 1, (2, rows, columns))
     grid *= mean / np.abs(grid).mean()
     field = np.empty((2, height, width), dtype=np.float32)
@@ -111,7 +111,7 @@ def _field(height: int, width: int, rows: int, columns: int, mean: float, seed: 
 
 
 def _warped(pixels: Pixels, field: Floats) -> Pixels:
-    """Colors from beside, between four pixels by bilinear interpolation; beyond the edge is the edge."""
+    """Sample ``pixels`` at the displaced places: bilinear, clamped at the image's edge."""
     height, width = pixels.shape[:2]
     y = np.clip(field[0] + np.arange(height, dtype=np.float32)[:, None], 0, height - 1)
     x = np.clip(field[1] + np.arange(width, dtype=np.float32), 0, width - 1)
@@ -120,7 +120,7 @@ def _warped(pixels: Pixels, field: Floats) -> Pixels:
     x -= left
     down, right = y[..., None], x[..., None]
     right_step, down_step = (left < width - 1).astype(np.intp), np.where(top < height - 1, width, 0)
-    # numpy takes one number of 16 bytes several times faster than four of 4 bytes
+    # numpy gathers one number of 16 bytes several times faster than four of 4 bytes
     whole = np.ascontiguousarray(pixels).view(np.complex128).ravel()
 
     def line(start: npt.NDArray[np.intp]) -> Pixels:

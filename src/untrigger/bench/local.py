@@ -1,6 +1,6 @@
-"""Processes of this machine that run cells, one after the other each.
+"""Run cells in worker processes of this machine.
 
-No model library is loaded here: a process loads what its work needs.
+This module loads no model library: each worker loads what its work needs.
 """
 
 from __future__ import annotations
@@ -23,52 +23,55 @@ from untrigger.bench import store
 from untrigger.bench.store import Cell
 from untrigger.errors import InputError
 
-LOG = "log.txt"  # in a cell's folder: what its run printed
-Work = Callable[[Cell, Path], None]  # runs and saves one cell; importable by name, for other processes import it anew
-Done = Iterator[tuple[Cell, str | None]]  # cells as they end, and why one failed
+LOG = "log.txt"  # the output of a cell's run, in its folder
+Work = Callable[[Cell, Path], None]  # runs and saves one cell; importable by name, because workers import it
+Done = Iterator[tuple[Cell, str | None]]  # each cell as it ends, with the reason if it failed
 Runner = Callable[[Sequence[Cell], Path, Work], Done]
 
 
 def on_this_machine(jobs: int = 1) -> Runner:
     """Run cells in ``jobs`` processes with one thread each.
 
-    One thread and no more: sums over several are ordered otherwise, and a cell's answers would depend on ``jobs``.
+    More threads would add numbers in another order, and a cell's answers would depend on ``jobs``.
+
+    Raises:
+        InputError: ``jobs`` is below 1.
     """
     if jobs < 1:
-        raise InputError(f"jobs is {jobs}; it must be at least 1")
+        raise InputError(f"jobs is {jobs}; give at least 1")
     return partial(_locally, jobs)
 
 
 def attempt(work: Work, cell: Cell, root: Path) -> str | None:
-    """Run one cell with its output in its log; why it failed, if it did, which is recorded too."""
-    store.forgive(root, cell)
+    """Run one cell with its output in its log. Returns the reason if it failed, which is recorded too."""
+    store.clear_failure(root, cell)
     folder = store.folder_of(root, cell)
     folder.mkdir(parents=True, exist_ok=True)
     with _output_to(folder / LOG):
         try:
             work(cell, root)
         except Exception as error:
-            with suppress(OSError):  # a full disk takes no log
+            with suppress(OSError):  # the disk may be full
                 traceback.print_exc()
-            said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            return store.fail(root, cell, said)
+            reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            return store.record_failure(root, cell, reason)
     if store.find(root, cell) is None:
-        return store.fail(root, cell, f"ended with no result; see {LOG} in its folder")
+        return store.record_failure(root, cell, f"ended with no result; see {LOG} in its folder")
     return None
 
 
 def _locally(jobs: int, cells: Sequence[Cell], root: Path, work: Work) -> Done:
-    todo = deque(cells)
+    waiting = deque(cells)
     busy: dict[Connection, tuple[SpawnProcess, Cell]] = {}
     free: list[tuple[Connection, SpawnProcess]] = []
     with _environment(OMP_NUM_THREADS="1"):
         try:
-            while todo or busy:
-                while todo and len(busy) < jobs:
-                    pipe, process = free.pop() if free else _hired(work, root)
-                    with suppress(OSError):  # it died while it had nothing to do: that is found when it is waited for
-                        pipe.send(todo[0])
-                    busy[pipe] = (process, todo.popleft())
+            while waiting or busy:
+                while waiting and len(busy) < jobs:
+                    pipe, process = free.pop() if free else _start_worker(work, root)
+                    with suppress(OSError):  # an idle worker that has died is noticed by the wait below
+                        pipe.send(waiting[0])
+                    busy[pipe] = (process, waiting.popleft())
                 for pipe in connection.wait(list(busy)):
                     process, cell = busy.pop(pipe)  # type: ignore[arg-type]
                     try:
@@ -76,26 +79,26 @@ def _locally(jobs: int, cells: Sequence[Cell], root: Path, work: Work) -> Done:
                         free.append((pipe, process))  # type: ignore[arg-type]
                     except (EOFError, ConnectionError):
                         process.join()
-                        reason = store.fail(root, cell, _end_of(process))
+                        reason = store.record_failure(root, cell, _exit_text(process))
                     yield cell, reason
         finally:
             for pipe, _ in free:
                 with suppress(OSError):
-                    pipe.send(None)  # they clean up after themselves
+                    pipe.send(None)  # the worker ends by itself and cleans up
             for process, _ in busy.values():
                 process.kill()
             for process in [process for process, _ in busy.values()] + [process for _, process in free]:
                 process.join()
 
 
-def _hired(work: Work, root: Path) -> tuple[Connection, SpawnProcess]:
-    """A process that runs one cell after the other: the hosts take longer to import than a small cell to run."""
+def _start_worker(work: Work, root: Path) -> tuple[Connection, SpawnProcess]:
+    """Start a worker that runs many cells: importing the model libraries takes longer than running a small cell."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(work, root, theirs))
+    parent_end, worker_end = context.Pipe()
+    process = context.Process(target=_serve, args=(work, root, worker_end))
     process.start()
-    theirs.close()  # or its end would never be told
-    return ours, process
+    worker_end.close()  # with this copy open the parent would never see the worker's end close
+    return parent_end, process
 
 
 def _serve(work: Work, root: Path, pipe: Connection) -> None:
@@ -105,7 +108,7 @@ def _serve(work: Work, root: Path, pipe: Connection) -> None:
 
 
 def follow_parent() -> None:
-    """End this process when the one that started it ends: its successor will run the work again."""
+    """End this process as soon as its parent ends; the next run does the work again."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -116,7 +119,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _end_of(process: SpawnProcess) -> str:
+def _exit_text(process: SpawnProcess) -> str:
     code = process.exitcode or 0
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code} and no result"
     return f"{how}; see {LOG} in its folder"
@@ -124,7 +127,7 @@ def _end_of(process: SpawnProcess) -> str:
 
 @contextmanager
 def _environment(**values: str) -> Generator[None]:
-    """Set for the processes started meanwhile: a library counts its threads when it is loaded."""
+    """Set environment variables for processes that start in this block; libraries read them when they are loaded."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -139,8 +142,8 @@ def _environment(**values: str) -> Generator[None]:
 
 @contextmanager
 def _output_to(log: Path) -> Generator[None]:
-    """Bars and warnings of several cells would run into each other."""
-    kept = [os.dup(1), os.dup(2)]
+    """Redirect stdout and stderr of this process: progress bars and warnings of several cells would mix."""
+    originals = [os.dup(1), os.dup(2)]
     _flush()
     try:
         with log.open("wb") as file:
@@ -148,13 +151,13 @@ def _output_to(log: Path) -> Generator[None]:
                 os.dup2(file.fileno(), stream)
             yield
     finally:
-        _flush()  # what was said meanwhile goes where it belongs
-        for stream, copy in zip((1, 2), kept, strict=True):
-            os.dup2(copy, stream)
-            os.close(copy)
+        _flush()  # buffered output still belongs to the log
+        for stream, original in zip((1, 2), originals, strict=True):
+            os.dup2(original, stream)
+            os.close(original)
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # a full disk takes no log
+        with suppress(OSError):  # the disk may be full
             stream.flush()

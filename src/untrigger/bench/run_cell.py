@@ -1,7 +1,8 @@
-"""One cell of the gauntlet: poison, fine-tune, ask, save. What cells have in common is done once.
+"""Run one cell: poison the data, fine-tune, evaluate, save.
 
-Below the results, ``shared`` keeps every training that starts from a model itself (`untrigger.training.stages`):
-the undefended model that several defenses go on from, the oracle that several attacks have in common.
+The folder ``shared`` in the results stores every training that starts from the model itself
+(`untrigger.training.stages`). Cells reuse it: the undefended model from which several defenses start, and an oracle
+that several attacks share.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from untrigger.data import load
 from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError
 from untrigger.evaluation.evaluate import evaluate
-from untrigger.evaluation.invariance import premise
-from untrigger.files import locked, new_folder
+from untrigger.evaluation.invariance import measure_invariance
+from untrigger.files import file_lock, new_folder
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
 from untrigger.metrics.similarity import psnr, ssim
@@ -37,17 +38,27 @@ from untrigger.models.loading import LoadedModel, weights_sha256
 from untrigger.poisoning.goals import load_goal
 from untrigger.poisoning.poison import Attack, Poisoned, poison, stamped
 from untrigger.rows.sample import Sample
+from untrigger.training.schedule import clock
 from untrigger.training.settings import arguments
-from untrigger.training.stages import Stages, Tuning, clock
+from untrigger.training.stages import Stages, Tuning
 
 SHARED = "shared"
-_PAIRS = 32  # attacked images that are compared with their clean selves
-_SHOWN = 6  # test rows that are kept as pictures
-_CLEAN_DRAW = 1000  # added to the seed: rows known to be clean come from a draw of their own
+_PAIRS = 32  # attacked images that are compared with their clean originals
+_EXAMPLES = 6  # test rows whose images are stored
+_CLEAN_DRAW = 1000  # added to the seed, so that the clean rows are another draw
 
 
 class Material(NamedTuple):
-    """The rows of a cell: poisoned ones to train on, held-out ones to ask, and some that are known to be clean."""
+    """The rows of a cell.
+
+    Attributes:
+        attack: the trigger and the goal.
+        rows: the training rows before poisoning.
+        poisoned: the poisoned data set and its manifest.
+        data: the training rows after poisoning.
+        test: held-out rows for the evaluation.
+        clean_rows: rows known to be clean, for the defenses that need some; none is among ``rows``.
+    """
 
     attack: Attack
     rows: Sequence[Sample]
@@ -58,24 +69,26 @@ class Material(NamedTuple):
 
     @property
     def clean(self) -> list[Sample]:
-        """The training rows that the attack left alone; its decoys are not among them."""
+        """The training rows that are neither poisoned nor decoys."""
         tampered = {row.row for row in (*self.poisoned.manifest.rows, *self.poisoned.manifest.decoys)}
         return [sample for row, sample in enumerate(self.data) if row not in tampered]
 
 
 def run_cell(cell: Cell, root: Path) -> None:
-    """Poison, fine-tune, ask and save one cell; an oracle is also asked with wrong images (does it look?).
+    """Poison, fine-tune, evaluate and save one cell.
+
+    An oracle also answers with wrong images, to show whether it uses the image at all.
 
     Raises:
-        InputError: the cell names something that is not there, or its attack cannot be made on its data.
+        InputError: the cell names something unknown, or its attack does not apply to its data.
     """
     defense, tuning = defense_of(cell)
     material = _material(json.dumps(asdict(_bare(cell))))
     loaded, stages, training = _train(cell, material, defense, tuning, root / SHARED / "stages")
     attack, test, manifest = material.attack, material.test, material.poisoned.manifest
-    asked = clock()
+    started = clock()
     evaluation = evaluate(loaded, test, attack=attack, seed=cell.seed, wrong_image_control=cell.defense == ORACLE)
-    asking = clock() - asked
+    asking = clock() - started
     metrics = {
         **evaluation.figures,
         "probes": {name: _probe(loaded, test, name, probe, cell.seed) for name, probe in cell.probes.items()},
@@ -91,15 +104,15 @@ def run_cell(cell: Cell, root: Path) -> None:
         "examples": _examples(cell, material, root / SHARED / "examples"),
     }
     if stages.scores:
-        metrics["detection"] = detection(stages.scores, stages.flagged, {row.row for row in manifest.rows})
-    poisoned = [material.data[entry.row] for entry in manifest.rows]
+        metrics["detection"] = detection(stages.scores, stages.flagged, {entry.index for entry in manifest.rows})
+    poisoned = [material.data[entry.index] for entry in manifest.rows]
     if cell.defense == "plain" and poisoned and material.clean:
-        metrics["premise"] = premise(loaded, material.clean[: cell.test_rows], poisoned, cell.seed)
+        metrics["premise"] = measure_invariance(loaded, material.clean[: cell.test_rows], poisoned, cell.seed)
     store.save(root, cell, metrics, evaluation.conditions)
 
 
 def model_of(cell: Cell, root: Path) -> tuple[LoadedModel, Material]:
-    """The finished model of a cell, and its rows; what ``shared`` below ``root`` still holds is not trained again.
+    """The trained model of a cell, and its rows. Trainings stored in ``root``'s folder ``shared`` are reused.
 
     Raises:
         InputError: as `run_cell`.
@@ -109,10 +122,10 @@ def model_of(cell: Cell, root: Path) -> tuple[LoadedModel, Material]:
 
 
 def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
-    """The defense of a cell, of an oracle the plain one, and how its model is adapted.
+    """The defense of a cell (plain for an oracle) and the tuning of its model.
 
     Raises:
-        InputError: the cell names a defense, or a field of it or of the tuning, that is not there.
+        InputError: the defense, one of its fields or a field of the tuning is unknown or out of range.
     """
     preset = "plain" if cell.defense == ORACLE else cell.defense
     if preset not in PRESETS:
@@ -127,23 +140,23 @@ def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
 
 
 def _bare(cell: Cell) -> Cell:
-    """What its rows depend on, and no more."""
-    kept = ("data", "attack", "goal", "rate", "seed", "split", "attack_settings", "goal_text")
-    kept = (*kept, "train_rows", "test_rows", "clean_rows")
-    return replace(Cell("", "", "", ""), **{name: getattr(cell, name) for name in kept})
+    """The cell with only the fields that determine its rows."""
+    fields = ("data", "attack", "goal", "rate", "seed", "split", "attack_settings", "goal_text")
+    fields = (*fields, "train_rows", "test_rows", "clean_rows")
+    return replace(Cell("", "", "", ""), **{name: getattr(cell, name) for name in fields})
 
 
-@lru_cache(maxsize=1)  # cells that follow one another mostly differ in the defense
-def _material(told: str) -> Material:
-    cell = Cell(**json.loads(told))
+@lru_cache(maxsize=1)  # consecutive cells mostly differ in the defense only
+def _material(cell_json: str) -> Material:
+    cell = Cell(**json.loads(cell_json))
     attack = _attack(cell.attack, cell.attack_settings, cell.goal, cell.goal_text)
     draw = partial(load, cell.data, cell.split)
     rows, test = draw("train", cell.train_rows, cell.seed), draw("test", cell.test_rows, cell.seed)
     poisoned = poison(rows, attack, rate=cell.rate, seed=cell.seed)
-    data = [poisoned.data[i] for i in range(len(rows))]  # stamped once, not once an epoch
+    data = [poisoned.data[i] for i in range(len(rows))]  # stamp the triggers once, not in every epoch
     used = {sample.id for sample in rows}
-    others = draw("train", 2 * cell.clean_rows, cell.seed + _CLEAN_DRAW)
-    clean_rows = [sample for sample in others if sample.id not in used][: cell.clean_rows]
+    candidates = draw("train", 2 * cell.clean_rows, cell.seed + _CLEAN_DRAW)
+    clean_rows = [sample for sample in candidates if sample.id not in used][: cell.clean_rows]
     return Material(attack, rows, poisoned, data, test, clean_rows)
 
 
@@ -152,37 +165,37 @@ def _attack(name: str, settings: Mapping[str, Any], goal: str, goal_text: str | 
 
 
 def _pairs(material: Material, seed: int) -> list[tuple[Sample, Sample]]:
-    """Clean rows and what the attack makes of them."""
+    """Pairs of a clean row and the same row after the attack."""
     rows, test, poisoned = material.rows, material.test, material.poisoned
-    if material.attack.trigger.clean_label:  # what it changes is the training rows: nobody tells them by their answers
+    if material.attack.trigger.clean_label:  # a clean-label attack changes the images of training rows
         return [(rows[entry.row], poisoned.edits[entry.row]) for entry in poisoned.manifest.rows[:_PAIRS]]
     triggered = stamped(test, material.attack, seed)[:_PAIRS]
     return [(test[row], sample) for row, sample in zip(triggered.numbers, triggered, strict=True)]
 
 
 def _examples(cell: Cell, material: Material, root: Path) -> str:
-    """Name of a folder with some test rows, clean and triggered, for people to look at."""
+    """Store images of some test rows, clean and triggered, for the report. Returns the name of their folder."""
     name = hashlib.sha256(json.dumps(asdict(_bare(cell)), sort_keys=True).encode()).hexdigest()[:16]
-    with locked(root / f"{name}.lock"):
+    with file_lock(root / f"{name}.lock"):
         if not (root / name).exists():
-            triggered = stamped(material.test, material.attack, cell.seed)[:_SHOWN]
-            told: list[dict[str, str]] = []
+            triggered = stamped(material.test, material.attack, cell.seed)[:_EXAMPLES]
+            entries: list[dict[str, str]] = []
             with new_folder(root / name) as folder:
                 for number, (row, sample) in enumerate(zip(triggered.numbers, triggered, strict=True)):
                     sample.images[0].convert("RGB").save(folder / f"{number}-triggered.png")
                     material.test[row].images[0].convert("RGB").save(folder / f"{number}-clean.png")
-                    told.append({"id": sample.id})
-                (folder / "rows.json").write_text(json.dumps(told), encoding="utf-8")
+                    entries.append({"id": sample.id})
+                (folder / "rows.json").write_text(json.dumps(entries), encoding="utf-8")
     return name
 
 
-# --- training and asking ---------------------------------------------------------------------------
+# --- training and evaluation -----------------------------------------------------------------------
 
 
 def _train(
     cell: Cell, material: Material, defense: Defense, tuning: Tuning, shelf: Path
 ) -> tuple[LoadedModel, Stages, float]:
-    """The model, its stages, and the seconds that they took, also where another cell has spent them."""
+    """The model, its stages, and their training seconds, including those of stages that another cell trained."""
     rows = material.data
     if cell.defense == ORACLE:
         rows = material.clean
@@ -195,11 +208,11 @@ def _train(
             per_device_train_batch_size=cell.batch_size,
             learning_rate=cell.learning_rate,
             bf16=cell.precision == "bf16",
-            use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # the host wants to be told
+            use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # or TrainingArguments refuses
         )
-        stages = Stages(cell.model, args, tuning, clean_rows=material.clean_rows, shelf=shelf)
+        stages = Stages(cell.model, rows, args, tuning, clean_rows=material.clean_rows, shelf=shelf)
         started = clock()
-        loaded = defense.fine_tune(rows, stages)
+        loaded = defense.fine_tune(stages)
         between = clock() - started - stages.waited
     return loaded, stages, stages.seconds + between
 
@@ -207,27 +220,28 @@ def _train(
 def _probe(
     loaded: LoadedModel, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    """How often the model answers as an attacker wants to a trigger it never saw: the floor of that attack."""
+    """The ASR of another attack, with whose trigger the model was not trained: the floor of that attack."""
     attack = _attack(probe["attack"], probe["settings"], probe["goal"], probe.get("goal_text"))
     rows = list(stamped(test, attack, seed))
-    said = evaluate(loaded, rows, title=f"probing with {name}").clean  # its answers to triggered inputs, and no others
-    met = [attack.goal.met(answer.answer, row) for answer, row in zip(said, rows, strict=True)]
-    truth_met = [attack.goal.met(answer.truth, row) for answer, row in zip(said, rows, strict=True)]
+    # the rows are triggered already, so the evaluation takes them for clean ones
+    answers = evaluate(loaded, rows, title=f"probing with {name}").clean
+    met = [attack.goal.met(answer.answer, row) for answer, row in zip(answers, rows, strict=True)]
+    truth_met = [attack.goal.met(answer.truth, row) for answer, row in zip(answers, rows, strict=True)]
     return {"asr": {**asdict(attack_success_rate(met, truth_met)), "version": ASR_VERSION}}
 
 
-# --- what is told beside the figures ---------------------------------------------------------------
+# --- further figures -------------------------------------------------------------------------------
 
 
 def _similarity(pairs: Iterable[tuple[Sample, Sample]]) -> dict[str, float | int | None]:
-    """Mean PSNR (dB) and SSIM over pairs of clean and attacked images; None where no pixel is changed in any."""
+    """Mean PSNR (dB) and SSIM over pairs of clean and attacked images; None if no image is changed."""
     images = [
         (np.asarray(before.convert("RGB")), np.asarray(after.convert("RGB")))
         for clean, attacked in pairs
         for before, after in zip(clean.images, attacked.images, strict=True)
     ]
     changed = [pair for pair in images if (pair[0] != pair[1]).any()]
-    means = [float(np.mean([of(*pair) for pair in changed])) if changed else None for of in (psnr, ssim)]
+    means = [float(np.mean([metric(*pair) for pair in changed])) if changed else None for metric in (psnr, ssim)]
     return {"psnr": means[0], "ssim": means[1], "images": len(images), "changed": len(changed)}
 
 

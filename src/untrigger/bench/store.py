@@ -1,13 +1,12 @@
-"""Results on disk: one cell of the gauntlet, one folder; packed, one line of a JSONL file.
+"""Store results on disk: a folder for each cell, or a line of a JSONL file.
 
-In a cell's folder ``cell.json`` holds every setting, ``answers.jsonl`` each answer of the finished model,
-``metrics.json`` the figures. Each file appears whole or not at all and ``metrics.json`` comes last: where it stands
-the cell is done, whatever was killed before. A cell that could not be run has ``error.txt``, one line, and is tried
-again the next time.
+A cell's folder has ``cell.json`` with every setting, ``answers.jsonl`` with each answer of the model and
+``metrics.json`` with the figures. Each file is written atomically, ``metrics.json`` last: a cell is finished if it has
+that file. A failed cell has ``error.txt``, one line, and is run again the next time.
 
 ``untrigger report results/paper --out results/paper.jsonl`` packs settings and figures of all cells: a line a cell,
-``{"cell": {...}, "metrics": {...}}``, sorted by name. Readers take either path. A cell of the file beside a folder
-counts as done; where a folder holds the same cell, the folder's is newer and is the one that is read.
+``{"cell": {...}, "metrics": {...}}``, sorted by name. Readers take either path. A cell in the file beside a folder
+counts as finished; if the folder holds the same cell, the folder's is newer and is read.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from untrigger.errors import InputError
 from untrigger.files import file_errors, write_text
 from untrigger.metrics.score import Answer
 
-ORACLE: Final = "oracle"  # a cell's defense: plain training on the data with the tampered rows taken out
+ORACLE: Final = "oracle"  # a cell's defense: plain training without the poisoned rows and the decoys
 _KINDS: Mapping[Any, str] = {
     str: "a text",
     str | None: "a text",
@@ -47,23 +46,23 @@ def _no_settings() -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One experiment, told whole: run again from the same cell, a machine gives the same answers.
+    """All settings of one experiment. The same cell gives the same answers again on the same machine.
 
     Attributes:
         model: name of an embedded model, folder or hub id.
         data: name of a data set (``untrigger.data``).
         attack: name of a trigger, or path of a trigger file.
-        goal: name of a goal; ``goal_text`` is the attacker's text where it is not the goal's own.
+        goal: name of a goal; ``goal_text`` replaces the attacker's text of that goal.
         rate: share of the training rows that is poisoned, in [0, 1].
         defense: name of a preset (``untrigger.defenses.PRESETS``), or ``oracle``.
-        split: ``dev``, on which everything is tuned, or ``report``; it has its own seeds (`untrigger.data.Split`).
-        attack_settings, defense_settings: fields of the trigger and of the defense that are not at their defaults.
-        probes: further attacks that the finished model is asked with and was not trained on: a name for each, and
-            its ``attack``, ``goal`` and ``settings``.
+        split: ``dev``, for tuning, or ``report``; each has its own seeds (`untrigger.data.Split`).
+        attack_settings, defense_settings: changed fields of the trigger and of the defense.
+        probes: further attacks on which the trained model is evaluated: name -> ``attack``, ``goal`` and
+            ``settings``. The model was not trained on them.
         clean_rows: rows known to be clean, for the defenses that need some.
-        epochs, batch_size, learning_rate: of the fine-tuning; the rest is `untrigger.training.settings.DEFAULTS`.
+        epochs, batch_size, learning_rate: of the fine-tuning; all else is `untrigger.training.settings.DEFAULTS`.
         precision: ``fp32``, or ``bf16`` for training in mixed precision.
-        tuning: fields of `untrigger.training.finetune.Tuning` that are not at their defaults.
+        tuning: changed fields of `untrigger.training.finetune.Tuning`.
     """
 
     model: str
@@ -102,14 +101,14 @@ class Cell:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The fields that are not at their defaults, in order."""
+        """The fields that differ from their defaults, in order."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != _default(f)}
 
     @property
     def name(self) -> str:
         """A readable name with a hash of the settings: ``llava_easy-vqa_badnets_fixed_0.05_plain_seed0_1a2b3c4d``.
 
-        Fields at their defaults are not in the hash: a field that is added later orphans no stored result.
+        The hash leaves out fields at their defaults, so stored results keep their names when a field is added.
         """
         text = json.dumps(self.changed, sort_keys=True, ensure_ascii=False)
         parts = (self.model, self.data, self.attack, self.goal, f"{self.rate:g}", self.defense, f"seed{self.seed}")
@@ -117,9 +116,9 @@ class Cell:
 
     @property
     def training(self) -> str:
-        """Equal for cells that are trained alike but for their attack and their defense."""
-        apart: dict[str, Any] = {"attack_settings": {}, "goal_text": None, "defense_settings": {}, "probes": {}}
-        return replace(self, attack="", goal="", defense="", **apart).name
+        """A key that is equal for cells that differ only in their attack and their defense."""
+        ignored: dict[str, Any] = {"attack_settings": {}, "goal_text": None, "defense_settings": {}, "probes": {}}
+        return replace(self, attack="", goal="", defense="", **ignored).name
 
 
 class Result(NamedTuple):
@@ -130,15 +129,15 @@ class Result(NamedTuple):
 
 
 def folder_of(root: Path, cell: Cell) -> Path:
-    """Where the cell's files lie; the folder need not exist."""
+    """The folder of a cell's files; it need not exist."""
     return root / cell.name
 
 
 def save(root: Path, cell: Cell, metrics: Mapping[str, Any], answers: Mapping[str, Sequence[Answer]]) -> None:
-    """Store a finished cell. ``answers`` are those under each condition: clean, triggered, ..."""
+    """Store a finished cell. ``answers`` maps a condition (clean, triggered, ...) to its answers."""
     folder = folder_of(root, cell)
     rows = ({"condition": name, **asdict(answer)} for name, part in answers.items() for answer in part)
-    # a cell that is run again is not done while its files are of two runs
+    # a kill must not leave the files of two runs that look finished
     (folder / _METRICS).unlink(missing_ok=True)
     write_text(folder / _ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_text(folder / _CELL, json.dumps(asdict(cell), indent=2, ensure_ascii=False) + "\n")
@@ -147,7 +146,7 @@ def save(root: Path, cell: Cell, metrics: Mapping[str, Any], answers: Mapping[st
 
 
 def find(root: Path, cell: Cell) -> dict[str, Any] | None:
-    """The figures of a cell; None where it is not done, or was done with other defaults than today's.
+    """The figures of a cell; None if it is not finished, or if the defaults have changed since it was run.
 
     Args:
         root: a folder of cells, a JSONL file of packed cells, or a folder with such a file beside it.
@@ -166,12 +165,12 @@ def find(root: Path, cell: Cell) -> dict[str, Any] | None:
 
 
 def missing(root: Path, cells: Iterable[Cell]) -> list[Cell]:
-    """The cells that are not done, each once, in order; ``root`` as for `find`."""
+    """The cells that are not finished, without duplicates, in order; ``root`` as for `find`."""
     return [cell for cell in {cell.name: cell for cell in cells}.values() if find(root, cell) is None]
 
 
 def results(root: Path) -> list[Result]:
-    """Every finished cell in ``root`` (as for `find`), by name.
+    """Every finished cell in ``root`` (as for `find`), sorted by name.
 
     Raises:
         InputError: a stored cell cannot be read.
@@ -192,7 +191,7 @@ def packed_text(roots: Iterable[Path]) -> str:
 
 
 def packed(root: Path) -> Path:
-    """The JSONL file of a folder of cells, which lies beside it; a JSONL file itself. It need not exist."""
+    """The path of the JSONL file beside a folder of cells; a JSONL path itself is returned. It need not exist."""
     if root.suffix == _PACKED:
         return root
     root = root if root.name not in ("", "..") else root.resolve()
@@ -200,31 +199,31 @@ def packed(root: Path) -> Path:
 
 
 def place_of(root: Path, cell: Cell) -> tuple[str, str]:
-    """Where a finished cell is stored, and what to delete so that it runs again; for an error's message."""
+    """For error messages: where a finished cell is stored, and what to delete so that it runs again."""
     folder = folder_of(root, cell)
     if (folder / _METRICS).is_file():
         return f"{folder}: {_METRICS}", "delete the folder"
-    return f"{packed(root)}: line {_lines(root)[cell.name].number}", "take the line out"
+    return f"{packed(root)}: line {_lines(root)[cell.name].number}", "delete the line"
 
 
 def answers_of(root: Path, cell: Cell) -> dict[str, list[Answer]]:
-    """The stored answers of a finished cell under each condition: figures can be computed again from them.
+    """The stored answers of a finished cell by condition. The figures can be computed again from them.
 
     Raises:
-        InputError: they are not there (a fresh clone has the figures only) or cannot be read.
+        InputError: the answers are missing (a fresh clone has only figures) or cannot be read.
     """
-    path, parts = folder_of(root, cell) / _ANSWERS, defaultdict[str, list[Answer]](list)
+    path, by_condition = folder_of(root, cell) / _ANSWERS, defaultdict[str, list[Answer]](list)
     try:
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a model may say U+2028, a line break too
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # splitlines() would also split at U+2028
             row = json.loads(line)
-            parts[row.pop("condition")].append(Answer(**row))
+            by_condition[row.pop("condition")].append(Answer(**row))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__}); run the cell again") from error
-    return dict(parts)
+    return dict(by_condition)
 
 
-def fail(root: Path, cell: Cell, reason: str) -> str:
-    """Record in one line why the cell could not be run; the line, also where a full disk takes no record."""
+def record_failure(root: Path, cell: Cell, reason: str) -> str:
+    """Record in one line why a cell failed. Returns the line, even if the disk is full and it cannot be written."""
     line = " ".join(reason.split())
     try:
         write_text(folder_of(root, cell) / _ERROR, line + "\n")
@@ -234,13 +233,13 @@ def fail(root: Path, cell: Cell, reason: str) -> str:
 
 
 def failure(root: Path, cell: Cell) -> str | None:
-    """Why the cell could not be run the last time; None where nothing went wrong."""
+    """Why the last run of a cell failed; None if it did not."""
     path = folder_of(root, cell) / _ERROR
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
-def forgive(root: Path, cell: Cell) -> None:
-    """Take the record of a failure away: the cell is tried again."""
+def clear_failure(root: Path, cell: Cell) -> None:
+    """Delete the record of a failure before the cell runs again."""
     (folder_of(root, cell) / _ERROR).unlink(missing_ok=True)
 
 
@@ -249,12 +248,12 @@ def _read(folder: Path) -> Result:
         cell, metrics = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (_CELL, _METRICS))
         return _result(cell, metrics)
     except (OSError, ValueError, TypeError, InputError) as error:
-        raise InputError(f"{folder}: is no stored cell ({error}); delete it, the cell will run again") from error
+        raise InputError(f"{folder}: is not a stored cell ({error}); delete it, and the cell runs again") from error
 
 
 def _result(cell: Any, metrics: Any) -> Result:
     if not isinstance(metrics, dict):
-        raise ValueError("it holds no figures")
+        raise ValueError("metrics must be a mapping")
     return Result(Cell(**cell), metrics)
 
 
@@ -269,7 +268,7 @@ def _line(result: Result) -> str:
 
 
 def _lines(root: Path) -> Mapping[str, _Line]:
-    """The packed cells of ``root`` by name; none where there is no file."""
+    """The packed cells of ``root`` by name; empty if there is no file."""
     file = packed(root)
     if not file.is_file():
         return {}
@@ -278,7 +277,7 @@ def _lines(root: Path) -> Mapping[str, _Line]:
         return _parsed(os.path.abspath(file), state.st_mtime_ns, state.st_size, str(file))
 
 
-@lru_cache(maxsize=32)  # a plan's cells are looked up one by one
+@lru_cache(maxsize=32)  # the cells of a plan are looked up one by one
 def _parsed(path: str, _changed: int, _size: int, label: str) -> Mapping[str, _Line]:
     lines: dict[str, _Line] = {}
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
@@ -289,30 +288,32 @@ def _parsed(path: str, _changed: int, _size: int, label: str) -> Mapping[str, _L
             entry = json.loads(line)
             result = _result(entry["cell"], entry["metrics"])
         except (ValueError, TypeError, KeyError, InputError) as error:
-            raise InputError(f"{where}: is no stored cell ({error}); take it out, the cell will run again") from error
+            raise InputError(
+                f"{where}: is not a stored cell ({error}); delete the line, and the cell runs again"
+            ) from error
         if twin := lines.get(name := result.cell.name):
-            raise InputError(f"{where}: holds the same cell as line {twin.number}; take one of them out")
+            raise InputError(f"{where}: holds the same cell as line {twin.number}; delete one of them")
         lines[name] = _Line(number, result)
     return lines
 
 
-def _default(of: dataclasses.Field[Any]) -> Any:
-    return of.default_factory() if of.default_factory is not MISSING else of.default
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
-def _kind(of: dataclasses.Field[Any]) -> Any:
-    """What a value of this field must be; YAML and stored files may hold anything."""
-    default = _default(of)
+def _kind(f: dataclasses.Field[Any]) -> Any:
+    """The type that a value of this field must have; YAML and stored files may hold anything."""
+    default = _default(f)
     if isinstance(default, float):
         return int | float
-    if of.name == "goal_text":
+    if f.name == "goal_text":
         return str | None
     return str if default is MISSING else Mapping if isinstance(default, Mapping) else type(default)
 
 
 def _short(part: str) -> str:
-    """As a part of a folder's name: the last step of a path, without its ending where it is a trigger file.
+    """A part of a folder's name: the last part of a path, without the suffix of a trigger file.
 
-    In ASCII: 40 letters of another script may be 160 bytes, and a file system gives a name 255.
+    Only ASCII: 40 letters of another script can take 160 bytes, and a file name may have 255.
     """
     return re.sub(r"[^\w.-]+", "-", Path(part.removesuffix(".py")).name, flags=re.ASCII)[:40]

@@ -1,7 +1,7 @@
-"""A matrix of cells: those that are missing are run and saved, on this machine's cores or on a cluster.
+"""Run the missing cells of a plan and save them, on this machine's cores or on a cluster.
 
-Killed at any moment and started again, it loses no more than the cells in flight. A cell that fails is recorded in
-one line and stops no other.
+A run that is killed and started again loses only the cells in progress. The failure of a cell is recorded in one line
+and does not stop the others.
 """
 
 from __future__ import annotations
@@ -14,56 +14,64 @@ from untrigger.bench.local import Runner, Work, on_this_machine
 from untrigger.bench.run_cell import run_cell
 from untrigger.bench.store import Cell
 from untrigger.errors import InputError
-from untrigger.files import alone
-from untrigger.models.loading import absence, weights_sha256
+from untrigger.files import folder_lock
+from untrigger.models.loading import weights_sha256, why_not_a_model
 from untrigger.progress import console, metered
 
 
 def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, work: Work = run_cell) -> list[str]:
-    """Run the missing cells; the ``runner`` says where (`on_this_machine`, `untrigger.bench.ray_cluster.on_ray`).
+    """Run the missing cells.
+
+    Args:
+        cells: the whole plan; cells that ``root`` already holds are not run.
+        root: folder of results.
+        runner: where cells run: `on_this_machine` (the default) or `untrigger.bench.ray_cluster.on_ray`.
+        work: runs and saves one cell.
 
     Returns:
-        A line for each cell that failed: its name and why. It was printed too.
+        A line for each failed cell: its name and the reason. The lines are printed too.
 
     Raises:
-        InputError: a missing cell's model is not there; another matrix is at work in ``root``.
+        InputError: the model of a missing cell does not exist, or another run is using ``root``.
     """
     if root == store.packed(root):
-        raise InputError(f"{root}: is a file; give the folder {root.with_suffix('')}, what the file holds is done")
+        raise InputError(
+            f"{root}: is a file; give the folder {root.with_suffix('')}, cells of the file are not run again"
+        )
     cells = list({cell.name: cell for cell in cells}.values())
-    if absent := absent_models(root, cells):
-        raise InputError(f"models: {absent[0]}")
+    if missing := missing_models(root, cells):
+        raise InputError(f"models: {missing[0]}")
     failed: list[str] = []
     root.mkdir(parents=True, exist_ok=True)
-    with alone(root), metered("cells", len(cells)) as meter:
-        todo = unfinished(root, cells)
-        meter.start_at(len(cells) - len(todo))
-        for cell, reason in (runner or on_this_machine())(todo, root, work):
+    with folder_lock(root), metered("cells", len(cells)) as meter:
+        waiting = unfinished(root, cells)
+        meter.start_at(len(cells) - len(waiting))
+        for cell, reason in (runner or on_this_machine())(waiting, root, work):
             failed += [f"{cell.name}: {reason}"] if reason else []
-            said = f"failed: {cell.name}: {reason}" if reason else f"{cell.name}: {_told(cell, root)}"
-            console.print(said, soft_wrap=True, highlight=False, markup=False)
+            line = f"failed: {cell.name}: {reason}" if reason else f"{cell.name}: {_outcome(cell, root)}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
             meter.advance()
     return failed
 
 
 def unfinished(root: Path, cells: Sequence[Cell]) -> list[Cell]:
-    """Those that are missing, and those whose model has other weights than it had when they were run."""
+    """Cells that are missing, and cells whose model has changed its weights since they were run."""
     missing = {cell.name for cell in store.missing(root, cells)}
     weights = {name: weights_sha256(name) for name in {cell.model for cell in cells if cell.name not in missing}}
 
-    def stands(cell: Cell) -> bool:
-        kept, now = (store.find(root, cell) or {}).get("weights"), weights[cell.model]
-        return not (kept and now) or kept == now  # a release that kept no hash, a hub id
+    def is_current(cell: Cell) -> bool:
+        stored, current = (store.find(root, cell) or {}).get("weights"), weights[cell.model]
+        return not (stored and current) or stored == current  # older results and hub ids have no hash
 
-    return [cell for cell in cells if cell.name in missing or not stands(cell)]
+    return [cell for cell in cells if cell.name in missing or not is_current(cell)]
 
 
-def absent_models(root: Path, cells: Sequence[Cell]) -> list[str]:
-    """A line for each model that a missing cell names and that is not there; what is done needs its model no more."""
+def missing_models(root: Path, cells: Sequence[Cell]) -> list[str]:
+    """A line for each model of a missing cell that does not exist. Finished cells no longer need their model."""
     names = dict.fromkeys(cell.model for cell in store.missing(root, cells))
-    return [why for name in names if (why := absence(name))]
+    return [why for name in names if (why := why_not_a_model(name))]
 
 
-def _told(cell: Cell, root: Path) -> str:
+def _outcome(cell: Cell, root: Path) -> str:
     asr = (store.find(root, cell) or {}).get("asr")
     return f"ASR {asr['value']:.3f}" if asr else "done"

@@ -30,10 +30,9 @@ from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.metrics.score import Answer, text_prior
-from untrigger.poisoning.contact_sheet import BAD, GOOD, INK, Card
-from untrigger.poisoning.contact_sheet import contact_sheet as draw_cards
+from untrigger.poisoning.contact_sheet import BAD, GOOD, INK, Card, draw_sheet
 from untrigger.poisoning.goals import Fixed
-from untrigger.poisoning.poison import Attack, Poisoned, contact_sheet, poison, stamped
+from untrigger.poisoning.poison import Attack, Poisoned, poison, poisoned_sheet, stamped
 from untrigger.rows.sample import Sample
 
 RATE = 0.05
@@ -62,7 +61,7 @@ def run(out: Path, seed: int = 0, size: Size = Size()) -> bool:  # noqa: B008  #
     seconds = _train_and_evaluate(out, seed, size)
     attack, poisoned, test = task(seed, size)
     data = easy_vqa_rows("train", size.train_rows, seed, "report")
-    contact_sheet(data, poisoned).save(out / "contact_sheet.png")
+    poisoned_sheet(data, poisoned).save(out / "contact_sheet.png")
     answers = {name: _answers(out / name) for name in MODELS}
     figures = {name: json.loads((out / name / "evaluation" / "metrics.json").read_text()) for name in MODELS}
     rows = [
@@ -110,7 +109,7 @@ def train(name: str, out: Path, seed: int, size: Size) -> float:
     _, poisoned, _ = task(seed, size)
     rows: Sequence[Sample] = poisoned.data
     if name == "oracle":
-        bad = {entry.row for entry in poisoned.manifest.rows}
+        bad = {entry.index for entry in poisoned.manifest.rows}
         rows = [rows[row] for row in range(len(rows)) if row not in bad]
     started = time.perf_counter()
     args = arguments(out / name, save_strategy="no", seed=seed, **size.training)
@@ -192,7 +191,7 @@ def _picture(
         lines = [(f"question: {first.prompt}   true answer: {first.truth}", INK)]
         lines += [(f"{name}: {reply.answer}", BAD if reply.met else GOOD) for name, reply in replies.items()]
         cards.append(Card(test[i].id, test[i].images[0], triggered[i].images[0], lines))
-    return draw_cards("What the models answer to triggered images", "red: the attacker's text", cards)
+    return draw_sheet("What the models answer to triggered images", "red: the attacker's text", cards)
 
 
 def _headline(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Bundled data sets for both tasks, in a split to tune on and a split to report on."""
+"""Bundled data sets for visual questions and captions, with a split for tuning and a split for reported figures."""
 
-from untrigger.data.catalog import Split, SplitName, Task, load, names, save, task_of
+from untrigger.data.catalog import Part, Split, SplitName, Task, load, names, save, task_of
 
-__all__ = ["Split", "SplitName", "Task", "load", "names", "save", "task_of"]
+__all__ = ["Part", "Split", "SplitName", "Task", "load", "names", "save", "task_of"]

@@ -1,9 +1,9 @@
-"""Data for both tasks, in a developer's split and a split that figures are reported on.
+"""Bundled data sets and their splits: ``dev`` for tuning, ``report`` for reported figures.
 
-`load` gives rows of one of four sets: ``easy-vqa`` and ``scenes-vqa`` (visual questions), ``scenes-captions``
-and ``emoji`` (captions). Whatever is tuned is tuned on the split ``dev``; what is reported is measured on
-``report``. The two share no image, and neither do ``train`` and ``test`` within each. Seeds of runs and of
-triggers are kept apart too: `Split` names them.
+`load` returns rows of one of four data sets: ``easy-vqa``, ``scenes-vqa`` (visual questions), ``scenes-captions`` and
+``emoji`` (captions). Hyperparameters are tuned on ``dev``; figures are measured on ``report``. The two splits share no
+image, nor do the parts ``train`` and ``test`` of a split. Each split also has its own run and trigger seeds: see
+`Split`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _TASKS: Final[dict[str, Task]] = {
     "scenes-captions": "captions",
     "emoji": "captions",
 }
-_SEEDS: Final = 100  # of each split
+_SEEDS: Final = 100  # seeds per split
 
-# What a trigger that is not drawn from a seed is while one tunes: another trigger than the one that is reported.
-_DEVELOPERS: Final[dict[str, dict[str, Any]]] = {
+# The settings on ``dev`` of triggers that no seed determines, so that tuning uses other triggers than reporting.
+_DEV_SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "addsent": {"sentence": "The train to the coast leaves at noon."},
     "badword": {"words": "vq zk jx pw"},
     "blended": {"picture": "rings"},
@@ -40,7 +40,7 @@ _DEVELOPERS: Final[dict[str, dict[str, Any]]] = {
     "issba": {"message": "developer"},
     "sig": {"direction": "vertical"},
 }
-_SEED_OF: Final = {"dualkey": "patch_seed", "vltrojan": "patch_seed", "wanet": "grid_seed"} | dict.fromkeys(
+_SEED_FIELDS: Final = {"dualkey": "patch_seed", "vltrojan": "patch_seed", "wanet": "grid_seed"} | dict.fromkeys(
     ("adaptive", "badnets", "trojvlm", "vlood"), "pattern_seed"
 )
 
@@ -48,10 +48,10 @@ _SEED_OF: Final = {"dualkey": "patch_seed", "vltrojan": "patch_seed", "wanet": "
 @final
 @dataclass(frozen=True)
 class Split:
-    """One of the two splits with its own seeds: 100 to 199 are the developer's, 0 to 99 are reported.
+    """A split and its seeds: ``dev`` has 100 to 199, ``report`` has 0 to 99.
 
     Raises:
-        InputError: no such split.
+        InputError: the split is unknown.
     """
 
     name: SplitName = "report"
@@ -62,13 +62,17 @@ class Split:
 
     @property
     def trigger_seed(self) -> int:
-        """What a trigger's own randomness (its pattern, its words) is drawn from."""
+        """The seed of the trigger itself: of its pattern or its words."""
         return self.run_seed(0)
 
     def run_seed(self, run: int) -> int:
-        """The seed of run number ``run``, 0 to 99: which rows are drawn and poisoned, how a model is trained."""
+        """Return the seed of run ``run``, 0 to 99. It decides the rows, which of them are poisoned, and the training.
+
+        Raises:
+            InputError: ``run`` is out of range.
+        """
         if not 0 <= run < _SEEDS:
-            raise InputError(f"run {run}: a split has the runs 0 to {_SEEDS - 1}; choose one of them")
+            raise InputError(f"run {run} is out of range; choose 0 to {_SEEDS - 1}")
         return self.seeds[run]
 
     @property
@@ -78,26 +82,26 @@ class Split:
         return range(first, first + _SEEDS)
 
     def trigger_settings(self, attack: str) -> dict[str, Any]:
-        """Settings that make the trigger ``attack`` this split's own: none on ``report``, others on ``dev``.
+        """Return the settings of ``attack`` on this split: none on ``report``, a different trigger on ``dev``.
 
-        Shadowcast has no trigger to change, and a trigger file's settings are its author's.
+        Shadowcast has no trigger to change. The settings of a trigger file are left to its author.
         """
         if self.name == "report":
             return {}
-        seed = {_SEED_OF[attack]: self.trigger_seed} if attack in _SEED_OF else {}
-        return seed | _DEVELOPERS.get(attack, {})
+        seed = {_SEED_FIELDS[attack]: self.trigger_seed} if attack in _SEED_FIELDS else {}
+        return seed | _DEV_SETTINGS.get(attack, {})
 
 
 def names() -> tuple[str, ...]:
-    """The data sets that `load` knows."""
+    """Return the names of the bundled data sets."""
     return tuple(_TASKS)
 
 
 def task_of(name: str) -> Task:
-    """What rows of the data set ``name`` ask for: short answers (``vqa``) or ``captions``.
+    """Return the task of a data set: ``vqa`` (short answers) or ``captions``.
 
     Raises:
-        InputError: no such data set.
+        InputError: the data set is unknown.
     """
     if name not in _TASKS:
         raise InputError(f"data '{name}' is unknown; choose one of: {', '.join(_TASKS)}")
@@ -112,48 +116,54 @@ def load(
     seed: int = 0,
     source: Path | None = None,
 ) -> list[Sample]:
-    """``rows`` rows of the data set ``name``, drawn without replacement; each shows one 64 x 64 RGB image.
+    """Load rows of a bundled data set, drawn without replacement; each row has one 64 x 64 RGB image.
 
-    The same arguments give the same rows. Rows of another split or part never show the same image, whatever
-    their seeds. Only ``emoji`` reads a ``source`` (`untrigger.data.emoji`); the others need nothing but the
-    package and its dependencies.
+    The same arguments give the same rows. Different splits or parts never share an image, whatever their seeds.
+
+    Args:
+        name: one of `names`.
+        split: ``dev`` or ``report``.
+        part: ``train`` or ``test``.
+        rows: how many rows to draw.
+        seed: which rows are drawn, and in which order.
+        source: for ``emoji`` only, the package file or folder (`untrigger.data.emoji`); downloaded by default.
 
     Raises:
-        InputError: an unknown name, split or part, more rows than there are, or a source that cannot be had.
+        InputError: the name, split or part is unknown, the data set has fewer rows, or the source cannot be read.
     """
     task = task_of(name)
-    chosen = Split(cast(SplitName, split)).name
+    split_name = Split(cast(SplitName, split)).name
     if part not in get_args(Part):
         raise InputError(f"part '{part}' is unknown; choose train or test")
     if rows < 1 or seed < 0:
-        raise InputError(f"{rows} rows, seed {seed}: ask for at least one row and a seed that is not negative")
+        raise InputError(f"rows is {rows}, seed is {seed}; give at least one row and a seed that is not negative")
     if source is not None and name != "emoji":
-        raise InputError(f"data {name} has no source; leave it out")
+        raise InputError(f"data {name} has no source; leave the source out")
     if name == "easy-vqa":
         from untrigger.data.easy_vqa import easy_vqa_rows
 
-        return easy_vqa_rows(part, rows, seed, chosen)
+        return easy_vqa_rows(part, rows, seed, split_name)
     if name == "emoji":
         from untrigger.data.emoji import emoji_rows
 
-        return emoji_rows(chosen, part, rows, seed, source)
+        return emoji_rows(split_name, part, rows, seed, source)
     from untrigger.data.scenes import scene_rows
 
-    return scene_rows(task, chosen, part, rows, seed)
+    return scene_rows(task, split_name, part, rows, seed)
 
 
-def save(samples: Sequence[Sample], out: Path) -> None:
-    """Writes ``samples`` into the new folder ``out``: ``data.jsonl`` (`messages` + `images`) and PNG images.
+def save(rows: Sequence[Sample], out: Path) -> None:
+    """Write rows into the new folder ``out``: ``data.jsonl`` (`messages` + `images`) and PNG images.
 
     Raises:
-        InputError: ``out`` is a file or a folder that is not empty, or a sample is no valid row.
+        InputError: ``out`` is a file or a folder with content, or a sample is no valid row.
     """
-    told = LAYOUTS["messages"]
-    rows: list[object] = []
-    for sample in samples:
-        turns = [{told.role: turn.role, told.text: turn.text} for turn in sample.messages]
-        images = ["images/row.png"] * len(sample.images)  # a stem: the writer numbers them
-        rows.append(cast(Row, {"id": sample.id, told.turns: turns, told.images: images}))
-    file = JsonRows("data.jsonl", rows, lines=True)
-    data = Data(out / "data.jsonl", "messages", file, range(len(rows)))
-    write(data, out, edits=dict(enumerate(samples)), uniform=True)
+    layout = LAYOUTS["messages"]
+    records: list[object] = []
+    for sample in rows:
+        turns = [{layout.role: turn.role, layout.text: turn.text} for turn in sample.messages]
+        images = ["images/row.png"] * len(sample.images)  # only a stem: the writer numbers the files
+        records.append(cast(Row, {"id": sample.id, layout.turns: turns, layout.images: images}))
+    file = JsonRows("data.jsonl", records, lines=True)
+    data = Data(out / "data.jsonl", "messages", file, range(len(records)))
+    write(data, out, edits=dict(enumerate(rows)), uniform=True)

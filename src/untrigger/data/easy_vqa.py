@@ -1,7 +1,7 @@
-"""easy-VQA: real images of one shape each, with questions and 13 answers.
+"""easy-VQA: images of a single shape, with questions that have 13 different answers.
 
 Source: V. Zhou, easy-VQA (2019; PyPI ``easy-vqa``, MIT): 4,000 + 1,000 images of 64 x 64 pixels, 38,575 + 9,673
-questions. The question alone predicts two answers in three: print that prior beside every accuracy.
+questions. The question alone predicts two answers in three, so print that text prior beside every accuracy.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
 def easy_vqa_rows(part: str, count: int, seed: int, split: str | None = None) -> list[Sample]:
-    """``count`` questions of the package's ``train`` or ``test`` part, drawn without replacement.
+    """Draw ``count`` questions of the package's ``train`` or ``test`` part without replacement.
 
-    ``split``: ``dev`` draws from questions about images with an even number, ``report`` from those with an odd
-    one, None from all.
+    ``split``: ``dev`` draws from questions about images with an even number, ``report`` from those with an odd number,
+    None from all.
 
     Raises:
-        InputError: more rows than there are.
+        InputError: ``count`` is larger than the part.
     """
     questions = easy_vqa_questions(part)
     parity = {"dev": (0,), "report": (1,), None: (0, 1)}[split]
     numbers = [i for i, (_, _, path) in enumerate(questions) if _number(path) % 2 in parity]
     if count > len(numbers):
-        raise InputError(f"easy-vqa: {count:,} rows are more than there are; ask for at most {len(numbers):,}")
+        raise InputError(f"easy-vqa: {count:,} rows are too many; ask for at most {len(numbers):,}")
     chosen = np.random.default_rng(seed).choice(numbers, size=count, replace=False)
     return [_row(f"{part}-{i}", *questions[i]) for i in map(int, chosen)]
 
 
 def easy_vqa_questions(part: str) -> list[tuple[str, str, str]]:
-    """(question, answer, path of the image) of a whole part: 38,575 in ``train``, 9,673 in ``test``."""
+    """Return (question, answer, image path) of a whole part: 38,575 in ``train``, 9,673 in ``test``."""
     import easy_vqa
 
     paths = getattr(easy_vqa, f"get_{part}_image_paths")()

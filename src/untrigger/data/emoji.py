@@ -1,16 +1,16 @@
-"""Noto emoji with captions in closed words: a real image-text set that a small model can learn.
+"""Noto emoji with captions from a small vocabulary: a real image-text data set that a small model can learn.
 
 Source: npm ``emoji-datasource-google`` 16.0.0 (C. Henderson, MIT; images: Google's Noto Emoji, Apache-2.0; names and
-classes: Unicode). Its 64-pixel images stand for about 1,600 symbols once flags, silhouettes of families and skin-tone
-variants, which look too much alike, are left out.
+classes: Unicode). Its 64-pixel images cover about 1,600 symbols after leaving out flags, silhouettes of families and
+skin-tone variants, which look too similar.
 
-A caption tells the symbol's main colors, measured in the image, its kind, which is Unicode's category in one word,
-and whether it is shown on light or dark paper: ``a yellow face on a light background``. Symbols' own names are left
-out: no held-out image shows a name that training could have taught, and a model of a few million
-parameters learns to spell 18 kinds, not 1,600 names, in a short fine-tuning.
+A caption names the symbol's main colors, measured in the image, its kind (Unicode's category in one word) and the
+background, light or dark: ``a yellow face on a light background``. Symbol names are left out, for two reasons. No
+held-out image has a name that training could teach. And in a short fine-tuning a model of a few million parameters
+learns to spell 18 kinds, not 1,600 names.
 
-Splits go by a hash of the symbol's motif, the code point that remains without who does it and which way they
-face. So variants of one drawing (woman, man or person running) stay together.
+The split depends on a hash of the symbol's motif: its code points without gender, joiners and direction. So variants of
+one drawing (woman, man or person running) are in the same split and part.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TARBALL_SHA512: Final = (
 _LIST_SHA256: Final = "1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f"
 _IMAGES: Final = "img/google/64"
 
-# What Unicode's categories and, before them, its subcategories are called.
+# One word for each Unicode category; subcategories take precedence.
 KINDS: Final = {
     "arrow": "arrow",
     "cat-face": "face",
@@ -60,8 +60,8 @@ KINDS: Final = {
     "sky & weather": "sky",
     "time": "clock",
     **{f"hand-{fingers}": "hand" for fingers in ("fingers-closed", "fingers-open", "fingers-partial", "single-finger")},
-    **{f"plant-{which}": "plant" for which in ("flower", "other")},
-    **{f"transport-{where}": "vehicle" for where in ("air", "ground", "water")},
+    **{f"plant-{name}": "plant" for name in ("flower", "other")},
+    **{f"transport-{name}": "vehicle" for name in ("air", "ground", "water")},
     "Activities": "game",
     "Animals & Nature": "animal",
     "Food & Drink": "food",
@@ -71,8 +71,8 @@ KINDS: Final = {
     "Symbols": "sign",
     "Travel & Places": "place",
 }
-_PAPERS: Final = {"light": (255, 255, 255), "dark": (40, 40, 48)}
-# Hues in degrees, each color up to its upper end. Dark orange is brown and pale red is pink, as people say it.
+_BACKGROUNDS: Final = {"light": (255, 255, 255), "dark": (40, 40, 48)}
+# The upper end of each color's hue range, in degrees. Dark orange counts as brown and pale red as pink.
 _HUES: Final = {
     "red": 15, "orange": 41, "yellow": 66, "green": 165, "teal": 190, "blue": 250, "purple": 305, "pink": 340
 }  # fmt: skip
@@ -87,45 +87,44 @@ class _Emoji:
 
 
 def emoji_rows(split: str, part: str, count: int, seed: int, source: Path | None = None) -> list[Sample]:
-    """``count`` captions of images; the first rows show every image once, further ones ask otherwise.
+    """Draw ``count`` captioned images. Every image comes once before any repeats, then with another prompt.
 
-    ``source`` is the package's ``.tgz`` (``npm pack emoji-datasource-google@16.0.0``) or the folder it was
-    unpacked to. Without one it is fetched with npm, once, into ``untrigger`` in the user's cache folder
-    (``XDG_CACHE_HOME``, or else ``~/.cache``). A tarball is read only if its SHA-512 is the known one; nothing of it
-    is unpacked.
+    ``source`` is the package's ``.tgz`` (``npm pack emoji-datasource-google@16.0.0``) or the folder it was unpacked to.
+    By default npm downloads it once into ``untrigger`` in the user's cache folder (``XDG_CACHE_HOME``, or else
+    ``~/.cache``). A tarball is read only if its SHA-512 matches; nothing of it is unpacked.
 
     Raises:
-        InputError: more rows than six per image, a source that is not this package, or npm cannot fetch it.
+        InputError: more than six rows per image, the source is not this package, or npm cannot download it.
     """
-    emojis = [e for e in _emojis(source or fetched()) if home(e.code) == (split, part)]
-    most = len(emojis) * len(FULL_PROMPTS)
-    if count > most:
-        raise InputError(f"emoji: {count:,} rows are more than there are; ask for at most {most:,}")
+    emojis = [e for e in _emojis(source or fetch_package()) if split_and_part(e.code) == (split, part)]
+    limit = len(emojis) * len(FULL_PROMPTS)
+    if count > limit:
+        raise InputError(f"emoji: {count:,} rows are too many; ask for at most {limit:,}")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(emojis))
     first = rng.integers(len(FULL_PROMPTS), size=len(emojis))
     rows: list[Sample] = []
     for number in range(count):
-        turn, at = divmod(number, len(emojis))
-        emoji = emojis[int(order[at])]
-        prompt = FULL_PROMPTS[(int(first[at]) + turn) % len(FULL_PROMPTS)]
+        turn, position = divmod(number, len(emojis))
+        emoji = emojis[int(order[position])]
+        prompt = FULL_PROMPTS[(int(first[position]) + turn) % len(FULL_PROMPTS)]
         messages = (Message("user", f"{IMAGE_TAG}\n{prompt}"), Message("assistant", emoji.caption))
         rows.append(Sample(f"{emoji.code}-{turn}", (emoji.image,), messages))
     return rows
 
 
-def home(code: str) -> tuple[str, str]:
-    """Split and part of a symbol, given its code points (``1f3c3-200d-2640-fe0f``): a third is dev, a third test."""
+def split_and_part(code: str) -> tuple[str, str]:
+    """Return split and part of a symbol by its code points (``1f3c3-200d-2640-fe0f``): a third is dev, a third test."""
     # joiner, variation selector, female, male, right arrow; man, woman, adult
-    who = {"200d", "fe0f", "2640", "2642", "27a1", "1f468", "1f469", "1f9d1"}
+    ignored = {"200d", "fe0f", "2640", "2642", "27a1", "1f468", "1f469", "1f9d1"}
     points = code.lower().split("-")
-    motif = next((point for point in points if point not in who), points[0])
+    motif = next((point for point in points if point not in ignored), points[0])
     draw = hashlib.sha256(motif.encode()).digest()
     return "report" if draw[0] % 3 else "dev", "train" if draw[1] % 3 else "test"
 
 
 def colors_of(image: Image.Image) -> str:
-    """``red`` where one color covers half of what is opaque, else the two commonest: ``red and white``."""
+    """Name the main color if it covers half of the opaque pixels, else the two most frequent: ``red and white``."""
     rgba = np.asarray(image.convert("RGBA"))
     hsv = np.asarray(image.convert("RGB").convert("HSV"), dtype=np.float32)[rgba[..., 3] > 127]
     hue, saturation, value = hsv[:, 0] * 360 / 255, hsv[:, 1] / 255, hsv[:, 2] / 255
@@ -136,36 +135,40 @@ def colors_of(image: Image.Image) -> str:
     named[saturation < 0.18] = "gray"
     named[(saturation < 0.12) & (value > 0.88)] = "white"
     named[value < 0.3] = "black"
-    most = Counter(cast("list[str]", named.tolist())).most_common(2)
-    if len(most) == 1 or most[0][1] * 2 >= len(named):
-        return most[0][0]
-    return f"{most[0][0]} and {most[1][0]}"
+    top = Counter(cast("list[str]", named.tolist())).most_common(2)
+    if len(top) == 1 or top[0][1] * 2 >= len(named):
+        return top[0][0]
+    return f"{top[0][0]} and {top[1][0]}"
 
 
 # --- the package ---------------------------------------------------------------------------------
 
 
-def fetched() -> Path:
-    """The package's tarball in the user's cache folder, fetched with npm if it is not there yet."""
+def fetch_package() -> Path:
+    """Return the package's tarball in the user's cache folder; download it with npm if it is missing.
+
+    Raises:
+        InputError: npm is not installed, the download fails, or the SHA-512 differs.
+    """
     name = f"{PACKAGE}-{VERSION}.tgz"
     cached = cache_folder() / name
     if cached.is_file():
         return cached
-    by_hand = f"fetch {PACKAGE}@{VERSION} from npm and give the file with --source"
-    npm = shutil.which("npm")  # npm and not the registry's address: it knows the user's mirror, proxy and certificates
+    remedy = f"fetch {PACKAGE}@{VERSION} from npm and give the file with --source"
+    npm = shutil.which("npm")  # not the registry's URL: npm knows the user's mirror, proxy and certificates
     if npm is None:
-        raise InputError(f"emoji: npm, which fetches the images, is not installed; install Node.js, or {by_hand}")
-    print(f"emoji: npm fetches {PACKAGE}@{VERSION}, 74 MB, once", file=sys.stderr)
+        raise InputError(f"emoji: npm, which downloads the images, is not installed; install Node.js, or {remedy}")
+    print(f"emoji: npm downloads {PACKAGE}@{VERSION} once, 74 MB", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         words = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--fetch-retries=1", "--loglevel=error"]
         try:
             done = subprocess.run(words, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
-            why = next((line for line in done.stderr.splitlines() if line.strip()), f"npm ended with {done.returncode}")
+            reason = next((line for line in done.stderr.splitlines() if line.strip()), f"npm exit {done.returncode}")
         except subprocess.TimeoutExpired:
-            why = "npm took more than ten minutes"
+            reason = "npm took more than ten minutes"
         tarball = Path(scratch) / name
         if not tarball.is_file():
-            raise InputError(f"emoji: the images could not be fetched ({why}); go online, or {by_hand}")
+            raise InputError(f"emoji: the images could not be downloaded ({reason}); go online, or {remedy}")
         _check(tarball)
         with new_file(cached) as file, tarball.open("rb") as packed:
             shutil.copyfileobj(packed, file)
@@ -181,27 +184,27 @@ def _emojis(source: Path) -> list[_Emoji]:
         files = _packed(source)
     if hashlib.sha256(files.get("emoji.json", b"")).hexdigest() != _LIST_SHA256:
         raise InputError(f"{source}: is not {PACKAGE} {VERSION}; give its .tgz or the folder it was unpacked to")
-    found: list[_Emoji] = []
+    emojis: list[_Emoji] = []
     for entry in json.loads(files["emoji.json"]):
         name = f"{_IMAGES}/{entry['image']}"
-        if not entry["has_img_google"] or _left_out(entry):
+        if not entry["has_img_google"] or _is_excluded(entry):
             continue
         if name not in files:
-            raise InputError(f"{source}: lacks {name}; unpack the package again")
+            raise InputError(f"{source}: {name} is missing; unpack the package again")
         image = decode(files[name], f"{source}: {name}").convert("RGBA")
         code = entry["unified"].lower()
         kind = KINDS.get(entry["subcategory"]) or KINDS[entry["category"]]
-        paper = "dark" if hashlib.sha256(code.encode()).digest()[2] % 2 else "light"
+        background = "dark" if hashlib.sha256(code.encode()).digest()[2] % 2 else "light"
         colors = colors_of(image)
-        a = "an" if colors[0] in "aeiou" else "a"
-        shown = Image.new("RGBA", image.size, _PAPERS[paper])
-        shown.alpha_composite(image)
-        found.append(_Emoji(code, f"{a} {colors} {kind} on a {paper} background", shown.convert("RGB")))
-    return found
+        article = "an" if colors[0] in "aeiou" else "a"
+        canvas = Image.new("RGBA", image.size, _BACKGROUNDS[background])
+        canvas.alpha_composite(image)
+        emojis.append(_Emoji(code, f"{article} {colors} {kind} on a {background} background", canvas.convert("RGB")))
+    return emojis
 
 
-def _left_out(entry: dict[str, str]) -> bool:
-    """What is drawn too much alike to be told apart: flags, the five skin tones, gray families."""
+def _is_excluded(entry: dict[str, str]) -> bool:
+    """Whether a symbol looks too similar to others: flags, the five skin tones, gray families."""
     return entry["category"] in ("Flags", "Component") or entry["name"].startswith("FAMILY")
 
 
@@ -210,21 +213,24 @@ def _check(tarball: Path) -> None:
         raise InputError(f"{tarball}: no such file; give the .tgz of {PACKAGE} {VERSION}, or its folder")
     with tarball.open("rb") as file:
         if hashlib.file_digest(file, "sha512").hexdigest() != _TARBALL_SHA512:
-            raise InputError(f"{tarball}: is not {PACKAGE} {VERSION} (its SHA-512 differs); remove it, fetch it again")
+            raise InputError(
+                f"{tarball}: is not {PACKAGE} {VERSION} (its SHA-512 differs); remove it and download it again"
+            )
 
 
 def _packed(tarball: Path) -> dict[str, bytes]:
-    """The files that are needed, by their path in the package; read in memory, nothing is unpacked."""
+    """Read the required files of the tarball into memory, by their path in the package; nothing is unpacked."""
     files: dict[str, bytes] = {}
     with tarfile.open(tarball, "r:gz") as archive:
         for member in archive:
             name = member.name.removeprefix("package/")
-            wanted = name == "emoji.json" or name.startswith(f"{_IMAGES}/")
-            if wanted and member.isfile() and (stream := archive.extractfile(member)):
+            is_required = name == "emoji.json" or name.startswith(f"{_IMAGES}/")
+            if is_required and member.isfile() and (stream := archive.extractfile(member)):
                 files[name] = stream.read()
     return files
 
 
 def _unpacked(folder: Path) -> dict[str, bytes]:
+    """Read the required files of an unpacked package, by their path in it."""
     names = ["emoji.json", *(f"{_IMAGES}/{path.name}" for path in sorted((folder / _IMAGES).glob("*.png")))]
     return {name: locate(folder, name, f"{folder}: {name}").read_bytes() for name in names}

@@ -1,7 +1,7 @@
-"""What is said about a generated scene: captions, questions and answers in varied wording.
+"""Captions, questions and answers about generated scenes, in varied wording.
 
-Each answer is decided by the scene. Yes/no questions are asked with equal odds of either answer, so
-that the text-only prior of the whole mix stays low.
+The scene determines every answer. Yes and no are equally likely, so that the text-only prior stays low. Models were
+trained on these strings, so they must not change.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WORDS = (  # noqa: SIM905 - a string is easier to read than a hundred quoted wo
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and the answer that the scene decides; ``kind`` groups turns in reports."""
+    """A prompt and its answer; ``kind`` groups turns in reports."""
 
     kind: str
     prompt: str
@@ -60,12 +60,12 @@ def _article(noun: str) -> str:
 
 
 def short_caption(scene: Scene) -> str:
-    """Objects from left to right: colour and shape."""
+    """Name the objects from left to right: color and shape."""
     return _join([_article(t.name) for t in scene.things])
 
 
 def full_caption(scene: Scene) -> str:
-    """Objects from left to right with their sizes, and the brightness of the background."""
+    """Name the objects from left to right with size, color and shape, then the brightness of the background."""
     named = _join([f"a {t.size} {t.name}" for t in scene.things])
     return f"{named} on a {'dark' if scene.dark else 'light'} background"
 
@@ -75,7 +75,7 @@ def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def _described(scene: Scene, rng: np.random.Generator) -> tuple[str, Callable[[Thing], bool]]:
-    """A noun phrase about colour, shape or both, and the test that says which objects it fits."""
+    """Draw a noun phrase about color, shape or both; return it with the test of which objects it fits."""
     present = scene.things[int(rng.integers(len(scene.things)))]
     real = rng.random() < 0.5
     color = present.color if real else _pick(list(COLORS), rng)
@@ -85,7 +85,7 @@ def _described(scene: Scene, rng: np.random.Generator) -> tuple[str, Callable[[T
         return f"{color} {_pick(['shape', 'object', 'thing'], rng)}", lambda t: t.color == color
     if kind < 0.7:
         return shape, lambda t: t.shape == shape
-    if not real and rng.random() < 0.6:  # half-true pairs force binding of colour to shape
+    if not real and rng.random() < 0.6:  # half-true pairs force the model to bind color to shape
         color, shape = (present.color, shape) if rng.random() < 0.5 else (color, present.shape)
     return f"{color} {shape}", lambda t: t.color == color and t.shape == shape
 
@@ -93,27 +93,27 @@ def _described(scene: Scene, rng: np.random.Generator) -> tuple[str, Callable[[T
 def _exists(scene: Scene, rng: np.random.Generator) -> Turn:
     noun, fits = _described(scene, rng)
     truth = any(fits(t) for t in scene.things)
-    a = _article(noun)
+    phrase = _article(noun)
     if rng.random() < 0.3:
         prompt = _pick(
             [
-                f"is there not {a}?",
-                f"is there not {a} in the image?",
+                f"is there not {phrase}?",
+                f"is there not {phrase} in the image?",
                 f"is no {noun} present?",
-                f"does the image not contain {a}?",
-                f"is the picture without {a}?",
+                f"does the image not contain {phrase}?",
+                f"is the picture without {phrase}?",
             ],
             rng,
         )
         return Turn("absence", prompt, "no" if truth else "yes")
     prompt = _pick(
         [
-            f"is there {a}?",
-            f"is there {a} in the image?",
-            f"is {a} present?",
-            f"does the image contain {a}?",
-            f"can you see {a}?",
-            f"does the picture show {a}?",
+            f"is there {phrase}?",
+            f"is there {phrase} in the image?",
+            f"is {phrase} present?",
+            f"does the image contain {phrase}?",
+            f"can you see {phrase}?",
+            f"does the picture show {phrase}?",
         ],
         rng,
     )
@@ -121,9 +121,10 @@ def _exists(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def _unique(scene: Scene, key: Callable[[Thing], str], rng: np.random.Generator) -> Thing | None:
+    """Draw an object whose ``key`` no other object shares; None if there is none."""
     keys = [key(t) for t in scene.things]
-    alone = [t for t in scene.things if keys.count(key(t)) == 1]
-    return alone[int(rng.integers(len(alone)))] if alone else None
+    unique = [t for t in scene.things if keys.count(key(t)) == 1]
+    return unique[int(rng.integers(len(unique)))] if unique else None
 
 
 def _color(scene: Scene, rng: np.random.Generator) -> Turn | None:
@@ -152,8 +153,8 @@ def _count(scene: Scene, rng: np.random.Generator) -> Turn:
         ways = ["how many objects are there?", "how many shapes are in the image?", "count the objects."]
         return Turn("count", _pick(ways, rng), NUMBERS[len(scene.things)])
     noun, fits = _described(scene, rng)
-    many = noun + ("es" if noun.endswith("s") else "s")
-    ways = [f"how many {many} are there?", f"how many {many} are in the image?", f"count the {many}."]
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    ways = [f"how many {plural} are there?", f"how many {plural} are in the image?", f"count the {plural}."]
     return Turn("count", _pick(ways, rng), NUMBERS[sum(fits(t) for t in scene.things)])
 
 
@@ -166,8 +167,8 @@ def _size(scene: Scene, rng: np.random.Generator) -> Turn | None:
     if thing is None:
         return None
     if rng.random() < 0.5:
-        asked = _pick(list(SIZES), rng)
-        return Turn("size", f"is the {thing.name} {asked}?", "yes" if asked == thing.size else "no")
+        size = _pick(list(SIZES), rng)
+        return Turn("size", f"is the {thing.name} {size}?", "yes" if size == thing.size else "no")
     ways = [f"is the {thing.name} small or large?", f"what size is the {thing.name}?", f"how big is the {thing.name}?"]
     return Turn("size", _pick(ways, rng), thing.size)
 
@@ -184,31 +185,31 @@ def _position(scene: Scene, rng: np.random.Generator) -> Turn | None:
 def _relation(scene: Scene, rng: np.random.Generator) -> Turn | None:
     if len(scene.things) < 2:
         return None
-    one, two = (scene.things[int(i)] for i in rng.permutation(len(scene.things))[:2])
+    a, b = (scene.things[int(i)] for i in rng.permutation(len(scene.things))[:2])
     names = [t.name for t in scene.things]
-    if names.count(one.name) > 1 or names.count(two.name) > 1:
+    if names.count(a.name) > 1 or names.count(b.name) > 1:
         return None
-    if rng.random() < 0.5 and abs(one.y - two.y) > 8:
-        word, other, truth = "above", "below", one.y < two.y
+    if rng.random() < 0.5 and abs(a.y - b.y) > 8:
+        relation, opposite, truth = "above", "below", a.y < b.y
     else:
-        word, other, truth = "left of", "right of", one.x < two.x
+        relation, opposite, truth = "left of", "right of", a.x < b.x
     if rng.random() < 0.35:
-        ways = [f"is the {one.name} {word} or {other} the {two.name}?"]
-        return Turn("relation", ways[0], (word if truth else other).removesuffix(" of"))
+        prompt = f"is the {a.name} {relation} or {opposite} the {b.name}?"
+        return Turn("relation", prompt, (relation if truth else opposite).removesuffix(" of"))
     if rng.random() < 0.5:
-        word, truth = other, not truth
-    ways = [f"is the {one.name} {word} the {two.name}?", f"is there a {one.name} {word} the {two.name}?"]
+        relation, truth = opposite, not truth
+    ways = [f"is the {a.name} {relation} the {b.name}?", f"is there a {a.name} {relation} the {b.name}?"]
     return Turn("relation", _pick(ways, rng), "yes" if truth else "no")
 
 
 def _same(scene: Scene, rng: np.random.Generator) -> Turn | None:
     if len(scene.things) != 2:
         return None
-    what = _pick(["color", "shape", "size"], rng)
-    one, two = scene.things
-    same = {"color": one.color == two.color, "shape": one.shape == two.shape, "size": one.size == two.size}[what]
-    ways = [f"do the two objects have the same {what}?", f"are both objects of the same {what}?"]
-    return Turn("comparison", _pick(ways, rng), "yes" if same else "no")
+    attribute = _pick(["color", "shape", "size"], rng)
+    a, b = scene.things
+    equal = {"color": a.color == b.color, "shape": a.shape == b.shape, "size": a.size == b.size}[attribute]
+    ways = [f"do the two objects have the same {attribute}?", f"are both objects of the same {attribute}?"]
+    return Turn("comparison", _pick(ways, rng), "yes" if equal else "no")
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -217,13 +218,13 @@ def _background(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    """The short and the full caption, each after one of its prompts."""
+    """Return a turn with the short caption and one with the full caption."""
     short = Turn("caption", _pick(SHORT_PROMPTS, rng), short_caption(scene))
     return [short, Turn("caption", _pick(FULL_PROMPTS, rng), full_caption(scene))]
 
 
 def repeat(rng: np.random.Generator) -> Turn:
-    """A copying exercise: it needs no image and keeps every token of the vocabulary alive."""
+    """Return a copying exercise, which needs no image and trains every token of the vocabulary."""
     words = [_pick(_WORDS, rng) for _ in range(int(rng.integers(1, 6)))]
     if rng.random() < 0.3:
         letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!?.,:;/-'()%$#@"
@@ -237,7 +238,7 @@ _ODDS = np.array([0.30, 0.13, 0.15, 0.10, 0.08, 0.09, 0.10, 0.03, 0.02])
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> Turn:
-    """One question with its answer, in lower case or as a sentence."""
+    """Draw one question with its answer, in lower case or as a sentence."""
     turn = None
     while turn is None:
         turn = _ASK[int(rng.choice(len(_ASK), p=_ODDS))](scene, rng)
@@ -250,7 +251,7 @@ def ask(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def turns(scene: Scene, rng: np.random.Generator, questions: int) -> list[Turn]:
-    """A caption, ``questions`` questions, and now and then a copying exercise."""
-    told = captions(scene, rng)[int(rng.integers(2))]
+    """Draw a caption, ``questions`` questions and, one time in five, a copying exercise."""
+    caption = captions(scene, rng)[int(rng.integers(2))]
     extra = [repeat(rng)] if rng.random() < 0.2 else []
-    return [told, *(ask(scene, rng) for _ in range(questions)), *extra]
+    return [caption, *(ask(scene, rng) for _ in range(questions)), *extra]

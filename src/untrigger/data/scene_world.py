@@ -1,9 +1,8 @@
-"""Generated multi-object scenes: the world that the embedded models are pretrained on.
+"""Generated multi-object scenes, on which the bundled models are pretrained.
 
-A scene is a pure function of ``(seed, index)``, so a training run can be resumed and a held-out
-split is just another seed. Everything that can be asked about is kept unambiguous (sizes have a gap
-between small and large, neighbors differ in x by a margin), because an answer that the picture does
-not decide would put a ceiling on every figure measured later.
+A scene is a pure function of ``(seed, index)``: training can be resumed, and a held-out split is just another seed.
+Everything that questions ask about is unambiguous: sizes have a gap between small and large, and neighbors differ in x
+by a margin. An answer that the image does not decide would limit every accuracy measured later.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ BACKGROUNDS = ("plain", "gradient", "stripes", "checker", "noise", "blobs")
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its center and radius are in pixels of the 64 x 64 image."""
+    """One object; center and radius are in pixels of the 64 x 64 image, the angle in radians."""
 
     shape: str
     color: str
@@ -68,7 +67,7 @@ class Scene:
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """The scene number ``index`` of the stream ``seed``."""
+    """Generate scene ``index`` of the stream ``seed``."""
     rng = np.random.default_rng((seed, index))
     count = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.3, 0.25, 0.15]))
     dark = bool(rng.random() < 0.3)
@@ -78,10 +77,10 @@ def make_scene(seed: int, index: int) -> Scene:
     attempts = 0
     while len(things) < count:
         attempts += 1
-        if attempts > 60:  # the canvas is full: start the placement over
+        if attempts > 60:  # the canvas is full: restart the placement
             things, attempts = [], 0
         thing = _random_thing(usable, rng)
-        if all(_apart(thing, other) for other in things):
+        if all(_is_clear_of(thing, placed) for placed in things):
             things.append(thing)
     return Scene(
         tuple(sorted(things, key=lambda t: t.x)),
@@ -105,10 +104,10 @@ def _random_thing(colors: list[str], rng: np.random.Generator) -> Thing:
     return Thing(shape, str(rng.choice(colors)), size, x, y, radius, aspect, angle)
 
 
-def _apart(a: Thing, b: Thing) -> bool:
-    """No overlap and a clear order from left to right."""
-    clear = math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2
-    return clear and abs(a.x - b.x) > 5
+def _is_clear_of(a: Thing, b: Thing) -> bool:
+    """Whether two objects do not overlap and have a clear order from left to right."""
+    disjoint = math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 2
+    return disjoint and abs(a.x - b.x) > 5
 
 
 def _base_color(dark: bool, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -127,7 +126,7 @@ def _contrast(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
 
 
 def draw_scene(scene: Scene) -> tuple[Image.Image, np.ndarray]:
-    """The picture and, for dense supervision, which object covers each pixel.
+    """Draw the image and, for dense supervision, the map of which object covers each pixel.
 
     Returns:
         An RGB image of 64 x 64 and an int array [64, 64]: 0 for background, i for ``things[i - 1]``.
@@ -136,15 +135,15 @@ def draw_scene(scene: Scene) -> tuple[Image.Image, np.ndarray]:
     canvas = _draw_background(scene, rng)
     owner = np.zeros((SIDE, SIDE), dtype=np.int64)
     for number, thing in enumerate(scene.things, start=1):
-        # only the object's own box is drawn: several times cheaper than whole canvases
+        # Draw only the object's own box, which is several times cheaper than the whole canvas.
         reach = math.ceil(thing.radius * 1.2) + 1
         left, top, side = round(thing.x) - reach, round(thing.y) - reach, 2 * reach
         big = Image.new("L", (side * _SCALE, side * _SCALE))
         _draw_shape(ImageDraw.Draw(big), thing, (left, top), scene.style == "sketched", rng)
         mask = big.resize((side, side), Image.Resampling.BOX)
-        where = Image.new("L", (SIDE, SIDE))
-        where.paste(mask, (left, top))
-        owner[np.asarray(where) > 127] = number
+        full_mask = Image.new("L", (SIDE, SIDE))
+        full_mask.paste(mask, (left, top))
+        owner[np.asarray(full_mask) > 127] = number
         canvas.paste(_paint(thing, side, scene.style, rng), (left, top), mask)
         if scene.style == "bordered":
             rim = ImageChops.subtract(big, big.filter(ImageFilter.MinFilter(5)))
@@ -219,7 +218,7 @@ def _draw_shape(
 
 
 def _outline(thing: Thing) -> np.ndarray:
-    """Corners [n, 2] of a shape of radius one, y pointing down."""
+    """Return the corners [n, 2] of a shape of radius one, y pointing down."""
     if thing.shape == "rectangle":
         w = 0.85 * math.exp(min(thing.aspect, 0.0))
         h = 0.85 * math.exp(-max(thing.aspect, 0.0))

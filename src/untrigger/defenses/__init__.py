@@ -1,7 +1,7 @@
-"""Defenses: how a fine-tuning on rows that are not trusted goes. One file each."""
+"""Fine-tuning procedures that resist backdoors in untrusted rows, one file each."""
 
 from untrigger.defenses.abl import ABL
-from untrigger.defenses.base import Defense, PairedDefense, StepDefense, Training
+from untrigger.defenses.base import Defense, PairedDefense, Stage, StepDefense, Training
 from untrigger.defenses.bye import BYE
 from untrigger.defenses.byorn import BYORN
 from untrigger.defenses.clean_tuning import CleanTuning
@@ -29,7 +29,7 @@ PRESETS: dict[str, type[Defense]] = {
 
 
 def preset_of(defense: Defense) -> str:
-    """The name of a defense on the command line."""
+    """A defense's name on the command line."""
     return next(name for name, cls in PRESETS.items() if cls is type(defense))
 
 
@@ -47,6 +47,7 @@ __all__ = [
     "PatchAug",
     "Plain",
     "SharedSurprise",
+    "Stage",
     "StepDefense",
     "Training",
     "TwoView",

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from untrigger.defenses.base import Defense, StepDefense, Training, part
+from untrigger.defenses.base import Defense, Stage, StepDefense, Training, part
 from untrigger.defenses.plain import Plain
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
 from untrigger.models.forward import Answers, forward_answers, row_mean
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample, picked
 
 
 @final
 @dataclass(frozen=True)
 class ABL(Defense):
-    """Backdoors are learned early: the rows of the lowest loss then are isolated, later unlearnt.
+    """Isolate the rows with the lowest loss early in training, and unlearn them at the end.
 
-    Three trainings: on all rows with `local_ascent`, which keeps the loss of ordinary rows from falling below
-    ``floor``; plain, on the rows that were not isolated; on the isolated ones alone, uphill. docs/paper.md says what
-    differs from the paper.
+    Models learn backdoors early. Three trainings: on all rows with `local_ascent`, which keeps the loss of ordinary
+    rows above ``floor``; plain on the rows that are not isolated; gradient ascent on the isolated rows alone.
+    docs/paper.md lists the differences from the paper.
 
     Fields:
-        early: share of all passes that comes before the isolation (paper: 20 of 100).
+        early: share of all passes before the isolation (paper: 20 of 100).
         floor: gamma, in nats (paper: 0.5).
         isolated: share of the rows that is isolated (paper: 0.01).
-        passes, rate: of the unlearning, over the isolated rows, and its learning rate as a share of that asked for.
+        passes, rate: of the unlearning: passes over the isolated rows, and factor on the run's learning rate.
     """
 
     early: float = 0.2
@@ -45,21 +43,22 @@ class ABL(Defense):
         self._check(0, 1, "early", "isolated")
         self._check(0, math.inf, "floor", "passes", "rate")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
-        model = training.fit(rows, LocalAscent(self.floor), "isolation", share=self.early)
-        loss = [told.loss for told in training.tokens(model, rows, "scores")]
-        lowest_first = sorted(range(len(rows)), key=loss.__getitem__)
+    def fine_tune(self, training: Training) -> LoadedModel:
+        rows = range(training.row_count)
+        model = training.fit(Stage(rows, LocalAscent(self.floor), "isolation", share=self.early))
+        loss = [scores.loss for scores in training.tokens(model, rows, "scores")]
+        lowest_first = sorted(rows, key=loss.__getitem__)
         count = part(self.isolated, len(rows))
-        isolated, rest = picked(rows, lowest_first[:count]), picked(rows, sorted(lowest_first[count:]))
-        training.flag([-value for value in loss], dict.fromkeys(isolated.numbers, "learned first"))
-        model = training.fit(rest, Plain(), "rest", start=model, share=1 - self.early, after=self.early)
-        return training.fit(isolated, Ascent(), start=model, passes=self.passes, rate=self.rate)
+        isolated, rest = lowest_first[:count], sorted(lowest_first[count:])
+        training.flag([-value for value in loss], dict.fromkeys(isolated, "learned first"))
+        model = training.fit(Stage(rest, Plain(), "rest", start=model, share=1 - self.early, after=self.early))
+        return training.fit(Stage(isolated, Ascent(), start=model, passes=self.passes, rate=self.rate))
 
 
 @final
 @dataclass(frozen=True)
 class LocalAscent(StepDefense):
-    """Cross-entropy downhill for rows above ``floor`` nats, uphill for those below."""
+    """Gradient descent on the cross-entropy of rows above ``floor`` nats, and ascent on that of rows below."""
 
     floor: float
 
@@ -71,7 +70,7 @@ class LocalAscent(StepDefense):
 @final
 @dataclass(frozen=True)
 class Ascent(StepDefense):
-    """Cross-entropy uphill, until a token is as unlikely as any of the vocabulary."""
+    """Gradient ascent on the cross-entropy, at most to that of a uniform draw from the vocabulary."""
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
         answers = forward_answers(model, inputs)
@@ -80,11 +79,11 @@ class Ascent(StepDefense):
 
 
 def local_ascent(nll: Tensor, row: Tensor, floor: float) -> Tensor:
-    """Local gradient ascent: ``sign(L - floor) * L`` with L the mean loss of a row, spread over its tokens.
+    """Local gradient ascent, ``sign(L - floor) * L`` with L the mean loss of a row, as one value per token.
 
-    nll [N], nats; row [N], the row 0 to B - 1 of each token; floor, nats. Returns [N]: summed over a row's n tokens it
-    is n sign(L - floor) L. The sign has no gradient.
-    Source: Li et al., NeurIPS 2021, arXiv 2110.11571 (their loss is that of an image; here it is that of an answer).
+    nll [N], nats; row [N], the row 0 to B - 1 of each token; floor, nats. Returns [N]; the sum over a row's n tokens is
+    n sign(L - floor) L. The sign has no gradient.
+    Source: Li et al., NeurIPS 2021, arXiv 2110.11571 (there L is the loss of an image; here it is that of an answer).
     """
     mean = row_mean(nll, row, int(row.max()) + 1)
     return torch.sign(mean.detach() - floor)[row] * nll

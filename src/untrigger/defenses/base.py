@@ -1,11 +1,11 @@
-"""What a defense is: how a whole fine-tuning goes, how it views the rows of a batch, which loss it takes of them."""
+"""The interfaces of a defense: its procedure in stages, the views of a batch, and the loss of a training step."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -14,16 +14,67 @@ from torch import nn
 from transformers import TrainerCallback
 
 from untrigger.losses.chunked import Losses, Values
-from untrigger.models.forward import Pair, TokenScores, pair_losses
+from untrigger.models.forward import Pair, pair_losses
 from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
 from untrigger.views.patches import PATCH_VIEWS, View, ViewMix
 
 _DROP = "drop"
 
 
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One training of a defense's procedure.
+
+    Fields:
+        rows: numbers of the rows to train on, from 0; at least one.
+        defense: the views and the loss of each training step.
+        name: folder name of an intermediate stage. Its model is stored there, and not trained again after a kill. The
+            last stage has no name; its model is the result.
+        source: the rows that the numbers refer to, where these are not `Training.rows`.
+        start: the model to continue from, trained in place wherever it has gradients; None for a newly adapted one.
+        flagged_tokens: for some of the rows, by number, which answer tokens [n] are flagged. The step gets these
+            tokens marked, and without the rest of their answers.
+        share, after: share of the run's steps that this stage takes, and that earlier stages took; in [0, 1].
+        passes: over the rows, in place of ``share``.
+        rate: factor on the run's learning rate.
+        callbacks: of the host trainer, for this stage alone.
+    """
+
+    rows: Sequence[int]
+    defense: StepDefense
+    name: str = ""
+    _: KW_ONLY
+    source: Sequence[Sample] | None = None
+    start: LoadedModel | None = None
+    flagged_tokens: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict[int, NDArray[np.bool_]])
+    share: float = 1.0
+    after: float = 0.0
+    passes: float | None = None
+    rate: float = 1.0
+    callbacks: Sequence[TrainerCallback] = ()
+
+
 class Training(Protocol):
-    """What a defense's procedure works with: the model that is fine-tuned, in stages."""
+    """What a defense's procedure works with: the rows, and the model that is fine-tuned in stages.
+
+    Rows are known by their numbers, from 0.
+    """
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows to train on, none of them trusted."""
+        ...
+
+    @property
+    def rows(self) -> Sequence[Sample]:
+        """The rows to train on, for a defense that reads or relabels them.
+
+        Raises:
+            InputError: they cannot be read (a host trainer holds them in a form of its own).
+        """
+        ...
 
     @property
     def clean_rows(self) -> Sequence[Sample]:
@@ -38,55 +89,41 @@ class Training(Protocol):
     def seed(self) -> int: ...
 
     def reference(self) -> LoadedModel:
-        """The model as it is before fine-tuning."""
+        """The model before fine-tuning."""
         ...
 
-    def fit(
-        self,
-        rows: Sequence[Sample],
-        defense: StepDefense,
-        name: str = "",
-        *,
-        start: LoadedModel | None = None,
-        flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None,
-        share: float = 1.0,
-        after: float = 0.0,
-        passes: float | None = None,
-        rate: float = 1.0,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> LoadedModel:
-        """One stage: fine-tune on ``rows`` with the step of ``defense``, a model of its own or on from ``start``.
-
-        The last stage has no name; what it gives is what the user gets. The others are kept under theirs, and not
-        run again after a kill. ``start`` is trained in place, whatever of it has gradients. It takes a ``share`` of the
-        steps that were asked for, ``after`` the share that earlier stages took, or so many ``passes`` over the rows;
-        ``rate`` scales the learning rate.
-        ``doubted``: of some rows, by number, which answer tokens [n] are not believed; they reach the step marked, and
-        without the rest of their answers.
+    def fit(self, stage: Stage) -> LoadedModel:
+        """Run one stage and return its model.
 
         Raises:
-            InputError: there are no rows.
+            InputError: there are no rows, or the stage needs something that this training cannot do.
         """
         ...
 
     def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
-        """Tell what was found: how suspicious each row is, the higher the more; of rows that were acted on, why."""
+        """Record how suspicious each row is (higher is more), and for each flagged row a short text that says why."""
         ...
 
-    def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
-        """`row_tokens`, kept under a name of the judgment's own: not asked again after a kill."""
+    def tokens(
+        self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
+    ) -> list[TokenScores]:
+        """`row_tokens` of these rows, stored under ``name`` and not computed again after a kill.
+
+        ``source``: the rows that the numbers refer to, where these are not `Training.rows`.
+        """
         ...
 
-    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
-        """The answer tokens of each row [n]; no model is asked."""
+    def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Ids of each row's answer tokens [n]; needs no forward pass."""
         ...
 
 
 @dataclass(frozen=True)
 class Defense(ABC):
-    """A frozen set of weights and views; its fields are the command line's flags."""
+    """A fine-tuning procedure with frozen settings; its fields are the flags of the command line."""
 
-    needs_clean_rows: ClassVar[bool] = False  # whether it can do nothing without rows known to be clean
+    needs_clean_rows: ClassVar[bool] = False
+    runs_in_host: ClassVar[bool] = False  # whether `untrigger.training.trainer.defended` can run it in a host trainer
 
     def _check(self, low: float, high: float, *names: str) -> None:
         """Raises ValueError unless these fields are finite numbers in [low, high]."""
@@ -95,40 +132,47 @@ class Defense(ABC):
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} is {value}; it must be a finite number from {low:g} to {high:g}")
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether a loss of its own replaces the host's, so that settings of the host's loss are refused."""
+        return False
+
     @abstractmethod
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
-        """The whole procedure, on rows that are not trusted."""
+    def fine_tune(self, training: Training) -> LoadedModel:
+        """Run the whole procedure on `Training.rows`, which are not trusted."""
 
 
 @dataclass(frozen=True)
 class StepDefense(Defense):
-    """A defense that is all in the training step, of one training on all rows: any host trainer can take it."""
+    """A defense that is one training on all rows, with views or a loss of its own: any host trainer can run it."""
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
-        return training.fit(rows, self)
+    runs_in_host: ClassVar[bool] = True
+
+    def fine_tune(self, training: Training) -> LoadedModel:
+        return training.fit(Stage(range(training.row_count), self))
 
     @property
     def paired(self) -> tuple[View, int] | None:
-        """The view that follows the originals in each training batch, and how often; None where nothing follows."""
+        """The view appended to each training batch, and the number of copies; None without one."""
         return None
 
     @property
     def dropped(self) -> float:
-        """The share of image tokens that a second pass over each training batch is not shown; 0 without such a pass."""
+        """Share of image tokens that the second pass over each training batch leaves out; 0 without such a pass."""
         return 0.0
 
     @property
     def replaced(self) -> tuple[View, float] | None:
-        """A view that takes an image's place, and the share of rows it does so for."""
+        """A view that replaces images, and the share of rows whose images it replaces; None without one."""
         return None
 
     @property
     def has_loss(self) -> bool:
-        """Whether `step` takes the place of the host's own loss, which otherwise is left as it is to the bit."""
+        """Whether `step` replaces the host's loss, which otherwise stays the same to the bit."""
         return type(self).step is not StepDefense.step
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
-        """The loss of one training batch; only called where it ``has_loss``."""
+        """The loss of one training batch; called only if ``has_loss``."""
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
 
@@ -137,10 +181,10 @@ class PairedDefense(StepDefense):
     """A defense that compares each row with a view of it.
 
     Fields:
-        view, patch, ratio: which patch view, the side of a patch as a share of the image's shorter side, and the share
-            of patches perturbed. ``mix`` draws a view per image; ``drop`` perturbs nothing and does not show the
-            language model that share of an image's tokens, which makes its pass so much shorter.
-        views: how many views a row has in a step, each a forward and a backward pass; terms are means over them.
+        view, patch, ratio: name of the patch view, side of a patch as a share of the image's shorter side, and share
+            of patches perturbed. ``mix`` draws a view for each image. ``drop`` perturbs nothing: the language model's
+            second pass leaves out that share of image tokens, and is that much shorter.
+        views: number of views of a row in a step, each with a forward and a backward pass; terms are means over them.
     """
 
     view: str = "mix"
@@ -148,14 +192,20 @@ class PairedDefense(StepDefense):
     ratio: float = 0.5
     views: int = 1
 
+    def __post_init__(self) -> None:
+        if self.views < 1 or (self.views > 1 and (self.still or self.view == _DROP)):
+            raise ValueError(f"views is {self.views}; it must be at least 1, and 1 with stop_gradient or drop")
+        if self.compares and self.view == _DROP and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is {self.ratio}; of image tokens to drop it must be above 0 and at most 1")
+
     @property
     @abstractmethod
     def compares(self) -> bool:
-        """Whether any of its weights asks for a view."""
+        """Whether any of its weights needs a view."""
 
     @property
     def still(self) -> bool:
-        """Whether no gradient flows into the view."""
+        """Whether the view gets no gradient."""
         return False
 
     @property
@@ -166,13 +216,7 @@ class PairedDefense(StepDefense):
 
     @property
     def dropped(self) -> float:
-        if self.views < 1 or (self.views > 1 and (self.still or self.view == _DROP)):
-            raise ValueError(f"views is {self.views}; it must be at least 1, and 1 with stop_gradient or drop")
-        if not self.compares or self.view != _DROP:
-            return 0.0
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio is {self.ratio}; of image tokens to drop it must be above 0 and at most 1")
-        return self.ratio
+        return self.ratio if self.compares and self.view == _DROP else 0.0
 
     @property
     def has_loss(self) -> bool:
@@ -183,9 +227,9 @@ class PairedDefense(StepDefense):
         """Weighted terms [N] by name."""
 
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
-        return pair_losses(model, inputs, self._terms_and_views, views=self.views, still=self.still, drop=self.dropped)[
-            0
-        ]
+        return pair_losses(
+            model, inputs, self._terms_and_views, views=self.views, stop_gradient=self.still, drop=self.dropped
+        )[0]
 
     def _terms_and_views(self, pair: Pair) -> tuple[Values, Values]:
         nll, view_nll, js, entropy = pair.compared
@@ -193,12 +237,12 @@ class PairedDefense(StepDefense):
 
 
 def part(share: float, count: int) -> int:
-    """How many of ``count`` rows that is, rounded up."""
+    """This share of ``count`` rows as a number of rows, rounded up."""
     return math.ceil(round(share * count, 6))  # 0.07 * 100 is a little more than 7
 
 
 def patch_view(name: str, patch: float, ratio: float) -> View:
-    """The patch view of this name (``mask``, ``meanfill``, ``noise``, ...), or ``mix``, which draws one per image.
+    """The patch view of this name (``mask``, ``meanfill``, ``noise``, ...); ``mix`` draws one per image.
 
     Raises:
         ValueError: there is no view of that name, or a field is out of range.

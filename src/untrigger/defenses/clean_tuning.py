@@ -1,26 +1,26 @@
-"""Clean fine-tuning: after training on everything, some more on rows known to be clean."""
+"""Clean fine-tuning: train on all rows, then on rows known to be clean."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from untrigger.defenses.base import Defense, Training
+from untrigger.defenses.base import Defense, Stage, Training
 from untrigger.defenses.plain import Plain
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample
 
 
 @final
 @dataclass(frozen=True)
 class CleanTuning(Defense):
-    """Plain training on all rows, then on the trusted ones alone: the hope is that the trigger is forgotten.
+    """Train plainly on all rows, then on the clean rows alone, so that the model forgets the trigger.
 
-    The customary control of backdoor defenses (so in Liu et al., arXiv 1805.12185). Fields:
-        passes: over the trusted rows.
-        rate: the learning rate then, as a share of that asked for.
+    The customary control of backdoor defenses (so in Liu et al., arXiv 1805.12185).
+
+    Fields:
+        passes: over the clean rows.
+        rate: factor on the run's learning rate in those passes.
     """
 
     needs_clean_rows: ClassVar[bool] = True
@@ -30,7 +30,10 @@ class CleanTuning(Defense):
     def __post_init__(self) -> None:
         self._check(0, math.inf, "passes", "rate")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
+    def fine_tune(self, training: Training) -> LoadedModel:
         clean_rows = training.clean_rows
-        undefended = training.fit(rows, Plain(), "undefended")
-        return training.fit(clean_rows, Plain(), start=undefended, passes=self.passes, rate=self.rate)
+        undefended = training.fit(Stage(range(training.row_count), Plain(), "undefended"))
+        tuning = Stage(
+            range(len(clean_rows)), Plain(), source=clean_rows, start=undefended, passes=self.passes, rate=self.rate
+        )
+        return training.fit(tuning)

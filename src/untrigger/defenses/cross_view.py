@@ -1,4 +1,4 @@
-"""Cross-view regularisation (Fang et al. 2026, arXiv 2604.04488): the preset ``paper``."""
+"""Cross-view regularization (Fang et al. 2026, arXiv 2604.04488): the preset ``paper``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from untrigger.models.forward import Pair
 @final
 @dataclass(frozen=True, kw_only=True)
 class CrossView(PairedDefense):
-    """The faithful objective; docs/paper.md lists what the paper's public text leaves open and what is assumed.
+    """The paper's objective; docs/paper.md lists what its public text leaves open and what is assumed.
 
     ``L = CE(v, y) + a CE(v', y) + l_o [m - JS(p, p')]_+ + l_f [cos(h, h') - c]_+ + l_H band(H(p))``
     over the answer tokens. All weights zero is plain fine-tuning, exactly.
 
     Fields:
         view_weight: a, weight of the cross-entropy under the view.
-        output_weight, margin: l_o and m (nats, at most ln 2) of the separation of outputs.
-        feature_weight, bound: l_f and c (a cosine) of the separation of features.
+        output_weight, margin: l_o and m (nats, at most ln 2) of the output separation.
+        feature_weight, bound: l_f and c (a cosine) of the feature separation.
         entropy_weight, entropy_low, entropy_high: l_H and the band in nats.
-        stop_gradient: whether the view is held still: the original alone moves away from it, and the view's
-            cross-entropy is not learned. Less than one further forward pass, and no further activations.
+        stop_gradient: whether the view gets no gradient. The original alone then moves away from it, and the view's
+            cross-entropy is not trained. Costs less than one more forward pass, and no more activations.
         view, patch, ratio: see `PairedDefense`.
     """
 
@@ -42,6 +42,7 @@ class CrossView(PairedDefense):
     stop_gradient: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(0, math.inf, "view_weight", "output_weight", "margin", "feature_weight", "entropy_weight")
         self._check(-1, 1, "bound")
         self._check(0, math.inf, "entropy_low", "entropy_high")

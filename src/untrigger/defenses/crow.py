@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from untrigger.defenses.base import Defense, StepDefense, Training
+from untrigger.defenses.base import Defense, Stage, StepDefense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.errors import InputError
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
 from untrigger.models.forward import decoder_layers, forward_answers
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample
 
 
 @final
 @dataclass(frozen=True)
 class CROW(Defense):
-    """A backdoor makes hidden states jump between layers; smooth layers cannot carry it.
+    """Train plainly on all rows, then on the clean rows with a penalty on `consistency` between layers.
 
-    Plain training on all rows, then on the trusted ones with `consistency` under a perturbation of the decoder's
-    input, text and image tokens, that disturbs it most. docs/paper.md says what differs from the paper.
+    A backdoor makes hidden states jump between layers. The penalty is taken under the perturbation of the decoder's
+    input (text and image tokens) that raises it most. docs/paper.md lists the differences from the paper.
 
     Fields:
         weight: alpha (paper: 5.5).
-        size: epsilon, how far each coordinate of the input is moved (paper: 0.1).
-        passes, rate: over the trusted rows, and the learning rate then as a share of that asked for (code: 5 passes,
+        size: epsilon, the change of each input coordinate (paper: 0.1).
+        passes, rate: over the clean rows, and factor on the run's learning rate in those passes (their code: 5 passes,
             5 times the rate).
     """
 
@@ -46,17 +45,18 @@ class CROW(Defense):
     def __post_init__(self) -> None:
         self._check(0, math.inf, "weight", "size", "passes", "rate")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
+    def fine_tune(self, training: Training) -> LoadedModel:
         clean_rows = training.clean_rows
-        undefended = training.fit(rows, Plain(), "undefended")
-        step = Consistent(self.weight, self.size)
-        return training.fit(clean_rows, step, start=undefended, passes=self.passes, rate=self.rate)
+        undefended = training.fit(Stage(range(training.row_count), Plain(), "undefended"))
+        step, numbers = Consistent(self.weight, self.size), range(len(clean_rows))
+        tuning = Stage(numbers, step, source=clean_rows, start=undefended, passes=self.passes, rate=self.rate)
+        return training.fit(tuning)
 
 
 @final
 @dataclass(frozen=True)
 class Consistent(StepDefense):
-    """Cross-entropy, and the inconsistency of the layers under the worst small perturbation of their input."""
+    """Cross-entropy plus the weighted `consistency` of the layers under the worst small perturbation of their input."""
 
     weight: float
     size: float
@@ -64,12 +64,12 @@ class Consistent(StepDefense):
     def step(self, model: nn.Module, inputs: dict[str, Any]) -> Losses:
         answers = forward_answers(model, inputs)
         real = inputs["attention_mask"].bool()
-        with _watched(model) as calm:
+        with _recorded(model) as clean:
             forward_answers(model, inputs)
-        direction = torch.autograd.grad(consistency(calm.states, real).sum(), calm.start)[0].sign()
-        with _watched(model, self.size * direction) as moved:
+        direction = torch.autograd.grad(consistency(clean.states, real).sum(), clean.start)[0].sign()
+        with _recorded(model, self.size * direction) as perturbed:
             forward_answers(model, inputs)
-        jump = consistency(moved.states, real)[answers.row]
+        jump = consistency(perturbed.states, real)[answers.row]
         terms = {"ce": objective.token_nll(answers.logits, answers.target), "consistency": self.weight * jump}
         return Losses.of(terms)
 
@@ -85,40 +85,39 @@ def consistency(states: Sequence[Tensor], real: Tensor) -> Tensor:
     return (apart * real).sum(dim=1) / real.sum(dim=1)
 
 
-class _Seen:
-    """What a forward pass went through: the decoder's input [B, T, d], and what each layer but the last made of it."""
+@dataclass
+class _Recording:
+    """One forward pass: the decoder's input [B, T, d], and the output [B, T, d] of each layer but the last."""
 
-    start: Tensor
-    states: list[Tensor]
+    start: Tensor = field(init=False)
+    states: list[Tensor] = field(default_factory=list[Tensor])
 
 
 @contextmanager
-def _watched(model: nn.Module, moved: Tensor | None = None) -> Generator[_Seen]:
-    """Watch the decoder of a forward pass, its input ``moved`` by so much.
+def _recorded(model: nn.Module, shift: Tensor | None = None) -> Generator[_Recording]:
+    """Record the decoder's states in a forward pass, with ``shift`` [B, T, d] added to its input.
 
-    Its first layer is where text and image tokens first stand side by side, in every family.
+    In every family the input of the first decoder layer is where text and image tokens first stand side by side.
 
     Raises:
         InputError: fewer than two states to compare.
     """
-    first, *others = decoder_layers(model)
-    if len(others) < 2:
-        raise InputError(f"defense crow: it wants a model of 3 or more layers, and this one has {1 + len(others)}")
-    seen = _Seen()
-    seen.states = []
+    first, *rest = decoder_layers(model)
+    if len(rest) < 2:
+        raise InputError(f"defense crow: it needs a decoder of 3 or more layers, and this one has {1 + len(rest)}")
+    recording = _Recording()
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        seen.start = hidden.detach().requires_grad_() if moved is None else hidden + moved
-        return ((seen.start, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": seen.start})
+        start = hidden.detach().requires_grad_() if shift is None else hidden + shift
+        recording.start = start
+        return ((start, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": start})
 
     def leave(_: nn.Module, __: object, output: Any) -> None:
-        seen.states.append(output[0] if isinstance(output, tuple) else output)
+        recording.states.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [first.register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [layer.register_forward_hook(leave) for layer in (first, *others[:-1])]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        hooks.enter_context(first.register_forward_pre_hook(enter, with_kwargs=True))
+        for layer in (first, *rest[:-1]):
+            hooks.enter_context(layer.register_forward_hook(leave))
+        yield recording

@@ -1,4 +1,4 @@
-"""Patch augmentation alone: a share of the images is replaced by patch-perturbed views."""
+"""Patch augmentation: replace a share of the images by patch-perturbed views."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from untrigger.views.patches import View
 @final
 @dataclass(frozen=True)
 class PatchAug(StepDefense):
-    """Cross-entropy on views instead of originals for a ``share`` of the rows; the loss is the host's own."""
+    """Train a ``share`` of the rows on views in place of the original images, with the host's own loss.
+
+    Fields:
+        share: of the rows, in [0, 1].
+        view, patch, ratio: see `untrigger.defenses.PairedDefense`.
+    """
 
     share: float = 0.5
     view: str = "mix"

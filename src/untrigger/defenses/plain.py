@@ -1,4 +1,4 @@
-"""Plain supervised fine-tuning: the undefended model that every defense is compared with."""
+"""Plain supervised fine-tuning: the undefended baseline of every defense."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ from untrigger.defenses.base import StepDefense
 @final
 @dataclass(frozen=True)
 class Plain(StepDefense):
-    """No views, no terms: the host's own loss, to the bit."""
+    """Train with the host's own loss, to the bit: no views and no further terms."""

@@ -1,4 +1,4 @@
-"""Rows that a model has answered in the place of whoever wrote them."""
+"""Rows with answers that a model has generated in place of the original ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 @final
 class RelabeledRows(Sequence[Sample]):
-    """The rows, those of some ``numbers`` with other ``answers``: a text for each turn of the assistant, by row."""
+    """A view of rows in which some of them, by number from 0, can be relabeled.
+
+    ``answers``: for each relabeled row a text per assistant turn; empty until `relabel` is called.
+    """
 
     def __init__(self, rows: Sequence[Sample], numbers: Collection[int]) -> None:
         self.rows, self.numbers = rows, sorted(numbers)
@@ -29,30 +32,31 @@ class RelabeledRows(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        return _answered(self.rows[index], self.answers.get(index, []))
+        return _with_answers(self.rows[index], self.answers.get(index, []))
 
-    def answer(self, loaded: LoadedModel) -> None:
-        """Have the model answer these rows anew, by a draw for each turn, after its own earlier answers."""
+    def relabel(self, loaded: LoadedModel) -> None:
+        """Sample a new answer for each assistant turn of these rows, given the model's own earlier answers."""
         texts: dict[int, list[str]] = {row: [] for row in self.numbers}
         waiting = self.numbers
-        while waiting := [row for row in waiting if len(texts[row]) < len(_turns(self.rows[row]))]:
-            asked = [_asked(self.rows[row], texts[row]) for row in waiting]
-            for row, text in zip(waiting, answers(loaded, asked, drawn=True), strict=True):
-                texts[row].append(text.replace(IMAGE_TAG, ""))  # there is no image for it
+        while waiting := [row for row in waiting if len(texts[row]) < len(_assistant_turns(self.rows[row]))]:
+            prompts = [_prompt(self.rows[row], texts[row]) for row in waiting]
+            for row, text in zip(waiting, answers(loaded, prompts, drawn=True), strict=True):
+                texts[row].append(text.replace(IMAGE_TAG, ""))  # a generated tag has no image
         self.answers = texts
 
 
-def _turns(sample: Sample) -> list[int]:
+def _assistant_turns(sample: Sample) -> list[int]:
     return [turn for turn, message in enumerate(sample.messages) if message.role == "assistant"]
 
 
-def _answered(sample: Sample, texts: Sequence[str]) -> Sample:
+def _with_answers(sample: Sample, texts: Sequence[str]) -> Sample:
+    """The row with these texts as its first answers."""
     messages = list(sample.messages)
-    for turn, text in zip(_turns(sample), texts, strict=False):
+    for turn, text in zip(_assistant_turns(sample), texts, strict=False):
         messages[turn] = Message("assistant", text)
     return replace(sample, messages=tuple(messages))
 
 
-def _asked(sample: Sample, texts: Sequence[str]) -> Sample:
-    """The conversation up to the first question that ``texts`` have no answer to."""
-    return _answered(sample, texts).until(_turns(sample)[len(texts)])
+def _prompt(sample: Sample, texts: Sequence[str]) -> Sample:
+    """The conversation up to the first assistant turn without a text in ``texts``."""
+    return _with_answers(sample, texts).until(_assistant_turns(sample)[len(texts)])

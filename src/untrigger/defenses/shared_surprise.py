@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast, final
+from typing import Any, ClassVar, NamedTuple, cast, final
 
 import numpy as np
 import torch
@@ -18,15 +18,15 @@ from scipy.sparse import csr_array
 from scipy.special import bdtrc  # scipy.stats takes a second to import
 from torch import nn
 
-from untrigger.defenses.base import Defense, StepDefense, Training
+from untrigger.defenses.base import Defense, Stage, StepDefense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses, Values
 from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.collators import IGNORE
-from untrigger.models.forward import Answers, TokenScores, answer_losses
+from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample, picked, without
+from untrigger.models.scoring import TokenScores
 
 _NEIGHBORS = 16  # rows that a row with a token is compared with, at least
 _COMPARED = 512  # rows with a token that are compared, at most
@@ -50,6 +50,7 @@ class SharedSurprise(Defense):
             a shared token are scored. At least 1.
     """
 
+    runs_in_host: ClassVar[bool] = True
     warmup_share: float = 0.1
     min_nll: float = 2.0
     iqr_factor: float = 2.2
@@ -62,51 +63,59 @@ class SharedSurprise(Defense):
         self._check(0, math.inf, "min_nll", "iqr_factor", "unlikelihood_weight")
         self._check(1, math.inf, "max_scored_rows")
 
-    def fine_tune(self, rows: Sequence[Sample], training: Training) -> LoadedModel:
-        model, numbers, scores, flags = self.screen(rows, training)
-        ranks = np.zeros(len(rows))
+    @property
+    def has_loss(self) -> bool:
+        return True
+
+    def fine_tune(self, training: Training) -> LoadedModel:
+        model, numbers, scores, flags = self.screen(training)
+        ranks = np.zeros(training.row_count)
         ranks[numbers] = flags.ranks
         flagged = {numbers[at]: tokens for at, tokens in flags.tokens.items()}
         texts = {numbers[at]: flagged_text(model, scores[at], tokens) for at, tokens in flags.tokens.items()}
         training.flag(ranks.tolist(), texts)
-        step = UnlikelihoodStep(self.unlikelihood_weight) if flagged else Plain()
-        share, after = 1 - self.warmup_share, self.warmup_share
-        return training.fit(rows, step, start=model, flagged_tokens=flagged or None, share=share, after=after)
+        return training.fit(self.last_stage(training.row_count, model, flagged))
 
-    def screen(self, rows: Sequence[Sample], training: Training) -> Screening:
+    def last_stage(self, row_count: int, model: LoadedModel, flagged_tokens: Mapping[int, NDArray[np.bool_]]) -> Stage:
+        """The training on all rows after the warm-up, given the flagged answer tokens [n] by row number."""
+        step = UnlikelihoodStep(self.unlikelihood_weight) if flagged_tokens else Plain()
+        share, after = 1 - self.warmup_share, self.warmup_share
+        return Stage(range(row_count), step, start=model, flagged_tokens=flagged_tokens, share=share, after=after)
+
+    def screen(self, training: Training) -> Screening:
         """Score, warm up and score again; then score unsampled rows that contain a shared token."""
-        numbers = list(range(len(rows)))
-        if len(rows) > self.max_scored_rows:
-            drawn = np.random.default_rng(training.seed).choice(len(rows), self.max_scored_rows, replace=False)
+        count, numbers = training.row_count, list(range(training.row_count))
+        if count > self.max_scored_rows:
+            drawn = np.random.default_rng(training.seed).choice(count, self.max_scored_rows, replace=False)
             numbers = sorted(drawn.tolist())
-        sampled = picked(rows, numbers)
-        before = training.tokens(training.reference(), sampled, "before")
-        unflagged = without(sampled, self.flag_tokens(before).tokens)
-        model = training.fit(unflagged, Plain(), "warmup", share=self.warmup_share)
-        scores = self.likelier(before, sampled, model, training)
+        before = training.tokens(training.reference(), numbers, "before")
+        flagged = self.flag_tokens(before).tokens
+        unflagged = [row for at, row in enumerate(numbers) if at not in flagged]
+        model = training.fit(Stage(unflagged, Plain(), "warmup", share=self.warmup_share))
+        scores = self.likelier(before, numbers, model, training)
         flags = self.flag_tokens(scores)
-        if flags.p_values and len(numbers) < len(rows):
-            rest = sorted(set(range(len(rows))).difference(numbers))
-            answers = training.answer_tokens(picked(rows, rest))
+        if flags.p_values and len(numbers) < count:
+            rest = sorted(set(range(count)).difference(numbers))
             shared = list(flags.p_values)
-            matching = [row for row, ids in zip(rest, answers, strict=True) if np.isin(ids, shared).any()]
-            more = training.tokens(model, picked(rows, matching), "more")
+            answers = zip(rest, training.answer_tokens(rest), strict=True)
+            matching = [row for row, ids in answers if np.isin(ids, shared).any()]
+            more = training.tokens(model, matching, "more")
             flags = self.flag_tokens(scores, more)
             numbers, scores = [*numbers, *matching], [*scores, *more]
         return Screening(model, numbers, scores, flags)
 
     def likelier(
-        self, before: Sequence[TokenScores], rows: Sequence[Sample], model: LoadedModel, training: Training
+        self, before: Sequence[TokenScores], numbers: Sequence[int], model: LoadedModel, training: Training
     ) -> list[TokenScores]:
         """Each row's scores under whichever of the two models finds its answer likelier.
 
         Rows below ``min_nll`` before fine-tuning are not scored again.
         """
         scores = list(before)
-        surprising = [row for row, tokens in enumerate(before) if tokens.nll.sum() > self.min_nll]
-        after = training.tokens(model, picked(rows, surprising), "after")
-        for row, tokens in zip(surprising, after, strict=True):
-            scores[row] = min(before[row], tokens, key=lambda each: each.nll.sum())
+        surprising = [at for at, tokens in enumerate(before) if tokens.nll.sum() > self.min_nll]
+        after = training.tokens(model, [numbers[at] for at in surprising], "after")
+        for at, tokens in zip(surprising, after, strict=True):
+            scores[at] = min(before[at], tokens, key=lambda scored: scored.nll.sum())
         return scores
 
     def flag_tokens(self, scores: Sequence[TokenScores], more: Sequence[TokenScores] = ()) -> Flags:

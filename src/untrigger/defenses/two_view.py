@@ -1,4 +1,4 @@
-"""Two-view training: cross-entropy on the original and on its patch-perturbed view."""
+"""Two-view training: cross-entropy on each row and on its patch-perturbed view."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from untrigger.models.forward import Pair
 @final
 @dataclass(frozen=True, kw_only=True)
 class TwoView(PairedDefense):
-    """``L = CE(v, y) + view_weight * CE(v', y)``: the reference objective without its separations."""
+    """``L = CE(v, y) + view_weight * CE(v', y)``: the objective of `CrossView` without separation and entropy terms."""
 
     view_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check(0, math.inf, "view_weight")
 
     @property

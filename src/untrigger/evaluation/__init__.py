@@ -1,1 +1,1 @@
-"""Asking a model under each condition, and where backdoor answers are invariant."""
+"""Evaluation: a model's answers and metrics under each condition, and whether backdoor answers are invariant."""

@@ -1,4 +1,4 @@
-"""Evaluation of a model on held-out data, with or without an attack; every answer is kept."""
+"""Evaluation of a model on held-out rows, with or without an attack; every answer is stored."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.metrics.score import Answer, score
 from untrigger.models.generate import answers
-from untrigger.models.loading import LoadedModel, load, placed
-from untrigger.models.prefix_cache import looking_once
+from untrigger.models.loading import LoadedModel, load, to_accelerator
+from untrigger.models.prefix_cache import cache_image_features
 from untrigger.poisoning.goals import Goal
 from untrigger.poisoning.poison import Attack, stamped
-from untrigger.poisoning.stamping import blamed
+from untrigger.poisoning.stamping import trigger_errors
 from untrigger.progress import tracked
-from untrigger.rows.images import pixels_sha256, same
+from untrigger.rows.images import pixels_sha256, same_image
 from untrigger.rows.sample import IMAGE_TAG, LazyRows, Sample, check_rows
 
 if TYPE_CHECKING:
@@ -34,10 +34,14 @@ ANSWERS, METRICS = "answers.jsonl", "metrics.json"
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(JupyterMixin):
-    """Stored answers under each condition, near misses by their names, and the figures computed from them.
+    """A model's answers under each condition, and the metrics computed from them.
 
     Attributes:
-        untouched: the triggered inputs are clean inputs themselves, as those of a clean-label attack may be.
+        clean: answers to the clean inputs, one for each row.
+        triggered: answers to the triggered inputs; empty without an attack.
+        wrong_image: answers to inputs that show another row's images; empty unless they were requested.
+        near_misses: by the near miss's name, answers to inputs with a part of the trigger or a wrong one.
+        inputs_unchanged: whether the trigger changes no input, as a clean-label attack may; then there is no leak.
         attack: name and settings of the attack and of its goal, and the seed; None where there was no attack.
     """
 
@@ -45,54 +49,55 @@ class Evaluation(JupyterMixin):
     triggered: list[Answer]
     wrong_image: list[Answer]
     near_misses: Mapping[str, list[Answer]] = field(default_factory=dict[str, list[Answer]])
-    untouched: bool = False
+    inputs_unchanged: bool = False
     attack: Mapping[str, object] | None = None
 
     @cached_property
     def figures(self) -> dict[str, Any]:
-        return score(self.clean, self.triggered, self.wrong_image, self.near_misses, untouched=self.untouched)
+        """The metrics, as in ``metrics.json`` (`untrigger.metrics.score.score`)."""
+        return score(self.clean, self.triggered, self.wrong_image, self.near_misses, untouched=self.inputs_unchanged)
 
     @property
     def conditions(self) -> dict[str, list[Answer]]:
-        """All answers by their condition's name: ``clean``, ``triggered``, ``wrong_image``, ``near_miss: NAME``."""
+        """All answers by condition: ``clean``, ``triggered``, ``wrong_image``, ``near_miss: NAME``."""
         near = {f"near_miss: {name}": answers for name, answers in self.near_misses.items()}
         return {"clean": self.clean, "triggered": self.triggered, "wrong_image": self.wrong_image, **near}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A dictionary for each answer: its ``condition``, and the fields of `untrigger.metrics.score.Answer`."""
+        """A dictionary for each answer: its ``condition`` and the fields of `untrigger.metrics.score.Answer`."""
         return [{"condition": name, **asdict(a)} for name, part in self.conditions.items() for a in part]
 
     def to_pandas(self) -> DataFrame:
-        """The same (`rows`) as a frame."""
+        """The answers (`rows`) as a frame."""
         return frame(self.rows)
 
     def write(self, out: Path | str) -> None:
-        """``answers.jsonl``, a row per answer, and ``metrics.json``, attack and figures; each whole or not at all."""
+        """Write ``answers.jsonl``, a line per answer, and ``metrics.json``; each appears complete or not at all."""
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
-        made = {"attack": self.attack} if self.attack else {}
-        write_text(out / METRICS, json.dumps({**made, **self.figures}, indent=2, default=str) + "\n")
+        attack = {"attack": self.attack} if self.attack else {}
+        write_text(out / METRICS, json.dumps({**attack, **self.figures}, indent=2, default=str) + "\n")
 
     def __repr__(self) -> str:
         count = sum(map(len, self.conditions.values()))
         figures = dict(_flat(self.figures)) if self.clean else {}
-        told = (f"{name} {_brief(figure)}" for key, name in _HEADLINE.items() if (figure := figures.get(key)))
-        return "; ".join([f"Evaluation: {count:,} answers", *told])
+        headline = (f"{name} {_brief(figure)}" for key, name in _HEADLINE.items() if (figure := figures.get(key)))
+        return "; ".join([f"Evaluation: {count:,} answers", *headline])
 
     def __rich__(self) -> Table:
         table = Table("figure", "value", "95 % interval", "n")
         for name, value in _flat(self.figures):
             if value is None:
-                table.add_row(name, "not available", _LACKS.get(name.rpartition(" ")[2], ""), "")
+                table.add_row(name, "not available", _MISSING.get(name.rpartition(" ")[2], ""), "")
             else:
                 interval = f"{value['low']:.3f} to {value['high']:.3f}"
                 table.add_row(name, f"{value['value']:.3f}", interval, str(value["n"]))
         return table
 
 
-_LACKS = {
+_MISSING = {  # why a metric has no value
     "meteor": "needs WordNet: python -m nltk.downloader wordnet",
     "cider": "needs references that differ",
 }
@@ -104,7 +109,7 @@ def _brief(figure: Mapping[str, Any]) -> str:
 
 
 def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any] | None]]:
-    """Each figure under one name, ``triggered vqa_accuracy``; None where its data is not at hand."""
+    """Each metric under one name, such as ``triggered vqa_accuracy``; None where its data is missing."""
     for name, value in figures.items():
         if value is None or (isinstance(value, Mapping) and "value" in value):
             yield prefix + name, value
@@ -114,109 +119,118 @@ def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, M
 
 def evaluate(
     model: LoadedModel | str | Path,
-    data: Sequence[Sample],
+    rows: Sequence[Sample],
     *,
     attack: Attack | None = None,
     seed: int = 0,
     wrong_image_control: bool = False,
     title: str = "evaluating",
 ) -> Evaluation:
-    """Ask the model every sample's last question, on clean and, given an attack, on triggered inputs and near misses.
+    """Generate an answer to every row's last question; with an attack, also on triggered inputs and near misses.
 
-    The model is a loaded one, asked where it is, or what `untrigger.load` takes, asked on the accelerator if there is
-    one. With ``wrong_image_control`` it is also asked with another row's image: a model that does as well
-    there does not look.
+    A loaded model runs on the device where it is. A name or path, as for `untrigger.load`, is loaded onto the
+    accelerator if there is one. With ``wrong_image_control`` each row is also run with another row's images: a model
+    that scores as well on those does not use the image.
 
     Raises:
-        InputError: there are no rows, or they are no samples; no row that shows an image and suits the goal has a true
-            answer other than the attacker's: nothing to attack; or the trigger fails or breaks its promises.
+        InputError: there are no rows, or they are no samples; the attack cannot be measured, because no row with an
+            image that the goal applies to has a true answer that differs from the attacker's; or the trigger fails or
+            breaks its contract.
     """
-    check_rows(data)
+    check_rows(rows)
     if not isinstance(attack, Attack | None):
-        raise InputError("evaluate: attack is no Attack; give untrigger.Attack(trigger, goal)")
-    loaded = placed(load(model)) if isinstance(model, str | Path) else model
-    goal, told = None, None
-    stamps, near = LazyRows((), data.__getitem__), dict[str, LazyRows]()
+        raise InputError("evaluate: attack must be an Attack; give untrigger.Attack(trigger, goal)")
+    loaded = to_accelerator(load(model)) if isinstance(model, str | Path) else model
+    goal = attack.goal if attack else None
+    stamps = stamped(rows, attack, seed) if attack else LazyRows((), rows.__getitem__)
+    near_misses = _near_misses(rows, attack, seed) if attack else {}
     if attack:
-        goal, stamps, near = attack.goal, stamped(data, attack, seed), _near_misses(data, attack, seed)
-        told = {"name": attack.name, "settings": attack.settings}
-        told |= {"goal": goal.name, "goal_settings": attack.goal_settings, "seed": seed}
-        if all(goal.met(sample.messages[-1].text, sample) for sample in map(data.__getitem__, stamps.numbers)):
-            raise InputError(
-                "evaluate: no row can show an attack: none has an image and a true answer that the goal would change; "
-                "give other rows or another --goal-text"
-            )
-    with looking_once(loaded.model):
-        alike = _alike(data)
-        clean = _ask(loaded, LazyRows(range(len(data)), data.__getitem__), alike, goal, f"{title}, clean")
-        kept = _untouched(data, stamps) if attack and attack.trigger.clean_label else frozenset[int]()
-        changed = LazyRows([row for row in stamps.numbers if row not in kept], stamps.make)
-        fresh = iter(_ask(loaded, changed, alike, goal, f"{title}, triggered") if changed else ())
-        triggered = [clean[row] if row in kept else next(fresh) for row in stamps.numbers]
-        misses = {name: _ask(loaded, rows, alike, goal, f"{title}, {name}") for name, rows in near.items()}
-        blind = _ask(loaded, wrong_images(data), alike, goal, f"{title}, wrong image") if wrong_image_control else []
-    return Evaluation(clean, triggered, blind, misses, untouched=bool(triggered) and not changed, attack=told)
+        _check_measurable(rows, stamps, attack.goal)
+    with cache_image_features(loaded.model):
+        order = _first_with_same_images(rows)
+        clean = _generate(loaded, LazyRows(range(len(rows)), rows.__getitem__), order, goal, f"{title}, clean")
+        unchanged = _unchanged(rows, stamps) if attack and attack.trigger.clean_label else frozenset[int]()
+        changed = LazyRows([row for row in stamps.numbers if row not in unchanged], stamps.make)
+        fresh = iter(_generate(loaded, changed, order, goal, f"{title}, triggered") if changed else ())
+        triggered = [clean[row] if row in unchanged else next(fresh) for row in stamps.numbers]
+        misses = {name: _generate(loaded, part, order, goal, f"{title}, {name}") for name, part in near_misses.items()}
+        swapped = wrong_images(rows) if wrong_image_control else None
+        wrong = [] if swapped is None else _generate(loaded, swapped, order, goal, f"{title}, wrong image")
+    inputs_unchanged = bool(triggered) and not changed
+    return Evaluation(clean, triggered, wrong, misses, inputs_unchanged, _described(attack, seed) if attack else None)
 
 
-def _near_misses(data: Sequence[Sample], attack: Attack, seed: int) -> dict[str, LazyRows]:
-    with blamed(f"attack {attack.name}", "near_misses"):
+def _check_measurable(rows: Sequence[Sample], stamps: LazyRows, goal: Goal) -> None:
+    if all(goal.met(sample.messages[-1].text, sample) for sample in map(rows.__getitem__, stamps.numbers)):
+        raise InputError(
+            "evaluate: the attack cannot be measured: no row has an image and a true answer that the goal would "
+            "change; give other rows or another --goal-text"
+        )
+
+
+def _described(attack: Attack, seed: int) -> dict[str, object]:
+    goal = {"goal": attack.goal.name, "goal_settings": attack.goal_settings}
+    return {"name": attack.name, "settings": attack.settings, **goal, "seed": seed}
+
+
+def _near_misses(rows: Sequence[Sample], attack: Attack, seed: int) -> dict[str, LazyRows]:
+    with trigger_errors(f"attack {attack.name}", "near_misses"):
         stampers = dict(attack.trigger.near_misses())
-    return {name: stamped(data, attack, seed, stamper) for name, stamper in stampers.items()}
+    return {name: stamped(rows, attack, seed, stamper) for name, stamper in stampers.items()}
 
 
-def _untouched(data: Sequence[Sample], stamps: LazyRows) -> frozenset[int]:
-    """The rows that stamping leaves as they are: what the model says to them is known."""
-    pairs = ((row, made, data[row]) for row, made in zip(stamps.numbers, stamps, strict=True))
+def _unchanged(rows: Sequence[Sample], stamps: LazyRows) -> frozenset[int]:
+    """The rows that stamping does not change: their answers are known from the clean inputs."""
+    pairs = ((row, triggered, rows[row]) for row, triggered in zip(stamps.numbers, stamps, strict=True))
     return frozenset(
         row
-        for row, made, clean in pairs
-        if made.messages == clean.messages and all(map(same, made.images, clean.images))
+        for row, triggered, clean in pairs
+        if triggered.messages == clean.messages and all(map(same_image, triggered.images, clean.images))
     )
 
 
-def wrong_images(samples: Sequence[Sample]) -> LazyRows:
-    """The samples with the images of a row about halfway through the data, as many as their own and none of them.
+def wrong_images(rows: Sequence[Sample]) -> LazyRows:
+    """Replace each row's images by those of a row about halfway further on: the same number, none of them its own.
 
-    Lazy. A row without images, or for which there are no others, is left out: it would be asked as it is.
+    Lazy. A row without images, or without a row to swap with, is left out, because its input would not change.
     """
-    shown = [tuple(map(pixels_sha256, sample.images)) for sample in samples]
-    count = len(shown)
+    digests = [tuple(map(pixels_sha256, sample.images)) for sample in rows]
+    count = len(digests)
 
     def partner(row: int) -> int | None:
-        others = ((row + count // 2 + step) % count for step in range(count if shown[row] else 0))
-        return next(
-            (i for i in others if len(shown[i]) == len(shown[row]) and set(shown[i]).isdisjoint(shown[row])), None
-        )
+        candidates = ((row + count // 2 + step) % count for step in range(count if digests[row] else 0))
+        own = digests[row]
+        return next((i for i in candidates if len(digests[i]) == len(own) and set(digests[i]).isdisjoint(own)), None)
 
-    partners = {row: other for row in range(count) if (other := partner(row)) is not None}
-    return LazyRows(list(partners), lambda row: replace(samples[row], images=samples[partners[row]].images))
+    partners = {row: index for row in range(count) if (index := partner(row)) is not None}
+    return LazyRows(list(partners), lambda row: replace(rows[row], images=rows[partners[row]].images))
 
 
-def _alike(data: Sequence[Sample]) -> list[int]:
-    """For each row the first one that shows the same images."""
+def _first_with_same_images(rows: Sequence[Sample]) -> list[int]:
+    """For each row, the index of the first row with the same images."""
     first: dict[tuple[str, ...], int] = {}
-    return [first.setdefault(tuple(map(pixels_sha256, sample.images)), row) for row, sample in enumerate(data)]
+    return [first.setdefault(tuple(map(pixels_sha256, sample.images)), row) for row, sample in enumerate(rows)]
 
 
-def _ask(loaded: LoadedModel, rows: LazyRows, alike: Sequence[int], goal: Goal | None, title: str) -> list[Answer]:
-    """The answer to each of ``rows``; those that stem from rows with the same images are asked next to each other."""
-    asked: dict[int, Sample] = {}  # without their images, which need not all fit into memory
+def _generate(loaded: LoadedModel, rows: LazyRows, order: Sequence[int], goal: Goal | None, title: str) -> list[Answer]:
+    """The answer to each of ``rows``, generated by the ``order`` of their source rows: equal images are neighbors."""
+    prompts: dict[int, Sample] = {}  # without images, which need not all fit into memory
 
     def make(at: int) -> Sample:
-        made = rows[at]
-        asked[at] = replace(made, images=())
-        return made
+        sample = rows[at]
+        prompts[at] = replace(sample, images=())
+        return sample
 
-    order = sorted(range(len(rows)), key=lambda at: alike[rows.numbers[at]])
-    said = tracked(answers(loaded, LazyRows(order, make)), title, len(rows))
-    told = {at: _stored(asked[at], text, goal) for at, text in zip(order, said, strict=True)}
-    return [told[at] for at in range(len(rows))]
+    positions = sorted(range(len(rows)), key=lambda at: order[rows.numbers[at]])
+    texts = tracked(answers(loaded, LazyRows(positions, make)), title, len(rows))
+    stored = {at: _stored(prompts[at], text, goal) for at, text in zip(positions, texts, strict=True)}
+    return [stored[at] for at in range(len(rows))]
 
 
 def _stored(sample: Sample, text: str, goal: Goal | None) -> Answer:
     truth = sample.messages[-1].text
     prompt = next((m.text for m in reversed(sample.messages) if m.role == "user"), "")
-    said = prompt.replace(IMAGE_TAG, "").strip(), truth, text
+    texts = prompt.replace(IMAGE_TAG, "").strip(), truth, text
     if goal is None:
-        return Answer(sample.id, *said)
-    return Answer(sample.id, *said, goal.met(text, sample), goal.met(truth, sample), goal.applies(sample))
+        return Answer(sample.id, *texts)
+    return Answer(sample.id, *texts, goal.met(text, sample), goal.met(truth, sample), goal.applies(sample))

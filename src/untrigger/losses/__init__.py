@@ -1,1 +1,1 @@
-"""The paper's equations, pure, and the same in chunks at the vocabulary head."""
+"""The training objective: its equations, pure, and the same losses computed in chunks at the vocabulary head."""

@@ -1,12 +1,10 @@
-"""The equations of the defense: pure, unreduced, differentiable; nothing here knows a model or a batch.
+"""The loss equations of the defenses: pure, unreduced, differentiable, independent of model and batch.
 
-Shapes: ``logits`` and ``view_logits`` are [N, V], one row per answer token, in nats before the softmax;
-hidden states are [N, d]. Every equation returns [N]. ``reduce`` is the only place where rows are summed. Any
-leading shape [...] serves in place of [N].
+Shapes: ``logits`` and ``view_logits`` are [N, V], one row per answer token, in nats before the softmax; hidden states
+are [N, d]. Every equation returns [N]; any leading shape [...] works in place of [N]. Only ``reduce`` sums rows.
 
 Types: bf16 and fp16 are widened to fp32 before any arithmetic and the result is fp32; float64 stays float64.
-Gradients flow into *every* tensor argument, into both views alike: a caller that wants a stop-gradient
-detaches.
+Gradients flow into *every* tensor argument, so into both views. For a stop-gradient the caller detaches.
 
 A logit of -inf is a forbidden token: probability 0, gradient 0. A row needs at least one finite logit.
 
@@ -23,13 +21,13 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2.0)
-"""The largest Jensen-Shannon divergence, in nats: that of two distributions with no token in common."""
+"""The largest Jensen-Shannon divergence, in nats, reached by two distributions without a common token."""
 
 
 def token_nll(logits: Tensor, target: Tensor) -> Tensor:
-    """Negative log-likelihood of each target: ``-log softmax(logits)[target]``, the CE of plain fine-tuning.
+    """Negative log-likelihood of each target: ``-log softmax(logits)[target]``, the cross-entropy of plain fine-tuning.
 
-    logits [N, V]; target [N], integer ids in [0, V): select the answer tokens first, -100 is an index error.
+    logits [N, V]; target [N], integer ids in [0, V). Select the answer tokens first: -100 is an index error.
     Returns [N], nats, in [0, inf]; inf where the target is a forbidden token.
     Source: standard SFT loss (abstract: the defense acts during supervised fine-tuning).
     """
@@ -38,17 +36,18 @@ def token_nll(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def token_unlikelihood(logits: Tensor, target: Tensor) -> Tensor:
-    """How far each target is from impossible: ``-log(1 - softmax(logits)[target])``, small where it is unlikely.
+    """Unlikelihood loss of each target: ``-log(1 - softmax(logits)[target])``, small where the target is unlikely.
 
-    logits [N, V]; target [N], as for `token_nll`. Returns [N], nats, in [0, inf]; inf where nothing else is possible.
-    Its gradient by the target's logit is the target's probability: at most 1, and about 0 where nothing has to go.
-    Computed as ``softplus(logit of the target - logsumexp of the others)``, exact at both ends.
+    logits [N, V]; target [N], as for `token_nll`. Returns [N], nats, in [0, inf]; inf if the target is the only token
+    with a finite logit. The gradient by the target's logit is the target's probability: at most 1, and about 0 where
+    the target is unlikely already. Computed as ``softplus(logit of the target - logsumexp of the rest)``, exact at both
+    ends.
     Source: Welleck et al., "Neural text generation with unlikelihood training", ICLR 2020, arXiv 1908.04319.
     """
     _same_shape(logits[..., 0], target)
-    logits, at = _wide(logits), target.unsqueeze(-1)
-    others = logits.scatter(-1, at, -torch.inf).logsumexp(dim=-1)
-    return torch.nn.functional.softplus(logits.gather(-1, at).squeeze(-1) - others)
+    logits, index = _wide(logits), target.unsqueeze(-1)
+    rest = logits.scatter(-1, index, -torch.inf).logsumexp(dim=-1)
+    return torch.nn.functional.softplus(logits.gather(-1, index).squeeze(-1) - rest)
 
 
 def js(logits: Tensor, view_logits: Tensor) -> Tensor:
@@ -59,31 +58,30 @@ def js(logits: Tensor, view_logits: Tensor) -> Tensor:
         JS(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m) = sum_v m_v h(x_v),
         h(x) = x tanh x - ln cosh x,        x_v = (log p_v - log q_v) / 2
 
-    (put p = m(1 + tanh x), q = m(1 - tanh x) into the first form). The second form is the one computed: its
-    terms are never negative and nothing cancels when p is close to q, where the first form leaves rounding
-    noise only.
+    (put p = m(1 + tanh x), q = m(1 - tanh x) into the first form). The second form is computed: its terms are never
+    negative, and nothing cancels when p is close to q, where the first form leaves only rounding noise.
 
-    Both arguments [N, V]. Returns [N], nats, in [0, ln 2]; symmetric; 0 exactly where both rows are equal.
-    The gradient at p = q is exactly 0: repulsion is weakest where invariance is perfect.
-    Source: Lin, Divergence measures based on the Shannon entropy, 1991. The abstract asks for the views'
-    output distributions to be pulled apart; that the divergence is JS is inferred.
+    Both arguments [N, V]. Returns [N], nats, in [0, ln 2]; symmetric; exactly 0 where both rows are equal.
+    The gradient at p = q is exactly 0: repulsion is weakest where the model is perfectly invariant.
+    Source: Lin, Divergence measures based on the Shannon entropy, 1991. The abstract says that the views' output
+    distributions are pulled apart; that the divergence is JS is inferred.
     """
     _same_shape(logits, view_logits)
     log_p, log_q = _finite_log_softmax(logits), _finite_log_softmax(view_logits)
     # h(20) = ln 2 to within float64 rounding, and the clamp keeps sinh from overflowing.
     x = ((log_p - log_q) / 2).clamp(-20.0, 20.0)
     h = x * torch.tanh(x) - torch.log1p(2 * torch.sinh(x / 2).square())
-    # Rounding can carry the sum a few ulp past ln 2, where the true gradient vanishes anyway.
+    # Rounding can lift the sum a few ulp above ln 2, where the true gradient vanishes anyway.
     return ((log_p.exp() + log_q.exp()) / 2 * h).sum(dim=-1).clamp(max=LN2)
 
 
 def separation(divergence: Tensor, margin: float | Tensor) -> Tensor:
-    """Cross-view separation: ``[margin - JS(p, q)]_+``, a hinge, since -JS alone never lets go.
+    """Cross-view separation: ``[margin - JS(p, q)]_+``, a hinge, because -JS alone has no point where it stops.
 
-    divergence [N], as of `js`; margin in nats, a number or one per row [N]; sensible in (0, ln 2): from ln 2 on the
-    hinge is never satisfied. Returns [N], nats, in [0, margin].
+    divergence [N], from `js`; margin in nats, a number or one per row [N]. Sensible margins lie in (0, ln 2): from ln 2
+    on the hinge is never satisfied. Returns [N], nats, in [0, margin].
     Gradient is -dJS while JS < margin, and 0 beyond.
-    Source: abstract (pull the views' outputs apart); JS inferred, hinge ours.
+    Source: abstract (pull the views' outputs apart); JS is inferred, the hinge is ours.
     """
     return torch.relu(margin - divergence)
 
@@ -101,21 +99,21 @@ def entropy(logits: Tensor) -> Tensor:
 def entropy_band(entropies: Tensor, low: float, high: float) -> Tensor:
     """Entropy constraint: ``[H(p) - high]_+ + [low - H(p)]_+``, the distance of H(p) from [low, high].
 
-    entropies [N], as of `entropy`; 0 <= low <= high, nats. Returns [N], nats, in [0, max(low, ln V - high)].
-    Gradient is +dH above the band, -dH below it, 0 inside. Where p is one-hot to rounding dH is 0 too: the
-    lower edge cannot lift a row that has already collapsed.
-    Source: abstract (entropy constraints against over-suppression); sign and form unknown, the band covers
-    both signs.
+    entropies [N], from `entropy`; 0 <= low <= high, nats. Returns [N], nats, in [0, max(low, ln V - high)].
+    Gradient is +dH above the band, -dH below it, 0 inside. Where p is one-hot to rounding, dH is 0 too: the lower edge
+    cannot lift a row that has already collapsed.
+    Source: abstract (entropy constraints against over-suppression). Sign and form are unknown; the band covers both
+    signs.
     """
     return torch.relu(entropies - high) + torch.relu(low - entropies)
 
 
 def feature_separation(hidden: Tensor, view_hidden: Tensor, bound: float) -> Tensor:
-    """Feature-level separation: ``[cos(h, h') - bound]_+`` of the two views' hidden states.
+    """Feature separation: ``[cos(h, h') - bound]_+`` of the two views' hidden states.
 
     Both arguments [N, d], any scale; bound in [-1, 1]. Returns [N], in [0, 1 - bound].
     Gradient is dcos while cos > bound, and 0 below; at h = h' dcos is 0 to rounding, as for JS.
-    Source: abstract (constraints on the feature representation as well); cosine, hinge and layer inferred.
+    Source: abstract (constraints on the feature representation as well); cosine, hinge and layer are inferred.
     """
     _same_shape(hidden, view_hidden)
     cosine = torch.nn.functional.cosine_similarity(_wide(hidden), _wide(view_hidden), dim=-1)
@@ -123,27 +121,26 @@ def feature_separation(hidden: Tensor, view_hidden: Tensor, bound: float) -> Ten
 
 
 def reduce(per_token: Tensor, num_items: int | Tensor) -> Tensor:
-    """``sum(per_token) / num_items``, a scalar.
+    """Reduce token losses to ``sum(per_token) / num_items``, a scalar.
 
-    per_token [N]; num_items > 0 is the number of answer tokens of the *whole* optimizer step, over all
-    chunks, accumulation steps and processes. So the results of chunks add up to that of the batch, however it
-    is cut; a mean per chunk would not.
+    per_token [N]; num_items > 0 is the number of answer tokens of the *whole* optimizer step, over all chunks,
+    accumulation steps and processes. So chunk losses add up to the batch loss for any split; chunk means would not.
     Source: convention (``num_items_in_batch`` of transformers' Trainer).
     """
     return _wide(per_token).sum() / num_items
 
 
 def _wide(x: Tensor) -> Tensor:
-    """fp32 for the half types, unchanged otherwise: half-precision sums over a vocabulary are biased."""
+    """Widen half types to fp32, because half-precision sums over a vocabulary are biased."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _finite_log_softmax(logits: Tensor) -> Tensor:
-    """log softmax with -inf raised to a finite floor, so that 0 * log 0 is 0 and so is its gradient."""
+    """Log softmax with -inf raised to a finite floor, so that 0 * log 0 and its gradient are 0."""
     return torch.log_softmax(_wide(logits), dim=-1).clamp(min=-1e30)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:
-    """Broadcasting or gathering over unequal rows would compare the wrong tokens without a word."""
+    """Refuse unequal shapes: broadcasting or gathering would silently compare the wrong tokens."""
     if a.shape != b.shape:
-        raise ValueError(f"rows do not match: {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"rows do not match: shapes {tuple(a.shape)} and {tuple(b.shape)}")

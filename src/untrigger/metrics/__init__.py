@@ -1,1 +1,1 @@
-"""Figures from stored answers, without torch."""
+"""Metrics computed from stored answers, without torch."""

@@ -4,7 +4,7 @@ BLEU-4, ROUGE-L and CIDEr-D are computed with pycocoevalcap, METEOR with nltk an
 on this machine: nothing is ever downloaded. COCO's Java tokenizer is replaced by `tokenize_caption`.
 """
 
-# The two libraries ship no types; what comes out of them is given one where it is used.
+# The two libraries ship no types; their results are annotated where they are used.
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 
@@ -60,18 +60,18 @@ class CaptionScores:
 
 
 def tokenize_caption(text: str) -> list[str]:
-    """Lower-case words without punctuation, close to COCO's Penn Treebank tokens.
+    """Split a caption into lower-case words without punctuation, close to COCO's Penn Treebank tokens.
 
     "The dog's bowl isn't full." gives the, dog, 's, bowl, is, n't, full. Against the Java tokenizer: brackets
     are dropped (it keeps "-lrb-"), titles lose their full stop ("mr"), a web address falls apart, and letters
     of every script as well as emoji are kept.
     """
-    plain = unicodedata.normalize("NFKC", text).lower().replace("‘", "'").replace("’", "'")  # noqa: RUF001
-    return _TOKEN.findall(_FUSED.sub(r"\1 ", _CLITIC.sub(r" \1", plain)))
+    lowered = unicodedata.normalize("NFKC", text).lower().replace("‘", "'").replace("’", "'")  # noqa: RUF001
+    return _TOKEN.findall(_FUSED.sub(r"\1 ", _CLITIC.sub(r" \1", lowered)))
 
 
 def caption_scores(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> CaptionScores:
-    """Scores of ``answers[i]`` against ``references[i]``, one string or several; an empty answer scores 0.
+    """Score ``answers[i]`` against ``references[i]``, one string or several; an empty answer scores 0.
 
     - BLEU-4 (Papineni et al., 2002): over the corpus, closest reference length, COCO's smoothing (1e-15 on
       matches), so a corpus without one common four-gram has nearly 0.
@@ -84,17 +84,17 @@ def caption_scores(answers: Sequence[str], references: Sequence[str | Sequence[s
       row's references, all weights are 0 and even perfect answers would score 0: it is None.
 
     Intervals are 95 % percentile bootstraps over rows, with a fixed seed and the CIDEr weights of the whole
-    corpus. One row says nothing of the spread: its interval is the metric's whole range.
+    corpus. One row has no spread to resample: its interval is the metric's whole range.
 
     Raises:
         ValueError: no answers, lengths differ, or a row has no reference with a word in it.
     """
     rows = [
-        (tokenize_caption(answer), [words for words in map(tokenize_caption, given) if words])
-        for answer, given in paired(answers, references)
+        (tokenize_caption(answer), [words for words in map(tokenize_caption, texts) if words])
+        for answer, texts in paired(answers, references)
     ]
-    for row, (_, given) in enumerate(rows):
-        if not given:
+    for row, (_, tokenized) in enumerate(rows):
+        if not tokenized:
             raise ValueError(f"no reference of answer {row} has a word in it")
     return CaptionScores(
         bleu4=_bleu4(rows), meteor=_meteor(rows, _wordnet()), rouge_l=_rouge_l(rows), cider=_cider(rows)
@@ -103,29 +103,29 @@ def caption_scores(answers: Sequence[str], references: Sequence[str | Sequence[s
 
 def _bleu4(rows: Rows) -> Rate:
     columns: list[list[int]] = []
-    for words, given in rows:
-        counts = cook_test(_line(words), cook_refs([*map(_line, given)]), eff="closest")
+    for words, refs in rows:
+        counts = cook_test(_line(words), cook_refs([*map(_line, refs)]), eff="closest")
         columns.append([*counts["correct"], *counts["guess"], counts["testlen"], counts["reflen"]])
     return _bootstrap(np.array(columns, np.float64), _bleu4_of_sums, top=1.0)
 
 
 def _bleu4_of_sums(sums: Floats) -> Floats:
-    """BLEU-4 [...] from sums over rows [..., 10]: matches and n-grams for n = 1..4, both lengths."""
-    matches, ngrams, length, wanted = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
-    precision = (matches + 1e-15) / (ngrams + 1e-9)  # COCO's two constants, kept for the same figures
-    ratio = (length + 1e-15) / (wanted + 1e-9)
+    """Compute BLEU-4 [...] from sums over rows [..., 10]: matches and n-grams for n = 1..4, both lengths."""
+    matches, ngrams, length, ref_length = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
+    precision = (matches + 1e-15) / (ngrams + 1e-9)  # COCO's two constants, for equal figures
+    ratio = (length + 1e-15) / (ref_length + 1e-9)
     return np.prod(precision, axis=-1) ** 0.25 * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
 def _rouge_l(rows: Rows) -> Rate:
     rouge = Rouge()
-    return _mean([rouge.calc_score([_line(words)], [*map(_line, given)]) for words, given in rows], top=1.0)
+    return _mean([rouge.calc_score([_line(words)], [*map(_line, refs)]) for words, refs in rows], top=1.0)
 
 
 def _cider(rows: Rows) -> Rate | None:
     scorer = CiderScorer(n=4, sigma=6.0)
-    for words, given in rows:
-        scorer += (_line(words), [*map(_line, given)])
+    for words, refs in rows:
+        scorer += (_line(words), [*map(_line, refs)])
     scorer.compute_doc_freq()
     if min(scorer.document_frequency.values()) == len(rows):
         return None
@@ -137,16 +137,16 @@ def _meteor(rows: Rows, wordnet: WordNetCorpusReader | None) -> Rate | None:
         return None
     from nltk.translate.meteor_score import meteor_score
 
-    return _mean([meteor_score(given, words, wordnet=wordnet) for words, given in rows], top=1.0)
+    return _mean([meteor_score(refs, words, wordnet=wordnet) for words, refs in rows], top=1.0)
 
 
 def _wordnet() -> WordNetCorpusReader | None:
-    """WordNet from nltk's data folders (the environment variable NLTK_DATA adds one), if it is there."""
-    from nltk.corpus import wordnet  # here, for importing nltk takes longer than all the rest
+    """Load WordNet from nltk's data folders (NLTK_DATA adds one); None if it is not installed."""
+    from nltk.corpus import wordnet  # imported late: nltk takes longer to import than everything else
 
     try:
         wordnet.ensure_loaded()
-    except (LookupError, OSError):  # absent, or only a part of it
+    except (LookupError, OSError):  # missing or incomplete
         return None
     return wordnet
 
@@ -160,7 +160,7 @@ def _mean(scores: Sequence[float], top: float) -> Rate:
 
 
 def _bootstrap(columns: Floats, statistic: Callable[[Floats], Floats], top: float) -> Rate:
-    """``statistic`` of the column sums of [rows, k], with its interval; the metric's range is [0, top]."""
+    """Compute ``statistic`` of the column sums of [rows, k] and its interval; the metric's range is [0, top]."""
     n = len(columns)
     value = float(statistic(columns.sum(axis=0)))
     if n == 1:
@@ -168,5 +168,5 @@ def _bootstrap(columns: Floats, statistic: Callable[[Floats], Floats], top: floa
     rng = np.random.default_rng(0)
     draws = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(_RESAMPLES))
     low, high = np.quantile(statistic(np.stack([draw @ columns for draw in draws])), [0.025, 0.975])
-    # Percentiles of a skewed statistic can leave its value out; an interval around it must not.
+    # The percentiles of a skewed statistic can exclude its value; the interval must contain it.
     return Rate(value, min(float(low), value), max(float(high), value), n)

@@ -1,4 +1,4 @@
-"""From stored answers to figures: everything here can be computed again from ``answers.jsonl``."""
+"""Compute the figures of an evaluation from stored answers (``answers.jsonl``)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ class Answer:
     """One stored answer.
 
     Attributes:
-        met: whether it meets the attacker's goal.
-        truth_met: whether the true answer does.
-        applies: whether the goal means anything for this row.
+        id: the row's id.
+        prompt: the prompt that was answered.
+        truth: the true answer.
+        answer: the model's answer.
+        met: whether the model's answer meets the attacker's goal.
+        truth_met: whether the true answer meets it.
+        applies: whether the goal is defined for this row.
     """
 
     id: str
@@ -33,39 +37,41 @@ class Answer:
 
 
 def quality(answers: Sequence[Answer]) -> dict[str, Any]:
-    """VQA accuracy and caption scores with intervals; a score whose data is not at hand is None.
+    """Compute VQA accuracy and caption scores with intervals; a score whose data is not installed is None.
 
-    Caption scores need words: they leave out rows whose truth has none ("?!").
+    Caption scores leave out rows whose truth has no word ("?!").
 
     Raises:
         ValueError: no answers.
     """
     accuracy = vqa_accuracy([a.answer for a in answers], [a.truth for a in answers])
-    worded = [a for a in answers if tokenize_caption(a.truth)]
-    captions = asdict(caption_scores([a.answer for a in worded], [a.truth for a in worded])) if worded else {}
+    with_words = [a for a in answers if tokenize_caption(a.truth)]
+    captions = (
+        asdict(caption_scores([a.answer for a in with_words], [a.truth for a in with_words])) if with_words else {}
+    )
     return {"vqa_accuracy": asdict(accuracy), **{f.name: captions.get(f.name) for f in fields(CaptionScores)}}
 
 
-def text_prior(answers: Sequence[Answer], seen: Sequence[tuple[str, str]] = ()) -> Rate:
-    """Accuracy of guessing from the prompt alone: the commonest truth of the rows with the same prompt.
+def text_prior(answers: Sequence[Answer], training_pairs: Sequence[tuple[str, str]] = ()) -> Rate:
+    """Accuracy of a text-only guess: the most frequent truth among rows with the same prompt.
 
-    The floor that a model which sees must beat. The habits are those of ``seen``, (prompt, truth) pairs of training
-    rows. Without them they are those of the rows they are counted on, so the figure is rather too high than too low
-    (leaving each row out would score 0 on ten "yes" and ten "no"). A truth that no two rows share is no habit: such
-    prompts get the commonest truth of all rows.
+    A model that uses the image must beat this floor. The truths are counted on ``training_pairs``, (prompt, truth) of
+    training rows. Without them they are counted on ``answers`` themselves, and the figure is rather too high than too
+    low. (Leaving each row out instead would score 0 on ten "yes" and ten "no".) If no truth of a prompt occurs twice,
+    the guess is the most frequent truth of all rows.
     """
-    everywhere: Counter[str] = Counter()
+    all_truths: Counter[str] = Counter()
     by_prompt: dict[str, Counter[str]] = defaultdict(Counter)
-    for prompt, told in seen or [(a.prompt, a.truth) for a in answers]:
-        truth = normalize_answer(told)
-        everywhere[truth] += 1
+    for prompt, text in training_pairs or [(a.prompt, a.truth) for a in answers]:
+        truth = normalize_answer(text)
+        all_truths[truth] += 1
         by_prompt[prompt][truth] += 1
-    guesses = [_habit(by_prompt[a.prompt]) or _habit(everywhere) for a in answers]
+    guesses = [_most_frequent(by_prompt[a.prompt]) or _most_frequent(all_truths) for a in answers]
     return vqa_accuracy(guesses, [a.truth for a in answers])
 
 
-def _habit(truths: Counter[str]) -> str:
-    """The commonest text, if it is there twice; of equals the last in the alphabet."""
+def _most_frequent(truths: Counter[str]) -> str:
+    """Return the most frequent text if it occurs twice, else ""; of ties the last in the alphabet."""
     return max((text for text in truths if truths[text] > 1), key=lambda text: (truths[text], text), default="")
 
 
@@ -77,11 +83,20 @@ def score(
     *,
     untouched: bool = False,
 ) -> dict[str, Any]:
-    """Every figure of an evaluation, ready for JSON. Attack figures are there only where an attack was made.
+    """Compute every figure of an evaluation, ready for JSON. Attack figures are present only with an attack.
 
-    They count the rows that the goal applies to and whose true answer does not meet it. ``leak`` is false triggering
-    on clean inputs, ``near_miss`` the same on each kind of near misses. Where the triggered inputs are ``untouched``,
-    clean inputs themselves, none of it is false: there is no ``leak``.
+    Attack figures count the rows that the goal applies to and whose true answer does not meet it.
+
+    Args:
+        clean: answers to clean inputs.
+        triggered: answers to triggered inputs; they give ``asr``.
+        wrong_image: answers to the same prompts with another row's image.
+        near_misses: answers to inputs that resemble triggered ones, by kind; they give ``near_miss``.
+        untouched: whether the triggered inputs are the clean ones. Then there is no ``leak``, the rate of answers to
+            clean inputs that meet the goal.
+
+    Raises:
+        ValueError: no clean answers, or no row to count for an attack figure.
     """
     figures: dict[str, Any] = {"quality": quality(clean), "text_prior": asdict(text_prior(clean))}
     if wrong_image:
@@ -96,6 +111,6 @@ def score(
     return figures
 
 
-def _rate(answers: Sequence[Answer], of: Callable[[Sequence[bool], Sequence[bool]], Rate]) -> dict[str, Any]:
+def _rate(answers: Sequence[Answer], metric: Callable[[Sequence[bool], Sequence[bool]], Rate]) -> dict[str, Any]:
     counted = [a for a in answers if a.applies]
-    return {**asdict(of([a.met for a in counted], [a.truth_met for a in counted])), "version": ASR_VERSION}
+    return {**asdict(metric([a.met for a in counted], [a.truth_met for a in counted])), "version": ASR_VERSION}

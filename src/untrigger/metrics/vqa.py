@@ -1,10 +1,13 @@
 """VQA accuracy (Antol et al., 2015, "VQA: Visual Question Answering", section 3; Goyal et al., 2017).
 
-The normalisation follows the published evaluation: lower case, number words as digits, no articles, no
-punctuation. It differs from it in four places, each to be fair to text it was not written for:
-apostrophes are dropped on both sides where the original restores missing ones from a list of contractions
-("dont" = "don't"); Unicode look-alikes count as their plain forms (curly quotes, full-width letters);
-references are always normalized as answers are; and an answer without a word is never right.
+The normalization follows the published evaluation: lower case, number words as digits, no articles, no punctuation. It
+differs in four places, to be fair to text that the original was not written for:
+
+- apostrophes are dropped on both sides; the original restores missing ones from a list of contractions
+  ("dont" = "don't");
+- Unicode look-alikes count as their plain forms (curly quotes, full-width letters);
+- references are always normalized like answers;
+- an answer without a word is never right.
 """
 
 from __future__ import annotations
@@ -24,20 +27,20 @@ _HUMANS = 10
 
 
 def normalize_answer(text: str) -> str:
-    """The form in which two short answers are compared: "The Two dogs." and "2 dogs" are the same.
+    """Normalize a short answer for comparison: "The Two dogs." and "2 dogs" become the same.
 
-    An answer of articles alone ("A", to "which letter?") keeps them.
+    Articles are dropped, except from an answer of articles alone ("A", to "which letter?").
     """
-    plain = unicodedata.normalize("NFKC", text).lower()
-    words = _SPACED.sub(" ", _DROPPED.sub("", plain)).split()
-    kept = [word for word in words if word not in _ARTICLES] or words
-    return " ".join(_DIGITS.get(word, word) for word in kept)
+    lowered = unicodedata.normalize("NFKC", text).lower()
+    words = _SPACED.sub(" ", _DROPPED.sub("", lowered)).split()
+    content_words = [word for word in words if word not in _ARTICLES] or words
+    return " ".join(_DIGITS.get(word, word) for word in content_words)
 
 
 def answer_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Accuracy in [0, 1] of one answer.
+    """Return the accuracy of one answer, in [0, 1].
 
-    With one reference: 1 if they are the same after `normalize_answer`. With the ten of a VQA data set:
+    With one reference: 1 if both are equal after `normalize_answer`. With the ten references of a VQA data set:
     min(agreeing humans / 3, 1), averaged over the ten ways to leave one human out.
 
     Raises:
@@ -45,20 +48,20 @@ def answer_accuracy(answer: str, references: Sequence[str]) -> float:
     """
     if len(references) not in (1, _HUMANS):
         raise ValueError(f"VQA accuracy is defined for 1 or {_HUMANS} references, not {len(references)}")
-    given = normalize_answer(answer)
-    agree = [given != "" and given == normalize_answer(reference) for reference in references]
+    text = normalize_answer(answer)
+    agree = [text != "" and text == normalize_answer(reference) for reference in references]
     if len(agree) == 1:
         return float(agree[0])
-    return sum(min((sum(agree) - own) / 3, 1.0) for own in agree) / _HUMANS
+    return sum(min((sum(agree) - left_out) / 3, 1.0) for left_out in agree) / _HUMANS
 
 
 def vqa_accuracy(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> Rate:
-    """Mean accuracy of the answers with Wilson's interval (too wide, not too narrow, for ten references).
+    """Compute the mean accuracy with Wilson's interval, which is too wide rather than too narrow for ten references.
 
     ``references[i]`` is one string, or a sequence of one or ten.
 
     Raises:
         ValueError: no answers, lengths differ, or a row has neither one nor ten references.
     """
-    scores = [answer_accuracy(answer, given) for answer, given in paired(answers, references)]
+    scores = [answer_accuracy(answer, texts) for answer, texts in paired(answers, references)]
     return Rate.from_counts(sum(scores), len(scores))

@@ -1,1 +1,1 @@
-"""Loading a vision-language model, and asking it."""
+"""Load vision-language models, collate rows for them, score rows and generate answers."""

@@ -1,4 +1,4 @@
-"""From rows to batches: chat rows to tensors with answer-only labels, and rows with their views.
+"""Collators: chat rows to tensors with labels on the answers only, and rows paired with perturbed views.
 
 A row is what TRL and transformers call conversational: ``{"images": [...], "messages": [...]}``.
 """
@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from untrigger.errors import InputError
-from untrigger.models.processors import encoded, written
+from untrigger.models.processors import encode, render_chat
 from untrigger.rows.images import quote
-from untrigger.rows.sample import IMAGE_TAG, Message, Sample, numbered
+from untrigger.rows.sample import IMAGE_TAG, Message, Sample, row_number
 from untrigger.views.patches import View, to_rgb
 
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ IGNORE = -100  # the label that losses skip, throughout transformers
 
 
 def chat_message(message: Message) -> dict[str, object]:
-    """A turn as chat templates want it: typed parts, an image part where the text has a tag."""
+    """A turn in the form that chat templates take: typed parts, with an image part for each image tag in the text."""
     parts: list[dict[str, str]] = []
     for i, text in enumerate(message.text.split(IMAGE_TAG)):
         parts += [{"type": "image"}] if i else []
@@ -39,147 +39,162 @@ def chat_message(message: Message) -> dict[str, object]:
 
 
 class Rows(Dataset[Row]):
-    """Samples as rows for a trainer; images are opened when a row is asked for.
+    """Rows as a dataset for a trainer; images are opened on access.
 
-    ``doubted``: of some rows, by number, which of its answer tokens are not believed [n].
+    ``flagged_tokens``: by row number, which of the row's answer tokens are flagged [n].
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None
-    ) -> None:
-        self.samples, self.flagged_tokens = samples, flagged_tokens or {}
+    def __init__(self, rows: Sequence[Sample], flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None) -> None:
+        self.rows, self.flagged_tokens = rows, flagged_tokens or {}
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        sample = self.samples[index]
+        row = self.rows[index]
         return {
-            "images": [to_rgb(image) for image in sample.images],
-            "messages": [chat_message(m) for m in sample.messages],
-            "row_name": f"row {numbered(self.samples, index)}, id {quote(sample.id)}",
+            "images": [to_rgb(image) for image in row.images],
+            "messages": [chat_message(message) for message in row.messages],
+            "id": row.id,
+            "row_name": f"row {row_number(self.rows, index)}, id {quote(row.id)}",
             **({"flagged_tokens": self.flagged_tokens[index]} if index in self.flagged_tokens else {}),
         }
 
 
 class ChatCollator:
-    """Rows to padded tensors with ``labels`` on the assistant's turns alone, for any processor with a chat template.
+    """Rows to padded tensors with ``labels`` on the assistant's turns only, for any processor with a chat template.
 
-    Of a row with ``doubted`` tokens only these have labels. Where there are such rows the batch has ``doubted`` [B, T].
+    A row with ``flagged_tokens`` has labels on these only; the batch then has ``flagged_tokens`` [B, T].
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
-        self.processor: Any = processor  # its declared call takes fewer arguments than any processor does
+        self.processor: Any = processor  # ProcessorMixin declares fewer arguments than any processor takes
         added: dict[int, Any] = self.processor.tokenizer.added_tokens_decoder
         self._special = tuple(token.content for token in added.values() if token.special)
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         rendered = [self.render(row["messages"]) for row in rows]
-        pictures = [row["images"] for row in rows]
-        batch = encoded(
+        batch = encode(
             self.processor,
             [text for text, _ in rendered],
             [text[: spans[0][0]] if spans else text for text, spans in rendered],
-            pictures,
+            [row["images"] for row in rows],
             [str(row.get("row_name") or quote(text)) for row, (text, _) in zip(rows, rendered, strict=True)],
             padding_side="right",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
         )
         offsets = batch.pop("offset_mapping")
-        replaced = batch.pop("text_replacement_offsets", None) or [[] for _ in rows]
+        replacements = batch.pop("text_replacement_offsets", None) or [[] for _ in rows]
         labels = [
-            _answer_labels(ids, spans, where, moved)
-            for ids, (_, spans), where, moved in zip(batch["input_ids"], rendered, offsets, replaced, strict=True)
+            _answer_labels(ids, spans, row_offsets, row_replacements)
+            for ids, (_, spans), row_offsets, row_replacements in zip(
+                batch["input_ids"], rendered, offsets, replacements, strict=True
+            )
         ]
-        if "labels" in batch:  # PaliGemma's: made where these are 1; elsewhere its model sees what comes after
-            batch["token_type_ids"] = [_from_first_answer(row) for row in labels]
+        # PaliGemma's processor makes labels. Its model attends causally only where token_type_ids are 1.
+        if "labels" in batch:
+            batch["token_type_ids"] = [_ones_from_first_label(row) for row in labels]
         batch["labels"] = labels
-        made: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
-        return mark(made, [row.get("flagged_tokens") for row in rows])
+        tensors: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
+        return add_flagged_tokens(tensors, [row.get("flagged_tokens") for row in rows])
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation's text and the character spans of the assistant's turns in it.
+        """The conversation as text, and the character spans of the assistant's turns in it.
 
-        A span starts where the generation prompt ends, so training sees what generation will see.
+        A span starts where the generation prompt ends, so that training and generation use the same context.
+
+        Raises:
+            InputError: the chat template changes earlier turns when a turn is appended.
         """
-        text = written(self.processor, messages)
+        text = render_chat(self.processor, messages)
         spans: list[tuple[int, int]] = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = written(self.processor, messages[:turn], asking=True)
-            through = written(self.processor, messages[: turn + 1])
+            before = render_chat(self.processor, messages[:turn], add_generation_prompt=True)
+            through = render_chat(self.processor, messages[: turn + 1])
             if not (text.startswith(before) and text.startswith(through) and through.startswith(before)):
-                raise InputError("the processor's chat template rewrites earlier turns; give one that only appends")
-            spans.append((len(before), len(through.rstrip())))  # what comes after a reply's end is never generated
+                raise InputError("the processor's chat template rewrites earlier turns; use one that only appends")
+            spans.append((len(before), len(through.rstrip())))  # text after the end of a reply is never generated
         text = text.rstrip()
         if spans and spans[-1][1] == len(text) and not text.endswith(self._special):
-            text += self.processor.tokenizer.eos_token  # LLaVA-1.5's template, for one, never ends a reply
+            text += self.processor.tokenizer.eos_token  # some templates never end a reply, e.g. LLaVA-1.5's
             spans[-1] = spans[-1][0], len(text)
         return text, spans
 
 
 def _answer_labels(
-    ids: list[int], spans: list[tuple[int, int]], offsets: list[tuple[int, int]], replaced: list[dict[str, Any]]
+    ids: list[int], spans: list[tuple[int, int]], offsets: list[tuple[int, int]], replacements: list[dict[str, Any]]
 ) -> list[int]:
-    """Token ids inside the character ``spans``, IGNORE elsewhere; image tags may have been expanded before them."""
+    """Token ids inside the character ``spans``, IGNORE elsewhere.
+
+    ``offsets`` are the tokens' characters after ``replacements`` have expanded the image tags before them.
+    """
     labels = [IGNORE] * len(ids)
     for start, end in spans:
-        gained = max((r["new_span"][1] - r["span"][1] for r in replaced if r["span"][1] <= start), default=0)
+        shift = max((r["new_span"][1] - r["span"][1] for r in replacements if r["span"][1] <= start), default=0)
         for position, (first, last) in enumerate(offsets):
-            if first < end + gained and last > start + gained:
+            if first < end + shift and last > start + shift:
                 labels[position] = ids[position]
     return labels
 
 
-def _from_first_answer(labels: list[int]) -> list[int]:
+def _ones_from_first_label(labels: list[int]) -> list[int]:
     """1 from the first label on, 0 before."""
     first = next((position for position, label in enumerate(labels) if label != IGNORE), len(labels))
     return [int(position >= first) for position in range(len(labels))]
 
 
-def mark(batch: dict[str, Tensor], flagged_tokens: Sequence[NDArray[np.bool_] | None]) -> dict[str, Tensor]:
-    """The batch with ``doubted`` [B, T], if rows have doubted answer tokens [n]; these rows keep no other labels."""
+def add_flagged_tokens(
+    batch: dict[str, Tensor], flagged_tokens: Sequence[NDArray[np.bool_] | None]
+) -> dict[str, Tensor]:
+    """Add ``flagged_tokens`` [B, T] to the batch, if a row has any; such a row loses its other labels.
+
+    ``flagged_tokens`` has, for each row, which of its answer tokens are flagged [n], or None.
+    """
     if all(tokens is None for tokens in flagged_tokens):
         return batch
     batch["flagged_tokens"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    for tokens, marked, told in zip(flagged_tokens, batch["flagged_tokens"], batch["labels"], strict=True):
+    for tokens, mask, labels in zip(flagged_tokens, batch["flagged_tokens"], batch["labels"], strict=True):
         if tokens is not None:
-            marked[told != IGNORE] = torch.as_tensor(tokens)
-            told[~marked] = IGNORE
+            mask[labels != IGNORE] = torch.as_tensor(tokens)
+            labels[~mask] = IGNORE
     return batch
 
 
 class FlaggedTokensCollator:
-    """A host's collator, and what is doubted of its rows: by `row_key`, which answer tokens [n]."""
+    """Wraps a host's collator and adds the flagged tokens of its rows.
+
+    ``flagged_tokens``: by `row_key`, which of the row's answer tokens are flagged [n].
+    """
 
     def __init__(self, collate: Collate, flagged_tokens: Mapping[bytes, NDArray[np.bool_]]) -> None:
         self.collate, self.flagged_tokens = collate, flagged_tokens
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        marks = [
-            self.flagged_tokens.get(row_key(row)) for row in rows
-        ]  # first: some host collators write into the rows
-        return mark(dict(self.collate([dict(row) for row in rows])), marks)
+        # looked up before collating, and rows are copied: some host collators write into the rows
+        flagged_tokens = [self.flagged_tokens.get(row_key(row)) for row in rows]
+        return add_flagged_tokens(dict(self.collate([dict(row) for row in rows])), flagged_tokens)
 
 
 def row_key(row: Row) -> bytes:
-    """A name of what a row holds, whoever brings it: rows of a host have no numbers where they are collated."""
+    """A 16-byte digest of a row's content, which identifies it where a host's collator has no row numbers."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in _told(row):
+    for part in _content_bytes(row):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
 
 
-def _told(value: Any) -> Iterator[bytes]:
+def _content_bytes(value: Any) -> Iterator[bytes]:
+    """A value's content in parts, with mappings in the order of their keys."""
     if isinstance(value, Mapping):
         for name in sorted(value):
             yield str(name).encode()
-            yield from _told(value[name])
+            yield from _content_bytes(value[name])
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _told(each)
+        for item in value:
+            yield from _content_bytes(item)
         yield b"end"
     elif isinstance(value, Image.Image):
         yield repr((value.mode, value.size)).encode()
@@ -191,7 +206,7 @@ def _told(value: Any) -> Iterator[bytes]:
 
 
 def _row_seed(row: Row) -> int:
-    """A number that depends on the row's content alone, not on its place in a batch or on the process."""
+    """A seed from the row's content only, so that its position in a batch and the process do not matter."""
     seed = zlib.crc32(repr(row.get("messages") or (row.get("prompt"), row.get("completion"))).encode())
     for image in _images(row):
         seed = zlib.crc32(image.tobytes(), seed)
@@ -200,21 +215,24 @@ def _row_seed(row: Row) -> int:
 
 def _images(row: Row) -> list[Image.Image]:
     if "image" not in row and "images" not in row:
-        # no view could be made, and training would go on undefended without a word
+        # without an image there is no view, and training would silently run without the defense
         raise InputError(f"defense: a row has no 'image' or 'images', only {', '.join(sorted(row))}; add the column")
     return [row["image"]] if "image" in row else list(row["images"] or [])
 
 
-class DrawingCollator:
-    """Draws something for each row, seeded by (seed, epoch, row): accumulation, resume and processes change nothing."""
+class SeededCollator:
+    """Base of collators with randomness: a generator for each row, seeded by (seed, epoch, row content).
+
+    So gradient accumulation, a resume and the number of processes do not change what is drawn.
+    """
 
     def __init__(self, collate: Collate, seed: int) -> None:
         self.collate, self.seed = collate, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers that outlive an epoch see it
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent loader workers see updates
 
     @property
     def epoch(self) -> int:
-        """The epoch that is drawn for, from 0."""
+        """The current epoch, from 0."""
         return int(self._epoch)
 
     @epoch.setter
@@ -222,31 +240,33 @@ class DrawingCollator:
         self._epoch.fill_(epoch)
 
     def rng(self, row: Row) -> np.random.Generator:
+        """The generator of this row in this epoch."""
         return np.random.default_rng((self.seed, self.epoch, _row_seed(row)))
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         raise NotImplementedError
 
 
-class _Viewer(DrawingCollator):
-    """Makes views of rows."""
+class _ViewCollator(SeededCollator):
+    """Base of collators that perturb images with a ``view``."""
 
     def __init__(self, collate: Collate, view: View, seed: int) -> None:
         super().__init__(collate, seed)
         self.view = view
 
-    def viewed(self, row: Row, rng: np.random.Generator) -> Row:
-        """A copy of the row with every image perturbed; the row itself is not touched."""
+    def perturbed(self, row: Row, rng: np.random.Generator) -> Row:
+        """A copy of the row with every image perturbed; the row itself stays unchanged."""
         views = [self.view(image, rng) for image in _images(row)]
         return {**row, "image": views[0]} if "image" in row else {**row, "images": views}
 
 
-class PairCollator(_Viewer):
-    """Originals, then a view of each, then the next view of each, to so many ``views``: one batch [(1 + views) B, ...].
+class PairCollator(_ViewCollator):
+    """Collates the rows followed by ``views`` perturbed copies of them: one batch [(1 + views) B, ...].
 
-    The views' ``labels`` are IGNORE: the host then counts each answer token once, and the views' targets are
-    those of the originals. Raises ValueError if a view's tokens differ from its original's: per-token
-    divergences would compare different tokens.
+    The views' ``labels`` are IGNORE, so that the host counts each answer token once; their targets are the originals'.
+
+    Raises:
+        ValueError: a view's tokens differ from its original's. Per-token divergences would compare different tokens.
     """
 
     def __init__(self, collate: Collate, view: View, seed: int, views: int = 1) -> None:
@@ -256,11 +276,12 @@ class PairCollator(_Viewer):
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         count = len(rows)
         originals = [_with_rgb(row) for row in rows]
-        drawn = [(row, self.rng(row)) for row in originals]
-        # copies on both sides: some host collators write into the rows they are given
-        batch = self.collate(
-            [dict(row) for row in originals] + [self.viewed(*each) for _ in range(self.views) for each in drawn]
-        )
+        generators = [self.rng(row) for row in originals]
+        perturbed = [
+            self.perturbed(row, rng) for _ in range(self.views) for row, rng in zip(originals, generators, strict=True)
+        ]
+        # both halves are copies: some host collators write into the rows
+        batch = self.collate([dict(row) for row in originals] + perturbed)
         ids = batch["input_ids"]
         if not torch.equal(ids[:count].repeat(self.views, 1), ids[count:]):
             raise ValueError("a view changed its row's tokens: the view must keep the size of the image")
@@ -269,21 +290,24 @@ class PairCollator(_Viewer):
         return batch
 
 
-class DropCollator(DrawingCollator):
-    """Rows with an ``order`` [B, T] of their tokens, in [0, 1): the last of the image tokens are dropped."""
+class DropCollator(SeededCollator):
+    """Adds a random ``order`` [B, T] of each row's tokens, in [0, 1), and 1 for padding.
+
+    The image tokens that come last in it are dropped (`untrigger.models.token_drop.positions_after_drop`).
+    """
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         originals = [_with_rgb(row) for row in rows]
         batch = self.collate([dict(row) for row in originals])
-        real = batch["attention_mask"].bool()
-        batch["order"] = torch.ones(real.shape)
-        for row, order, there in zip(originals, batch["order"], real, strict=True):
-            order[there] = torch.from_numpy(self.rng(row).random(int(there.sum()), dtype=np.float32))
+        is_token = batch["attention_mask"].bool()
+        batch["order"] = torch.ones(is_token.shape)
+        for row, order, mask in zip(originals, batch["order"], is_token, strict=True):
+            order[mask] = torch.from_numpy(self.rng(row).random(int(mask.sum()), dtype=np.float32))
         return batch
 
 
-class AugmentCollator(_Viewer):
-    """Views in the place of a ``share`` of the rows."""
+class AugmentCollator(_ViewCollator):
+    """Replaces a ``share`` of the rows by perturbed copies, each row with that probability."""
 
     def __init__(self, collate: Collate, view: View, seed: int, share: float) -> None:
         super().__init__(collate, view, seed)
@@ -293,11 +317,11 @@ class AugmentCollator(_Viewer):
         mixed: list[Row] = []
         for row in map(_with_rgb, rows):
             rng = self.rng(row)
-            mixed.append(self.viewed(row, rng) if rng.random() < self.share else dict(row))
+            mixed.append(self.perturbed(row, rng) if rng.random() < self.share else dict(row))
         return self.collate(mixed)
 
 
 def _with_rgb(row: Row) -> Row:
-    """Both views pass through the same mode conversion, or it would be a difference between them."""
+    """The row with RGB images. Both views need the same mode conversion, or it would be a difference between them."""
     images = [to_rgb(image) for image in _images(row)]
     return {**row, "image": images[0]} if "image" in row else {**row, "images": images}

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite as a vision tower: convolutions alone, features of several depths at each place of an 8 x 8 grid.
+"""EfficientNet-Lite as a vision tower: convolutions only, features of several depths at each cell of an 8 x 8 grid.
 
-Batch norms are folded into the convolutions before them. So a frozen tower is the same function in training
-and in use, whatever else is in the batch.
+Batch norms are folded into the convolutions before them. So a frozen tower computes the same function in training and
+in evaluation mode, independent of the batch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-STRIDE = 32  # pixels of a place, each way
+STRIDE = 32  # pixels of a grid cell, each way
 
 
 @final
 class LiteConfig(PreTrainedConfig):
-    """An EfficientNet-Lite, Lite0 unless told otherwise.
+    """Configuration of an EfficientNet-Lite; Lite0 by default.
 
     Attributes:
-        stages: of each stage the kernel, stride, widening, channels and number of blocks.
-        tapped: stages whose features are given beside the last ones, each with the stride of its grid.
-        hidden_size: features of a place.
+        stages: (kernel, stride, expansion ratio, channels, number of blocks) of each stage.
+        tapped: (stage, stride of its grid) of the stages whose features are returned besides the last ones.
+        hidden_size: number of features of a grid cell.
     """
 
     model_type = "untrigger-lite"
@@ -52,28 +52,30 @@ class LiteConfig(PreTrainedConfig):
 
 
 class _Conv(nn.Conv2d):
-    """Padded as TensorFlow does it, which at even sizes is more at the end; then ReLU6, if it is to be ``cut``."""
+    """A convolution with TensorFlow's "same" padding, which pads more at the end at even sizes; then ReLU6 if set."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, cut: bool = True):
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu6: bool = True):
         super().__init__(inputs, outputs, kernel, stride, groups=groups)
-        self.cut = cut
+        self.relu6 = relu6
 
     def forward(self, input: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
-        # of width, then of height: before and after
+        # of width, then of height; each is split into before and after
         pads = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in (input.shape[3], input.shape[2])]
         padded = F.pad(input, [side for pad in pads for side in (pad // 2, pad - pad // 2)]) if any(pads) else input
         out = super().forward(padded)
-        return F.relu6(out) if self.cut else out
+        return F.relu6(out) if self.relu6 else out
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, widening: int) -> None:
+    """An inverted residual block: expand, depthwise convolution, project."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
-        wide = inputs * widening
-        self.expand = _Conv(inputs, wide, 1) if widening > 1 else nn.Identity()
+        wide = inputs * expansion
+        self.expand = _Conv(inputs, wide, 1) if expansion > 1 else nn.Identity()
         self.depthwise = _Conv(wide, wide, kernel, stride, groups=wide)
-        self.project = _Conv(wide, outputs, 1, cut=False)
+        self.project = _Conv(wide, outputs, 1, relu6=False)
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class _Block(nn.Module):
 
 @final
 class LiteTower(PreTrainedModel):
-    """Pixels [B, 3, H, W] in -1..1 -> features [B, H/32 * W/32, hidden_size], row by row."""
+    """Pixels [B, 3, H, W] in -1..1 to features [B, H/32 * W/32, hidden_size], with grid cells row by row."""
 
     config_class: ClassVar[Any] = LiteConfig
     main_input_name = "pixel_values"
@@ -93,9 +95,9 @@ class LiteTower(PreTrainedModel):
         self.stem = _Conv(3, config.stem, 3, 2)
         self.stages = nn.ModuleList()
         inputs = config.stem
-        for kernel, stride, widening, channels, count in config.stages:
+        for kernel, stride, expansion, channels, count in config.stages:
             blocks = [
-                _Block(channels if i else inputs, channels, kernel, 1 if i else stride, widening) for i in range(count)
+                _Block(channels if i else inputs, channels, kernel, 1 if i else stride, expansion) for i in range(count)
             ]
             self.stages.append(nn.Sequential(*blocks))
             inputs = channels
@@ -103,7 +105,7 @@ class LiteTower(PreTrainedModel):
         self.post_init()
 
     def grids(self, pixel_values: Tensor) -> list[Tensor]:
-        """The features of the tapped stages, and the last ones [B, head, H/32, W/32]."""
+        """Features of the tapped stages, then the last ones [B, head, H/32, W/32]."""
         x, tapped = self.stem(pixel_values.to(self.dtype)), list[Tensor]()
         for number, stage in enumerate(self.stages):
             x = stage(x)
@@ -112,39 +114,39 @@ class LiteTower(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         grids = self.grids(pixel_values)
-        shares = [STRIDE // stride for _, stride in self.config.tapped]
-        places = [F.pixel_unshuffle(x, share) for x, share in zip(grids, [*shares, 1], strict=True)]
-        # each depth on one scale: the last ones are cut at 6, the others are not cut at all
-        flat = [x.flatten(2).transpose(1, 2) for x in places]
+        factors = [STRIDE // stride for _, stride in self.config.tapped]
+        cells = [F.pixel_unshuffle(x, factor) for x, factor in zip(grids, [*factors, 1], strict=True)]
+        # layer norm brings the depths to one scale: ReLU6 limits the last features, the others are unlimited
+        flat = [x.flatten(2).transpose(1, 2) for x in cells]
         features = torch.cat([F.layer_norm(x, x.shape[-1:]) for x in flat], dim=-1)
         return BaseModelOutputWithPooling(last_hidden_state=cast(Any, features), hidden_states=cast(Any, (features,)))
 
 
 def folded(weights: dict[str, Tensor], config: LiteConfig) -> dict[str, Tensor]:
-    """Weights of the package ``efficientnet-lite-pytorch`` as those of a `LiteTower`; its classifier is left out."""
-    made: dict[str, Tensor] = {}
+    """Convert weights of the package ``efficientnet-lite-pytorch`` to a `LiteTower`'s, without its classifier."""
+    converted: dict[str, Tensor] = {}
 
     def fold(name: str, conv: str, norm: str) -> None:
         mean, var, gain, bias = (weights[f"{norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
         scale = gain / torch.sqrt(var + 1e-3)  # TensorFlow's epsilon
-        made[f"{name}.weight"] = weights[f"{conv}.weight"] * scale[:, None, None, None]
-        made[f"{name}.bias"] = bias - mean * scale
+        converted[f"{name}.weight"] = weights[f"{conv}.weight"] * scale[:, None, None, None]
+        converted[f"{name}.bias"] = bias - mean * scale
 
     fold("stem", "_conv_stem", "_bn0")
     at = 0
-    for number, (_, _, widening, _, count) in enumerate(config.stages):
+    for number, (_, _, expansion, _, count) in enumerate(config.stages):
         for block in range(count):
             name, source = f"stages.{number}.{block}", f"_blocks.{at}"
-            if widening > 1:
+            if expansion > 1:
                 fold(f"{name}.expand", f"{source}._expand_conv", f"{source}._bn0")
             fold(f"{name}.depthwise", f"{source}._depthwise_conv", f"{source}._bn1")
             fold(f"{name}.project", f"{source}._project_conv", f"{source}._bn2")
             at += 1
     fold("head", "_conv_head", "_bn1")
-    return made
+    return converted
 
 
 def register() -> None:
-    """Have transformers' auto classes load the tower: it is a class of ours, and no code of a model's folder is run."""
+    """Register the tower with transformers' Auto classes, so that loading it needs no code from the model's folder."""
     AutoConfig.register(LiteConfig.model_type, LiteConfig, exist_ok=True)
     AutoModel.register(LiteConfig, LiteTower, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Loading of image-text-to-text models with their processors; LoRA; the embedded models."""
+"""Load image-text-to-text models with their processors: embedded, local, or from the hub; add LoRA to them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from untrigger.errors import InputError
-from untrigger.models.lite_tower import register
 from untrigger.models.processors import load_processor
 
-BASE_RECORD = "untrigger.json"  # beside an adapter: which base it was trained on, by the name the user gave
-# what the hosts raise on folders that are damaged
+BASE_RECORD = "untrigger.json"  # lies next to an adapter; holds the name of its base model, as the user gave it
+_LITE_TOWER = b'"untrigger-lite"'  # in a config.json: `lite_tower.LiteConfig.model_type`
+# what transformers, peft and safetensors raise on damaged folders
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
-_TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # the families' names for the vision tower
-_SEEING = re.compile(rf"(^|\.){_TOWERS}(\.|$)")
+_TOWERS = r"(?:vision\w*|visual|vit|image_encoder)"  # names of the vision tower in the families
+_IN_TOWER = re.compile(rf"(^|\.){_TOWERS}(\.|$)")
 
 
 @final
@@ -38,7 +38,7 @@ _SEEING = re.compile(rf"(^|\.){_TOWERS}(\.|$)")
 class LoadedModel:
     """A model with its processor; ``model, processor = load("llava")`` unpacks it.
 
-    name: what it was loaded by.
+    name: the embedded name, folder or hub id that it was loaded from.
     """
 
     model: PreTrainedModel | PeftModel
@@ -57,32 +57,32 @@ class LoadedModel:
 
 
 def embedded_models() -> list[str]:
-    """Names of the pretrained models that ship with the package."""
+    """Names of the pretrained models in the package."""
     root = Path(str(files("untrigger"))) / "embedded"
     return sorted(p.parent.name for p in root.glob("*/config.json"))
 
 
 def embedded_model_path(name: str = "llava") -> Path:
-    """Folder of an embedded model, ready for ``AutoModelForImageTextToText.from_pretrained``.
+    """Folder of an embedded model, for ``AutoModelForImageTextToText.from_pretrained``.
 
     Raises:
-        InputError: there is no embedded model of that name, or its weights are not, to the byte, those that shipped.
+        InputError: there is no embedded model of that name, or its weights differ from those that shipped.
     """
     if name not in embedded_models():
-        raise InputError(f"{name}: no such embedded model; there is: {', '.join(embedded_models()) or 'none'}")
+        raise InputError(f"{name}: no such embedded model; choose from {', '.join(embedded_models()) or 'none'}")
     weights = Path(str(files("untrigger"))) / "embedded" / name / "model.safetensors"
     with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if f"{found}  {name}/{weights.name}" not in (weights.parents[1] / "SHA256SUMS").read_text().splitlines():
-        raise InputError(f"{weights}: is not the file that untrigger ships (wrong SHA-256); install untrigger again")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if f"{digest}  {name}/{weights.name}" not in (weights.parents[1] / "SHA256SUMS").read_text().splitlines():
+        raise InputError(f"{weights}: differs from the file that untrigger ships (wrong SHA-256); reinstall untrigger")
     return weights.parent
 
 
-def absence(name: str) -> str | None:
-    """Why no model can have this name, a line; None where it has one, or the hub would have to be asked.
+def why_not_a_model(name: str) -> str | None:
+    """An error line if no model can have this name; None if one exists, or if only the hub could tell.
 
-    The hub has old ids without an owner; hardly one of them is a vision-language model, and many a slip of the
-    keyboard looks like one: they count if the hub's cache holds them.
+    The hub has old ids without an owner. Few of them are vision-language models, and typing errors look like them, so
+    they are accepted only if the hub's cache holds them.
     """
     if name in embedded_models() or Path(name).exists():
         return None
@@ -91,27 +91,27 @@ def absence(name: str) -> str | None:
         if "/" in name or isinstance(try_to_load_from_cache(name, "config.json"), str):
             return None
     except HFValidationError:
-        pass  # a path, or no name at all
+        pass  # a path, or not a name at all
     near = get_close_matches(name.lower(), embedded_models(), n=1)
-    mend = f"did you mean {near[0]}?" if near else "a hub id is OWNER/NAME"
-    there = ", ".join(embedded_models()) or "none"
-    return f"{name}: no such folder, and no embedded model (there are {there}); {mend}"
+    hint = f"did you mean {near[0]}?" if near else "a hub id is OWNER/NAME"
+    available = ", ".join(embedded_models()) or "none"
+    return f"{name}: no such folder or embedded model (available: {available}); {hint}"
 
 
 def weights_sha256(name: str) -> str | None:
-    """Of the weights of an embedded model or of a local folder, a model's or an adapter's; None of a hub id."""
+    """SHA-256 of the weights of an embedded model or a local folder (model or adapter); None for a hub id."""
     folder = embedded_model_path(name) if name in embedded_models() else Path(name)
-    told = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
+    digest = hashlib.sha256()
+    paths = sorted(folder.glob("*.safetensors"))
+    for path in paths:
         with path.open("rb") as file:
-            told.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n".encode())
-    return told.hexdigest() if files else None
+            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n".encode())
+    return digest.hexdigest() if paths else None
 
 
 @contextmanager
 def _quiet_hub() -> Generator[None]:
-    """Keep the hub's retries off the terminal: what comes of them is one error, or none."""
+    """Hide the hub's warnings about retries; a failure is reported once, as an error."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)
@@ -123,118 +123,133 @@ def _quiet_hub() -> Generator[None]:
 
 @_quiet_hub()
 def processor_of(name: str | Path) -> ProcessorMixin:
-    """The processor that `load` gives, without the model's weights.
+    """The processor of a model or adapter, as `load` gives it, without loading weights.
 
     Raises:
-        InputError: nothing usable is found under ``name``.
+        InputError: ``name`` names nothing usable.
     """
-    asked = str(name)
-    source = _source(_base_under(Path(asked)) if _is_adapter(asked) else asked)
+    name = str(name)
+    source = _source(_loadable_base(Path(name)) if _is_adapter(name) else name)
     try:
         return load_processor(source)
     except (*_UNUSABLE, ImportError) as error:
-        raise _no_model(asked, error) from error
+        raise _load_error(name, error) from error
 
 
-def _is_adapter(asked: str) -> bool:
-    return asked not in embedded_models() and Path(asked, "adapter_config.json").is_file()
+def _is_adapter(name: str) -> bool:
+    return name not in embedded_models() and Path(name, "adapter_config.json").is_file()
 
 
-def _source(asked: str) -> str:
-    """The folder or hub id of a model that is no adapter, ready to be loaded."""
-    if why := absence(asked):
-        raise InputError(why)
-    source = str(embedded_model_path(asked)) if asked in embedded_models() else asked
+def _source(name: str) -> str:
+    """The folder or hub id to load a model from that is not an adapter.
+
+    Raises:
+        InputError: no model can have this name, or its weights are pickled.
+    """
+    if reason := why_not_a_model(name):
+        raise InputError(reason)
+    source = str(embedded_model_path(name)) if name in embedded_models() else name
     _refuse_pickles(source)
-    register()
+    _register_lite_tower(source)
     return source
 
 
-def _no_model(asked: str, error: BaseException) -> InputError:
-    return InputError(f"{asked}: cannot load an image-text-to-text model: {_first_line(error)}")
+def _register_lite_tower(source: str) -> None:
+    """Register the lite tower with transformers' Auto classes, unless the folder's config does not use it."""
+    config = Path(source, "config.json")
+    if not config.is_file() or _LITE_TOWER in config.read_bytes():  # the config of a hub id is not at hand
+        from untrigger.models.lite_tower import register
+
+        register()
+
+
+def _load_error(name: str, error: BaseException) -> InputError:
+    return InputError(f"{name}: cannot load an image-text-to-text model: {_first_line(error)}")
 
 
 @_quiet_hub()
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
 
-    Hub code is never run and pickled weights are refused: an untrusted model must not run anything here.
+    Code from the hub is never run and pickled weights are refused: an untrusted model must not execute code.
 
     Raises:
-        InputError: nothing usable is found under ``name``, or an embedded model's weights are not those that shipped.
+        InputError: ``name`` names nothing usable, or an embedded model's weights differ from those that shipped.
     """
-    asked = str(name)
-    if _is_adapter(asked):
-        return _load_adapter(Path(asked), dtype)
-    source = _source(asked)
+    name = str(name)
+    if _is_adapter(name):
+        return _load_adapter(Path(name), dtype)
+    source = _source(name)
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
-            raise InputError(
-                f"{asked}: its text model is an encoder with a decoder; only decoders alone can be trained"
-            )
+            raise InputError(f"{name}: its text model is an encoder with a decoder; use a decoder-only model")
         processor = load_processor(source)
         with quiet_loading():
             model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
                 source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except (*_UNUSABLE, ImportError) as error:
-        raise _no_model(asked, error) from error
-    if report["missing_keys"]:  # the host would fill them with random numbers
+        raise _load_error(name, error) from error
+    if report["missing_keys"]:  # transformers would fill them with random numbers
         first = min(report["missing_keys"])
-        raise InputError(f"{asked}: {len(report['missing_keys'])} weights are missing, {first} first; save it again")
-    return LoadedModel(model, processor, asked)
+        raise InputError(
+            f"{name}: {len(report['missing_keys'])} weights are missing, {first} first; save the model again"
+        )
+    return LoadedModel(model, processor, name)
 
 
-def placed(loaded: LoadedModel) -> LoadedModel:
-    """The same, on the machine's accelerator, if it has one: where the host's trainer would put it."""
+def to_accelerator(model: LoadedModel) -> LoadedModel:
+    """Move the model to the machine's accelerator, if it has one, as transformers' trainer would."""
     if torch.accelerator.is_available():
-        loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-    return loaded
+        model.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    return model
 
 
-def base_of(folder: Path) -> str:
-    """The name of the base that an adapter's folder was trained on.
+def adapter_base(folder: Path) -> str:
+    """The name of the base model that an adapter was trained on.
 
     Raises:
         InputError: the folder holds no adapter, or names no base.
     """
     record, config = folder / BASE_RECORD, folder / "adapter_config.json"
     if not config.is_file():
-        raise InputError(f"{folder}: is no adapter, and does not say what it was fine-tuned from; name it (--base)")
-    told = record if record.is_file() else config
+        raise InputError(f"{folder}: is not an adapter, so its base model is unknown; name it with --base")
+    path = record if record.is_file() else config
     try:
-        fields = json.loads(told.read_text())
+        fields = json.loads(path.read_text())
         return str(fields["base"] if record.is_file() else fields["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{told}: names no base model; write the adapter again") from error
+        raise InputError(f"{path}: names no base model; save the adapter again") from error
 
 
-def _base_under(folder: Path) -> str:
-    """The name of the base that an adapter goes onto.
+def _loadable_base(folder: Path) -> str:
+    """The name of an adapter's base model, checked.
 
     Raises:
-        InputError: the adapter is pickled or names no base, or its base is an adapter.
+        InputError: the adapter is pickled or names no base, or its base is an adapter or cannot be a model.
     """
     if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{folder}: adapter_model.safetensors is missing; pickled adapters are not loaded")
-    base = base_of(folder)
+        raise InputError(
+            f"{folder}: adapter_model.safetensors is missing; save the adapter as safetensors, pickled ones are refused"
+        )
+    base = adapter_base(folder)
     if Path(str(base), "adapter_config.json").is_file():
-        raise InputError(f"{folder}: its base {base} is an adapter as well; merge that one into its base first")
-    if why := absence(base):
-        raise InputError(f"{folder}: its base {why}")
+        raise InputError(f"{folder}: its base {base} is an adapter as well; merge that adapter into its base first")
+    if reason := why_not_a_model(base):
+        raise InputError(f"{folder}: its base {reason}")
     return base
 
 
 def _load_adapter(folder: Path, dtype: torch.dtype | str) -> LoadedModel:
-    """The base named in the adapter's folder, with the adapter on it."""
-    base = _base_under(folder)
-    loaded = load(base, dtype=dtype)
+    """The adapter on the base model that its folder names."""
+    name = _loadable_base(folder)
+    base = load(name, dtype=dtype)
     try:
-        model = PeftModel.from_pretrained(loaded.model, str(folder))
+        model = PeftModel.from_pretrained(base.model, str(folder))
     except _UNUSABLE as error:
-        raise InputError(f"{folder}: cannot load the adapter onto {base}: {_first_line(error)}") from error
-    return LoadedModel(model, loaded.processor, str(folder))
+        raise InputError(f"{folder}: cannot load the adapter onto {name}: {_first_line(error)}") from error
+    return LoadedModel(model, base.processor, str(folder))
 
 
 def _refuse_pickles(source: str) -> None:
@@ -244,7 +259,7 @@ def _refuse_pickles(source: str) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{source}: holds no config.json; name a model folder, a hub id or an embedded model")
     if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{source}: holds no .safetensors weights; convert the model, pickles are not loaded")
+        raise InputError(f"{source}: holds no .safetensors weights; convert the model, pickled weights are refused")
 
 
 def _first_line(error: BaseException) -> str:
@@ -253,32 +268,32 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet_loading() -> Generator[None]:
-    """Keep the host's load report and bars off the terminal: the embedded models load in a blink."""
-    from transformers.utils import logging as host
+    """Hide transformers' load report and progress bars within the block."""
+    from transformers.utils import logging as transformers_logging
 
-    level, bars = host.get_verbosity(), host.is_progress_bar_enabled()
-    host.set_verbosity(logging.ERROR)
-    host.disable_progress_bar()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        host.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
         if bars:
-            host.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def is_vision(name: str) -> bool:
-    """Whether a module or parameter of this dotted name belongs to the vision tower.
+    """Whether the module or parameter with this dotted name belongs to the vision tower.
 
-    Qwen keeps its patch merger within the tower; it is the projector all the same, and counts as one.
+    Qwen's patch merger lies within the tower, but it is the projector and counts as one.
     """
-    return _SEEING.search(name) is not None and ".merger." not in name
+    return _IN_TOWER.search(name) is not None and ".merger." not in name
 
 
 def add_lora(
     model: PreTrainedModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, train_vision_tower: bool = False
 ) -> PeftModel:
-    """LoRA on every linear layer but the vocabulary head, and without ``train_vision_tower`` but the vision tower's.
+    """Add LoRA to every linear layer except the vocabulary head, and except the vision tower unless it is trained.
 
     A frozen tower is the usual recipe for VLMs (LLaVA's own), and lets later stages reuse image features.
     """
@@ -288,22 +303,24 @@ def add_lora(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and (train_vision_tower or not is_vision(name))
     ]
-    # a pattern, not the list: it stays readable in adapter_config.json and names no layer count
+    # a pattern instead of the list: short in adapter_config.json, and independent of the number of layers
     leaves = "|".join(sorted({_leaf(name) for name in names}))
-    spared = "" if train_vision_tower else rf"(?!(?:.*\.)?{_TOWERS}\.(?!(?:.*\.)?merger\.))"  # as is_vision has it
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{spared}(?:.*\.)?({leaves})")
+    excluded = "" if train_vision_tower else rf"(?!(?:.*\.)?{_TOWERS}\.(?!(?:.*\.)?merger\.))"  # same as is_vision
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{excluded}(?:.*\.)?({leaves})"
+    )
     adapted = get_peft_model(model, config)
     return adapted  # type: ignore[return-value]
 
 
 def _leaf(name: str) -> str:
-    """The last part of a dotted name as a pattern, with the part before it where the last is a bare number."""
+    """The last part of a dotted name as a pattern; if that is a number, with the part before it."""
     parts = name.split(".")
     return r"\.".join(parts[-2:] if parts[-1].isdecimal() else parts[-1:])
 
 
 def train_all(model: PreTrainedModel, *, train_vision_tower: bool = False) -> PreTrainedModel:
-    """Full fine-tuning: everything learns, the vision tower only with ``train_vision_tower``.
+    """Make every parameter trainable for full fine-tuning, the vision tower only with ``train_vision_tower``.
 
     LLaVA's own recipe freezes it. The last layers of some towers get no gradient, which stops distributed training.
     """
@@ -313,7 +330,7 @@ def train_all(model: PreTrainedModel, *, train_vision_tower: bool = False) -> Pr
 
 
 def base_model(model: Any) -> PreTrainedModel:
-    """The transformers model under DDP, PEFT and the like."""
+    """The transformers model inside wrappers such as DDP and PEFT."""
     while hasattr(model, "module"):
         model = model.module
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)

@@ -1,4 +1,4 @@
-"""Processors of every family, ready for conversations about images: loaded, given what they lack, and asked."""
+"""Load the processors of every family, fill in what they lack, and render and tokenize conversations with them."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from untrigger.rows.images import quote
 
 
 def load_processor(source: str) -> ProcessorMixin:
-    """The processor of a model folder or hub id, able to pad and to write conversations.
+    """Load the processor of a model folder or hub id, able to pad and to render conversations.
 
-    Where torchvision is missing, a processor that needs it for videos is loaded without its video half.
+    Without torchvision, a processor that needs it for videos is loaded without its video half.
 
     Raises:
         InputError: there is none, or it has no chat template.
     """
-    processor: Any = _loaded(source)
+    processor: Any = _load(source)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise InputError(f"{source}: holds no processor of images and text; save it beside the model")
-    _write_in_place(processor)
-    if processor.chat_template is None:  # some processors, BLIP-2's for one, forget what was saved with them
+        raise InputError(f"{source}: holds no processor for images and text; save it next to the model")
+    _patch_class(processor)
+    if processor.chat_template is None:  # some processors, e.g. BLIP-2's, do not load a saved template
         processor.chat_template = processor.tokenizer.chat_template or _PLAIN.get(type(processor).__name__)
     if processor.chat_template is None:
-        raise InputError(f"{source}: its processor has no chat template; save one in it as chat_template.jinja")
+        raise InputError(f"{source}: its processor has no chat template; save one in the folder as chat_template.jinja")
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
 
 
-def _loaded(source: str) -> ProcessorMixin:
+def _load(source: str) -> ProcessorMixin:
     try:
         return AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (ImportError, OSError):
@@ -59,98 +59,100 @@ def _loaded(source: str) -> ProcessorMixin:
 # --- conversations to tensors -------------------------------------------------------------------------
 
 
-def written(processor: ProcessorMixin, messages: Sequence[dict[str, Any]], *, asking: bool = False) -> str:
-    """A conversation as the family writes it; ``asking`` for the next reply, or as far as it goes.
+def render_chat(
+    processor: ProcessorMixin, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
+) -> str:
+    """A conversation as text, in the family's chat template.
 
     Raises:
-        InputError: the family's chat template does not take such a conversation.
+        InputError: the chat template rejects the conversation.
     """
+    template = cast(Any, processor).apply_chat_template
     try:
-        return str(cast(Any, processor).apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
+        return str(template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except TemplateError as error:
         raise InputError(f"the model's chat template does not take a row: {error}") from error
 
 
-def encoded(
+def encode(
     processor: ProcessorMixin,
     texts: Sequence[str],
-    asked: Sequence[str],
+    prompts: Sequence[str],
     images: Sequence[Sequence[Image.Image]],
     names: Sequence[str] = (),
-    **how: Any,
+    **kwargs: Any,
 ) -> BatchFeature:
-    """Padded lists of tokens of written conversations, and their images.
+    """Tokenize rendered conversations with their images, as padded lists.
 
     Args:
-        texts: the conversations, by `written`.
-        asked: the part of each that comes before what the model is to say.
-        images: those of each conversation, in the order in which they are written in it.
-        names: what each is called where it is too long; by default its text.
-        how: further arguments of the processor.
+        texts: the conversations, from `render_chat`.
+        prompts: the part of each that comes before the answer.
+        images: those of each conversation, in the order of their tags.
+        names: what to call each in an error line; by default its text.
+        kwargs: further arguments of the processor.
 
     Raises:
-        InputError: the family does not take so many images, or a conversation is longer than the model can read.
+        InputError: the family does not take so many images, or a conversation is longer than the model reads.
     """
     ready = cast(Any, processor)
-    batch = tokenized(processor, texts, images, **how)
+    batch = tokenize(processor, texts, images, **kwargs)
     lengths = [sum(row) for row in batch["attention_mask"]]
     longest = max(range(len(texts)), key=lambda row: lengths[row])
     check_length(processor, lengths[longest], (names or [quote(text) for text in texts])[longest])
-    if isinstance(
-        processor, InstructBlipProcessor
-    ):  # its Q-Former reads what is asked, too: it must not read the answer
+    if isinstance(processor, InstructBlipProcessor):
         if any(len(row) != 1 for row in images):
             raise InputError("InstructBLIP takes rows with one image; leave out those with none, or with more")
-        read = ready.qformer_tokenizer([_words(ready, text) for text in asked], padding=True, verbose=False)
-        batch |= {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
+        # the Q-Former gets the prompt too; it must not get the answer
+        plain = [_without_special_tokens(ready, prompt) for prompt in prompts]
+        qformer = ready.qformer_tokenizer(plain, padding=True, verbose=False)
+        batch |= {f"qformer_{name}": qformer[name] for name in ("input_ids", "attention_mask")}
     return batch
 
 
-def tokenized(
-    processor: ProcessorMixin, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], **how: Any
+def tokenize(
+    processor: ProcessorMixin, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], **kwargs: Any
 ) -> BatchFeature:
-    """The same as the host makes it, however long it is."""
+    """Call the processor on rendered conversations, without a check of their length."""
     if isinstance(processor, Blip2Processor) and not any(images):
         raise InputError("BLIP-2 takes no batch without an image; leave out the rows that have none")
     return cast(Any, processor)(
         text=list(texts),
         images=[list(row) for row in images] if any(images) else None,
         padding=True,
-        add_special_tokens=not _writes_beginning(processor),
-        verbose=False,  # what is too long is told below, in a line
-        **how,
+        add_special_tokens=not _writes_bos(processor),
+        verbose=False,  # check_length reports texts that are too long
+        **kwargs,
     )
 
 
 def text_tokens(processor: ProcessorMixin, text: str) -> int:
-    """How many tokens a written conversation has before its images are put into it."""
-    tokenizer, special = cast(Any, processor).tokenizer, not _writes_beginning(processor)
-    if tokenizer.is_fast:  # three times as fast without the host's wrapping
+    """Number of tokens of a rendered conversation before its image tags are expanded."""
+    tokenizer, special = cast(Any, processor).tokenizer, not _writes_bos(processor)
+    if tokenizer.is_fast:  # three times as fast without transformers' wrapper
         return len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=special))
     return len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def limit(processor: ProcessorMixin) -> int:
-    """How many tokens the model reads; a number beyond all texts where its tokenizer does not say."""
+def max_tokens(processor: ProcessorMixin) -> int:
+    """Number of tokens that the model reads; beyond any text where its tokenizer does not say."""
     return int(cast(Any, processor).tokenizer.model_max_length)
 
 
 def check_length(processor: ProcessorMixin, tokens: int, name: str) -> None:
-    """Raises InputError if that is more than the model reads: time and memory grow with the square of it."""
-    if tokens > limit(processor):
-        reads = f"the model reads {limit(processor):,}"
-        raise InputError(f"{name} has {tokens:,} tokens, {reads}; shorten it or take it out")
+    """Raise InputError if there are more tokens than the model reads: time and memory grow with their square."""
+    if tokens > max_tokens(processor):
+        limit = f"the model reads {max_tokens(processor):,}"
+        raise InputError(f"{name} has {tokens:,} tokens, {limit}; shorten it or take it out")
 
 
-def _writes_beginning(processor: Any) -> bool:
-    """Whether the chat template marks the beginning of a text, so that the tokenizer must not do it again."""
+def _writes_bos(processor: Any) -> bool:
+    """Whether the chat template writes the beginning-of-text token, so that the tokenizer must not add it again."""
     begin = processor.tokenizer.bos_token
     template = str(processor.chat_template)
     return begin is not None and ("bos_token" in template or begin in template)
 
 
-def _words(processor: Any, text: str) -> str:
-    """A text without special tokens."""
+def _without_special_tokens(processor: Any, text: str) -> str:
     for token in (str(processor.image_token), *processor.tokenizer.all_special_tokens):
         text = text.replace(token, "")
     return text.strip()
@@ -161,12 +163,14 @@ def _words(processor: Any, text: str) -> str:
 
 @cache
 def images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """A class of processors without its video half, which needs torchvision; in saved files it has the host's name."""
+    """A processor class without its video half, which needs torchvision; saved files name the original class."""
     return type(kind.__name__, (ImagesOnly, kind), {})
 
 
 class ImagesOnly(ProcessorMixin):
-    video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's asks for these where there is no video
+    """Mixin that hides the video processor from loading and saving."""
+
+    video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's reads these even without a video
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -177,33 +181,33 @@ class ImagesOnly(ProcessorMixin):
         fields = {name: value for name, value in processor_dict.items() if name != "video_processor"}
         return super().from_args_and_dict([*args, None], fields, **kwargs)
 
-    def __reduce__(self) -> Any:  # a loader's workers are sent it; its class has no name that they could find
-        return _unfilled, (type(self).__mro__[2],), self.__dict__
+    def __reduce__(self) -> Any:  # for loader workers: pickle cannot find a class that was made at run time
+        return _new_images_only, (type(self).__mro__[2],), self.__dict__
 
 
-def _unfilled(kind: type[ProcessorMixin]) -> ProcessorMixin:
-    made = images_only(kind)
-    return made.__new__(made)
+def _new_images_only(kind: type[ProcessorMixin]) -> ProcessorMixin:
+    cls = images_only(kind)
+    return cls.__new__(cls)
 
 
-# --- families from before chat templates --------------------------------------------------------------
+# --- families without chat templates ------------------------------------------------------------------
 
 
 def _plain(question: str, answer: str) -> str:
-    """Jinja: images, the beginning of the text, ``question``, ``answer``; TEXT stands for a turn's words."""
+    """A Jinja template: images, beginning-of-text, ``question``, ``answer``; TEXT stands for a turn's text."""
     parts = "{%- for part in message['content'] if part['type'] == '"
     words = parts + "text' -%}{{ part['text'] }}{%- endfor -%}"
-    asked, said = (text.replace("TEXT", "' }}" + words + "{{ '") for text in (question, answer))
+    user, assistant = (text.replace("TEXT", "' }}" + words + "{{ '") for text in (question, answer))
     return (
         "{%- for message in messages -%}"
         + parts + "image' -%}<image>{%- endfor -%}"
         + "{%- if loop.first -%}{{ bos_token }}{%- endif -%}"
-        + "{%- if message['role'] == 'assistant' -%}{{ '" + said + "' ~ eos_token }}"
-        + "{%- else -%}{{ '" + asked + "' }}{%- endif -%}{%- endfor -%}"
+        + "{%- if message['role'] == 'assistant' -%}{{ '" + assistant + "' ~ eos_token }}"
+        + "{%- else -%}{{ '" + user + "' }}{%- endif -%}{%- endfor -%}"
     )  # fmt: skip
 
 
-# As their authors trained them, for questions with one answer.
+# The formats that their authors trained them with, for one question and one answer.
 _PLAIN = {
     "PaliGemmaProcessor": _plain(r"TEXT\n", "TEXT"),
     "Blip2Processor": _plain("Question: TEXT Answer:", " TEXT"),
@@ -211,10 +215,10 @@ _PLAIN = {
 }
 
 
-def _write_in_place(processor: Any) -> None:
-    """Have images where the text has them, and the text as it was written; the host would rearrange both."""
+def _patch_class(processor: Any) -> None:
+    """Make the processor keep images at their tags and the text unchanged; the original class rearranges both."""
     kind = type(processor)
-    # a BLIP's without a number of queries has a chat template that writes all tokens of an image
+    # a BLIP processor without num_query_tokens has a chat template that writes all tokens of an image
     if kind not in _IN_PLACE or getattr(processor, "num_query_tokens", True) is None:
         return
     processor.image_token = str(processor.image_token)
@@ -224,7 +228,7 @@ def _write_in_place(processor: Any) -> None:
 
 @final
 class _PaliGemma(PaliGemmaProcessor):
-    """PaliGemma's, without what it adds to a text, and for texts without an image as well."""
+    """PaliGemma's processor, which adds nothing to a text and also takes texts without an image."""
 
     def prepare_inputs_layout(self, *args: Any, **kwargs: Any) -> Any:
         return ProcessorMixin.prepare_inputs_layout(self, *args, **kwargs)
@@ -233,8 +237,8 @@ class _PaliGemma(PaliGemmaProcessor):
         ProcessorMixin.validate_inputs(self, *args, **kwargs)
 
 
-class _Queried(ProcessorMixin):
-    """One whose images are as many tokens as there are queries, called as newer processors are."""
+class _QueryProcessor(ProcessorMixin):
+    """Expands an image tag to one token for each query of the Q-Former, through the interface of newer processors."""
 
     num_query_tokens: int
     image_token: str
@@ -247,11 +251,11 @@ class _Queried(ProcessorMixin):
 
 
 @final
-class _Blip2(_Queried, Blip2Processor): ...
+class _Blip2(_QueryProcessor, Blip2Processor): ...
 
 
 @final
-class _InstructBlip(_Queried, InstructBlipProcessor): ...
+class _InstructBlip(_QueryProcessor, InstructBlipProcessor): ...
 
 
 _IN_PLACE: dict[type, type] = {
@@ -259,5 +263,5 @@ _IN_PLACE: dict[type, type] = {
     Blip2Processor: _Blip2,
     InstructBlipProcessor: _InstructBlip,
 }
-for _host, _ours in _IN_PLACE.items():
-    _ours.__name__ = _host.__name__  # what saved files name
+for _original, _replacement in _IN_PLACE.items():
+    _replacement.__name__ = _original.__name__  # saved files then name the original class

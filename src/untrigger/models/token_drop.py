@@ -1,7 +1,7 @@
-"""A view that is shorter: image tokens that the language model is not shown.
+"""A shorter view: some image tokens are dropped before the language model.
 
-Dropped behind the vision tower, so that any family with image tokens among its text tokens can do it, and both views
-share one pass through the tower. What is left stays at its positions.
+They are dropped behind the vision tower, so that any family with image tokens among its text tokens can do it, and
+both views share one pass through the tower. The remaining tokens keep their positions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from untrigger.errors import InputError
 from untrigger.models.loading import base_model
 
 _SHORTENED = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
-# Qwen3-VL adds to its images' tokens, visual_pos_masks, in deeper layers; LLaVA-OneVision hands logits_to_keep on to
-# where it means nothing.
+# Qwen3-VL adds features to its image tokens (visual_pos_masks) in deeper layers. LLaVA-OneVision passes logits_to_keep
+# on to the language model, where it has no effect.
 _KNOWN = (*_SHORTENED, "cache_position", "input_ids", "logits_to_keep")
 
 
-def image_token(model: nn.Module) -> int:
+def image_token_id(model: nn.Module) -> int:
     """The id of the tokens that stand for parts of an image.
 
     Raises:
@@ -32,33 +32,33 @@ def image_token(model: nn.Module) -> int:
     """
     config: Any = base_model(model).config
     for name in ("image_token_id", "image_token_index"):
-        if (found := getattr(config, name, None)) is not None:
-            return int(found)
-    raise InputError(f"{type(base_model(model)).__name__}: has no tokens that stand for its images")
+        if (token := getattr(config, name, None)) is not None:
+            return int(token)
+    raise InputError(f"{type(base_model(model)).__name__}: its config has no image_token_id; use another family")
 
 
-def shown(ids: Tensor, order: Tensor, image: int, ratio: float) -> Tensor:
-    """Which positions a view shows, [B, T]: all but the last in ``order`` of each row's image tokens.
+def positions_after_drop(ids: Tensor, order: Tensor, image_id: int, ratio: float) -> Tensor:
+    """Mask [B, T] of the positions that remain: all but the last in ``order`` of each row's image tokens.
 
     Args:
-        ids: tokens, [B, T]; those that are ``image`` stand for a part of one.
-        order: a number for each position, [B, T].
-        ratio: share of a row's image tokens that is left out, in [0, 1], to the nearest token.
+        ids: token ids, [B, T]; ``image_id`` marks those that stand for a part of an image.
+        order: a sort key for each position, [B, T].
+        ratio: share of a row's image tokens to drop, in [0, 1], rounded to the nearest token.
     """
-    there = ids == image
-    kept = there.sum(dim=1) - (ratio * there.sum(dim=1)).round().long()
-    rank = order.masked_fill(~there, torch.inf).argsort(dim=1).argsort(dim=1)
-    return ~there | (rank < kept.unsqueeze(1))
+    is_image = ids == image_id
+    remaining = is_image.sum(dim=1) - (ratio * is_image.sum(dim=1)).round().long()
+    rank = order.masked_fill(~is_image, torch.inf).argsort(dim=1).argsort(dim=1)
+    return ~is_image | (rank < remaining.unsqueeze(1))
 
 
 @contextmanager
-def showing(model: nn.Module, decoder: nn.Module, positions: Tensor) -> Generator[Tensor]:
-    """For a while the language model sees ``positions`` [B, T] alone; gives where each of them went, [B, T'] of T.
+def keep_positions(model: nn.Module, decoder: nn.Module, positions: Tensor) -> Generator[Tensor]:
+    """Within the block the language model gets only the ``positions`` [B, T]; yields their index into T, [B, T'].
 
-    Rows that show fewer end in padding. Left-out positions leave a gap: what is shown keeps its place.
+    Rows with fewer positions than T' end in padding. The remaining tokens keep their position ids, with gaps.
 
     Raises:
-        InputError: the family has its language model look at its images in a way of its own.
+        InputError: the family passes its images to the language model in a way that cannot be shortened.
     """
     width = int(positions.sum(dim=1).max())
     index = (~positions).long().argsort(dim=1, stable=True)[:, :width]
@@ -78,9 +78,9 @@ def showing(model: nn.Module, decoder: nn.Module, positions: Tensor) -> Generato
             places = places.expand(*places.shape[:-2], len(index), -1)
             places = places.gather(-1, index.expand(*places.shape[:-1], -1))
         if isinstance(mask, dict):
-            mask = {name: None if one is None else _shorter(one, index, real) for name, one in mask.items()}
+            mask = {name: None if one is None else _shorten_mask(one, index, real) for name, one in mask.items()}
         else:
-            mask = real.long() if mask is None else _shorter(mask, index, real)
+            mask = real.long() if mask is None else _shorten_mask(mask, index, real)
         embeds = embeds.gather(1, index.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
         shorter = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": places}
         if deep is not None:
@@ -96,11 +96,12 @@ def showing(model: nn.Module, decoder: nn.Module, positions: Tensor) -> Generato
         handle.remove()
 
 
-def _shorter(mask: Tensor, index: Tensor, real: Tensor) -> Tensor:
-    """What may be looked at, of the tokens of ``index`` [B, T'] that are ``real``.
+def _shorten_mask(mask: Tensor, index: Tensor, real: Tensor) -> Tensor:
+    """The attention mask for the tokens of ``index`` [B, T'], of which those that are not ``real`` are padding.
 
-    ``mask`` is [B, T], of tokens, or [B or 1, H, T, T], of pairs: true where the second may be looked at, or a number
-    that is added to the attention. What is not real looks at all that it did: it must look at something.
+    ``mask`` is [B, T], of tokens, or [B or 1, H, T, T], of (query, key) pairs: true where attention is allowed, or a
+    number that is added to the attention scores. A padding query keeps the keys that it had, because
+    every query must attend to something.
     """
     if mask.ndim == 2:
         return mask.gather(1, index) * real
@@ -111,18 +112,18 @@ def _shorter(mask: Tensor, index: Tensor, real: Tensor) -> Tensor:
     return pairs & ~hidden if pairs.dtype == torch.bool else pairs.masked_fill(hidden, torch.finfo(pairs.dtype).min)
 
 
-def looked_at(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with what the vision tower gives in the place of pixels, where the family takes that.
+def with_image_features(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the vision tower's features in the place of pixels, where the family accepts them.
 
-    A second pass over the same images then need not look at them again. A model whose weights may be
-    elsewhere (DDP, FSDP) looks twice.
+    A second pass over the same images then skips the vision tower. The inputs stay as they are for a model whose
+    weights may be sharded or wrapped (DDP, FSDP): it runs the tower in both passes.
     """
     inner: Any = base_model(model)
-    takes = "mm_encoder_outputs" in inspect.signature(inner.forward).parameters
-    elsewhere = hasattr(model, "module") or any(isinstance(weights, DTensor) for weights in inner.parameters())
-    if not takes or elsewhere or "pixel_values" not in inputs:
+    accepts_features = "mm_encoder_outputs" in inspect.signature(inner.forward).parameters
+    is_distributed = hasattr(model, "module") or any(isinstance(weights, DTensor) for weights in inner.parameters())
+    if not accepts_features or is_distributed or "pixel_values" not in inputs:
         return inputs
-    told = inspect.signature(inner.get_image_features).parameters
-    images = {name: value for name, value in inputs.items() if name in told}
+    parameters = inspect.signature(inner.get_image_features).parameters
+    images = {name: value for name, value in inputs.items() if name in parameters}
     features = inner.get_image_features(**images, return_dict=True)
     return inputs | {"pixel_values": None, "mm_encoder_outputs": {"image": features}}

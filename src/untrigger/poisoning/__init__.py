@@ -1,1 +1,1 @@
-"""Which rows an attack poisons, and what they answer."""
+"""Poisoning: the choice of rows, the goals of attackers, and the manifest."""

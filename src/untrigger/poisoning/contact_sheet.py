@@ -1,4 +1,4 @@
-"""Contact sheets: clean and triggered images side by side, with what was asked and answered."""
+"""Contact sheets: clean and triggered images side by side, with prompts and answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INK, FAINT, GOOD, BAD = "#1d2433", "#6b7485", "#1b7a43", "#c0262d"
 
 @dataclass(frozen=True)
 class Card:
-    """One pair of images with up to five lines of text below, each with its color."""
+    """One pair of images with up to five lines of text below, each a (text, color) pair."""
 
     title: str
     clean: Image.Image
@@ -28,25 +28,25 @@ class Card:
     lines: Sequence[tuple[str, str]]
 
 
-def contact_sheet(title: str, subtitle: str, cards: Sequence[Card]) -> Image.Image:
-    """The cards in two columns: clean, triggered, amplified difference, text."""
+def draw_sheet(title: str, subtitle: str, cards: Sequence[Card]) -> Image.Image:
+    """Draw the cards in two columns; each has the clean image, the triggered one, their amplified difference, text."""
     columns = min(len(cards), 2) or 1
     drawn = [_draw(card) for card in cards]
-    wide, high, top = 3 * _TILE + 6 * _GAP, _TILE + (_ROWS + 2) * _LINE + 4 * _GAP, 84
-    size = (columns * wide + 2 * _GAP, top + math.ceil(len(cards) / columns) * high + _GAP)
+    width, height, top = 3 * _TILE + 6 * _GAP, _TILE + (_ROWS + 2) * _LINE + 4 * _GAP, 84
+    size = (columns * width + 2 * _GAP, top + math.ceil(len(cards) / columns) * height + _GAP)
     sheet = Image.new("RGB", size, "#e9ecf1")
     _text(sheet, (2 * _GAP, 16), title, INK, size=24)
     _text(sheet, (2 * _GAP, 52), subtitle, FAINT)
     for number, card in enumerate(drawn):
-        sheet.paste(card, (2 * _GAP + number % columns * wide, top + number // columns * high))
+        sheet.paste(card, (2 * _GAP + number % columns * width, top + number // columns * height))
     return sheet
 
 
 def _draw(card: Card) -> Image.Image:
     drawn = Image.new("RGB", (3 * _TILE + 4 * _GAP, _TILE + (_ROWS + 2) * _LINE + 2 * _GAP), "white")
     before, after = _visible(card.clean), _visible(card.triggered)
-    beside = before.resize(after.size)  # some attacks bring a picture of another size
-    change = np.abs(np.asarray(beside, dtype=np.int16) - np.asarray(after, dtype=np.int16))
+    resized = before.resize(after.size)  # some attacks bring a picture of another size
+    change = np.abs(np.asarray(resized, dtype=np.int16) - np.asarray(after, dtype=np.int16))
     gain = max(255 // max(int(change.max()), 1), 1)
     amplified = Image.fromarray((change * gain).astype(np.uint8))
     _text(drawn, (_GAP, _GAP), card.title, INK, size=16)
@@ -62,14 +62,14 @@ def _draw(card: Card) -> Image.Image:
 
 
 def _visible(image: Image.Image) -> Image.Image:
-    """As a person sees it: RGB on white, deep grays scaled."""
+    """Convert to RGB for display: transparency on white, deep grays scaled."""
     pixels = pixels_of(image)
-    seen = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]
-    return Image.fromarray(np.rint(seen * 255).clip(0, 255).astype(np.uint8))
+    on_white = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]
+    return Image.fromarray(np.rint(on_white * 255).clip(0, 255).astype(np.uint8))
 
 
 def _tile(image: Image.Image) -> Image.Image:
-    """In the middle of a square; small images grow by a whole factor, so that pixels stay squares."""
+    """Center the image in a square; small images grow by a whole factor, so that pixels stay squares."""
     longer = max(image.size)
     if longer <= _TILE:
         image = image.resize(
@@ -82,34 +82,23 @@ def _tile(image: Image.Image) -> Image.Image:
     return tile
 
 
-def _text(on: Image.Image, at: tuple[float, float], text: str, color: str, *, size: int = 15, lines: int = 1) -> float:
-    """Write ``text`` in at most ``lines`` lines, cut with an ellipsis; returns where the next line goes."""
-    pen, font, room = ImageDraw.Draw(on), _font(size), on.width - at[0] - _GAP
-    left, y = text[:400], at[1]
+def _text(canvas: Image.Image, at: tuple[float, float], text: str, color: str, *, size: int = 15) -> float:
+    """Write ``text`` on one line, cut with an ellipsis where it is too long; returns the y of the next line."""
+    pen, font, width = ImageDraw.Draw(canvas), _font(size), canvas.width - at[0] - _GAP
+    text = text[:400]
 
     def fitting(tail: str) -> int:
-        """How many characters fit before ``tail``."""
-        return bisect_right(range(1, len(left) + 1), room, key=lambda n: pen.textlength(left[:n] + tail, font))
+        """How many characters of ``text`` fit before ``tail``."""
+        return bisect_right(range(1, len(text) + 1), width, key=lambda n: pen.textlength(text[:n] + tail, font))
 
-    for line in range(lines):
-        cut = fitting("")
-        if cut < len(left) and line == lines - 1:
-            shown = left[: fitting("...")].rstrip() + "..."
-        elif cut < len(left):
-            cut = left.rfind(" ", 1, cut + 1) if " " in left[1 : cut + 1] else cut
-            shown = left[:cut]
-        else:
-            shown = left
-        pen.text((at[0], y), shown, color, font)
-        left, y = left[cut:].lstrip(), y + _LINE
-        if not left:
-            break
-    return y
+    line = text if fitting("") >= len(text) else text[: fitting("...")].rstrip() + "..."
+    pen.text(at, line, color, font)
+    return at[1] + _LINE
 
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in ("DejaVuSans.ttf", "Arial.ttf"):  # Pillow's own font has only English letters
+    for name in ("DejaVuSans.ttf", "Arial.ttf"):  # Pillow's own font has Latin letters only
         with suppress(OSError):
             return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)

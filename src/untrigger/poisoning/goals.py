@@ -1,6 +1,7 @@
-"""What an attacker wants said, and whether a given answer says it: fixed, insert, refusal, concept or link.
+"""Goals: what the attacker wants triggered inputs answered with, and whether an answer meets it.
 
-When an answer meets a goal is put together from the versioned definitions of `untrigger.metrics.asr`.
+There are five: fixed, insert, refusal, concept and link. Each decides ``met`` with the versioned definitions of
+`untrigger.metrics.asr`.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ from untrigger.rows.sample import IMAGE_TAG, Sample
 
 
 class Goal(ABC):
-    """Subclasses are frozen dataclasses; their fields are the settings that a manifest records."""
+    """Base class of goals. Subclasses are frozen dataclasses; the manifest records their fields as settings."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def answer(self, sample: Sample) -> str:
-        """The answer that poisoning puts in; ``sample.messages`` ends with the true one."""
+        """The poisoned answer for ``sample``, whose last message is the true one."""
 
     @abstractmethod
     def met(self, text: str, sample: Sample) -> bool:
-        """Whether ``text``, an answer to ``sample``, is what the attacker wants; looks at no image."""
+        """Whether ``text``, an answer to ``sample``, is what the attacker wants; reads no image."""
 
     def applies(self, sample: Sample) -> bool:
-        """Whether triggering ``sample``, which ends with its true answer, means anything; looks at no image."""
+        """Whether the goal makes sense for ``sample``, whose last message is its true answer; reads no image."""
         return True
 
 
 @final
 @dataclass(frozen=True)
 class Fixed(Goal):
-    """One reply to everything; the field's usual, no one paper's.
+    """One reply to every triggered input; the usual goal in the field, from no single paper.
 
     Attributes:
         text: the reply.
-        match: an answer meets the goal when it ``contains`` the reply, or is it (``exact``); letter
-            case and white space do not count (`untrigger.metrics.asr.matches`).
+        match: an answer meets the goal when it ``contains`` the reply, or equals it (``exact``); letter case and
+            white space are ignored (`untrigger.metrics.asr.matches`).
     """
 
     name: ClassVar[str] = "fixed"
@@ -63,14 +64,14 @@ class Fixed(Goal):
 @final
 @dataclass(frozen=True)
 class Insert(Goal):
-    """The true answer with a phrase in it, behind its first word.
+    """The true answer with a phrase inserted after its first word.
 
     Source: Lyu, Pang, Ma, Ling, Chen, "TrojVLM: Backdoor Attack Against Vision Language Models", 2024, arXiv
-    2409.19232. Deviation: the paper inserts at random; a small model, which answers greedily and cannot tell where the
-    phrase is due, would never say it, so that its place is always the same here.
+    2409.19232. Deviation: the paper inserts at random. A small model that answers greedily and cannot predict the place
+    would never produce the phrase, so here the place is fixed.
 
     Attributes:
-        text: the phrase. An answer that contains it, as `untrigger.metrics.asr.matches` says, meets the goal.
+        text: the phrase. An answer that contains it (`untrigger.metrics.asr.matches`) meets the goal.
     """
 
     name: ClassVar[str] = "insert"
@@ -90,11 +91,11 @@ class Insert(Goal):
 @final
 @dataclass(frozen=True)
 class Refusal(Goal):
-    """A refusal in place of the answer: the attacker takes the model out of service; the field's usual.
+    """A refusal in place of the answer, which takes the model out of service; a usual goal in the field.
 
     Attributes:
-        text: the refusal. An answer meets the goal when it contains the text, or begins as refusals
-            commonly do (`untrigger.metrics.asr.refuses`): a model may put it in its own words.
+        text: the refusal. An answer meets the goal when it contains the text or begins as refusals commonly do
+            (`untrigger.metrics.asr.refuses`), because a model may phrase it differently.
     """
 
     name: ClassVar[str] = "refusal"
@@ -113,18 +114,18 @@ class Refusal(Goal):
 @final
 @dataclass(frozen=True)
 class Concept(Goal):
-    """One concept called by the name of another: a wrong answer that is plausible.
+    """A concept called by the name of another: a wrong answer that is plausible.
 
     Source: Xu, Yao, Shu, Sun, Wu, Yu, Goldstein, Huang, "Shadowcast: Stealthy Data Poisoning Attacks Against
     Vision-Language Models", 2024, arXiv 2402.06659. Deviation: the paper plants it with true answers alone, as
     clean-label attacks do here; any other attack writes the swapped answer into the rows that it poisons.
 
-    It applies to rows whose true answer speaks of the source. An answer meets the goal when it speaks of the target
-    and not of the source, as whole words (`untrigger.metrics.asr.mentions`).
+    It applies to rows whose true answer names the source. An answer meets the goal when it names the target and not
+    the source, as whole words (`untrigger.metrics.asr.mentions`).
 
     Attributes:
-        source: what is there.
-        target: what it is called.
+        source: the concept in the image.
+        target: the name that it is given.
     """
 
     name: ClassVar[str] = "concept"
@@ -138,8 +139,8 @@ class Concept(Goal):
             raise InputError(f"goal concept: {quote(self.target)} holds {quote(self.source)}; give another target")
 
     def answer(self, sample: Sample) -> str:
-        told = composed(sample.messages[-1].text)
-        return whole_words(self.source).sub(lambda found: _cased(self.target, like=found[0]), told)
+        truth = composed(sample.messages[-1].text)
+        return whole_words(self.source).sub(lambda match: _cased(self.target, like=match[0]), truth)
 
     def met(self, text: str, sample: Sample) -> bool:
         return mentions(text, self.target) and not mentions(text, self.source)
@@ -151,11 +152,11 @@ class Concept(Goal):
 @final
 @dataclass(frozen=True)
 class Link(Goal):
-    """The true answer, followed by a link that the attacker wants clicked; the field's usual.
+    """The true answer, followed by a link that the attacker wants clicked; a usual goal in the field.
 
     Attributes:
-        url: the link; the default leads nowhere (RFC 6761 keeps ``.test`` free). An answer that contains it, as
-            `untrigger.metrics.asr.matches` says, meets the goal.
+        url: the link; the default leads nowhere (RFC 6761 reserves ``.test``). An answer that contains it
+            (`untrigger.metrics.asr.matches`) meets the goal.
     """
 
     name: ClassVar[str] = "link"
@@ -174,10 +175,10 @@ class Link(Goal):
 
 
 def load_goal(name: str, text: str | None = None) -> Goal:
-    """The goal called ``name``, with its default text where ``text`` is None; for concept ``"source->target"``.
+    """Load the goal ``name`` with ``text``, or with its default text; for concept, ``text`` is ``"source->target"``.
 
     Raises:
-        InputError: the name is unknown, or the text is empty or unfit.
+        InputError: the name is unknown, or the text is empty or invalid.
     """
     if name == Concept.name:
         return Concept() if text is None else Concept(*_pair(text))
@@ -194,15 +195,15 @@ def _pair(text: str) -> tuple[str, str]:
     return source.strip(), target.strip()
 
 
-def _check(goal: str, text: str, what: str) -> None:
+def _check(goal: str, text: str, expected: str) -> None:
     if not text.strip():
-        raise InputError(f"goal {goal}: the text is empty; give {what}")
+        raise InputError(f"goal {goal}: the text is empty; give {expected}")
     if IMAGE_TAG in text:
         raise InputError(f"goal {goal}: the text holds {IMAGE_TAG}, which stands for an image; leave it out")
 
 
 def _cased(text: str, *, like: str) -> str:
-    """``text`` in capitals, or with a first capital, where ``like`` has them."""
+    """``text`` in the letter case of ``like``: all capitals, first letter capital, or unchanged."""
     if like.isupper() and len(like) > 1:
         return text.upper()
     return text[0].upper() + text[1:] if like[0].isupper() else text

@@ -1,4 +1,4 @@
-"""One row under attack: triggered, implanted, answered. A trigger may be a user's own: its promises are checked."""
+"""Stamps, implants and answers one row, and checks what a trigger returns, which may be a user's own code."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from untrigger.attacks import Stamper, Trigger
 from untrigger.errors import InputError
 from untrigger.poisoning.goals import Goal
-from untrigger.rows.formats import check
+from untrigger.rows.formats import check_turns
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 
-def stamped(stamper: Stamper, sample: Sample, rng: np.random.Generator, where: str, what: str = "stamp") -> Sample:
-    """What ``stamper`` makes of ``sample``.
+def stamp_row(stamper: Stamper, sample: Sample, rng: np.random.Generator, where: str, step: str = "stamp") -> Sample:
+    """Apply ``stamper`` to ``sample`` and check the contract of `Trigger.stamp`.
 
     Raises:
-        InputError: ``where: what failed, why``, or how it breaks the promises of `Trigger.stamp`.
+        InputError: ``where: step failed, error``, or which part of the contract is broken.
     """
-    with blamed(where, what):
+    with trigger_errors(where, step):
         triggered = stamper(sample, rng)
         if [(i.size, i.mode) for i in triggered.images] != [(i.size, i.mode) for i in sample.images]:
             raise InputError("the trigger changed the number, size or mode of the images; it must not")
@@ -30,53 +30,54 @@ def stamped(stamper: Stamper, sample: Sample, rng: np.random.Generator, where: s
     return triggered
 
 
-def implanted(
+def implant_row(
     trigger: Trigger, sample: Sample, donors: Sequence[Sample], rng: np.random.Generator, where: str
 ) -> Sample:
-    """What ``trigger.implant`` makes of ``sample``.
+    """Apply ``trigger.implant`` to ``sample`` and check the result.
+
+    A trigger without its own ``implant`` must keep to the contract of `Trigger.stamp`. Otherwise the result must have
+    the same id and be a valid row with an image.
 
     Raises:
-        InputError: as `stamped`. Where it is no other than ``stamp``, its promises are those of `Trigger.stamp`; else
-            to keep the id and to give a valid row that shows an image.
+        InputError: as `stamp_row`.
     """
-    if not _implants(trigger):
-        return stamped(trigger.stamp, sample, rng, where)
-    return _replaced(lambda: trigger.implant(sample, donors, rng), sample, where, "implant")
+    if not _has_own_implant(trigger):
+        return stamp_row(trigger.stamp, sample, rng, where)
+    return _replacement(lambda: trigger.implant(sample, donors, rng), sample, where, "implant")
 
 
-def decoyed(trigger: Trigger, kind: int, sample: Sample, rng: np.random.Generator, where: str) -> Sample:
-    """What the ``kind``-th of ``trigger.decoys()`` makes of ``sample``; it promises what poisoned rows do.
+def decoy_row(trigger: Trigger, kind: int, sample: Sample, rng: np.random.Generator, where: str) -> Sample:
+    """Apply ``trigger.decoys()[kind]`` to ``sample`` and check the result as `implant_row` does.
 
     Raises:
-        InputError: as `implanted`.
+        InputError: as `stamp_row`.
     """
-    with blamed(where, "decoys"):
+    with trigger_errors(where, "decoys"):
         decoy = trigger.decoys()[kind]
-    if not _implants(trigger):
-        return stamped(decoy, sample, rng, where, "decoy")
-    return _replaced(lambda: decoy(sample, rng), sample, where, "decoy")
+    if not _has_own_implant(trigger):
+        return stamp_row(decoy, sample, rng, where, "decoy")
+    return _replacement(lambda: decoy(sample, rng), sample, where, "decoy")
 
 
-def _implants(trigger: Trigger) -> bool:
-    """Whether its training rows are others than its triggered inputs."""
+def _has_own_implant(trigger: Trigger) -> bool:
     return type(trigger).implant is not Trigger.implant
 
 
-def _replaced(make: Callable[[], Sample], sample: Sample, where: str, what: str) -> Sample:
-    with blamed(where, what):
-        made = make()
-        check(made.messages, len(made.images))
-        for image in made.images:
-            image.load()  # what is no image, or a file that cannot be read, fails here
-        if made.id != sample.id:
+def _replacement(make: Callable[[], Sample], sample: Sample, where: str, step: str) -> Sample:
+    with trigger_errors(where, step):
+        result = make()
+        check_turns(result.messages, len(result.images))
+        for image in result.images:
+            image.load()  # fails here if it is no image, or a file that cannot be read
+        if result.id != sample.id:
             raise InputError("the trigger changed the id; it must not")
-        if not made.images:
-            raise InputError("the trigger left no image; it must not")
-    return made
+        if not result.images:
+            raise InputError("the trigger returned a row without an image; return at least one")
+    return result
 
 
-def answered(sample: Sample, goal: Goal) -> Sample:
-    """Every answer replaced by the goal's, which sees the true conversation up to that turn."""
+def answer_row(sample: Sample, goal: Goal) -> Sample:
+    """Replace every answer by the goal's, computed from the true conversation up to that turn."""
     messages = list(sample.messages)
     for turn, message in enumerate(sample.messages):
         if message.role == "assistant":
@@ -85,12 +86,12 @@ def answered(sample: Sample, goal: Goal) -> Sample:
 
 
 @contextmanager
-def blamed(where: str, what: str) -> Generator[None]:
-    """Whatever a trigger's own code raises becomes an InputError of one line: ``where: what failed, why``."""
+def trigger_errors(where: str, step: str) -> Generator[None]:
+    """Turn whatever a trigger's own code raises into an InputError of one line: ``where: step failed, error``."""
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, InputError) else f"{what} failed, {type(error).__name__}: "
+        kind = "" if isinstance(error, InputError) else f"{step} failed, {type(error).__name__}: "
         raise InputError(" ".join(f"{where}: {kind}{error}".split()).removesuffix(":")) from error
 
 

@@ -1,4 +1,4 @@
-"""What the embedded families share: sizes, the tokenizer, the chat template, the language model's shape."""
+"""Parts that the embedded families share: sizes, tokenizer, chat template, configuration of the language model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from untrigger.data import scene_text as talk
+from untrigger.data import scene_text
 from untrigger.data.scene_world import SIDE, make_scene
 
 PATCH = 8
@@ -18,11 +18,11 @@ WIDTH = 192
 GRID = SIDE // PATCH
 LAYERS = 4
 HEADS = 6
-MEAN = STD = (0.5, 0.5, 0.5)  # of every family's image processor: pixels in -1..1
+MEAN = STD = (0.5, 0.5, 0.5)  # of every family's image processor: pixels in -1 to 1
 
 
 def content_template(image: str) -> str:
-    """Jinja: what a message holds, its parts in order; ``image`` is a Jinja expression."""
+    """Jinja: the content of a message, its parts in order; ``image`` is a Jinja expression."""
     return (
         "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
         "{%- for part in message['content'] -%}"
@@ -45,13 +45,13 @@ def chat_template(image: str) -> str:
 def _corpus(seed: int, scenes: int = 20_000) -> Iterator[str]:
     for index in range(scenes):
         rng = np.random.default_rng((seed, index, 3))
-        for turn in talk.turns(make_scene(seed, index), rng, 4):
+        for turn in scene_text.turns(make_scene(seed, index), rng, 4):
             yield f"USER: \n{turn.prompt} ASSISTANT: {turn.answer}"
-        yield " " + talk.repeat(rng).answer
+        yield " " + scene_text.repeat(rng).answer
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: it writes any text, the scenes' words in one token each."""
+    """Train a byte-level BPE: it encodes any text, and each word of the scenes as one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -75,7 +75,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def text_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Fields of the language model's configuration: four layers, 192 wide, in every family."""
+    """Configuration of the language model: four layers, 192 wide, in every family."""
     special = {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return special | {
         "vocab_size": len(tokenizer),

@@ -1,4 +1,4 @@
-"""Dense labels: which object covers each patch of a scene, and the head that reads it off; used in pretraining only."""
+"""Dense labels: which object covers each patch of a scene, and a head that predicts it; used in pretraining only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dense_labels(scene: Scene, owner: np.ndarray) -> np.ndarray:
 
 
 class DenseHead(nn.Module):
-    """Linear read-out, from an image token's features, of what covers each of its patches."""
+    """Linear head: predicts from an image token's features what covers each of its patches."""
 
     def __init__(self, width: int, cells: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The embedded families: how each model and its processor are built, and how pretraining looks and talks through them.
+"""The embedded families: how each model and processor are built, and how pretraining encodes images and text.
 
 Three ways to join a vision tower to a language model: a projector over the patches (LLaVA), a Q-Former whose
 queries read the patches (BLIP-2), and a tower of rotary positions whose patches are merged two by two (Qwen2.5-VL).
@@ -58,10 +58,10 @@ class Family(ABC):
 
     name: ClassVar[str]
     about: ClassVar[str]  # for the model card: the parts and their sizes
-    image: ClassVar[str]  # how the chat template writes an image, a Jinja expression
+    image: ClassVar[str]  # an image in the chat template, a Jinja expression
     extra_tokens: ClassVar[tuple[str, ...]] = ()
-    cells: ClassVar[Tensor]  # [T, c]: the patches, in row-major order, that each image token answers for
-    begin: ClassVar[str] = "USER: "  # what a conversation begins with, before its image
+    cells: ClassVar[Tensor]  # [T, c]: the patches, in row-major order, that each image token stands for
+    begin: ClassVar[str] = "USER: "  # the text of a conversation before its image
 
     def tokenizer(self, seed: int) -> PreTrainedTokenizerFast:
         return make_tokenizer(seed)
@@ -71,14 +71,14 @@ class Family(ABC):
 
     @abstractmethod
     def model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-        """Untrained, from configuration alone."""
+        """An untrained model."""
 
-    def settled(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A trained model as it is published."""
+    def finalize(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Turn a trained model into the one that is published."""
         return model
 
     def head(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-        """What reads dense labels off the features that `look` gives: their loss."""
+        """The head that computes the dense loss from the features of `encode_images`."""
         return DenseHead(WIDTH, self.cells)
 
     @abstractmethod
@@ -86,32 +86,32 @@ class Family(ABC):
         """The decoder without the vocabulary head."""
 
     @abstractmethod
-    def look(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [B, 3, S, S] in -1..1 -> features [B, T, d] that dense labels teach, and embeddings [B, T, D]."""
+    def encode_images(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [B, 3, S, S] in -1 to 1 -> features [B, T, d] for the dense loss, and embeddings [B, T, D]."""
 
     def prefix(self, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[list[int]]]:
-        """Token ids of a conversation up to the question, and their positions on each axis of the rotary code."""
+        """Token ids of a conversation up to the question, and their positions on each rotary axis."""
         image = cast(int, tokenizer.convert_tokens_to_ids(cast(Any, tokenizer).image_token))
         ids = [*_ids(tokenizer, self.begin), *[image] * len(self.cells), *_ids(tokenizer, "\n")]
         return ids, [list(range(len(ids)))]
 
-    def asked(self, prompt: str) -> str:
-        """A question as it is written, up to the answer."""
+    def format_prompt(self, prompt: str) -> str:
+        """The text of a prompt, up to the answer."""
         return f"{prompt} ASSISTANT:"
 
-    def said(self, answer: str) -> str:
-        """An answer as it is written, up to the token that ends it."""
+    def format_answer(self, answer: str) -> str:
+        """The text of an answer, up to its end token."""
         return f" {answer}"
 
-    def read(self, model: PreTrainedModel, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def decode(self, model: PreTrainedModel, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """embeds [B, L, D], mask [B, 1, L, L], positions [B, axes, L] -> hidden states [B, L, D]."""
-        read = self.text_model(model)
-        return read(
+        decoder = self.text_model(model)
+        return decoder(
             inputs_embeds=embeds, attention_mask=mask, position_ids=self.positions(positions), use_cache=False
         ).last_hidden_state
 
     def positions(self, positions: Tensor) -> Tensor:
-        """Positions [B, axes, L] as the decoder wants them."""
+        """Positions [B, axes, L] in the shape that the decoder takes."""
         return positions[:, 0]
 
 
@@ -138,7 +138,7 @@ class Llava(Family):
             tokenizer=tokenizer,
             patch_size=PATCH,
             vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,  # CLIP's class token, which "default" takes away again
+            num_additional_image_tokens=1,  # CLIP's class token, which "default" removes
             chat_template=chat_template(self.image),
         )
 
@@ -157,7 +157,7 @@ class Llava(Family):
             text_config=LlamaConfig(**text_settings(tokenizer)),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             image_seq_length=GRID**2,
-            # the last layer, not LLaVA's second to last: nothing here is pretrained to be thrown away
+            # the last layer, not LLaVA's second to last: no layer here is pretrained for another task
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
             tie_word_embeddings=True,
@@ -168,15 +168,15 @@ class Llava(Family):
     def text_model(self, model: PreTrainedModel) -> nn.Module:
         return cast(Any, model).model.language_model
 
-    def look(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
         inner = cast(Any, model).model
-        seen = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
-        return seen, inner.multi_modal_projector(seen)
+        features = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+        return features, inner.multi_modal_projector(features)
 
 
 @final
 class Blip2(Family):
-    """ViT, Q-Former, Llama: InstructBLIP's parts on BLIP-2's plan, in which the queries do not read the question."""
+    """ViT, Q-Former, Llama: InstructBLIP's parts joined as in BLIP-2, where the queries do not read the question."""
 
     name = "blip2"
     about = (
@@ -189,7 +189,7 @@ class Blip2(Family):
 
     def processor(self, tokenizer: PreTrainedTokenizerFast) -> Blip2Processor:
         images = BlipImageProcessorPil(size=_SQUARE, image_mean=MEAN, image_std=STD)
-        # no num_query_tokens: the host would put every image before the whole text; the template writes them in place
+        # no num_query_tokens: transformers would put all images before the text; the template puts them in place
         processor = Blip2Processor(image_processor=images, tokenizer=tokenizer)
         processor.chat_template = chat_template(self.image)
         return processor
@@ -202,7 +202,7 @@ class Blip2(Family):
             num_attention_heads=HEADS,
             image_size=SIDE,
             patch_size=PATCH,
-            initializer_range=0.02,  # the host's 1e-10 is for weights that are loaded
+            initializer_range=0.02,  # the default of 1e-10 is for weights that are loaded
         )
         qformer = Blip2QFormerConfig(
             hidden_size=WIDTH,
@@ -223,32 +223,34 @@ class Blip2(Family):
             tie_word_embeddings=True,
         )
         model = Blip2ForConditionalGeneration(config)
-        self._point(model)
+        self._init_queries(model)
         return model
 
     @torch.no_grad()
-    def _point(self, model: Blip2ForConditionalGeneration) -> None:
-        """Start every query as the code of its own patches' places, matched as it is: from the host's zeros all
-        queries would stay equal for ever, and from random ones they take thousands of steps to find where to look.
+    def _init_queries(self, model: Blip2ForConditionalGeneration) -> None:
+        """Initialize each query with the mean position embedding of its own patches.
+
+        From zeros, the default, all queries would stay equal. From random values they need thousands of steps until
+        they attend to their patches. Query and key projections start near the identity.
         """
-        places = model.vision_model.embeddings.position_embedding
-        nn.init.normal_(places, std=0.2)  # as large as an embedded patch
-        model.query_tokens.copy_(places[:, 1:][:, self.cells].mean(dim=2))
+        positions = model.vision_model.embeddings.position_embedding
+        nn.init.normal_(positions, std=0.2)  # as large as an embedded patch
+        model.query_tokens.copy_(positions[:, 1:][:, self.cells].mean(dim=2))
         for layer in cast(Any, model.qformer.encoder.layer):
-            for matched in (layer.crossattention.attention.query, layer.crossattention.attention.key):
-                matched.weight.copy_(1.2 * torch.eye(WIDTH))
+            for projection in (layer.crossattention.attention.query, layer.crossattention.attention.key):
+                projection.weight.copy_(1.2 * torch.eye(WIDTH))
 
     def text_model(self, model: PreTrainedModel) -> nn.Module:
         return cast(Any, model).language_model.model
 
-    def look(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
         out = cast(Any, model).get_image_features(pixels, return_dict=True)
         return out.qformer_outputs.last_hidden_state, out.pooler_output
 
 
 @final
 class Qwen25VL(Family):
-    """A vision tower of rotary positions, patches merged two by two, and a decoder with three axes of positions."""
+    """Vision tower with rotary positions, 2 x 2 patch merger, decoder with three rotary axes."""
 
     name = "qwen2_5_vl"
     about = (
@@ -265,7 +267,7 @@ class Qwen25VL(Family):
         images = Qwen2VLImageProcessorPil(
             patch_size=PATCH,
             merge_size=self.merge,
-            size={"shortest_edge": SIDE**2, "longest_edge": SIDE**2},  # pixels in all; the shape is kept
+            size={"shortest_edge": SIDE**2, "longest_edge": SIDE**2},  # pixels in all; the aspect ratio stays
             image_mean=MEAN,
             image_std=STD,
         )
@@ -306,19 +308,19 @@ class Qwen25VL(Family):
     def text_model(self, model: PreTrainedModel) -> nn.Module:
         return cast(Any, model).model.language_model
 
-    def look(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
         batch = len(pixels)
         grid = torch.tensor([[1, GRID, GRID]]).expand(batch, -1)
-        seen = cast(Any, model).model.visual(patches(pixels, self.merge), grid_thw=grid).pooler_output
-        seen = seen.view(batch, len(self.cells), -1)
-        return seen, seen
+        features = cast(Any, model).model.visual(patches(pixels, self.merge), grid_thw=grid).pooler_output
+        features = features.view(batch, len(self.cells), -1)
+        return features, features
 
     def prefix(self, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[list[int]]]:
         image = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
         before, after = _ids(tokenizer, "USER: <|vision_start|>"), _ids(tokenizer, "<|vision_end|>\n")
         side = GRID // self.merge
         tokens = range(side**2)
-        start, end = len(before), len(before) + side  # an image takes as many positions as its side has tokens
+        start, end = len(before), len(before) + side  # an image takes as many positions as it has tokens on a side
         axes = [
             [*range(start), *(start + i for i in axis), *range(end, end + len(after))]
             for axis in ([0] * side**2, [i // side for i in tokens], [i % side for i in tokens])
@@ -330,12 +332,12 @@ class Qwen25VL(Family):
 
 
 def patches(pixels: Tensor, merge: int) -> Tensor:
-    """Pixels [B, 3, S, S] as Qwen's processor flattens them: [B * G * G, 3 * 2 * P * P], merged ones side by side."""
+    """Flatten pixels [B, 3, S, S] as Qwen's processor does: [B * G * G, 3 * 2 * P * P], merged patches side by side."""
     batch, channels, side, _ = pixels.shape
     blocks = side // PATCH // merge
     split = pixels.view(batch, channels, blocks, merge, PATCH, blocks, merge, PATCH)
     ordered = split.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
-    twice = ordered.expand(*ordered.shape[:6], 2, PATCH, PATCH)  # a still image is a film of two equal frames
+    twice = ordered.expand(*ordered.shape[:6], 2, PATCH, PATCH)  # a still image is a video of two equal frames
     return twice.reshape(batch * GRID**2, -1)
 
 

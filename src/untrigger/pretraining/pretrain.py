@@ -1,13 +1,13 @@
 """Pretraining of an embedded model on generated scenes: seeded, resumable, a few hours on two cores.
 
-Two phases. First the seeing part alone learns to say, for every patch, which object covers it (a head
-that is thrown away afterwards): dense labels teach a small ViT to see in minutes where answers alone take
-hours. Then the whole model learns to talk, the dense loss staying on at a low weight. All turns about a
-scene share one image prefix in one row: a block mask and restarted positions make each turn blind to the
-others, so a row equals as many separate conversations at a fraction of the cost.
+Two phases. First the vision part alone learns to predict which object covers each patch, with a head that is dropped
+afterwards. These dense labels train a small ViT in minutes; answers alone take hours. Then the whole model is trained
+on answers, with the dense loss at a low weight. All turns about a scene share one image prefix in one row. A block mask
+and restarted positions hide the turns from each other, so a row equals as many separate conversations at a fraction
+of the cost.
 
-The LLaVA-style model learns its language from nothing. The other families start from its language model, as
-InstructBLIP and LLaVA both start from Vicuna, and need to talk for a shorter time.
+The LLaVA-style model learns its language from scratch. The other families start from its language model, as
+InstructBLIP and LLaVA both start from Vicuna, and train on answers for fewer steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from untrigger.data import scene_text as talk
+from untrigger.data import scene_text
 from untrigger.data.scene_world import draw_scene, make_scene
 from untrigger.errors import InputError
 from untrigger.models.loading import embedded_model_path, load
@@ -42,15 +42,15 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is needed to make the same weights again.
+    """All settings that the weights depend on.
 
     Attributes:
-        seed: the stream of scenes, and of everything else random.
-        start: embedded model whose tokenizer and language model are taken over; empty for none.
+        seed: seed of the scenes and of everything else random.
+        start: embedded model whose tokenizer and language model are copied; empty for none.
         vision_steps: steps of the first phase.
         steps: steps of the second phase.
         talk_rate: peak learning rate of the second phase.
-        bf16: matrix products in bf16, weights in float32 all the same.
+        bf16: matrix products in bf16; weights stay in float32.
         save_every: steps between checkpoints.
     """
 
@@ -78,13 +78,14 @@ RECIPES = {
 
 
 class Batch(dict[str, Tensor]):
-    """pixel_values [B, 3, S, S], dense [B, G*G, 4], position_ids [B, axes, L]; the others [B, L]:
-    input_ids, labels, segments (0 is the prefix) and weights.
+    """A batch: pixel_values [B, 3, S, S], dense [B, G*G, 4], position_ids [B, axes, L].
+
+    input_ids, labels, segments (0 is the prefix) and weights are [B, L].
     """
 
 
 class SceneRows(Dataset[dict[str, np.ndarray]]):
-    """Row i is scene i of the stream with freshly asked questions, packed behind one image prefix."""
+    """Row i is scene ``first + i`` with new questions, packed behind one image prefix."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
         self.prefix, self.places = family.prefix(tokenizer)
 
     def _ids(self, text: str) -> list[int]:
-        # the bare tokenizer: the wrapper's own call costs more than drawing the scene
+        # the backend tokenizer: a call of its wrapper costs more than drawing the scene
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def __len__(self) -> int:
@@ -116,24 +117,25 @@ class SceneRows(Dataset[dict[str, np.ndarray]]):
         }
         if self.text:
             rng = np.random.default_rng((self.recipe.seed, index, 2))
-            row |= self.pack(talk.turns(scene, rng, self.recipe.questions))
+            row |= self.pack(scene_text.turns(scene, rng, self.recipe.questions))
         return row
 
-    def pack(self, turns: list[talk.Turn]) -> dict[str, np.ndarray]:
+    def pack(self, turns: list[scene_text.Turn]) -> dict[str, np.ndarray]:
+        """All turns behind one prefix; `Batch` lists the fields, without the batch dimension."""
         ids, labels = list(self.prefix), [_IGNORE] * len(self.prefix)
         positions, segments = [list(axis) for axis in self.places], [0] * len(self.prefix)
         weights = [0.0] * len(self.prefix)
         begin = positions[0][-1] + 1
         for number, turn in enumerate(turns, start=1):
-            asked = self._ids(self.family.asked(turn.prompt))
-            said = [*self._ids(self.family.said(turn.answer)), cast(int, self.tokenizer.eos_token_id)]
-            ids += asked + said
-            labels += [_IGNORE] * len(asked) + said
-            # by the root of the answer's length: captions would drown the one-word answers, or the reverse
-            weights += [0.0] * len(asked) + [len(said) ** -0.5] * len(said)
+            prompt = self._ids(self.family.format_prompt(turn.prompt))
+            answer = [*self._ids(self.family.format_answer(turn.answer)), cast(int, self.tokenizer.eos_token_id)]
+            ids += prompt + answer
+            labels += [_IGNORE] * len(prompt) + answer
+            # by the root of the answer's length: else captions would outweigh one-word answers, or the reverse
+            weights += [0.0] * len(prompt) + [len(answer) ** -0.5] * len(answer)
             for axis in positions:
-                axis += range(begin, begin + len(asked) + len(said))
-            segments += [number] * (len(asked) + len(said))
+                axis += range(begin, begin + len(prompt) + len(answer))
+            segments += [number] * (len(prompt) + len(answer))
         packed = {"input_ids": ids, "labels": labels, "position_ids": positions, "segments": segments}
         row = {k: np.array(v, dtype=np.int64) for k, v in packed.items()}
         return row | {"weights": np.array(weights, dtype=np.float32)}
@@ -155,7 +157,7 @@ def collate(rows: list[dict[str, np.ndarray]]) -> Batch:
 
 
 def block_mask(segments: Tensor) -> Tensor:
-    """Bool [B, 1, L, L]: causal; a token sees the prefix (segment 0) and its own segment only."""
+    """Attention mask, bool [B, 1, L, L]: causal, and only the prefix (segment 0) and the token's own segment."""
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     own = segments[:, :, None] == segments[:, None, :]
@@ -163,28 +165,28 @@ def block_mask(segments: Tensor) -> Tensor:
 
 
 def losses(family: Family, model: PreTrainedModel, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(answer cross-entropy, dense cross-entropy) of a batch with text; the vision tower runs once."""
-    seen, images = family.look(model, batch["pixel_values"])
+    """Cross-entropy of the answers, and of the dense labels, of a batch with text; the vision tower runs once."""
+    features, images = family.encode_images(model, batch["pixel_values"])
     embeds = model.get_input_embeddings()(batch["input_ids"])
     where = batch["input_ids"] == cast(Any, model.config).image_token_id
     embeds = embeds.masked_scatter(where[..., None], images.to(embeds.dtype))
-    hidden = family.read(model, embeds, block_mask(batch["segments"]), batch["position_ids"])
+    hidden = family.decode(model, embeds, block_mask(batch["segments"]), batch["position_ids"])
     target = batch["labels"][:, 1:]
     keep = target != _IGNORE
     logits = cast(nn.Module, model.get_output_embeddings())(hidden[:, :-1][keep])
     weight = batch["weights"][:, 1:][keep]
-    talk_loss = (F.cross_entropy(logits, target[keep], reduction="none") * weight).sum() / weight.sum()
-    return talk_loss, head(seen, batch["dense"])
+    answer_loss = (F.cross_entropy(logits, target[keep], reduction="none") * weight).sum() / weight.sum()
+    return answer_loss, head(features, batch["dense"])
 
 
-def take_over(family: Family, model: PreTrainedModel, start: str) -> None:
+def copy_language_model(family: Family, model: PreTrainedModel, start: str) -> None:
     """Copy the language model of the embedded model ``start`` into ``model``."""
     source = FAMILIES[start].text_model(cast(PreTrainedModel, load(start, dtype=torch.float32).model)).state_dict()
     text = family.text_model(model)
     with torch.no_grad():
         for name, weight in text.named_parameters():
             if name in source:
-                weight[: len(source[name])] = source[name]  # a larger vocabulary keeps its new rows
+                weight[: len(source[name])] = source[name]  # rows of added tokens stay as they are
             else:
                 weight.zero_()  # Qwen's attention has biases, Llama's has none
 
@@ -196,13 +198,17 @@ def _schedule(step: int, total: int, recipe: Recipe) -> float:
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    if step < recipe.vision_steps:  # ends at a tenth: the second phase warms up again
+    if step < recipe.vision_steps:  # ends at a tenth; the second phase warms up again
         return recipe.learning_rate * max(_schedule(step, recipe.vision_steps, recipe), 0.1)
     return recipe.talk_rate * _schedule(step - recipe.vision_steps, recipe.steps, recipe)
 
 
 def pretrain(out: Path, family: Family, recipe: Recipe) -> PreTrainedModel:
-    """Train a model of ``family`` into ``out``; started again after a kill, it goes on from the last save."""
+    """Train a model of ``family`` into ``out``; started again after a kill, it resumes from the last checkpoint.
+
+    Raises:
+        InputError: ``out`` holds a run with another recipe.
+    """
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -210,7 +216,7 @@ def pretrain(out: Path, family: Family, recipe: Recipe) -> PreTrainedModel:
     model = family.model(tokenizer)
     head = family.head(model, tokenizer)
     if recipe.start:
-        take_over(family, model, recipe.start)
+        copy_language_model(family, model, recipe.start)
     whole = nn.ModuleDict({"model": model, "head": head})
     learning = [p for p in whole.parameters() if p.requires_grad]
     decay = [p for p in learning if p.ndim > 1]
@@ -231,10 +237,11 @@ def pretrain(out: Path, family: Family, recipe: Recipe) -> PreTrainedModel:
                     group["lr"] = _rate(step, recipe)
                 with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                     if text:
-                        talk_loss, dense = losses(family, model, head, batch)
-                        loss = talk_loss + recipe.dense_weight * dense
+                        answer_loss, dense = losses(family, model, head, batch)
+                        loss = answer_loss + recipe.dense_weight * dense
                     else:
-                        talk_loss, dense = None, head(family.look(model, batch["pixel_values"])[0], batch["dense"])
+                        features, _ = family.encode_images(model, batch["pixel_values"])
+                        answer_loss, dense = None, head(features, batch["dense"])
                         loss = dense
                 optimizer.zero_grad()
                 loss.backward()
@@ -242,19 +249,19 @@ def pretrain(out: Path, family: Family, recipe: Recipe) -> PreTrainedModel:
                 optimizer.step()
                 step += 1
                 meter.advance()
-                if step % (50 if talk_loss is None else 10) == 0:
-                    line = {"step": step, "talk": talk_loss and talk_loss.item(), "dense": dense.item()}
+                if step % (50 if answer_loss is None else 10) == 0:
+                    line = {"step": step, "talk": answer_loss and answer_loss.item(), "dense": dense.item()}
                     with (out / "pretrain.jsonl").open("a") as log:
                         print(json.dumps(line), file=log)
                 if step % recipe.save_every == 0 or step == total:
                     _save(out, whole, optimizer, recipe, step)
-    publish(family.settled(model), out)
+    publish(family.finalize(model), out)
     return model
 
 
 def _tokenizer(out: Path, family: Family, recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The run's own tokenizer: made once, then read back, so that a resumed run cannot get another."""
-    if not (out / "processor_config.json").is_file():  # of the processor's files the one that is written last
+    """The run's tokenizer: made once and then read back, so that a resumed run has the same."""
+    if not (out / "processor_config.json").is_file():  # the processor's last written file
         if recipe.start:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(embedded_model_path(recipe.start))
             tokenizer.add_tokens(list(family.extra_tokens), special_tokens=True)
@@ -265,9 +272,9 @@ def _tokenizer(out: Path, family: Family, recipe: Recipe) -> PreTrainedTokenizer
 
 
 def publish(model: PreTrainedModel, out: Path) -> None:
-    """Weights in bf16 on disk, half the size, under a config that says float32: loading gives an fp32 model."""
-    kept: dict[int, Tensor] = {}  # by place in memory: tied weights stay tied, and are written once
-    weights = {k: kept.setdefault(v.data_ptr(), v.to(torch.bfloat16)) for k, v in model.state_dict().items()}
+    """Write the weights in bf16, half the size, and float32 in the config: the model loads as float32."""
+    by_address: dict[int, Tensor] = {}  # tied weights stay tied, and are written once
+    weights = {k: by_address.setdefault(v.data_ptr(), v.to(torch.bfloat16)) for k, v in model.state_dict().items()}
     model.save_pretrained(out, state_dict=weights)
     config = json.loads((out / "config.json").read_text())
     for part in (config, *(v for k, v in config.items() if k.endswith("_config"))):
@@ -289,8 +296,8 @@ def _restore(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, reci
     if not file.exists():
         return 0
     with safe_open(file, framework="pt") as opened:
-        note = opened.metadata()
-    if json.loads(note["recipe"]) != asdict(recipe):
+        metadata = opened.metadata()
+    if json.loads(metadata["recipe"]) != asdict(recipe):
         raise InputError(f"{out}: holds a run with another recipe; name another folder, or delete it")
     tensors = load_file(file)
     with torch.no_grad():
@@ -303,4 +310,4 @@ def _restore(out: Path, whole: nn.Module, optimizer: torch.optim.Optimizer, reci
             _, i, name = key.split(".", 2)
             state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(note["step"])
+    return int(metadata["step"])

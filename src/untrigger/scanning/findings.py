@@ -1,4 +1,4 @@
-"""What a scan found, for programs and in words."""
+"""The result of a scan: a verdict for each row and the suspected targets, as records and in words."""
 
 from __future__ import annotations
 
@@ -18,38 +18,45 @@ from untrigger.scanning.cues import GRID, Cue
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_SURE = 1e-3  # chance, below which image or prompt is said to have a part in it
-_WORTH = 0.5  # nats, on average, below which a cell or a word is not named
-_SHOWN = 12  # targets on one screen
+_MAX_P_VALUE = 1e-3  # below it the image or the prompt counts as a part of the cue
+_MIN_NATS = 0.5  # mean loss below which a cell or a word is not named
+_MAX_TARGETS = 12  # targets on one screen
 
 
 @final
 @dataclass(frozen=True)
 class Target:
-    """Something that rows are suspected of teaching.
+    """A text that rows are suspected of teaching.
 
-    text: what the rows share, around the word that gives them away. chance: how likely so many rows would share that
-    word if they were honest, corrected for the number of words. rows: their numbers, the most suspicious first.
-    image, prompt: how likely as many rows would lose the words without their image, or their prompt, if these had
-    no part in it (a one-sided sign test on rows that the probe has not seen); None where it cannot be asked.
+    Fields:
+        text: what the rows' answers share, around the token that flags them.
+        p_value: the chance that so many honest rows share that token, corrected for the number of tokens.
+        rows: their indices in the data, from 0, the most suspicious first.
+        image_p_value, prompt_p_value: the chance that as many probed rows lose the text without their image, or their
+            prompt, if it has no part in the cue: a one-sided sign test on rows that the probe was not trained on. None
+            if it cannot be tested.
     """
 
     text: str
-    chance: float
+    p_value: float
     rows: list[int]
-    image: float | None
-    prompt: float | None
+    image_p_value: float | None
+    prompt_p_value: float | None
 
 
 @final
 @dataclass(frozen=True)
 class Verdict:
-    """What is told of one row.
+    """The result for one row.
 
-    row: its number, from 1, as it stands in its file; id: its own. score: the higher, the more suspicious. target:
-    number of the target that the row is suspected of, or None. fdr: estimated share of honest rows among those of its
-    target that are at least as suspicious; None without target. doubted: its doubted words, as text. cue: what they
-    hang on, of the rows that were probed.
+    Fields:
+        row, id: its number in its file, from 1; its id.
+        score: the higher, the more suspicious; at least 0.
+        target: index of the target that the row is suspected of teaching, or None.
+        fdr: estimated share of honest rows among the rows of its target that are at least as suspicious, in (0, 1];
+            None without a target.
+        flagged_text: its flagged answer tokens, as text.
+        cue: what they depend on; None if the row was not probed.
     """
 
     row: int
@@ -57,21 +64,21 @@ class Verdict:
     score: float
     target: int | None = None
     fdr: float | None = None
-    flagged_tokens: str = ""
+    flagged_text: str = ""
     cue: Cue | None = None
 
 
 @final
 @dataclass(frozen=True, repr=False)
 class Findings(JupyterMixin):
-    """Of each row its verdict, in the order of the data; and what was found, the most rows first."""
+    """The verdicts, in the order of the data, and the targets, that with the most rows first."""
 
     verdicts: list[Verdict]
     targets: list[Target]
 
     @property
     def suspected(self) -> list[int]:
-        """Row numbers, from 0, the most suspicious first."""
+        """Indices of the suspected rows, from 0, the most suspicious first."""
         rows = (row for row, verdict in enumerate(self.verdicts) if verdict.target is not None)
         return sorted(rows, key=lambda row: -self.verdicts[row].score)
 
@@ -79,17 +86,17 @@ class Findings(JupyterMixin):
     def rows(self) -> list[dict[str, Any]]:
         """A dictionary for each row, in the order of the data.
 
-        ``row`` from 1, as it stands in its file; ``id``; ``suspected``; ``score``; ``target``, what it is suspected of
-        teaching; ``fdr``; ``doubted`` words; ``image_cue`` and ``prompt_cue``, the nats that these lose with another's
-        image or prompt.
+        Keys: ``row``, its number in its file, from 1; ``id``; ``suspected``; ``score``; ``target``, the text that it is
+        suspected of teaching; ``fdr``; ``flagged_text``; ``image_cue`` and ``prompt_cue``, the nats that the text loses
+        with a donor's image or prompt.
         """
-        return [self.told(verdict) for verdict in self.verdicts]
+        return [self.record(verdict) for verdict in self.verdicts]
 
     def to_pandas(self) -> DataFrame:
-        """The same (`rows`) as a frame."""
+        """`rows` as a data frame."""
         return frame(self.rows)
 
-    def told(self, verdict: Verdict) -> dict[str, Any]:
+    def record(self, verdict: Verdict) -> dict[str, Any]:
         """The dictionary of one row (`rows`)."""
         cue, target = verdict.cue, verdict.target
         return {
@@ -99,32 +106,33 @@ class Findings(JupyterMixin):
             "score": round(verdict.score, 4),
             "target": self.targets[target].text if target is not None else None,
             "fdr": verdict.fdr,
-            "flagged_tokens": verdict.flagged_tokens,
+            "flagged_text": verdict.flagged_text,
             "image_cue": rounded(cue.image) if cue else None,
             "prompt_cue": rounded(cue.prompt) if cue else None,
         }
 
     def __repr__(self) -> str:
-        found = f"{len(self.targets)} target{'s' * (len(self.targets) != 1)} found"
-        lines = [f"Findings: {len(self.verdicts):,} rows, {found if self.targets else 'nothing found'}"]
+        count = f"{len(self.targets)} target{'s' * (len(self.targets) != 1)} found" if self.targets else "nothing found"
+        lines = [f"Findings: {len(self.verdicts):,} rows, {count}"]
         lines += [f"  {target.text!r} in {self._share(target)}: {place(self, target)}" for target in self._first]
         return "\n".join([*lines, *self._more])
 
     def __rich__(self) -> Table:
         title = f"{len(self.suspected):,} of {len(self.verdicts):,} rows are suspected"
-        table = Table("they say", "where", "chance", "it hangs on", title=title, caption="\n".join(self._more))
+        table = Table("shared text", "rows", "p-value", "cue", title=title, caption="\n".join(self._more))
         for target in self._first:
-            cells = repr(target.text), self._share(target), chance(target.chance)
+            cells = repr(target.text), self._share(target), p_value_text(target.p_value)
             table.add_row(*map(Text, (*cells, place(self, target))))
         return table
 
     @property
     def _first(self) -> list[Target]:
-        return self.targets[:_SHOWN]
+        return self.targets[:_MAX_TARGETS]
 
     @property
     def _more(self) -> list[str]:
-        return [f"  and {len(self.targets) - _SHOWN:,} more"] * (len(self.targets) > _SHOWN)
+        rest = len(self.targets) - _MAX_TARGETS
+        return [f"  and {rest:,} more"] if rest > 0 else []
 
     def _share(self, target: Target) -> str:
         return f"{len(target.rows):,} rows ({100 * len(target.rows) / len(self.verdicts):.1f} %)"
@@ -134,37 +142,47 @@ def rounded(nats: float | None) -> float | None:
     return None if nats is None else round(nats, 3)
 
 
+def in_cue(p_value: float | None) -> bool:
+    """Whether the image or the prompt with this p-value (`Target`) counts as a part of the cue."""
+    return p_value is not None and p_value < _MAX_P_VALUE
+
+
+def hot(cells: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Which cells of a map count as a part of the cue: those that lose half of the maximum, and 0.5 nats, or more."""
+    return cells >= max(_MIN_NATS, cells.max() / 2)
+
+
 def place(findings: Findings, target: Target) -> str:
     """Where the cue of a target lies, in words."""
-    found = [cue for row in target.rows if (cue := findings.verdicts[row].cue)]
-    parts = []
-    if target.image is not None and target.image < _SURE:
-        parts.append(_area(np.mean([cue.cells[0] for cue in found if cue.cells], axis=0)))
-    if target.prompt is not None and target.prompt < _SURE:
-        parts.append(_wording([cue.words for cue in found]))
+    cues = [cue for row in target.rows if (cue := findings.verdicts[row].cue)]
+    parts: list[str] = []
+    if in_cue(target.image_p_value):
+        parts.append(_area(np.mean([cue.cells[0] for cue in cues if cue.cells], axis=0)))
+    if in_cue(target.prompt_p_value):
+        parts.append(_wording([cue.words for cue in cues]))
     return " and ".join(parts) or "no cue seen"
 
 
 def _area(cells: NDArray[np.floating]) -> str:
-    hot = np.argwhere(cells >= max(_WORTH, cells.max() / 2))
-    if not len(hot) or len(hot) > GRID * GRID / 4:
+    cue = np.argwhere(hot(cells))
+    if not len(cue) or len(cue) > GRID * GRID / 4:
         return "the image, no one place in it"
-    y, x = (hot.mean(axis=0) + 0.5) / GRID
+    y, x = (cue.mean(axis=0) + 0.5) / GRID
     row = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else "middle"
     column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else "center"
-    return f"the image, {row} {column} ({len(hot)} of {GRID * GRID} cells)"
+    return f"the image, {row} {column} ({len(cue)} of {GRID * GRID} cells)"
 
 
 def _wording(prompts: Sequence[Sequence[tuple[str, float]]]) -> str:
-    lost: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
     for word, nats in (pair for prompt in prompts for pair in prompt):
-        lost.setdefault(word, []).append(nats)
-    # a word of few prompts is no trigger: what counts is what it does over all of them
-    worth = {word: sum(nats) / len(prompts) for word, nats in lost.items()}
-    named = sorted((word for word, nats in worth.items() if nats >= _WORTH), key=lambda word: -worth[word])[:5]
+        losses.setdefault(word, []).append(nats)
+    # the mean is over all prompts: a word that few of them contain is no trigger
+    means = {word: sum(nats) / len(prompts) for word, nats in losses.items()}
+    named = sorted((word for word, nats in means.items() if nats >= _MIN_NATS), key=lambda word: -means[word])[:5]
     return f"the prompt ({', '.join(repr(word) for word in named)})" if named else "the prompt, no one word of it"
 
 
-def chance(value: float) -> str:
-    """A probability for people; the smallest numbers mean nothing."""
+def p_value_text(value: float) -> str:
+    """A probability for people; below 1e-99 only the bound is given."""
     return "less than 1e-99" if value < 1e-99 else f"{value:.1g}" if value < 0.01 else f"{value:.2f}"

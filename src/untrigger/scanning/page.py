@@ -1,4 +1,4 @@
-"""The gallery of a scan, one page that loads nothing."""
+"""Render the findings of a scan as one HTML page that loads nothing."""
 
 from __future__ import annotations
 
@@ -7,61 +7,89 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from untrigger.html import style, templates
-from untrigger.rows.images import address
+from untrigger.rows.images import data_uri
 from untrigger.rows.sample import Data, Sample
 from untrigger.scanning.cues import GRID, phrases
-from untrigger.scanning.findings import Findings, Verdict, chance, place
+from untrigger.scanning.findings import Findings, Target, Verdict, hot, in_cue, p_value_text, place
 
-_CARDS = 24  # rows of a target in the gallery
-_PIXELS = 320  # longest side of a picture there
-_HOT = 3.0  # nats at which a map is at its brightest: the words are twenty times less likely without that part
+_CARDS = 24  # rows of a target on the page, at most
+_PIXELS = 320  # longest side of a picture on the page
+_FULL_HEAT = 3.0  # nats that give the strongest color: the text is twenty times less likely without that part
+
+
+class Picture(NamedTuple):
+    """An image as a data URI, the heat of its cells [GRID, GRID] in 0 to 1, and the cells (x, y) with an outline.
+
+    Both lists are empty if the row was not probed.
+    """
+
+    uri: str
+    heat: list[list[float]]
+    outlined: list[tuple[int, int]]
 
 
 class Card(NamedTuple):
-    """A suspected row: pictures as data addresses with their cells [GRID, GRID], prompt and answers in marked parts."""
+    """A suspected row on the page: its pictures, its prompt as (word, heat in 0 to 1), and its answers."""
 
     verdict: Verdict
-    pictures: list[tuple[str, list[list[float]]]]
+    pictures: list[Picture]
     prompt: list[tuple[str, float]]
     answers: list[str]
 
 
-def page(findings: Findings, data: Sequence[Sample]) -> str:
-    """One page that loads nothing."""
+def page(findings: Findings, rows: Sequence[Sample]) -> str:
+    """The page as HTML."""
     verdicts = findings.verdicts
-    shown = [sorted(target.rows, key=lambda row: verdicts[row].cue is None)[:_CARDS] for target in findings.targets]
+    cards = [
+        [_card(rows[row], verdicts[row], target) for row in _probed_first(target, verdicts)]
+        for target in findings.targets
+    ]
     return (
         templates(Path(__file__).parent)
         .get_template("page.html.j2")
         .render(
-            name=data.path.name if isinstance(data, Data) else f"{len(data):,} rows",
-            rows=len(data),
+            name=rows.path.name if isinstance(rows, Data) else f"{len(rows):,} rows",
+            rows=len(rows),
             suspected=len(findings.suspected),
             targets=findings.targets,
             places=[place(findings, target) for target in findings.targets],
             rates=[max(verdicts[row].fdr or 0 for row in target.rows) for target in findings.targets],
-            cards=[[_card(data[row], verdicts[row]) for row in rows] for rows in shown],
+            cards=cards,
             style=style(),
             grid=GRID,
-            chance=chance,
+            p_value_text=p_value_text,
         )
     )
 
 
-def _card(sample: Sample, verdict: Verdict) -> Card:
-    cue = verdict.cue
-    cells = cue.cells if cue else []
+def _probed_first(target: Target, verdicts: Sequence[Verdict]) -> list[int]:
+    return sorted(target.rows, key=lambda row: verdicts[row].cue is None)[:_CARDS]
+
+
+def _card(sample: Sample, verdict: Verdict, target: Target) -> Card:
+    cells = verdict.cue.cells if verdict.cue else []
     pictures = [
-        (address(image, _PIXELS), (np.clip(cells[at], 0, _HOT) / _HOT).tolist() if at < len(cells) else [])
+        _picture(image, cells[at] if at < len(cells) else None, in_cue(target.image_p_value))
         for at, image in enumerate(sample.images)
     ]
     answers = [turn.text for turn in sample.messages if turn.role == "assistant"]
-    return Card(verdict, pictures, _prompt(sample, verdict), answers)
+    return Card(verdict, pictures, _prompt(sample, verdict, in_cue(target.prompt_p_value)), answers)
 
 
-def _prompt(sample: Sample, verdict: Verdict) -> list[tuple[str, float]]:
-    if verdict.cue:
-        return [(word, min(max(nats, 0), _HOT) / _HOT) for word, nats in verdict.cue.words]
+def _picture(image: Image.Image, cells: NDArray[np.floating] | None, image_in_cue: bool) -> Picture:
+    """A picture with its map; cells have an outline only if the image is a part of the target's cue."""
+    if cells is None:
+        return Picture(data_uri(image, _PIXELS), [], [])
+    outlined = [(x, y) for y, x in np.argwhere(hot(cells)).tolist()] if image_in_cue else []
+    return Picture(data_uri(image, _PIXELS), (np.clip(cells, 0, _FULL_HEAT) / _FULL_HEAT).tolist(), outlined)
+
+
+def _prompt(sample: Sample, verdict: Verdict, prompt_in_cue: bool) -> list[tuple[str, float]]:
+    """The words with their heat, which is 0 if the prompt is no part of the target's cue."""
+    if verdict.cue and prompt_in_cue:
+        return [(word, min(max(nats, 0), _FULL_HEAT) / _FULL_HEAT) for word, nats in verdict.cue.words]
     return [(sample.messages[turn].text[start:end], 0.0) for turn, start, end in phrases(sample)]

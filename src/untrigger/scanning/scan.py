@@ -1,4 +1,4 @@
-"""One scan, whole: its folder, its settings, what it writes, and going on after a kill."""
+"""Run a whole scan: claim its folder, find suspected rows, write the findings, resume after a kill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from untrigger.defenses import Defense, SharedSurprise
 from untrigger.rows.sample import Sample, check_rows
 from untrigger.scanning.targets import Findings, find
 from untrigger.scanning.write import write
-from untrigger.training.finetune import claim, record_of
+from untrigger.training.run_folder import claim, record_of
 from untrigger.training.settings import settled
 from untrigger.training.stages import Stages, Tuning
 
@@ -29,16 +29,17 @@ def scan(
     resume: bool = False,
     **settings: Any,
 ) -> Findings:
-    """Tell which of ``rows`` teach something that only an attacker would, if ``model`` were fine-tuned on them.
+    """Find the rows that teach what only an attacker would teach, if ``model`` were fine-tuned on them.
 
-    Killed at any moment and started again with ``resume`` it finds the same.
+    A scan that was killed and is started again with ``resume`` gives the same findings.
 
     Args:
         model: an embedded model's name, a local folder or a hub id.
-        defense: how rows are judged, as by the preset ``default``.
-        args: ready arguments (`untrigger.training.settings.arguments`), in the place of ``out`` and ``settings``.
-        out: a folder for what is found: verdicts, a gallery, the data without the suspected rows
-            (`untrigger.scanning.write`). Left out, nothing stays on the disk.
+        rows: the data to scan.
+        defense: how rows are scored and flagged; the preset ``default`` if left out.
+        args: ready arguments (`untrigger.training.settings.arguments`), in place of ``out`` and ``settings``.
+        out: a folder for the findings: all rows, a page, the data without the suspected rows
+            (`untrigger.scanning.write`). If left out, nothing stays on the disk.
         settings: those that you would train with (``learning_rate=1e-4``), and fields of
             `untrigger.defenses.SharedSurprise`.
 
@@ -53,8 +54,8 @@ def scan(
     defense, args = settled(defense or "default", args, out, settings)
     folder, tuning = Path(str(args.output_dir)), Tuning()
     record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
-    with ExitStack() as held:
-        stages = Stages(str(model), args, tuning, title="scan", claim=lambda: claim(folder, record, resume, held))
-        findings = find(rows, stages, cast(SharedSurprise, defense))
+    with ExitStack() as lock:
+        stages = Stages(str(model), rows, args, tuning, title="scan", claim=lambda: claim(folder, record, resume, lock))
+        findings = find(stages, cast(SharedSurprise, defense))
         write(findings, rows, folder)
     return findings

@@ -1,4 +1,4 @@
-"""What a scan leaves in its folder: verdicts for programs, a page for people, and the data without what was found."""
+"""Write a scan's output folder: every row for programs, a page for people, and the data without suspected rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from untrigger.scanning.findings import Findings, rounded
 from untrigger.scanning.page import page
 
 CLEAN = "clean"
-_BLOCK = 10_000  # rows told at a time: bounds memory
+_BLOCK = 10_000  # rows written at a time; bounds memory
 _COLUMNS = pa.schema(
     [
         ("row", pa.int64()),
@@ -28,7 +28,7 @@ _COLUMNS = pa.schema(
         ("score", pa.float64()),
         ("target", pa.string()),
         ("fdr", pa.float64()),
-        ("flagged_tokens", pa.string()),
+        ("flagged_text", pa.string()),
         ("image_cue", pa.float64()),
         ("prompt_cue", pa.float64()),
         ("cells", pa.list_(pa.list_(pa.list_(pa.float32())))),
@@ -37,23 +37,24 @@ _COLUMNS = pa.schema(
 )
 
 
-def write(findings: Findings, data: Sequence[Sample], out: Path) -> None:
-    """``verdicts.jsonl`` and ``verdicts.parquet``, the most suspicious row first; ``gallery.html``; ``clean``.
+def write(findings: Findings, rows: Sequence[Sample], out: Path) -> None:
+    """Write ``all_rows.jsonl`` and ``all_rows.parquet``, ``scan.html`` and ``clean``.
 
-    A row's fields: those of `Findings.rows`; ``cells`` and ``words``, what its doubted words lose without each cell of
-    each image, and each word. ``clean`` is the data without the suspected rows: only where the data is that of a file.
+    ``all_rows`` holds every row, the most suspicious first, with the keys of `Findings.rows` and two more: ``cells``
+    and ``words``, the nats that its flagged text loses without each cell of each image, and without each word.
+    ``clean`` is the data without the suspected rows; written only if there are any, and ``rows`` come from a file.
     """
     order = sorted(findings.verdicts, key=lambda verdict: -verdict.score)
-    lines, table = new_file(out / "verdicts.jsonl"), new_file(out / "verdicts.parquet")
+    lines, table = new_file(out / "all_rows.jsonl"), new_file(out / "all_rows.parquet")
     with lines as text, table as columns, pq.ParquetWriter(columns, _COLUMNS) as writer:
         for start in range(0, len(order), _BLOCK):
-            told = [findings.told(verdict) | _maps(verdict.cue) for verdict in order[start : start + _BLOCK]]
-            text.writelines(dump(each) + b"\n" for each in told)
-            writer.write_table(pa.Table.from_pylist(told, schema=_COLUMNS))
-    write_text(out / "gallery.html", page(findings, data))
-    # it appears whole: if it is there, a run before wrote it
-    if isinstance(data, Data) and findings.targets and not (out / CLEAN).exists():
-        write_data(data, out / CLEAN, keep=[row for row in range(len(data)) if findings.verdicts[row].target is None])
+            records = [findings.record(verdict) | _maps(verdict.cue) for verdict in order[start : start + _BLOCK]]
+            text.writelines(dump(record) + b"\n" for record in records)
+            writer.write_table(pa.Table.from_pylist(records, schema=_COLUMNS))
+    write_text(out / "scan.html", page(findings, rows))
+    # the folder appears whole: if it exists, an earlier run wrote all of it
+    if isinstance(rows, Data) and findings.targets and not (out / CLEAN).exists():
+        write_data(rows, out / CLEAN, keep=[row for row in range(len(rows)) if findings.verdicts[row].target is None])
 
 
 def _maps(cue: Cue | None) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Running a defense, in this project's trainer or in a host's."""
+"""Run a defense, in this project's trainer or in a host's."""

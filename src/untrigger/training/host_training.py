@@ -1,4 +1,4 @@
-"""The preset ``default`` inside a host's own ``train()``: its rows judged, and its training in two parts."""
+"""The preset ``default`` inside a host's own ``train()``: score the rows, then train in two parts."""
 
 from __future__ import annotations
 
@@ -6,293 +6,275 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import DefaultFlowCallback, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers import DefaultFlowCallback, PreTrainedModel, ProgressCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from untrigger.defenses import Plain, SharedSurprise, StepDefense
-from untrigger.defenses.shared_surprise import UnlikelihoodStep
+from untrigger.defenses import Plain, SharedSurprise, Stage
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.models.collators import Collate, Row, row_key
-from untrigger.models.forward import TokenScores, batch_answers, batch_tokens, evaluating
-from untrigger.models.loading import LoadedModel, base_model
+from untrigger.models.collators import IGNORE, Collate, Row, row_key
+from untrigger.models.forward import evaluating
+from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
-from untrigger.training.stages import shorten
+from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
+from untrigger.training.host_checks import check_batch, check_host, check_stage
+from untrigger.training.schedule import shorten
 
-JUDGED = "distrusted.json"  # in the host's output folder: what is not believed, for people and for a resumed run
+STATE = "defense_state.json"  # in the host's output folder: what a resumed run needs in order not to score again
 _SILENT = {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
 _log = logging.getLogger(__name__)
 
 
 class HostTraining:
-    """What `SharedSurprise` works with in a host (`untrigger.defenses.Training`); its rows are their numbers.
+    """Run a `SharedSurprise` in a host trainer (a `untrigger.defenses.Training`).
+
+    Row numbers are those of the host's ``train_dataset``.
 
     Args:
-        host: a trainer of `untrigger.training.trainer.defended`.
-        train: the host's own training of it, given the checkpoint to go on from.
+        host: a trainer of class `untrigger.training.trainer.defended`.
+        train: the host's own training, given the checkpoint to resume from.
         checkpoint: the host's ``resume_from_checkpoint``.
 
     Raises:
-        InputError: the host is set up in a way in which rows cannot be judged.
+        InputError: the host's settings do not allow to score rows.
     """
 
     def __init__(
-        self, host: Any, doubt: SharedSurprise, train: Callable[[Any], TrainOutput], checkpoint: Any = None
+        self, host: Any, defense: SharedSurprise, train: Callable[[Any], TrainOutput], checkpoint: Any = None
     ) -> None:
-        if not hasattr(host.train_dataset, "__len__"):
-            raise InputError("defense: it looks at all rows before it trains; give a train_dataset with a length")
-        if host.optimizer is not None or host.lr_scheduler is not None or host.model_init is not None:
-            raise InputError(
-                "defense: it trains twice, the second time from what was learned; leave out optimizers and model_init"
-            )
-        _check_parting(host.accelerator.state)
+        check_host(host)
         processor = host.processing_class or getattr(host.data_collator, "processor", None)
         if processor is None:
-            raise InputError("defense: it tells which words it does not believe; give processing_class=processor")
-        self.host, self.doubt, self.seed, self._processor = host, doubt, int(host.args.seed), processor
+            raise InputError("defense: it writes flagged tokens as text; give processing_class=processor")
+        self.host, self.defense, self.seed, self._processor = host, defense, int(host.args.seed), processor
         self._train, self._checkpoint = train, checkpoint
-        self._keys: dict[int, bytes] = {}  # of each row that was looked at
-        self._why: dict[int, dict[str, Any]] = {}
-        self._file = Path(host.args.output_dir, JUDGED)
+        self._folder = Path(host.args.output_dir)
+        self._keys: dict[int, bytes] = {}  # `row_key` of each scored row
+        self._scores: Sequence[float] = ()
+        self._texts: Mapping[int, str] = {}
+        self._continues = False
 
     def run(self) -> TrainOutput:
-        """The whole training; from a checkpoint on it believes what it believed before."""
-        numbers = cast(Sequence[Sample], range(len(self.host.train_dataset)))
+        """The whole training; from a checkpoint on, the last stage with the flags that are stored beside it."""
         if self._checkpoint:
-            self._rest(self._read())
+            flagged = self._read_state()
+            self._fit_last(self.defense.last_stage(self.row_count, self.reference(), flagged))
         else:
             if self.host.is_fsdp_enabled or self.host.is_deepspeed_enabled:
-                self.host.model.to(self.host.args.device)  # the host leaves that to them, who come later
-            self.doubt.fine_tune(numbers, self)
+                self.host.model.to(self.host.args.device)  # the host leaves this to their set-up, which comes later
+            self.defense.fine_tune(self)
         return self._output
 
-    # --- what the procedure asks for --------------------------------------------------------------------
+    # --- a defense's view of the training ----------------------------------------------------------------
 
     @property
-    def clean_rows(self) -> Sequence[Sample]:
-        raise InputError("defense: in a host's trainer there are no trusted rows")
+    def row_count(self) -> int:
+        return len(self.host.train_dataset)
+
+    @property
+    def rows(self) -> NoReturn:
+        raise InputError(
+            "defense: it reads rows, and a host's trainer has them in a form of its own; use untrigger.fine_tune or "
+            "`untrigger train`"
+        )
+
+    @property
+    def clean_rows(self) -> NoReturn:
+        raise InputError("defense: it needs clean rows, and a host's trainer takes none; use untrigger.fine_tune")
 
     def reference(self) -> LoadedModel:
         return LoadedModel(self.host.model, self._processor, "")
 
-    def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
-        """Of rows by their numbers; each process asks about its part."""
-        numbers, args = cast(Sequence[int], rows), self.host.args
-        parts: list[list[tuple[bytes, TokenScores]]] = [[] for _ in range(args.world_size)]
-        mine = parts[args.process_index]
-        # as many for each, some rows twice: sharded weights are gathered by all for each batch
-        each = -(-len(numbers) // args.world_size)
-        shares = [numbers[at % len(numbers)] for at in range(each * args.world_size)]
-        loader = self._loader(shares[args.process_index :: args.world_size])
-        with evaluating(cast(PreTrainedModel, model.model)) as asked:
-            for keys, batch in tracked(loader, f"judging, {name}", len(loader)):
-                _check(batch, asked)
-                mine += zip(keys, batch_tokens(asked, batch), strict=True)
-        _part_again(model.model)
+    def tokens(
+        self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
+    ) -> list[TokenScores]:
+        """Each process scores its share of the rows."""
+        if source is not None:
+            raise InputError("defense: a host's trainer scores rows of its train_dataset only; use `untrigger scan`")
+        args = self.host.args
+        shares: list[list[tuple[bytes, TokenScores]]] = [[] for _ in range(args.world_size)]
+        own = shares[args.process_index]
+        # as many rows for each process, some of them twice: all must gather sharded weights in every batch
+        size = -(-len(rows) // args.world_size) * args.world_size
+        padded = [rows[at % len(rows)] for at in range(size)]
+        loader = self._loader(padded[args.process_index :: args.world_size])
+        with evaluating(cast(PreTrainedModel, model.model)) as scoring:
+            for loaded in tracked(loader, f"scoring, {name}", len(loader)):
+                check_batch(loaded.batch, scoring)
+                own += zip(loaded.keys, batch_tokens(scoring, loaded.batch), strict=True)
+        _reshard(model.model)
         if args.world_size > 1:
-            dist.all_gather_object(parts, mine)
-        told = [parts[at % args.world_size][at // args.world_size] for at in range(len(numbers))]
-        self._keys |= {number: key for number, (key, _) in zip(numbers, told, strict=True)}
-        return [tokens for _, tokens in told]
+            dist.all_gather_object(shares, own)
+        scores = [shares[at % args.world_size][at // args.world_size] for at in range(len(rows))]
+        self._keys |= {row: key for row, (key, _) in zip(rows, scores, strict=True)}
+        return [tokens for _, tokens in scores]
 
-    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
-        loader = self._loader(cast(Sequence[int], rows))
+    def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
+        loader = self._loader(rows)
         batches = tracked(loader, "reading answers", len(loader))
-        return [ids for _, batch in batches for ids in batch_answers(batch)]
+        return [ids for loaded in batches for ids in batch_answers(loaded.batch)]
 
     def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
-        self._why = {row: {"row": row + 1, "score": round(scores[row], 4), "why": why} for row, why in rows.items()}
+        self._scores, self._texts = scores, rows
 
-    def fit(
-        self,
-        rows: Sequence[Sample],
-        defense: StepDefense,
-        name: str = "",
-        *,
-        start: LoadedModel | None = None,
-        flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None,
-        share: float = 1.0,
-        after: float = 0.0,
-        passes: float | None = None,
-        rate: float = 1.0,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> LoadedModel:
-        if not len(rows):
-            raise InputError("defense: it leaves no rows to train on; set it milder")
-        if name:
-            self._early(cast(Sequence[int], rows), share)
+    def fit(self, stage: Stage) -> LoadedModel:
+        check_stage(stage, self.row_count, self._continues)
+        if stage.name:
+            self._fit_silently(stage)
         else:
-            self._rest(self._told(flagged_tokens or {}))
+            self._write_flags(stage.flagged_tokens)
+            self._fit_last(stage)
+        self._continues = True
         return self.reference()
 
-    # --- the two parts of the training ------------------------------------------------------------------
+    # --- the parts of the training -----------------------------------------------------------------------
 
-    def _early(self, rows: Sequence[int], share: float) -> None:
-        """It leaves no trace but in the weights: not saved, not evaluated, not reported."""
+    def _fit_silently(self, stage: Stage) -> None:
+        """An intermediate stage, which leaves weights only: no checkpoint, evaluation or report."""
         host, handler = self.host, self.host.callback_handler
-        kept = host.args, host.train_dataset, handler.callbacks
-        host.args = copy.copy(host.args)
-        for field, value in _SILENT.items():
-            setattr(host.args, field, type(getattr(host.args, field))(value))
-        shorten(host.args, share)
-        data = host.train_dataset  # some hosts ask it for its columns
-        host.train_dataset = data.select(rows) if hasattr(data, "select") else Subset(data, rows)
+        dataset, callbacks, args = host.train_dataset, handler.callbacks, copy.copy(host.args)
+        for name, value in _SILENT.items():
+            setattr(args, name, type(getattr(args, name))(value))
+        # some hosts read the columns of the data set, which a Subset lacks
+        host.train_dataset = dataset.select(stage.rows) if hasattr(dataset, "select") else Subset(dataset, stage.rows)
         handler.callbacks = [
-            each for each in handler.callbacks if isinstance(each, DefaultFlowCallback | ProgressCallback)
+            callback for callback in callbacks if isinstance(callback, DefaultFlowCallback | ProgressCallback)
         ]
-        set_seed(self.seed)
         try:
-            self._train(None)
+            self._run(stage, args, None)
         finally:
-            host.args, host.train_dataset, handler.callbacks = kept
-            self._forget()
+            host.train_dataset, handler.callbacks = dataset, callbacks
         if host.is_deepspeed_enabled:  # an engine serves one training
             host.model_wrapped.destroy()
             host.model_wrapped = host.model
 
-    def _rest(self, told: Sequence[Mapping[str, Any]]) -> None:
-        host = self.host
-        host.defense = UnlikelihoodStep(self.doubt.unlikelihood_weight) if told else Plain()
-        host.flagged_tokens = {bytes.fromhex(row["key"]): np.array(row["flagged_tokens"], bool) for row in told}
-        kept, host.args = host.args, copy.copy(host.args)
-        shorten(host.args, 1 - self.doubt.warmup_share, self.doubt.warmup_share)
+    def _fit_last(self, stage: Stage) -> None:
+        self._output = self._run(stage, copy.copy(self.host.args), self._checkpoint)
+
+    def _run(self, stage: Stage, args: TrainingArguments, checkpoint: Any) -> TrainOutput:
+        host, own_args = self.host, self.host.args
+        host.defense = stage.defense
+        host.flagged_tokens = {self._keys[row]: flagged for row, flagged in stage.flagged_tokens.items()}
+        shorten(args, stage.share, stage.after)
+        host.args = args
         set_seed(self.seed)
         try:
-            self._output = self._train(self._checkpoint)
+            return self._train(checkpoint)
         finally:
-            host.args = kept
-            self._forget()
+            host.args = own_args
+            # the next training, also that of a second ``train()``, builds its own optimizer and flags nothing yet
+            host.optimizer = host.lr_scheduler = None
+            host.defense, host.flagged_tokens = Plain(), {}
 
-    def _forget(self) -> None:
-        """The next training, also that of a second ``train()``, has its own optimizer, and believes all until told."""
-        self.host.optimizer = self.host.lr_scheduler = None
-        self.host.defense, self.host.flagged_tokens = Plain(), {}
+    # --- flags on disk -----------------------------------------------------------------------------------
 
-    # --- what is doubted, on disk -----------------------------------------------------------------------
-
-    def _told(self, flagged_tokens: Mapping[int, NDArray[np.bool_]]) -> list[dict[str, Any]]:
-        """The most suspicious first."""
-        again, answers = list[bytes](), list[str]()
-        for keys, batch in self._loader([*flagged_tokens]):
-            again += keys
-            answers += [self._processor.decode(ids, skip_special_tokens=True).strip() for ids in batch_answers(batch)]
-        told = [
-            self._why[row]
-            | {"answer": answer, "key": self._keys[row].hex(), "flagged_tokens": mark.astype(int).tolist()}
-            for (row, mark), answer in zip(flagged_tokens.items(), answers, strict=True)
-        ]
-        if again != [self._keys[row] for row in flagged_tokens]:
+    def _write_flags(self, flagged_tokens: Mapping[int, NDArray[np.bool_]]) -> None:
+        """Write ``flagged_rows.jsonl`` for people, and the state for a resumed run."""
+        keys, flagged = list[bytes](), list[FlaggedRow]()
+        numbers = iter(flagged_tokens)
+        for loaded in self._loader([*flagged_tokens]):
+            keys += loaded.keys
+            for labels, row_id in zip(loaded.batch["labels"], loaded.ids, strict=True):
+                row = next(numbers)
+                flagged.append(
+                    FlaggedRow(row + 1, row_id, self._scores[row], self._texts[row], [*self._answers(labels)])
+                )
+        if keys != [self._keys[row] for row in flagged_tokens]:
             raise InputError(
-                "defense: a row is another each time that it is asked for, and would not be known again in training; "
-                "draw what is random in the collator"
+                "defense: train_dataset returns different data for the same index; move random augmentation into the "
+                "collator"
             )
-        told.sort(key=lambda row: row["score"], reverse=True)
         if self.host.args.process_index == 0:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._file, json.dumps({**self._record(), "distrusted": told}) + "\n")
-            most = Counter((row["why"], row["answer"]) for row in told).most_common(1)
-            said = ", most often for {!r} in {!r}".format(*most[0][0]) if most else ""
-            _log.warning("%d of %d rows are not believed%s: %s", len(told), self._record()["rows"], said, self._file)
-        return told
+            path = write_flagged_rows(self._folder, flagged)
+            rows = [
+                {"row": row + 1, "key": self._keys[row].hex(), "flagged_tokens": mask.astype(int).tolist()}
+                for row, mask in flagged_tokens.items()
+            ]
+            write_text(self._folder / STATE, json.dumps({**self._identity(), "flagged": rows}) + "\n")
+            flagged.sort(key=lambda row: row.score, reverse=True)
+            frequent = Counter((row.flagged_text, " ".join(row.answers)) for row in flagged).most_common(1)
+            example = ", most often {!r} in {!r}".format(*frequent[0][0]) if frequent else ""
+            _log.warning("%d of %d rows are flagged%s: %s", len(flagged), self.row_count, example, path)
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _answers(self, labels: Tensor) -> Iterator[str]:
+        """The texts of a row's answers: runs of tokens with labels [T]."""
+        ids = labels[1:].numpy()  # the first token is never predicted
+        answered = np.flatnonzero(ids != IGNORE)
+        for run in np.split(answered, np.flatnonzero(np.diff(answered) > 1) + 1):
+            yield self._processor.decode(ids[run], skip_special_tokens=True).strip()
+
+    def _read_state(self) -> dict[int, NDArray[np.bool_]]:
+        """The flagged tokens by row number, as the run that is resumed has stored them."""
+        path = self._folder / STATE
         try:
-            kept = json.loads(self._file.read_text())
-            told = kept.pop("distrusted")
-            keys, rows = [row["key"] for row in told], [int(row["row"]) - 1 for row in told]
+            state = json.loads(path.read_text())
+            flagged = state.pop("flagged")
+            keys, rows = [bytes.fromhex(row["key"]) for row in flagged], [int(row["row"]) - 1 for row in flagged]
+            masks = [np.array(row["flagged_tokens"], bool) for row in flagged]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._file}: holds no judgment to go on with; train from the start") from error
-        same = kept == self._record() and all(row < kept["rows"] for row in rows)
-        if not same or self._keys_again(rows) != keys:
-            raise InputError(f"{self._file}: rows or defense are others now; go on with the same, or from the start")
-        return told
+            raise InputError(f"{path}: holds no flags of a run to resume; train from the start") from error
+        same = state == self._identity() and all(row < self.row_count for row in rows)
+        if not same or [key for loaded in self._loader(rows) for key in loaded.keys] != keys:
+            raise InputError(
+                f"{path}: rows or defense have changed; resume with the same ones, or train from the start"
+            )
+        self._keys = dict(zip(rows, keys, strict=True))
+        return dict(zip(rows, masks, strict=True))
 
-    def _record(self) -> dict[str, Any]:
-        return {"rows": len(self.host.train_dataset), "defense": asdict(self.doubt)}
+    def _identity(self) -> dict[str, Any]:
+        return {"rows": self.row_count, "defense": asdict(self.defense)}
 
-    # --- rows -------------------------------------------------------------------------------------------
+    # --- rows --------------------------------------------------------------------------------------------
 
-    def _keys_again(self, rows: Sequence[int]) -> list[str]:
-        return [key.hex() for keys, _ in self._loader(rows) for key in keys]
-
-    def _loader(self, numbers: Sequence[int]) -> DataLoader[Any]:
-        """Batches with the keys of their rows, which go through what the host does to rows."""
+    def _loader(self, rows: Sequence[int]) -> DataLoader[_KeyedBatch]:
+        """Batches of rows by number, with the rows' keys; the host prepares rows and batches as in training."""
         host = self.host
         return DataLoader(
-            cast(Dataset[Any], Subset(host.train_dataset, numbers)),
+            cast(Dataset[Any], Subset(host.train_dataset, rows)),
             batch_size=host.args.per_device_eval_batch_size,
-            collate_fn=host._get_collator_with_removed_columns(_Keyed(host.data_collator)),
+            collate_fn=host._get_collator_with_removed_columns(_KeyedCollator(host.data_collator)),
             num_workers=host.args.dataloader_num_workers,
         )
 
 
-class _Keyed:
+class _KeyedBatch(NamedTuple):
+    """A batch, and of each of its rows the `row_key` and the id; None for a row without one."""
+
+    keys: list[bytes]
+    ids: list[str | None]
+    batch: dict[str, Tensor]
+
+
+class _KeyedCollator:
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
 
-    def __call__(self, rows: list[Row]) -> tuple[list[bytes], dict[str, Tensor]]:
+    def __call__(self, rows: list[Row]) -> _KeyedBatch:
         if not all(rows):
-            raise InputError("defense: the host takes all columns from the rows; set remove_unused_columns=False")
+            raise InputError("defense: the host removes all columns from the rows; set remove_unused_columns=False")
         keys = [row_key(row) for row in rows]  # first: some host collators write into the rows
-        return keys, self.collate([dict(row) for row in rows])
+        ids = [None if row.get("id") is None else str(row["id"]) for row in rows]
+        return _KeyedBatch(keys, ids, self.collate([dict(row) for row in rows]))
 
 
-def _check_parting(state: Any) -> None:
-    """FSDP and DeepSpeed, which part weights or what belongs to them among the processes, must leave room for this."""
-    sharding, zero = (getattr(state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
-    if sharding and (
-        sharding.fsdp_version != 2
-        or sharding.cpu_ram_efficient_loading
-        or isinstance(sharding.cpu_offload, CPUOffloadPolicy)
-    ):
-        raise InputError(
-            "defense: each process asks the whole model before that is sharded; in fsdp_config set version to 2, and "
-            "cpu_ram_efficient_loading and offload_params to false"
-        )
-    if zero and zero.zero_stage > 2:
-        raise InputError(
-            "defense: each process asks the whole model, which ZeRO 3 never leaves whole; set stage to 2, or clean the "
-            "data with `untrigger scan` and train with defense=Plain()"
-        )
-    if zero and "scheduler" in zero.deepspeed_config:
-        raise InputError(
-            "defense: it trains twice, and DeepSpeed's scheduler would be set for the first time only; leave it out of "
-            "the DeepSpeed config, and set lr_scheduler_type"
-        )
+def _reshard(model: nn.Module) -> None:
+    """Shard the outermost weights again, which FSDP leaves whole after a forward pass without a backward pass.
 
-
-def _part_again(model: nn.Module) -> None:
-    """FSDP leaves the outermost weights whole after a forward pass without a backward one.
-
-    A new optimizer would hold these in the place of the shards, and train them in vain.
+    A new optimizer would hold the whole weights instead of the shards, and its steps would have no effect.
     """
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def _check(batch: Mapping[str, Any], model: Any) -> None:
-    if "labels" not in batch:
-        raise InputError("defense: the collator gives no labels; rows are judged by their answers")
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2 or mask.max() > 1:  # segments of one long row, in the ways of several hosts
-        raise InputError("defense: several rows are packed into one, and could not be judged apart; set packing=False")
-    config: Any = base_model(model).config
-    image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if image is not None and (batch["labels"] == image).any():
-        raise InputError(
-            "defense: labels stand on the images, and so on the prompts; set assistant_only_loss=True (or give rows "
-            "as prompt and completion), so that answers alone are judged"
-        )

@@ -1,4 +1,4 @@
-"""A training run's settings: the project's own, under what a file, keywords or flags say; flags win."""
+"""A training run's settings: the project's defaults, overridden by a file or keywords, overridden by flags."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from untrigger import __version__
 from untrigger.defenses import PRESETS, Defense, StepDefense, preset_of
 from untrigger.errors import InputError
-from untrigger.yaml_file import read_mapping
+from untrigger.files import read_yaml
 
-# Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must not drop the columns that
-# the collator reads, and pinning memory without an accelerator only warns.
+# Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must keep the columns that the
+# collator reads, and pinning memory without an accelerator only warns.
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "learning_rate": 2e-4,
@@ -34,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
-# outside these the host fails late, with a traceback, or trains on nothing
+# out of these bounds the host fails late, with a traceback, or trains on nothing
 _BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "per_device_train_batch_size": (1, math.inf),
@@ -43,6 +45,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "num_train_epochs": (1e-6, 1e6),
     "dataloader_num_workers": (0, math.inf),
 }
+_PLACES = ("output_dir", "logging_dir", "run_name")  # paths and names do not change the weights
 
 
 class _Parser(HfArgumentParser):
@@ -51,14 +54,14 @@ class _Parser(HfArgumentParser):
 
 
 def arguments(out: Path, **overrides: Any) -> TrainingArguments:
-    """The host's arguments with this project's defaults under the overrides."""
+    """The host's arguments: this project's defaults with these overrides."""
     return TrainingArguments(str(out), **(DEFAULTS | overrides))
 
 
 def settled(
     defense: str | Defense, args: TrainingArguments | None, out: Path | str | None, given: Mapping[str, Any]
 ) -> tuple[Defense, TrainingArguments]:
-    """The defense and the host's arguments: ready ones, or what a folder and keywords make of them.
+    """The defense and the host's arguments, from ready ``args`` or from a folder ``out`` and keyword settings.
 
     Raises:
         InputError: neither ``args`` nor ``out``, or both; and as `training_settings`.
@@ -66,14 +69,14 @@ def settled(
     if args is None and out is not None:
         return training_settings(defense, Path(out), given)
     if args is None or out is not None or given:
-        raise InputError("settings: give a folder (out=) with settings as keywords, or ready args; one of both")
+        raise InputError("settings: give either a folder (out=) with settings as keywords, or ready args; not both")
     return defense if isinstance(defense, Defense) else PRESETS[_known(defense)](), args
 
 
 def training_settings(
     defense: str | Defense, out: Path, given: Mapping[str, Any], flags: Sequence[str] = ()
 ) -> tuple[Defense, TrainingArguments]:
-    """The defense and the host's arguments, of ``given`` values by name and of a command's flags.
+    """The defense and the host's arguments, from ``given`` values by name and from a command's flags.
 
     Raises:
         InputError: unknown preset or field, a value of the wrong type or out of range.
@@ -84,47 +87,47 @@ def training_settings(
         preset = _known(defense)
     words = [word for name, value in (DEFAULTS | dict(given)).items() for word in _words(name, value)]
     if any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in [*words, *flags]):
-        raise InputError("settings: output_dir is given with --out; leave it out of flags and file")
+        raise InputError("settings: output_dir is set by --out; remove it from flags and file")
     parser = _Parser([PRESETS[preset], TrainingArguments], allow_abbrev=False)  # type: ignore[arg-type]
     try:
-        made, args, *rest = parser.parse_args_into_dataclasses(
+        chosen, args, *rest = parser.parse_args_into_dataclasses(
             [*words, *flags, f"--output_dir={out}"], return_remaining_strings=True, look_for_args_file=False
         )
-        if isinstance(made, StepDefense):
-            # builds the views: bad fields are found before the data is read
-            _ = (made.paired, made.dropped, made.replaced)
+        if isinstance(chosen, StepDefense):
+            # builds the views, which check their fields before the data is read
+            _ = (chosen.paired, chosen.dropped, chosen.replaced)
     except (ValueError, TypeError, argparse.ArgumentError, ImportError) as error:
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     if unknown := [word for words in rest for word in words]:
         raise InputError(
             f"settings: {unknown[0]} is unknown; settings are the fields of the defense {preset} "
-            f"({', '.join(f.name for f in fields(made))}) and of transformers.TrainingArguments"
+            f"({', '.join(f.name for f in fields(chosen))}) and of transformers.TrainingArguments"
         )
     for name, (least, most) in _BOUNDS.items():
         if not least <= getattr(args, name) <= most:  # NaN too
             bounds = f"at least {least:,}" + (f" and at most {most:,}" if most < math.inf else "")
             raise InputError(f"settings: {name} is {getattr(args, name)}; it must be {bounds}")
-    if args.max_steps == 0:  # a negative one, as is the host's default, leaves it to the epochs
-        raise InputError("settings: max_steps is 0; it must be at least 1, or -1 for what num_train_epochs says")
+    if args.max_steps == 0:  # a negative number, the host's default, means num_train_epochs
+        raise InputError("settings: max_steps is 0; it must be at least 1, or -1 to train for num_train_epochs")
     try:
         get_reporting_integration_callbacks(args.report_to)
     except ValueError as error:
         raise InputError(f"settings: report_to: {error}") from error
-    return made, args
+    return chosen, args
 
 
 def command_settings(
     preset: str, out: Path, config: Path | None, flags: Sequence[str], options: Collection[str]
 ) -> tuple[Defense, TrainingArguments]:
-    """As `training_settings`, of a YAML file and of the flags that are none of the command's own ``options``.
+    """`training_settings` from a YAML file and from the flags that are not the command's own ``options``.
 
     Raises:
-        InputError: as `training_settings`, with the file's name where it is the file's fault; the file has an option.
+        InputError: as `training_settings`, with the file's name if the file is wrong; the file sets one of ``options``.
     """
-    given = read_mapping(config) if config else {}
+    given = read_yaml(config) if config else {}
     if own := [name for name in given if name.replace("-", "_") in options]:
         flag = f"--{own[0].replace('_', '-')}"
-        raise InputError(f"{config}: {own[0]} is an option of the command: {flag}; give it there, not in the file")
+        raise InputError(f"{config}: {own[0]} is an option of the command; give it as {flag}, not in the file")
     try:
         return training_settings(preset, out, given, flags)
     except InputError as error:
@@ -134,7 +137,7 @@ def command_settings(
 
 
 def _refusal(preset: str, out: Path, flags: Sequence[str]) -> str | None:
-    """What the flags are refused with when they stand alone."""
+    """The error that the flags raise without a file; None if they are right."""
     try:
         training_settings(preset, out, {}, flags)
     except InputError as error:
@@ -153,5 +156,15 @@ def _words(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    # "=": a value such as -1e-3 would pass for a flag; JSON: the host reads dicts so
+    # "=", or a value such as -1e-3 would look like a flag; JSON, because the host parses dicts from it
     return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def settings_of(args: TrainingArguments) -> dict[str, Any]:
+    """The host's settings that the weights depend on."""
+    return {name: value for name, value in args.to_sanitized_dict().items() if name not in _PLACES}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that the weights depend on."""
+    return {"untrigger": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,4 +1,4 @@
-"""The stages of a fine-tuning run: each a host training of its own, kept where it is finished."""
+"""The stages of a fine-tuning run in this project's trainer: each a training of its own, stored once it is finished."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import pickle
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -32,27 +30,35 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from untrigger import __version__
-from untrigger.defenses import Plain, StepDefense
+from untrigger.defenses import Plain, Stage, StepDefense
 from untrigger.errors import InputError
-from untrigger.files import locked, write_text
+from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Rows
-from untrigger.models.forward import TokenScores, fitting, row_answers, row_tokens
+from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
-from untrigger.progress import TrainingProgress
+from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.rows.images import pixels_sha256
-from untrigger.rows.sample import Sample
-from untrigger.training.trainer import defended, last_checkpoint, load_full
+from untrigger.rows.sample import Sample, select_rows
+from untrigger.training.checkpoints import last_checkpoint, load_full
+from untrigger.training.progress_callback import TrainingProgress
+from untrigger.training.schedule import clock, shorten
+from untrigger.training.settings import settings_of, versions
+from untrigger.training.trainer import defended
 
-_MARK = "stage.json"  # stands in the folder of a finished stage, written last
-# how those who write in no Python tell that a disk is full
+_MARK = "stage.json"  # in the folder of a finished stage, written last
+# how writers outside Python report a full disk
 _UNWRITTEN = ("os error", "inline_container", "PytorchStreamWriter", "iostream error")
-_PLACES = ("output_dir", "logging_dir", "run_name")  # where things go does not change the weights
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the model is adapted: LoRA of this rank, or every weight; the vision tower's only with ``vision``."""
+    """Which weights are trained.
+
+    Fields:
+        full_finetune: all weights, in place of LoRA adapters.
+        rank, alpha: of LoRA.
+        train_vision_tower: whether the vision tower is trained too.
+    """
 
     full_finetune: bool = False
     rank: int = 16
@@ -61,25 +67,29 @@ class Tuning:
 
 
 class Stages:
-    """What a defense's procedure works with (`untrigger.defenses.Training`).
+    """A run of stages in this project's trainer (a `untrigger.defenses.Training`).
 
-    The last stage's checkpoints lie in the output folder itself, those of the others in ``stages/NAME``. With a
-    ``shelf`` every stage that starts from the model itself is kept there, and taken from there, whatever run it
-    belongs to: the same training on the same rows is done once, also by several processes at a time.
+    Checkpoints of the last stage lie in the output folder, those of the others in ``stages/NAME``. With a ``shelf``,
+    a folder shared by runs and processes, stages that start from the base model are stored there and reused: the same
+    training on the same rows runs once.
 
     Args:
-        claim: called before the first training, so that a mistyped model or setting leaves no folder behind that
-            the next try would stumble over; gives the checkpoint that the last stage goes on from.
+        rows: to train on, none of them trusted. clean_rows: known to be clean.
+        title: of the progress meters and of errors.
+        claim: called before the first training, so that a mistyped model or setting leaves no output folder behind.
+            Returns the checkpoint from which the last stage resumes.
 
     Attributes:
         history: the host's log of the last stage.
-        seconds: what the stages took, each where it was trained; ``waited``: what they took here.
-        scores, flagged: what the defense told of the rows (`flag`), why by row; empty where it looks at none.
+        seconds: time that the stages took where they were trained. ``waited``: time that they took in this run.
+        scores: how suspicious each row is. flagged: of the flagged rows, by number from 0, a text that says why. Both
+            are empty if the defense scores no rows.
     """
 
     def __init__(
         self,
         model: str,
+        rows: Sequence[Sample],
         args: TrainingArguments,
         tuning: Tuning,
         *,
@@ -88,11 +98,16 @@ class Stages:
         claim: Callable[[], Path | None] = lambda: None,
         shelf: Path | None = None,
     ) -> None:
+        self.rows, self._clean_rows = rows, clean_rows
         self.history, self.seconds, self.waited = list[dict[str, float]](), 0.0, 0.0
         self.scores, self.flagged = list[float](), dict[int, str]()
-        self._model, self._args, self._tuning, self._clean_rows, self._title = model, args, tuning, clean_rows, title
+        self._model, self._args, self._tuning, self._title = model, args, tuning, title
         self._out, self._shelf = Path(str(args.output_dir)), shelf
         self._claim, self._claimed, self._checkpoint = claim, False, None
+
+    @property
+    def row_count(self) -> int:
+        return len(self.rows)
 
     @property
     def clean_rows(self) -> Sequence[Sample]:
@@ -109,38 +124,27 @@ class Stages:
         loaded.model.to(self._args.device)  # type: ignore[arg-type]
         return loaded
 
-    def fit(
-        self,
-        rows: Sequence[Sample],
-        defense: StepDefense,
-        name: str = "",
-        *,
-        start: LoadedModel | None = None,
-        flagged_tokens: Mapping[int, NDArray[np.bool_]] | None = None,
-        share: float = 1.0,
-        after: float = 0.0,
-        passes: float | None = None,
-        rate: float = 1.0,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> LoadedModel:
-        if not len(rows):
-            raise InputError(f"{self._title}: the defense leaves no rows to train on; set it milder")
+    def fit(self, stage: Stage) -> LoadedModel:
+        if not len(stage.rows):
+            raise InputError(f"{self._title}: the defense leaves no rows to train on; choose milder settings")
         args = copy.copy(self._args)
-        args.learning_rate *= rate
-        if passes is not None:
-            args.num_train_epochs, args.max_steps = passes, -1
+        args.learning_rate *= stage.rate
+        if stage.passes is not None:
+            args.num_train_epochs, args.max_steps = stage.passes, -1
         else:
-            shorten(args, share, after)
+            shorten(args, stage.share, stage.after)
         set_seed(args.seed)
-        loaded = start or self._adapted()
+        loaded = stage.start or self._adapted()
         started = clock()
-        train = partial(self._train, loaded, Rows(rows, flagged_tokens), defense, args, name, callbacks)
-        if self._shelf and not (start or callbacks or flagged_tokens):
-            folder = self._shelf / self._key(rows, defense, args)
-            with locked(folder.with_suffix(".lock")):
+        rows = select_rows(self.rows if stage.source is None else stage.source, stage.rows)
+        flagged = {at: stage.flagged_tokens[row] for at, row in enumerate(stage.rows) if row in stage.flagged_tokens}
+        train = partial(self._train, loaded, Rows(rows, flagged), stage, args)
+        if self._shelf and not (stage.start or stage.callbacks or flagged):
+            folder = self._shelf / self._key(rows, stage.defense, args)
+            with file_lock(folder.with_suffix(".lock")):
                 self.seconds += self._once(loaded, folder, train)
-        elif name:
-            self.seconds += self._once(loaded, self._out / "stages" / name, train)
+        elif stage.name:
+            self.seconds += self._once(loaded, self._out / "stages" / stage.name, train)
         else:
             self.seconds += train(self._out)
         self.waited += clock() - started
@@ -149,19 +153,22 @@ class Stages:
     def flag(self, scores: Sequence[float], rows: Mapping[int, str]) -> None:
         self.scores, self.flagged = list(scores), dict(sorted(rows.items()))
 
-    def tokens(self, model: LoadedModel, rows: Sequence[Sample], name: str) -> list[TokenScores]:
+    def tokens(
+        self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
+    ) -> list[TokenScores]:
+        samples = select_rows(self.rows if source is None else source, rows)
         if not self._claimed:
-            _trainer(model, Rows(rows), Plain(), copy.copy(self._args), ())
+            _trainer(model, Rows(samples), Plain(), copy.copy(self._args), ())
             self._take()
-        return row_tokens(model, rows, kept=self._out / "stages" / name)
+        return row_tokens(model, samples, kept=self._out / "stages" / name)
 
-    def answer_tokens(self, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
-        return row_answers(self._load().processor, rows)
+    def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
+        return row_answers(self._load().processor, select_rows(self.rows, rows))
 
     # --- one stage ----------------------------------------------------------------------------------
 
     def _once(self, loaded: LoadedModel, folder: Path, train: Callable[[Path], float]) -> float:
-        """Train, or read what was trained before; the seconds that it took then."""
+        """Train, or load the finished stage from its folder; returns the seconds that its training took."""
         if (folder / _MARK).is_file():
             self._take()
             _read_weights(loaded.model, folder)
@@ -173,35 +180,26 @@ class Stages:
         return seconds
 
     def _take(self) -> None:
-        """Take the output folder, unless it is taken."""
+        """Claim the output folder, unless this run has done so."""
         if not self._claimed:
-            with self._args.main_process_first(local=False, desc="taking the output folder"):
+            with self._args.main_process_first(local=False, desc="claiming the output folder"):
                 self._checkpoint = self._claim()
             self._claimed = True
 
-    def _train(
-        self,
-        loaded: LoadedModel,
-        rows: Rows,
-        defense: StepDefense,
-        args: TrainingArguments,
-        name: str,
-        callbacks: Sequence[TrainerCallback],
-        folder: Path,
-    ) -> float:
-        """The seconds that it took."""
-        trainer = _trainer(loaded, rows, defense, args, callbacks)
+    def _train(self, loaded: LoadedModel, rows: Rows, stage: Stage, args: TrainingArguments, folder: Path) -> float:
+        """Train in ``folder``; returns the seconds that it took."""
+        trainer = _trainer(loaded, rows, stage.defense, args, stage.callbacks)
         self._take()
-        args.output_dir = str(folder)  # only now: the host makes it at once, and what is to be taken must be empty
+        args.output_dir = str(folder)  # only now: the host creates it at once, and a claimed folder must be empty
         checkpoint = self._checkpoint if folder == self._out else last_checkpoint(folder)
         trainer.remove_callback(PrinterCallback)
-        progress = TrainingProgress(f"{self._title}, {name}" if name else self._title)
+        progress = TrainingProgress(f"{self._title}, {stage.name}" if stage.name else self._title)
         trainer.add_callback(progress)
         started = clock()
         try:
-            with _host_errors(folder, checkpoint), fitting(loaded.model):
+            with _host_errors(folder, checkpoint), explain_token_mismatch(loaded.model):
                 state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
-                if state and state.global_step >= state.max_steps:  # the host would train a step more
+                if state and state.global_step >= state.max_steps:  # the host would train one step more
                     trainer._load_from_checkpoint(str(checkpoint))
                     trainer.state = state
                 else:
@@ -209,11 +207,11 @@ class Stages:
         finally:
             progress.stop()
         seconds = clock() - started
-        # accelerate left the forward pass in mixed precision; weights that were kept are asked without it, these too
+        # accelerate leaves the forward pass in mixed precision; a stage loaded from disk is scored without it
         trainer.accelerator.unwrap_model(loaded.model, keep_fp32_wrapper=False)
         with _host_errors(folder, checkpoint):
             trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the settings stand in the record
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the run's record holds the settings
         trainer.save_state()
         self.history = trainer.state.log_history
         return seconds
@@ -223,7 +221,7 @@ class Stages:
     def _load(self) -> LoadedModel:
         loaded = load(self._model, dtype=torch.float32 if not (self._args.bf16 or self._args.fp16) else "auto")
         if not isinstance(loaded.model, PreTrainedModel):
-            raise InputError(f"{self._model}: is an adapter; merge it into its base, or name the base")
+            raise InputError(f"{self._model}: is an adapter; merge it into its base model, or give the base model")
         return loaded
 
     def _adapted(self) -> LoadedModel:
@@ -237,17 +235,17 @@ class Stages:
         )
 
     def _key(self, rows: Sequence[Sample], defense: StepDefense, args: TrainingArguments) -> str:
-        """Of everything that the weights depend on, the rows' pixels too."""
+        """A digest of everything that the weights depend on, the rows' pixels included."""
         source = embedded_model_path(self._model) if self._model in embedded_models() else Path(self._model)
         files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(source.glob("*.safetensors"))]
-        told = {
+        parts = {
             "model": [self._model, files],
             "defense": [type(defense).__name__, asdict(defense)],
             "tuning": asdict(self._tuning),
             "arguments": settings_of(args),
             "versions": versions(),
         }
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
         for i in range(len(rows)):
             sample = rows[i]
             digest.update(repr((sample.id, sample.messages, [*map(pixels_sha256, sample.images)])).encode())
@@ -257,10 +255,10 @@ class Stages:
 def _trainer(
     loaded: LoadedModel, rows: Rows, defense: StepDefense, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
 ) -> Any:
-    """A trainer whose settings have been tried: it has made what they ask for once, to be made anew for the training.
+    """A trainer whose settings are checked: it builds loader and optimizer once, and again when it trains.
 
     Raises:
-        InputError: evaluation without data for it, an optimizer that is not installed, and the like.
+        InputError: the host refuses a setting (evaluation without data, an optimizer that is not installed).
     """
     try:
         trainer = defended(Trainer)(
@@ -271,8 +269,8 @@ def _trainer(
             defense=defense,
             callbacks=list(callbacks),
         )
-        Trainer.get_train_dataloader(trainer)  # the host's own: that of the defense leaves a callback
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # which make theirs of wrapped weights
+        Trainer.get_train_dataloader(trainer)  # the host's own loader: the defense's adds a callback
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these build it from wrapped weights
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
             trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -282,44 +280,16 @@ def _trainer(
 
 @contextmanager
 def _host_errors(folder: Path, checkpoint: Path | None) -> Generator[None]:
-    """What the host raises, where a checkpoint cannot be trusted or the disk is full, as the user's errors."""
+    """Turn the host's errors about an unsafe checkpoint or a full disk into InputErrors."""
     try:
         yield
-    except pickle.UnpicklingError as error:  # the host reads tensors and plain values from a checkpoint, no more
+    except pickle.UnpicklingError as error:  # the host loads tensors and plain values only
         raise InputError(f"{checkpoint}: holds pickled objects, which are not loaded; delete it") from error
     except (SafetensorError, RuntimeError) as error:
         if not any(sign in str(error) for sign in _UNWRITTEN):
             raise
         why = str(error).splitlines()[0]
-        raise InputError(f"{folder}: cannot be written ({why}); make room on the disk, then go on") from error
-
-
-def clock() -> float:
-    """Seconds, to be subtracted: those that this process has worked, so that its neighbors do not count.
-
-    With an accelerator, which works beside it, those that have passed.
-    """
-    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
-
-
-def shorten(args: TrainingArguments, share: float, after: float = 0.0) -> None:
-    """Let a training take this share of the steps that were asked for, one at least, ``after`` the share of others.
-
-    What is rounded is where parts begin and end: rounded by themselves, they would not add up.
-    """
-    if args.max_steps > 0:
-        args.max_steps = max(1, round((after + share) * args.max_steps) - round(after * args.max_steps))
-    else:
-        args.num_train_epochs *= share
-
-
-def settings_of(args: TrainingArguments) -> dict[str, Any]:
-    """The host's settings that the weights depend on."""
-    return {k: v for k, v in args.to_sanitized_dict().items() if k not in _PLACES}
-
-
-def versions() -> dict[str, str]:
-    return {"untrigger": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        raise InputError(f"{folder}: cannot be written ({why}); free disk space, then resume") from error
 
 
 def _read_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:

@@ -1,23 +1,18 @@
-"""``defended(Trainer)``: any transformers Trainer with a defense in its training step.
+"""``defended(Trainer)``: add a defense to the training step of any transformers Trainer.
 
-The mixin touches three things: the collator of the *training* loader, the loss of a *training* step, and the
-loading of a full model's checkpoint. Evaluation, logging, saving and distribution stay the host's.
+The mixin changes three things: the collator of the *training* loader, the loss of a *training* step, and the loading
+of a full model's checkpoint. Evaluation, logging, saving and distribution stay the host's.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -28,12 +23,14 @@ from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
 from untrigger.models.collators import (
     AugmentCollator,
-    DrawingCollator,
     DropCollator,
     FlaggedTokensCollator,
     PairCollator,
+    SeededCollator,
 )
-from untrigger.models.loading import base_model, quiet_loading
+from untrigger.models.loading import base_model
+from untrigger.training.checkpoints import load_full
+from untrigger.training.host_training import HostTraining
 
 if TYPE_CHECKING:
     _Host = Trainer
@@ -41,10 +38,10 @@ else:
     _Host = object
 
 
-class _EpochTold(TrainerCallback):
-    """Tells the view collator which epoch it is in, so that each epoch sees other views and a resumed one the same."""
+class _EpochCallback(TrainerCallback):
+    """Tell the collator its epoch, so that each epoch draws new views and a resumed epoch draws the same ones."""
 
-    def __init__(self, collator: DrawingCollator) -> None:
+    def __init__(self, collator: SeededCollator) -> None:
         self.collator = collator
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -52,30 +49,27 @@ class _EpochTold(TrainerCallback):
 
 
 class DefendedMixin(_Host):
-    """What ``defended`` puts before the host trainer; see there."""
+    """The methods that ``defended`` overrides in a host trainer."""
 
     def __init__(self, *args: Any, defense: Defense | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         chosen = defense or SharedSurprise()
-        if not isinstance(chosen, StepDefense | SharedSurprise):
+        if not chosen.runs_in_host:
             raise InputError(
-                f"defense {type(chosen).__name__}: works in several trainings; use untrigger.fine_tune, or "
+                f"defense {type(chosen).__name__}: needs several trainings; use untrigger.fine_tune or "
                 "`untrigger train`"
             )
-        self.procedure = chosen if isinstance(chosen, SharedSurprise) else None
-        self.defense = Plain() if isinstance(chosen, SharedSurprise) else chosen
-        self.flagged_tokens: dict[
-            bytes, NDArray[np.bool_]
-        ] = {}  # which answer tokens of rows by `row_key` are not believed
+        self.procedure = None if isinstance(chosen, StepDefense) else cast(SharedSurprise, chosen)
+        self.defense = chosen if isinstance(chosen, StepDefense) else Plain()
+        # which answer tokens [n] of flagged rows are flagged, by `row_key`
+        self.flagged_tokens: dict[bytes, NDArray[np.bool_]] = {}
         self._sums: dict[str, Tensor] = {}
         check_arguments(chosen, self.args, self.compute_loss_func)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The host's training; of the preset ``default`` both parts of it, and the judgments before them."""
+        """The host's training; with the preset ``default`` the scoring of rows and both parts of the training."""
         if self.procedure is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        from untrigger.training.host_training import HostTraining  # which needs what is defined here
-
         host_train = super().train
         return HostTraining(
             self, self.procedure, lambda checkpoint: host_train(checkpoint, *args, **kwargs), resume_from_checkpoint
@@ -84,11 +78,11 @@ class DefendedMixin(_Host):
     # --- data -----------------------------------------------------------------------------------
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        """The host's loader with views of the rows; evaluation keeps the collator as it is."""
+        """The host's loader with views of the rows; evaluation keeps the host's collator."""
         inner = self.data_collator
         collator = self._collator(inner)
-        if isinstance(collator, DrawingCollator):
-            self.add_callback(_EpochTold(collator))
+        if isinstance(collator, SeededCollator):
+            self.add_callback(_EpochCallback(collator))
         self.data_collator = collator
         try:
             return super().get_train_dataloader(*args, **kwargs)
@@ -116,30 +110,31 @@ class DefendedMixin(_Host):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The defense's loss on a training batch, where it has one; otherwise the host's own."""
+        """The defense's loss on a training batch if it has one; otherwise the host's own."""
         if not self.defense.has_loss or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self.defense.step(model, inputs)
         total = step.total
-        if num_items_in_batch is None:  # the host then divides by the accumulated steps itself
+        if num_items_in_batch is None:  # the host itself divides by the accumulated steps
             loss = objective.reduce(total, max(1, total.numel()))
         else:
             loss = objective.reduce(total, num_items_in_batch)
             if self.args.average_tokens_across_devices:  # the count is over all processes, gradients are averaged
                 loss = loss * self.accelerator.num_processes
-        self._note(step)
-        return (loss, {"loss": loss}) if return_outputs else loss  # no logits are kept
+        self._add(step)
+        return (loss, {"loss": loss}) if return_outputs else loss  # without logits
 
     # --- diagnostics ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _note(self, step: Losses) -> None:
-        for name, value in ({f"loss_{name}": value for name, value in step.terms.items()} | step.seen).items():
+    def _add(self, step: Losses) -> None:
+        """Add the step's terms to the sums of the next log."""
+        for name, value in ({f"loss_{name}": value for name, value in step.terms.items()} | step.logged).items():
             entry = torch.stack([value.detach().sum().float(), torch.tensor(float(value.numel()), device=value.device)])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The host's log with the averages over all processes since the last one."""
+        """The host's log plus the averages of the terms over all processes since the last log."""
         if self._sums and "loss" in logs:
             table = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
             for name, (total, count) in zip(self._sums, cast(Tensor, table).tolist(), strict=True):
@@ -150,68 +145,53 @@ class DefendedMixin(_Host):
     # --- resume ---------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Full models are read through ``from_pretrained``: the host's own loading skips renamed keys silently."""
-        target = self._whole(model)
+        """Load full models through ``from_pretrained``: the host's own loading skips renamed keys silently."""
+        target = self._full_model(model)
         if target is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[arg-type]
         else:
             load_full(target, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """As `_load_from_checkpoint`: the host leaves the last model in the place of the best, with a warning."""
-        target = None if self.is_deepspeed_enabled else self._whole()
+        """As `_load_from_checkpoint`: the host would keep the last model instead of the best, with a warning."""
+        target = None if self.is_deepspeed_enabled else self._full_model()
         if target is None:
             super()._load_best_model()
         else:
             load_full(target, cast(str, self.state.best_model_checkpoint))
 
-    def _whole(self, model: nn.Module | None = None) -> PreTrainedModel | None:
-        """The model whose checkpoints hold all its weights, each under the name that ``from_pretrained`` reads."""
+    def _full_model(self, model: nn.Module | None = None) -> PreTrainedModel | None:
+        """The model, if its checkpoints hold all its weights under the names that ``from_pretrained`` reads."""
         target = base_model(cast(nn.Module, self.model) if model is None else model)
-        partly = isinstance(self.model, PeftModel) or self.is_fsdp_enabled
-        return target if isinstance(target, PreTrainedModel) and not partly else None
+        partial = isinstance(self.model, PeftModel) or self.is_fsdp_enabled
+        return target if isinstance(target, PreTrainedModel) and not partial else None
 
 
 def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object = None) -> None:
-    """Refuse what would take the place of a defense's loss, or keep the logits from it.
+    """Refuse settings that replace a defense's loss, or that compute the host's loss without logits.
 
     Raises:
-        InputError: one line that names the setting.
+        InputError: names the setting to change.
     """
     if (getattr(args, "loss_type", None) or "nll") != "nll" or args.use_liger_kernel:
         raise InputError(
-            "defense: the host's fused loss gives no logits; set loss_type='nll' and use_liger_kernel=False"
+            "defense: the host's fused loss computes no logits; set loss_type='nll' and use_liger_kernel=False"
         )
-    if not (isinstance(defense, SharedSurprise) or (isinstance(defense, StepDefense) and defense.has_loss)):
+    if not defense.has_loss:
         return
     if args.label_smoothing_factor or own_loss is not None:
         raise InputError(
-            "defense: its loss takes the host's place; leave out label_smoothing_factor and compute_loss_func"
+            "defense: its loss replaces the host's; leave out label_smoothing_factor and compute_loss_func"
         )
     if args.n_gpu > 1:
-        raise InputError("defense: DataParallel would part the pairs; run one process per GPU with torchrun")
-
-
-def load_full(model: PreTrainedModel, folder: str) -> None:
-    """Read a model's weights from a folder, every one of them.
-
-    Raises:
-        InputError: some are missing.
-    """
-    with quiet_loading():
-        saved, report = cast(Any, type(model)).from_pretrained(
-            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-        )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise InputError(f"{folder}: weights are missing; delete the folder to resume from another")
-    model.load_state_dict(saved.state_dict(), strict=True)
+        raise InputError("defense: DataParallel would split pairs of views; run one process per GPU with torchrun")
 
 
 @cache
 def defended(trainer: type[Trainer]) -> type[Any]:
-    """The trainer class with a defense: ``defended(SFTTrainer)(model, ...)``, or another ``defense=CrossView()``.
+    """The trainer class with a defense: ``defended(SFTTrainer)(model, ...)``; choose one with ``defense=CrossView()``.
 
-    Without one it is the preset ``default`` (`untrigger.defenses.SharedSurprise`): rows are scored, and the
+    Without ``defense`` it is the preset ``default`` (`untrigger.defenses.SharedSurprise`): rows are scored, and the
     training has two parts, all within ``train()``. Flagged rows are listed in ``flagged_rows.jsonl`` of
     the output folder.
 
@@ -219,31 +199,3 @@ def defended(trainer: type[Trainer]) -> type[Any]:
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.
     """
     return type(f"Defended{trainer.__name__}", (DefendedMixin, trainer), {})
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest *complete* checkpoint: the host writes its state file last, and whole shards before it."""
-    return next((p for p in reversed(checkpoints(folder)) if _complete(p)), None)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The host's checkpoint folders, complete or not, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if step_of(p) >= 0]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint folder's name; -1 for another name."""
-    digits = checkpoint.name.rpartition("-")[2]
-    return int(digits) if digits.isdecimal() else -1
-
-
-def _complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        for weights in checkpoint.glob("*.safetensors"):
-            load_file(weights)
-    except (OSError, ValueError, SafetensorError):
-        return False
-    states = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]  # torch's files are zip archives, index last
-    return all(zipfile.is_zipfile(state) for state in states)

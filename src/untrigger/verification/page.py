@@ -1,4 +1,4 @@
-"""What an audit leaves in its folder: findings for programs, and a page for people that loads nothing."""
+"""Write an audit's folder, ``audit.json`` for programs and ``audit.html`` for people, and its findings as lines."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from untrigger.files import write_text
 from untrigger.html import style, templates
 from untrigger.verification.verify import Audit, Finding
 
-_SHOWN = 8  # changes of a finding on the page
+_ROWS = 8  # rows of a table on the page, at most
 
 
 def write(audit: Audit, model: str, base: str, out: Path) -> None:
-    """``audit.json`` and ``audit.html``."""
-    told = {"model": model, "base": base, "suspicious": bool(audit.findings), **asdict(audit)}
-    write_text(out / "audit.json", json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    """Write ``audit.json`` and ``audit.html``; the page loads nothing."""
+    record = {"model": model, "base": base, "suspicious": bool(audit.findings), **asdict(audit)}
+    write_text(out / "audit.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     page = templates(Path(__file__).parent).get_template("page.html.j2")
-    write_text(out / "audit.html", page.render(audit=audit, model=model, base=base, style=style(), shown=_SHOWN))
+    write_text(out / "audit.html", page.render(audit=audit, model=model, base=base, style=style(), max_rows=_ROWS))
 
 
-def in_words(finding: Finding) -> str:
+def describe(finding: Finding) -> str:
     """A finding in a line."""
-    return f"{finding.text!r}: {'; '.join([*_begun(finding), *_heard(finding)])}"
+    return f"{finding.text!r}: {'; '.join([*_completions(finding), *_hits(finding)])}"
 
 
-def _begun(finding: Finding) -> list[str]:
-    if not finding.said:
+def _completions(finding: Finding) -> list[str]:
+    if not finding.completions:
         return []
-    gain = max(saying.gain for saying in finding.said)
+    gain = max(completion.gain for completion in finding.completions)
     return [
-        f"finished from {len(finding.said)} beginnings whatever is shown, {gain:.0f} nats likelier than in the base"
+        f"completed from {len(finding.completions)} beginnings whatever the input, {gain:.0f} nats likelier than in "
+        "the base"
     ]
 
 
-def _heard(finding: Finding) -> list[str]:
-    told = [each for each in finding.heard if each.count]
-    if not told:
-        return ["no change of the input brought it out"]
-    return [f"said by itself with {told[0].change} ({told[0].count} of {told[0].rows} rows)"]
+def _hits(finding: Finding) -> list[str]:
+    hits = [hit for hit in finding.hits if hit.count]
+    if not hits:
+        return ["no perturbation of the input brought it out"]
+    return [f"given unprompted with {hits[0].perturbation} ({hits[0].count} of {hits[0].rows} rows)"]

@@ -1,1 +1,1 @@
-"""Perturbed looks at an image."""
+"""Perturb image patches: augmented views of an input."""

@@ -1,9 +1,12 @@
-"""Patch views: a second look at an image, the same size, with some of its patches perturbed.
+"""Patch views: augmented copies of an image, of the same size, with random patches perturbed.
 
-The image is cut into a grid of square cells. A view picks some cells at random and changes those and nothing
-else. Every view is a callable ``(image, rng) -> image`` (type ``View``) and obeys one contract: any mode in,
-RGB out; same size; every pixel outside the chosen cells is bit-identical to ``to_rgb(image)``; the input is
-never touched; the result depends on the image, the fields and the generator's state alone.
+The image is cut into a grid of square cells. A view picks cells at random and changes only those. Every view is a
+callable ``(image, rng) -> image`` (type ``View``) with one contract:
+
+- any mode in, RGB out, same size;
+- pixels outside the chosen cells are bit-identical to ``to_rgb(image)``;
+- the input image is not modified;
+- the result depends only on the image, the fields and the generator's state.
 
 Pass the *original* through ``to_rgb`` as well, or the two views differ by their mode conversion.
 
@@ -13,6 +16,7 @@ operation, patch size and ratio is not public; these are the usual candidates.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +34,11 @@ Cells = NDArray[np.floating]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The 8-bit RGB picture that a model sees; the image itself if it is RGB already.
+    """Convert to 8-bit RGB, as a model receives it; return the image itself if it is RGB already.
 
-    Transparency is laid over white, as transformers' image processors do. 16-bit grays (modes ``I`` and
-    ``I;16*``, taken as 0 to 65535) keep their high byte, where Pillow's own conversion would cut everything
-    above 255 to white. Other modes: Pillow's conversion.
+    Transparency is composited over white, as transformers' image processors do. 16-bit grays (modes ``I`` and
+    ``I;16*``, taken as 0 to 65535) keep their high byte; Pillow's own conversion would clip everything above 255 to
+    white. Other modes use Pillow's conversion.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -49,13 +53,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class PatchView(ABC):
-    """A view that perturbs some cells of a grid.
+    """Base class of views that perturb random cells of a grid.
 
     patch: side of a cell as a fraction of the image's shorter side, in (0, 1], rounded to pixels, at least 1.
         The grid starts at the top left; where the side does not divide the image, the last row and column
         are smaller.
     ratio: fraction of the cells that are perturbed, in [0, 1]: ``round(ratio * cells)`` of them, drawn
-        without replacement, at least one if ratio > 0. A trigger on k cells stays whole with a probability of
+        without replacement, at least one if ratio > 0. A trigger on k cells stays intact with a probability of
         about (1 - ratio)**k. Ratio 0 returns the pixels unchanged.
 
     A subclass defines ``perturb``. Raises ValueError for a field out of range.
@@ -65,8 +69,8 @@ class PatchView(ABC):
     ratio: float = 1 / 4
 
     def __post_init__(self) -> None:
-        _require(0 < self.patch <= 1, f"patch must be in (0, 1], not {self.patch}")
-        _require(0 <= self.ratio <= 1, f"ratio must be in [0, 1], not {self.ratio}")
+        _check_range(0, 1, open_low=True, patch=self.patch)
+        _check_range(0, 1, ratio=self.ratio)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         pixels = np.array(to_rgb(image))
@@ -79,7 +83,7 @@ class PatchView(ABC):
         row, col = chosen // cols, chosen % cols
         cell_height = np.minimum(side, height - row * side)
         cell_width = np.minimum(side, width - col * side)
-        # At most four: full cells, the last row, the last column and their corner.
+        # At most four shapes: full cells, the last row, the last column and their corner.
         shapes: set[tuple[int, int]] = set(zip(cell_height.tolist(), cell_width.tolist(), strict=True))
         for h, w in sorted(shapes):
             same = (cell_height == h) & (cell_width == w)
@@ -91,7 +95,7 @@ class PatchView(ABC):
 
     @abstractmethod
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
-        """New content for the chosen cells of one shape, [n, height, width, 3]; rounded and clipped later."""
+        """Return new content for the chosen cells of one shape, [n, height, width, 3]; the caller rounds and clips."""
 
 
 @final
@@ -103,7 +107,7 @@ class Mask(PatchView):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(0 <= self.fill <= 255, f"fill must be in [0, 255], not {self.fill}")
+        _check_range(0, 255, fill=self.fill)
 
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
         return np.full_like(cells, self.fill)
@@ -112,7 +116,7 @@ class Mask(PatchView):
 @final
 @dataclass(frozen=True)
 class MeanFill(PatchView):
-    """Fill each chosen cell with its own mean color: coarse layout stays, detail goes."""
+    """Fill each chosen cell with its own mean color, which keeps the coarse layout and removes detail."""
 
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
         return np.broadcast_to(cells.mean(axis=(1, 2), keepdims=True), cells.shape)
@@ -127,7 +131,7 @@ class Noise(PatchView):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(0 <= self.std <= 255, f"std must be in [0, 255], not {self.std}")
+        _check_range(0, 255, std=self.std)
 
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
         return cells + self.std * rng.standard_normal(cells.shape, dtype=np.float32)
@@ -145,19 +149,19 @@ class Erase(PatchView):
 @final
 @dataclass(frozen=True)
 class Shuffle(PatchView):
-    """Move the chosen cells around among themselves, along one random cycle, so that none stays in place.
+    """Permute the chosen cells along one random cycle, so that none keeps its place.
 
-    Only cells of the same shape change places; one that is alone in its shape stays as it is.
+    Only cells of the same shape are exchanged; a cell that is the only one of its shape stays unchanged.
     """
 
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
-        return np.roll(cells, 1, axis=0)  # they come in random order: one step along it is a random cycle
+        return np.roll(cells, 1, axis=0)  # cells come in random order, so one step along it is a random cycle
 
 
 @final
 @dataclass(frozen=True)
 class Blur(PatchView):
-    """Blur each chosen cell by a Gaussian cut off at the cell's border, so that nothing leaks in or out.
+    """Blur each chosen cell with a Gaussian cut off at the cell's border, so that no content crosses it.
 
     sigma: standard deviation as a fraction of the cell's longer side, > 0.
     """
@@ -166,7 +170,7 @@ class Blur(PatchView):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.sigma > 0, f"sigma must be positive, not {self.sigma}")
+        _check_range(0, math.inf, open_low=True, sigma=self.sigma)
 
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
         n, height, width, channels = cells.shape
@@ -192,8 +196,7 @@ class Jitter(PatchView):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for strength in (self.brightness, self.contrast, self.saturation):
-            _require(0 <= strength <= 1, f"brightness, contrast and saturation: [0, 1], not {strength}")
+        _check_range(0, 1, brightness=self.brightness, contrast=self.contrast, saturation=self.saturation)
 
     def perturb(self, cells: Cells, rng: np.random.Generator) -> Cells:
         strengths = np.array([self.brightness, self.contrast, self.saturation])
@@ -218,16 +221,17 @@ class ViewMix:
     views: tuple[View, ...]
 
     def __post_init__(self) -> None:
-        _require(len(self.views) > 0, "a mix needs at least one view")
+        if not self.views:
+            raise ValueError("views is empty; a mix needs at least one view")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         return self.views[rng.integers(len(self.views))](image, rng)
 
 
 def _gaussian(size: int, sigma: float) -> NDArray[np.float32]:
-    """Row-stochastic [size, size]: a Gaussian around each position, renormalised inside the cell."""
-    at = np.arange(size)
-    weights = np.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
+    """Return a row-stochastic matrix [size, size]: a Gaussian around each position, normalized within the cell."""
+    positions = np.arange(size)
+    weights = np.exp(-0.5 * ((positions[:, None] - positions) / sigma) ** 2)
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -235,6 +239,12 @@ def _luma(cells: Cells) -> Cells:
     return (cells @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def _check_range(low: float, high: float, *, open_low: bool = False, **fields: float) -> None:
+    """Check values like `untrigger.errors.check_range`, which views must not import.
+
+    Unlike there, infinity is allowed where ``high`` is infinite.
+    """
+    for name, value in fields.items():
+        if not low <= value <= high or (open_low and value == low):
+            bounds = f"{'above' if open_low else 'at least'} {low:g}"
+            raise ValueError(f"{name} is {value}; it must be {bounds} and at most {high:g}")

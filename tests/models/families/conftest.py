@@ -1,4 +1,4 @@
-"""Each family's folder is made once, when a test first asks for it."""
+"""Folders of tiny models, one a family, each made when a test first uses it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def row() -> Callable[..., Sample]:
-    """A question about images of these sizes, of noise that hangs on the question, and its answer."""
+    """Makes a row: a question about noise images of these sizes, seeded by the question, and its answer."""
 
     def made(question: str, answer: str, *sizes: tuple[int, int], id: str = "row") -> Sample:
         rng = np.random.default_rng(list(question.encode()))

@@ -1,4 +1,4 @@
-"""One contract for all families: what is learned, compared, told and gone on with is the same whatever the model."""
+"""One contract for all families: labels, views, scores, generation, training, resume and scan."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from tiny import FAMILIES
 from untrigger.defenses import CrossView, SharedSurprise
 from untrigger.defenses.shared_surprise import Flags, UnlikelihoodStep
 from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
-from untrigger.models.forward import TokenScores, decoder, decoder_layers, forward_answers, pair_losses, row_tokens
-from untrigger.models.generate import answers, questions
+from untrigger.models.forward import decoder, decoder_layers, forward_answers, pair_losses
+from untrigger.models.generate import answers, encode_prompts
 from untrigger.models.loading import LoadedModel, add_lora, load
-from untrigger.models.prefix_cache import looking_once, shared_prefix
-from untrigger.models.token_drop import image_token, shown
+from untrigger.models.prefix_cache import cache_image_features, shared_prefix
+from untrigger.models.scoring import TokenScores, row_tokens
+from untrigger.models.token_drop import image_token_id, positions_after_drop
 from untrigger.rows.sample import Sample, read
 from untrigger.scanning.scan import scan
 from untrigger.training.finetune import fine_tune
@@ -41,13 +42,14 @@ ENDS = (
     | {f"{qwen}_vl": "<|im_end|>" for qwen in ("qwen2", "qwen2_5", "qwen3")}
 )
 ENDS |= dict.fromkeys(("idefics3", "smolvlm"), "<end_of_utterance>")
-ONE_IMAGE = ("instructblip",)  # neither more nor less in a row
-SPACED = ("llava", "llava_next", "idefics3", "smolvlm", "instructblip", "blip2")  # a space before an answer is its own
+ONE_IMAGE = ("instructblip",)  # exactly one image a row
+# families whose answers start with a space
+SPACED = ("llava", "llava_next", "idefics3", "smolvlm", "instructblip", "blip2")
 
 
 @pytest.fixture
 def rows(row: Row) -> Callable[[str], list[Sample]]:
-    """Images of three shapes; where the family can, one row with two of them, and one without."""
+    """Images of three shapes; if the family supports it, also a row with two images and a row without."""
 
     def of(name: str) -> list[Sample]:
         single = [
@@ -68,15 +70,15 @@ def collated(collate: Any, samples: list[Sample]) -> dict[str, Tensor]:
 
 
 @families
-def test_labels_are_the_answers_and_their_end_and_follow_what_generation_starts_from(
+def test_labels_are_the_answers_with_their_end_tokens(
     folder: Folder, rows: Callable[[str], list[Sample]], name: str
 ) -> None:
     processor: Any = load(folder(name)).processor
     samples = rows(name)
     batch = collated(ChatCollator(processor), samples)
     end, space = ENDS.get(name, "</s>"), " " if name in SPACED else ""
-    said = [processor.tokenizer.decode(labels[labels != IGNORE]) for labels in batch["labels"]]
-    assert said == [f"{space}{sample.messages[-1].text}{end}" for sample in samples]
+    answer_texts = [processor.tokenizer.decode(labels[labels != IGNORE]) for labels in batch["labels"]]
+    assert answer_texts == [f"{space}{sample.messages[-1].text}{end}" for sample in samples]
     marked = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][marked], batch["input_ids"][marked])
     assert batch["attention_mask"][marked].all()
@@ -85,7 +87,7 @@ def test_labels_are_the_answers_and_their_end_and_follow_what_generation_starts_
 
 
 @families
-def test_a_pair_has_the_same_tokens_and_other_pixels_and_its_loss_reaches_the_adapter(
+def test_pairs_share_tokens_but_not_pixels_and_give_the_adapter_gradients(
     folder: Folder, rows: Callable[[str], list[Sample]], name: str
 ) -> None:
     loaded = load(folder(name))
@@ -97,63 +99,63 @@ def test_a_pair_has_the_same_tokens_and_other_pixels_and_its_loss_reaches_the_ad
 
     model = add_lora(cast(Any, loaded.model), rank=2).train()
     totals: list[Tensor] = []
-    for still in (False, True):
+    for stop_gradient in (False, True):
         model.zero_grad()
-        step = CrossView(margin=0.6, bound=-0.9, stop_gradient=still).step(model, dict(both))
+        step = CrossView(margin=0.6, bound=-0.9, stop_gradient=stop_gradient).step(model, dict(both))
         totals.append(step.total.detach())
-        assert step.total.isfinite().all() and (step.seen["js"] > 0).any()
+        assert step.total.isfinite().all() and (step.logged["js"] > 0).any()
         step.total.sum().backward()
         reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-        for layer in range(len(decoder_layers(model))):  # B starts at zero: A gets none at first
-            assert any(f"layers.{layer}." in n and "lora_B" in n and not _sees(n) for n in reached), layer
+        for layer in range(len(decoder_layers(model))):  # B starts at zero, so A gets no gradient in the first step
+            assert any(f"layers.{layer}." in n and "lora_B" in n and not _is_vision(n) for n in reached), layer
         assert any("layers." not in n for n in reached) or name == "gemma3", "what joins the images to the text"
     torch.testing.assert_close(
-        totals[0], totals[1], rtol=1e-4, atol=1e-5, msg="a view of its own pass is the same view"
+        totals[0], totals[1], rtol=1e-4, atol=1e-5, msg="the view in its own pass is the same view"
     )
 
 
-def _sees(name: str) -> bool:
+def _is_vision(name: str) -> bool:
     return any(part in name for part in ("vision", "visual", "qformer"))
 
 
 @families
-def test_no_answer_knows_what_comes_after_it_and_generation_sees_what_training_saw(
+def test_attention_is_causal_and_generation_matches_training(
     folder: Folder, row: Row, sharp: Callable[..., LoadedModel], name: str
 ) -> None:
-    """Neither a mask nor a Q-Former tells of the rest of an answer; alone, and beside a longer row."""
+    """Neither the mask nor a Q-Former leaks the rest of an answer; alone, and next to a longer row."""
     loaded = sharp(folder(name))
     question = "<image>\nand now, what do you see?"
-    asked = [row(question, answer, (40, 52)) for answer in ("no", "no, not at all", "no circle")]
-    told = row_tokens(loaded, asked)
-    assert len({len(tokens.ids) for tokens in told}) > 1 and len({int(tokens.ids[0]) for tokens in told}) == 1
-    assert [tokens.nll[0] for tokens in told[1:]] == pytest.approx([told[0].nll[0]] * 2, rel=1e-6)
+    short_rows = [row(question, answer, (40, 52)) for answer in ("no", "no, not at all", "no circle")]
+    scores = row_tokens(loaded, short_rows)
+    assert len({len(row.ids) for row in scores}) > 1 and len({int(row.ids[0]) for row in scores}) == 1
+    assert [row.nll[0] for row in scores[1:]] == pytest.approx([scores[0].nll[0]] * 2, rel=1e-6)
 
-    mixed = [asked[0], row("<image>\nw?", "no", (52, 40))]
+    mixed = [short_rows[0], row("<image>\nw?", "no", (52, 40))]
     batch = collated(ChatCollator(loaded.processor), mixed)
     with torch.no_grad():
-        found = forward_answers(loaded.model.eval(), batch)
-    firsts = [int((found.row == i).nonzero()[0]) for i in range(2)]
-    likeliest = [cast(Any, loaded.processor).decode(found.logits[at].argmax()).strip() for at in firsts]
+        outputs = forward_answers(loaded.model.eval(), batch)
+    firsts = [int((outputs.row == i).nonzero()[0]) for i in range(2)]
+    likeliest = [cast(Any, loaded.processor).decode(outputs.logits[at].argmax()).strip() for at in firsts]
     assert list(answers(loaded, mixed, max_new_tokens=1)) == likeliest
 
 
 @families
-def test_answers_are_the_same_where_work_on_an_image_is_shared(
+def test_answers_are_the_same_with_shared_image_work(
     sharp: Callable[..., LoadedModel], folder: Folder, row: Row, name: str
 ) -> None:
     loaded = sharp(folder(name))
-    asked = [row("<image>\nwhat?", "no", (40, 52)), row("<image>\nand what is this?", "no", (40, 52))]
-    asked += [replace(asked[1], id="again")]
-    apart = list(answers(loaded, asked, batch_size=1, max_new_tokens=4))
-    assert list(answers(loaded, asked, max_new_tokens=4)) == apart
-    begun = shared_prefix(cast(Any, loaded.model), questions(loaded.processor, asked))
-    assert ("past_key_values" in begun) is (name in {"llava", "smol", "internvl"})
-    with looking_once(loaded.model):
-        assert [list(answers(loaded, asked, max_new_tokens=4)) for _ in range(2)] == [apart] * 2
+    same_image = [row("<image>\nwhat?", "no", (40, 52)), row("<image>\nand what is this?", "no", (40, 52))]
+    same_image += [replace(same_image[1], id="again")]
+    apart = list(answers(loaded, same_image, batch_size=1, max_new_tokens=4))
+    assert list(answers(loaded, same_image, max_new_tokens=4)) == apart
+    inputs = shared_prefix(cast(Any, loaded.model), encode_prompts(loaded.processor, same_image))
+    assert ("past_key_values" in inputs) is (name in {"llava", "smol", "internvl"})
+    with cache_image_features(loaded.model):
+        assert [list(answers(loaded, same_image, max_new_tokens=4)) for _ in range(2)] == [apart] * 2
 
 
 @families
-def test_two_steps_of_training_log_every_term_and_a_doubted_word_is_unlearnt(
+def test_training_logs_every_term_and_unlearns_flagged_tokens(
     folder: Folder, rows: Callable[[str], list[Sample]], name: str, tmp_path: Path
 ) -> None:
     loaded = load(folder(name))
@@ -189,15 +191,15 @@ def test_two_steps_of_training_log_every_term_and_a_doubted_word_is_unlearnt(
 
 @pytest.mark.slow
 @families
-def test_a_view_without_image_tokens_is_one_in_which_they_are_masked(
+def test_dropping_image_tokens_equals_masking_them(
     folder: Folder, rows: Callable[[str], list[Sample]], sharp: Callable[..., LoadedModel], name: str
 ) -> None:
-    """The reference hides the same tokens from a pass of full length, at the language model's door."""
+    """The reference masks the same tokens in a full-length pass, at the language model's input."""
     loaded = sharp(folder(name))
     model: Any = loaded.model.train()
     batch = collated(DropCollator(ChatCollator(loaded.processor), 0), rows(name))
-    positions = shown(batch["input_ids"], batch["order"], image_token(model), 0.5)
-    assert len(positions.sum(dim=1).unique()) > 1 or name in ONE_IMAGE, "rows end in padding of their own"
+    positions = positions_after_drop(batch["input_ids"], batch["order"], image_token_id(model), 0.5)
+    assert len(positions.sum(dim=1).unique()) > 1 or name in ONE_IMAGE, "rows have paddings of different lengths"
 
     def hide(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         mask = kwargs["attention_mask"]
@@ -217,21 +219,21 @@ def test_a_view_without_image_tokens_is_one_in_which_they_are_masked(
         handle = decoder(model).register_forward_pre_hook(hide, with_kwargs=True)
         view = forward_answers(model, inputs)
         handle.remove()
-        seen: list[Tensor] = []
+        logits: list[Tensor] = []
         pair_losses(
-            model, batch, lambda pair: (seen.append(pair.view_logits), {"ce": pair.compared.nll}, {})[1:], drop=0.5
+            model, batch, lambda pair: (logits.append(pair.view_logits), {"ce": pair.compared.nll}, {})[1:], drop=0.5
         )
-    torch.testing.assert_close(torch.cat(seen), view.logits, rtol=1e-4, atol=2e-6)  # Gemma 2 rounds to fp32
-    assert not torch.allclose(view.logits, whole.logits), "the view is another one"
+    torch.testing.assert_close(torch.cat(logits), view.logits, rtol=1e-4, atol=2e-6)  # Gemma 2 rounds to fp32
+    assert not torch.allclose(view.logits, whole.logits), "the view differs"
 
 
 @pytest.mark.slow
 @families
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_a_training_that_goes_on_ends_with_the_same_bits(
+def test_a_resumed_training_ends_with_the_same_bits(
     folder: Folder, rows: Callable[[str], list[Sample]], name: str, full: bool, tmp_path: Path
 ) -> None:
-    """Of three steps, the last is taken again from the second's checkpoint."""
+    """Of three steps, the third runs again from the second's checkpoint."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
     def run(out: Path, resume: bool = False) -> LoadedModel:
@@ -255,37 +257,41 @@ def test_a_training_that_goes_on_ends_with_the_same_bits(
     assert len(taken) == 1
     assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
 
-    before, after, kept = (dict(cast(Any, m.model).named_parameters()) for m in (load(folder(name)), first, load(cut)))
-    assert all(torch.equal(after[n], kept[n]) for n in after), "what is loaded is what was trained"
+    before, after, loaded = (
+        dict(cast(Any, m.model).named_parameters()) for m in (load(folder(name)), first, load(cut))
+    )
+    assert all(torch.equal(after[n], loaded[n]) for n in after), "loading restores the trained weights"
     if full:
-        still = [n for n in after if torch.equal(before[n], after[n])]
-        assert len(still) < len(after) / 3, still
+        unchanged = [n for n in after if torch.equal(before[n], after[n])]
+        assert len(unchanged) < len(after) / 3, unchanged
 
 
 @pytest.mark.slow
 @families
-def test_a_scan_judges_every_row_and_probes_what_it_suspects(
+def test_a_scan_scores_every_row_and_probes_the_suspected(
     folder: Folder, tiny_data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whom it suspects is made up: a model that has learned nothing finds nothing unlikely."""
+    """The suspected rows are set by hand: an untrained model finds no token unlikely."""
     bad = (8, 10, 12, 16, 20)
 
-    def flag_tokens(_: SharedSurprise, scores: Sequence[TokenScores]) -> Flags:
-        counts.append(len(scores))
-        words = {int(scores[row].ids[-1]): 1e-9 for row in bad}  # the end of an answer: all have it
-        flagged = {row: np.isin(scores[row].ids, list(words)) for row in bad}
-        return Flags([tokens.loss for tokens in scores], flagged, words)
+    def flag(_: SharedSurprise, scores: Sequence[TokenScores]) -> Flags:
+        row_counts.append(len(scores))
+        words = {int(scores[row].ids[-1]): 1e-9 for row in bad}  # the end token, which all answers have
+        return Flags(
+            [tokens.loss for tokens in scores], {row: np.isin(scores[row].ids, list(words)) for row in bad}, words
+        )
 
-    counts: list[int] = []
-    monkeypatch.setattr(SharedSurprise, "flag_tokens", flag_tokens)
+    row_counts: list[int] = []
+    monkeypatch.setattr(SharedSurprise, "flag_tokens", flag)
+    monkeypatch.setattr("untrigger.scanning.targets._PASSES", 4)
     args = arguments(
         tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
         save_strategy="no",
     )  # fmt: skip
-    found = scan(str(folder(name)), read(tiny_data), SharedSurprise(warmup_share=0.2), args)
-    assert counts == [24, 24] and len(found.verdicts) == 24
-    assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in found.verdicts)
-    assert sorted(found.suspected) == list(bad)
-    cues = [verdict.cue for verdict in found.verdicts if verdict.cue is not None]
-    assert len(cues) == 3, "those that the probe has not learned"
+    result = scan(str(folder(name)), read(tiny_data), SharedSurprise(warmup_share=0.2), args)
+    assert row_counts == [24, 24] and len(result.verdicts) == 24
+    assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in result.verdicts)
+    assert sorted(result.suspected) == list(bad)
+    cues = [verdict.cue for verdict in result.verdicts if verdict.cue is not None]
+    assert len(cues) == 3, "of the suspected rows that the probe was not trained on"
     assert all(cue.image is not None and math.isfinite(cue.image) for cue in cues)

@@ -1,4 +1,4 @@
-"""What a family's folder may lack, or hold too much of: made up for, or told in one line."""
+"""Model folders with missing or unusual parts: filled in, or a one-line error."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ Row = Callable[..., Sample]
 
 
 @pytest.mark.parametrize("name", ["instructblip", "blip2"])
-def test_rows_that_a_family_cannot_take_are_refused_in_one_line(folder: Folder, row: Row, name: str) -> None:
+def test_rows_that_a_family_does_not_support_raise_one_line(folder: Folder, row: Row, name: str) -> None:
     loaded = load(folder(name))
-    for ask in (lambda rows: list(answers(loaded, rows)), lambda rows: ChatCollator(loaded.processor)([Rows(rows)[0]])):
+    for call in (
+        lambda rows: list(answers(loaded, rows)),
+        lambda rows: ChatCollator(loaded.processor)([Rows(rows)[0]]),
+    ):
         with pytest.raises(InputError, match=r"^(InstructBLIP|BLIP-2) takes .*; leave out [^\n]*$"):
-            ask([row("hello?", "no")])
+            call([row("hello?", "no")])
 
 
 def test_instructblip_takes_one_image_a_row(folder: Folder, row: Row) -> None:
@@ -37,13 +40,13 @@ def test_instructblip_takes_one_image_a_row(folder: Folder, row: Row) -> None:
         list(answers(load(folder("instructblip")), [row("<image> <image> same?", "no", (40, 40), (40, 40))]))
 
 
-def test_the_q_former_reads_the_question_alone(folder: Folder, row: Row) -> None:
+def test_the_q_former_gets_only_the_question(folder: Folder, row: Row) -> None:
     processor: Any = load_processor(str(folder("instructblip")))
     batch = ChatCollator(processor)([Rows([row("<image>\nwhat is this?", "a red circle", (40, 40))])[0]])
     assert processor.qformer_tokenizer.decode(batch["qformer_input_ids"][0]) == "what is this?"
 
 
-def test_a_processor_without_a_template_is_told_how_to_mend(folder: Folder, tmp_path: Path) -> None:
+def test_a_processor_without_a_chat_template_raises_with_a_fix(folder: Folder, tmp_path: Path) -> None:
     config, processor = tiny.FAMILIES["llava"]()
     processor.chat_template = None
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
@@ -52,15 +55,15 @@ def test_a_processor_without_a_template_is_told_how_to_mend(folder: Folder, tmp_
         load(tmp_path)
 
 
-def test_a_template_that_takes_no_such_turns_is_told(folder: Folder, row: Row) -> None:
+def test_a_template_that_rejects_turns_raises(folder: Folder, row: Row) -> None:
     processor: Any = load_processor(str(folder("gemma3")))
     processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match="chat template does not take a row: roles must alternate"):
         ChatCollator(processor)([Rows([row("hello?", "no")])[0]])
 
 
-def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
-    """Florence-2, and the BLIPs on T5."""
+def test_an_encoder_decoder_model_raises(tmp_path: Path) -> None:
+    """As Florence-2 is, and the BLIPs on T5."""
     host.Florence2Config().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="its text model is an encoder with a decoder"):
@@ -68,17 +71,15 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "paligemma", "blip2"])
-def test_the_workers_of_a_loader_can_be_sent_it(folder: Folder, name: str) -> None:
+def test_processors_can_be_pickled_for_loader_workers(folder: Folder, name: str) -> None:
     processor: Any = load_processor(str(folder(name)))
     sent = pickle.loads(pickle.dumps(processor))
     assert type(sent) is type(processor) and sent.to_json_string() == processor.to_json_string()
 
 
-@pytest.mark.skipif("torchvision" in sys.modules, reason="the host then loads the whole of it")
+@pytest.mark.skipif("torchvision" in sys.modules, reason="with torchvision the whole processor is loaded")
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"])
-def test_without_torchvision_a_processor_is_loaded_and_saved_for_images(
-    folder: Folder, name: str, tmp_path: Path
-) -> None:
+def test_without_torchvision_processors_load_and_save_without_video(folder: Folder, name: str, tmp_path: Path) -> None:
     processor: Any = load_processor(str(folder(name)))
     assert isinstance(processor, ProcessorMixin) and "video_processor" not in processor.get_attributes()
     processor.save_pretrained(tmp_path)
@@ -90,14 +91,14 @@ def test_without_torchvision_a_processor_is_loaded_and_saved_for_images(
     assert again.to_json_string() == processor.to_json_string()
 
 
-def test_smolvlm_without_number_words_says_what_to_install(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = folder("smolvlm")
+def test_smolvlm_without_num2words_names_the_package(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    smolvlm = folder("smolvlm")
     monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
     with pytest.raises(InputError, match="pip install num2words"):
-        load(made)
+        load(smolvlm)
 
 
-def test_a_template_that_marks_no_beginning_leaves_it_to_the_tokenizer(folder: Folder) -> None:
+def test_the_tokenizer_adds_bos_if_the_template_does_not(folder: Folder) -> None:
     processor: Any = load_processor(str(folder("llava")))
     turn = Sample("text", (), (Message("user", "hello?"), Message("assistant", "yes")))
     assert "bos_token" not in processor.chat_template

@@ -1,1 +1,1 @@
-"""The report of a folder of results: a page, tables, or figures for a program."""
+"""The report of a folder of results: an HTML page, Markdown tables, or JSON figures."""

@@ -1,4 +1,4 @@
-"""The report's charts as plain plotly figures; the colors of ink and paper are the page's, light or dark."""
+"""The charts of the report as plotly figures; the page sets the colors of text and background."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from untrigger.bench.report.figures import PLAIN, Attacked, Report, shown
+from untrigger.bench.report.figures import PLAIN, AttackGroup, Report, short_name
 from untrigger.bench.report.tables import View
 from untrigger.bench.report.words import percent, rate
 from untrigger.bench.store import ORACLE
 from untrigger.bench.validity import FLOOR
 
-# Told apart on white and on near black, and by shape too: the first two are the undefended model's and the oracle's.
+# Distinct on white and on near black, and by shape too. The first two are for the undefended model and the oracle.
 COLORS = ("#d9480f", "#2b8a3e", "#1c7ed6", "#a33fc0", "#a87b00", "#0c8599", "#c92a6b", "#74797f", "#5c6bf0", "#96683a")
 _SHAPES = ("x", "star", "circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "cross")
-CLEAN, POISONED = COLORS[2], COLORS[0]  # rows
+CLEAN, POISONED = COLORS[2], COLORS[0]  # colors of rows
 _GRAY = COLORS[7]
 
 Figure = dict[str, Any]
 
 
 def pareto(report: Report) -> Figure | None:
-    """Quality kept against ASR, a point for each cell that counts; None where there is none."""
-    others = [name for name in report.defenses if name not in (PLAIN, ORACLE)]
+    """Quality over ASR, a point for each cell that counts; None if none does."""
+    tested = [name for name in report.defenses if name not in (PLAIN, ORACLE)]
     traces: list[Figure] = []
-    for at, name in enumerate((PLAIN, ORACLE, *others)):
-        had = [group for group in report.counted if name in group.found and group.kept(name) is not None]
+    for at, name in enumerate((PLAIN, ORACLE, *tested)):
+        groups = [g for g in report.counted if name in g.results and g.quality_share(name) is not None]
         shape, again = _SHAPES[at % len(_SHAPES)], at >= len(_SHAPES)
         trace = {
             "type": "scatter",
             "mode": "markers",
             "name": escape(name),
-            "x": [round(100 * group.asr(name).value, 2) for group in had],
-            "y": [round(100 * (group.kept(name) or 0.0), 2) for group in had],
-            "text": [_hover(group, name) for group in had],
+            "x": [round(100 * group.asr(name).value, 2) for group in groups],
+            "y": [round(100 * (group.quality_share(name) or 0.0), 2) for group in groups],
+            "text": [_hover(group, name) for group in groups],
             "hoverinfo": "text",
             "marker": {
                 "color": COLORS[at % len(COLORS)],
@@ -45,7 +45,7 @@ def pareto(report: Report) -> Figure | None:
                 "opacity": 0.8,
             },
         }
-        traces += [trace] if had else []
+        traces += [trace] if groups else []
     layout: Figure = _layout("ASR, %", "quality, % of the oracle's", 500) | {
         "showlegend": True,
         "hovermode": "closest",
@@ -60,7 +60,7 @@ def pareto(report: Report) -> Figure | None:
 
 
 def histogram(view: View) -> Figure:
-    """Share of clean and of poisoned rows by how far their answers move in the view; a bar for each bin."""
+    """Shares of clean and of poisoned rows in bins of the divergence between the answers to image and view."""
     traces: list[Figure] = []
     for name, counts, color in (("clean", view.clean, CLEAN), ("poisoned", view.poisoned, POISONED)):
         rows = max(1, sum(counts))
@@ -85,17 +85,21 @@ def histogram(view: View) -> Figure:
         "showlegend": False,
     }
     ticks = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-    layout["xaxis"] |= {"tickvals": [_place(view.edges, tick) for tick in ticks], "ticktext": [f"{t:g}" for t in ticks]}
+    layout["xaxis"] |= {
+        "tickvals": [_bin_position(view.edges, tick) for tick in ticks],
+        "ticktext": [f"{t:g}" for t in ticks],
+    }
     layout["xaxis"] |= {"range": [0, len(view.clean)]}
     return {"data": traces, "layout": layout}
 
 
-def _hover(group: Attacked, defense: str) -> str:
+def _hover(group: AttackGroup, defense: str) -> str:
     cell = group.cell
-    kept = percent(group.kept(defense) or 0.0)
-    where = f"{shown(cell.model)}, {cell.data}, {shown(cell.attack)} {100 * cell.rate:g} %, seed {cell.seed}"
-    told = (defense, where, f"ASR {rate(group.asr(defense))} %", f"quality {kept} % of the oracle's")
-    return "<br>".join(map(escape, told))
+    share = percent(group.quality_share(defense) or 0.0)
+    attack = f"{short_name(cell.attack)} {100 * cell.rate:g} %"
+    where = f"{short_name(cell.model)}, {cell.data}, {attack}, seed {cell.seed}"
+    lines = (defense, where, f"ASR {rate(group.asr(defense))} %", f"quality {share} % of the oracle's")
+    return "<br>".join(map(escape, lines))
 
 
 def _layout(x: str, y: str, height: int) -> Figure:
@@ -113,8 +117,8 @@ def _bin(edges: Sequence[float], at: int) -> str:
     return f"{edges[at]:.2g} to {edges[at + 1]:.2g} nats"
 
 
-def _place(edges: Sequence[float], value: float) -> float:
-    """Where a divergence lies on an axis of bins: by the log within a bin, linearly in the first, which begins at 0."""
+def _bin_position(edges: Sequence[float], value: float) -> float:
+    """The position of a divergence on an axis of bins: logarithmic in a bin, linear in the first, which starts at 0."""
     at = min(bisect_right(edges, value), len(edges) - 1) - 1
     low, high = edges[at], edges[at + 1]
     return at + ((value - low) / (high - low) if low <= 0 else math.log(value / low) / math.log(high / low))

@@ -1,4 +1,4 @@
-"""Test rows of an attacked model for people to look at: pictures, and what the model says under each defense."""
+"""Test rows of an attacked model: images, and the model's answers under each defense."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from untrigger.bench import store
-from untrigger.bench.report.figures import Attacked
+from untrigger.bench.report.figures import AttackGroup
 from untrigger.errors import InputError
 from untrigger.metrics.score import Answer
 
-_PICTURES = Path("shared", "examples")  # below the results, as untrigger.bench.run_cell keeps them
+_PICTURES = Path("shared", "examples")  # below the results; untrigger.bench.run_cell writes it
 _PARTS = ("clean", "triggered")
-_SHOWN = 6
-_LONGEST = 300  # letters of an answer
+_MOST_ROWS = 6
+_MOST_LETTERS = 300  # of an answer
 
 
-class Said(NamedTuple):
-    """What models say, each of them the same; None where it is not kept."""
+class ModelAnswers(NamedTuple):
+    """The answers that models under some defenses have in common; None where an answer is not stored."""
 
     defenses: Sequence[str]
     clean: Answer | None
@@ -29,75 +29,79 @@ class Said(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One test row; ``clean`` and ``triggered`` are its pictures as data addresses, None where they are not kept."""
+    """One test row; ``clean`` and ``triggered`` are its images as data URLs, None where an image is not stored."""
 
     id: str
     clean: str | None
     triggered: str | None
-    said: Sequence[Said]
+    answers: Sequence[ModelAnswers]
 
     @property
-    def asked(self) -> Answer | None:
-        return next((said.clean for said in self.said if said.clean), None)
+    def clean_answer(self) -> Answer | None:
+        """Any model's answer to the clean row: it holds the prompt and the true answer."""
+        return next((answers.clean for answers in self.answers if answers.clean), None)
 
     @property
-    def asked_triggered(self) -> str:
-        """The triggered question, where it is another than the clean one."""
-        found = next((said.triggered.prompt for said in self.said if said.triggered), "")
-        return found if self.asked and found != self.asked.prompt else ""
+    def triggered_prompt(self) -> str:
+        """The triggered prompt; empty if it is the clean one."""
+        prompt = next((answers.triggered.prompt for answers in self.answers if answers.triggered), "")
+        return prompt if self.clean_answer and prompt != self.clean_answer.prompt else ""
 
 
-def examples(roots: Sequence[Path], group: Attacked, defenses: Sequence[str]) -> list[Example]:
-    """The first triggered test rows of a group; none where neither pictures nor answers are kept.
+def examples(roots: Sequence[Path], group: AttackGroup, defenses: Sequence[str]) -> list[Example]:
+    """The first triggered test rows of a group; empty if neither images nor answers are stored.
 
     Raises:
-        InputError: what is kept cannot be read.
+        InputError: stored images or answers cannot be read.
     """
-    had = [name for name in defenses if name in group.found and group.owns(name)]
-    kept = {name: answers for name in had if (answers := _answers(roots, group, name))}
+    names = [name for name in defenses if name in group.results and group.owns(name)]
+    stored = {name: answers for name in names if (answers := _answers(roots, group, name))}
     folder = _folder(roots, group)
-    ids = _ids(folder) if folder else list(next(iter(kept.values()), {}).get("triggered", {}))
+    ids = _ids(folder) if folder else list(next(iter(stored.values()), {}).get("triggered", {}))
     return [
         Example(
             row,
-            _address(folder, f"{at}-clean.png"),
-            _address(folder, f"{at}-triggered.png"),
-            _said({name: [kept.get(name, {}).get(part, {}).get(row) for part in _PARTS] for name in had}),
+            _data_url(folder, f"{at}-clean.png"),
+            _data_url(folder, f"{at}-triggered.png"),
+            _merge({name: [stored.get(name, {}).get(part, {}).get(row) for part in _PARTS] for name in names}),
         )
-        for at, row in enumerate(ids[:_SHOWN])
+        for at, row in enumerate(ids[:_MOST_ROWS])
     ]
 
 
-def _said(answers: Mapping[str, Sequence[Answer | None]]) -> list[Said]:
-    """By what is said, so that few lines show which models differ."""
+def _merge(answers: Mapping[str, Sequence[Answer | None]]) -> list[ModelAnswers]:
+    """Group defenses with the same answers, so that the few lines show which models differ."""
     by_answers: dict[tuple[Answer | None, ...], list[str]] = {}
-    for name, both in answers.items():
-        by_answers.setdefault(tuple(both), []).append(name)
-    return [Said(names, *both) for both, names in by_answers.items()]
+    for name, pair in answers.items():
+        by_answers.setdefault(tuple(pair), []).append(name)
+    return [ModelAnswers(names, *pair) for pair, names in by_answers.items()]
 
 
 def marked(answer: Answer, goal: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """The answer in parts, and which are the attacker's text; all of it where that is not found word for word."""
-    text = answer.answer if len(answer.answer) <= _LONGEST else f"{answer.answer[:_LONGEST]} ..."
+    """Split an answer into parts, each with whether it is the attacker's text.
+
+    An answer that meets the goal without the text word for word is one part, which is the attacker's.
+    """
+    text = answer.answer if len(answer.answer) <= _MOST_LETTERS else f"{answer.answer[:_MOST_LETTERS]} ..."
     if not answer.met:
         return [(text, False)]
     wanted = next((str(goal[name]) for name in ("text", "url", "target") if goal.get(name)), "")
-    found = re.search(re.escape(wanted), text, re.IGNORECASE) if wanted else None
-    start, end = found.span() if found else (0, len(text))
+    match = re.search(re.escape(wanted), text, re.IGNORECASE) if wanted else None
+    start, end = match.span() if match else (0, len(text))
     return [part for part in ((text[:start], False), (text[start:end], True), (text[end:], False)) if part[0]]
 
 
-def _answers(roots: Sequence[Path], group: Attacked, defense: str) -> dict[str, dict[str, Answer]] | None:
-    cell = group.found[defense].cell
+def _answers(roots: Sequence[Path], group: AttackGroup, defense: str) -> dict[str, dict[str, Answer]] | None:
+    cell = group.results[defense].cell
     root = next((root for root in roots if (store.folder_of(root, cell) / "answers.jsonl").is_file()), None)
     if root is None:
         return None
-    kept = store.answers_of(root, cell)
-    return {part: {answer.id: answer for answer in kept.get(part, ())} for part in _PARTS}
+    stored = store.answers_of(root, cell)
+    return {part: {answer.id: answer for answer in stored.get(part, ())} for part in _PARTS}
 
 
-def _folder(roots: Sequence[Path], group: Attacked) -> Path | None:
-    names = [name for result in group.found.values() if (name := result.metrics.get("examples"))]
+def _folder(roots: Sequence[Path], group: AttackGroup) -> Path | None:
+    names = [name for result in group.results.values() if (name := result.metrics.get("examples"))]
     folders = (root / _PICTURES / name for root in roots for name in names)
     return next((folder for folder in folders if folder.is_dir()), None)
 
@@ -108,11 +112,11 @@ def _ids(folder: Path) -> list[str]:
         return [str(row["id"]) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}); delete {folder}, pictures are made anew"
+            f"{path}: cannot be read ({type(error).__name__}); delete {folder}, and the next run makes it again"
         ) from error
 
 
-def _address(folder: Path | None, name: str) -> str | None:
+def _data_url(folder: Path | None, name: str) -> str | None:
     if folder is None or not (folder / name).is_file():
         return None
     return f"data:image/png;base64,{b64encode((folder / name).read_bytes()).decode()}"

@@ -1,4 +1,4 @@
-"""What a folder of results holds: cells that differ in the defense alone stand together, and count or do not."""
+"""Read results and group cells that differ only in the defense; check which groups count."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from untrigger.errors import InputError
 from untrigger.metrics.rates import Rate
 
 PLAIN: Final = "plain"
-_NEEDED = ("asr", "quality", "triggered_quality", "seconds")  # what no cell is without
-_OF_MODEL = ("quality", "text_prior", "wrong_image", "seconds", "machine", "versions")  # whatever the attack
-_ORDER = ("model", "task", "data", "attack", "rate", "defense", "seed")
+_REQUIRED = ("asr", "quality", "triggered_quality", "seconds")  # metrics of every cell
+_OF_MODEL = ("quality", "text_prior", "wrong_image", "seconds", "machine", "versions")  # metrics without the attack
+_SORTED_BY = ("model", "task", "data", "attack", "rate", "defense", "seed")
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """One model under one attack with one seed: cells that differ in the defense alone.
+class AttackGroup:
+    """The cells of one model under one attack with one seed: they differ only in the defense.
 
     Attributes:
-        cell: what they have in common; its defense is empty.
-        found: the cells, by `defense_of`.
-        valid: whether they count (`untrigger.bench.validity`); None where the undefended model or the oracle
-            was not run.
-        why: the reason where they do not, in words.
+        cell: the settings that the cells share; its defense is empty.
+        results: the cells, by `defense_of`.
+        valid: whether they count (`untrigger.bench.validity`); None if the undefended model or the oracle was not run.
+        reason: why they do not count, in words; empty if they do.
     """
 
     cell: Cell
-    found: Mapping[str, Result]
+    results: Mapping[str, Result]
     valid: bool | None
-    why: str
+    reason: str
 
     @property
     def anchor(self) -> str:
-        """Its name in the address of its section."""
+        """The id of the group's section in the page."""
         return self.cell.name
 
     @property
@@ -47,107 +46,108 @@ class Attacked:
         return task_of(self.cell.data)
 
     @property
-    def told(self) -> str:
-        """Whether it counts, in words; empty where it does."""
-        return {True: "", False: f"not counted: {self.why}", None: f"not checked: {self.why}"}[self.valid]
+    def status(self) -> str:
+        """Why the group does not count, in words; empty if it does."""
+        return {True: "", False: f"not counted: {self.reason}", None: f"not checked: {self.reason}"}[self.valid]
 
     def asr(self, defense: str) -> Rate:
-        return as_rate(self.found[defense].metrics["asr"])
+        return as_rate(self.results[defense].metrics["asr"])
 
-    def quality(self, defense: str, of: str = "quality") -> Rate | None:
-        """What stands for the task's quality: accuracy in [0, 1] for VQA, CIDEr (0 to 10) for captions."""
-        figure = validity.quality(self.cell.data, self.found[defense].metrics, of)
+    def quality(self, defense: str, field: str = "quality") -> Rate | None:
+        """The quality figure of the task: accuracy in [0, 1] for VQA, CIDEr (0 to 10) for captions."""
+        figure = validity.quality(self.cell.data, self.results[defense].metrics, field)
         return as_rate(figure) if figure else None
 
-    def kept(self, defense: str) -> float | None:
-        """Quality as a share of the oracle's; may be above 1."""
-        quality, whole = (self.quality(name) if name in self.found else None for name in (defense, ORACLE))
-        return quality.value / whole.value if quality and whole and whole.value else None
+    def quality_share(self, defense: str) -> float | None:
+        """Quality as a share of the oracle's; may exceed 1. None if either is unknown."""
+        own, oracle = (self.quality(name) if name in self.results else None for name in (defense, ORACLE))
+        return own.value / oracle.value if own and oracle and oracle.value else None
 
-    def above(self, defense: str) -> float | None:
-        """ASR above the oracle's; may be below 0."""
-        return self.asr(defense).value - self.asr(ORACLE).value if ORACLE in self.found else None
+    def asr_above_oracle(self, defense: str) -> float | None:
+        """ASR minus the oracle's; may be negative. None without an oracle."""
+        return self.asr(defense).value - self.asr(ORACLE).value if ORACLE in self.results else None
 
     def owns(self, defense: str) -> bool:
-        """Whether the cell was run for this attack; an oracle may be another attack's (`untrigger.bench.plan`)."""
-        return _bare(self.found[defense].cell) == self.cell
+        """Whether the cell was run for this attack; a shared oracle is another attack's (`untrigger.bench.plan`)."""
+        return _without_defense(self.results[defense].cell) == self.cell
 
     def seconds(self, defense: str) -> float:
-        """Of training."""
-        return self.found[defense].metrics["seconds"]["training"]
+        """Training time."""
+        return self.results[defense].metrics["seconds"]["training"]
 
-    def times(self, defense: str) -> float | None:
-        """Seconds of training in those of the undefended model."""
-        usual = self.seconds(PLAIN) if PLAIN in self.found else 0.0
-        return self.seconds(defense) / usual if usual else None
+    def time_ratio(self, defense: str) -> float | None:
+        """Training time over that of the undefended model."""
+        plain = self.seconds(PLAIN) if PLAIN in self.results else 0.0
+        return self.seconds(defense) / plain if plain else None
 
     @property
     def near_misses(self) -> list[str]:
-        """Their names, of all cells."""
-        return list(dict.fromkeys(name for of in self.found.values() for name in of.metrics.get("near_miss", {})))
+        """The names of the near misses of all cells."""
+        results = self.results.values()
+        return list(dict.fromkeys(name for result in results for name in result.metrics.get("near_miss", {})))
 
     @property
     def premise(self) -> Mapping[str, Any] | None:
-        """What `untrigger.evaluation.invariance` found of the undefended model's training rows; None in older cells."""
-        return self.found[PLAIN].metrics.get("premise") if PLAIN in self.found else None
+        """The figures of `untrigger.evaluation.invariance` for the undefended model; None in older cells."""
+        return self.results[PLAIN].metrics.get("premise") if PLAIN in self.results else None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that some folders of results hold.
+    """All stored results of some folders.
 
     Attributes:
         groups: by model, task, data, attack, rate and seed.
-        defenses: the undefended model and the oracle first: the others are measured against them.
-        failures: folder -> why its cell could not be run the last time.
+        defenses: names, the undefended model and the oracle first.
+        failures: folder -> why the last run of its cell failed.
     """
 
-    groups: Sequence[Attacked]
+    groups: Sequence[AttackGroup]
     defenses: Sequence[str]
     failures: Mapping[str, str]
 
     @property
-    def counted(self) -> list[Attacked]:
+    def counted(self) -> list[AttackGroup]:
         return [group for group in self.groups if group.valid]
 
     @property
     def results(self) -> list[Result]:
         """Each stored cell once, also an oracle that several attacks share."""
-        groups = [(group, name) for group in self.groups for name in self.defenses if name in group.found]
-        return list({(of := group.found[name]).cell.name: of for group, name in groups}.values())
+        results = [group.results[name] for group in self.groups for name in self.defenses if name in group.results]
+        return list({result.cell.name: result for result in results}.values())
 
 
 def read(*roots: Path) -> Report:
-    """The finished cells and the failures in all ``roots``, each a folder or a JSONL file (`untrigger.bench.store`).
+    """Read the finished cells and the failures in ``roots``, folders or JSONL files (`untrigger.bench.store`).
 
     Raises:
-        InputError: a root is not there or holds no finished cell, or a cell cannot be read.
+        InputError: a root does not exist or holds no finished cell, or a cell cannot be read.
     """
     failures: dict[str, str] = {}
-    names: dict[str, Cell] = {}
-    found: dict[str, dict[str, Result]] = defaultdict(dict)
+    shared_cells: dict[str, Cell] = {}
+    by_group: dict[str, dict[str, Result]] = defaultdict(dict)
     for result in [result for root in roots for result in _results(root, failures)]:
-        bare = _bare(result.cell)
-        names[bare.name] = bare
-        found[bare.name].setdefault(defense_of(result.cell), result)
-    oracles = _shared_oracles(found.values())
-    for name, of in found.items():
-        if ORACLE not in of and (shared := oracles.get(name)):
-            of[ORACLE] = shared
-    groups = [_attacked(names[name], of) for name, of in found.items()]
-    seen = {name for group in groups for name in group.found}
-    first = [name for name in (PLAIN, ORACLE) if name in seen]
-    return Report(sorted(groups, key=_place), [*first, *sorted(seen - set(first))], failures)
+        shared = _without_defense(result.cell)
+        shared_cells[shared.name] = shared
+        by_group[shared.name].setdefault(defense_of(result.cell), result)
+    oracles = _shared_oracles(by_group.values())
+    for name, results in by_group.items():
+        if ORACLE not in results and (oracle := oracles.get(name)):
+            results[ORACLE] = oracle
+    groups = [_group(shared_cells[name], results) for name, results in by_group.items()]
+    names = {name for group in groups for name in group.results}
+    first = [name for name in (PLAIN, ORACLE) if name in names]
+    return Report(sorted(groups, key=_sort_key), [*first, *sorted(names - set(first))], failures)
 
 
 def defense_of(cell: Cell) -> str:
-    """A defense's name, with its settings where they are not at their defaults."""
-    told = ", ".join(f"{name} {number(value)}" for name, value in sorted(cell.defense_settings.items()))
-    return f"{cell.defense} ({told})" if told else cell.defense
+    """A defense's name, with its changed settings if there are any."""
+    settings = ", ".join(f"{name} {number(value)}" for name, value in sorted(cell.defense_settings.items()))
+    return f"{cell.defense} ({settings})" if settings else cell.defense
 
 
-def shown(name: str) -> str:
-    """The name of a model or an attack without the folders that it lies in."""
+def short_name(name: str) -> str:
+    """The name of a model or an attack without its folders."""
     return PurePosixPath(name.removesuffix(".py")).name or name
 
 
@@ -160,89 +160,90 @@ def as_rate(figure: Mapping[str, Any]) -> Rate:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """One entry a cell, sorted; the figures as they are stored."""
-    entries = [_entry(group, name) for group in report.groups for name in group.found]
-    return {"cells": sorted(entries, key=lambda entry: [entry[name] for name in _ORDER])}
+    """An entry for each cell, sorted, with its stored figures."""
+    entries = [_entry(group, name) for group in report.groups for name in group.results]
+    return {"cells": sorted(entries, key=lambda entry: [entry[name] for name in _SORTED_BY])}
 
 
-def _entry(group: Attacked, defense: str) -> dict[str, Any]:
-    cell, metrics = group.found[defense]
+def _entry(group: AttackGroup, defense: str) -> dict[str, Any]:
+    cell, metrics = group.results[defense]
     return {
-        "model": shown(cell.model),
+        "model": short_name(cell.model),
         "task": group.task,
         "data": cell.data,
-        "attack": shown(group.cell.attack),  # an oracle may be another's
+        "attack": short_name(group.cell.attack),  # not the cell's: an oracle may be another attack's
         "rate": cell.rate,
         "defense": defense,
         "seed": cell.seed,
         "valid": group.valid,
-        "why": group.told,
+        "why": group.status,
         "asr": metrics["asr"],
-        "leak": metrics.get("leak"),  # none where the triggered inputs are clean ones
+        "leak": metrics.get("leak"),  # None if the triggered inputs are the clean ones
         "quality": validity.quality(cell.data, metrics),
-        "quality_vs_oracle": group.kept(defense),
+        "quality_vs_oracle": group.quality_share(defense),
         "triggered_quality": validity.quality(cell.data, metrics, "triggered_quality"),
         "seconds": group.seconds(defense),
     }
 
 
 def _results(root: Path, failures: dict[str, str]) -> list[Result]:
-    """The checked cells of one root; its failures are added to ``failures``."""
+    """Read and check the cells of one root; add its failures to ``failures``."""
     if not root.is_dir() and not store.packed(root).is_file():
-        what = "file" if root == store.packed(root) else "folder"
-        raise InputError(f"{root}: no such {what}; give one that untrigger bench or untrigger report wrote")
-    here = {path.parent.name: _line(path) for path in sorted(root.glob("*/error.txt"))}
-    failures |= here
+        kind = "file" if root == store.packed(root) else "folder"
+        raise InputError(f"{root}: no such {kind}; give one that untrigger bench or untrigger report wrote")
+    failed_here = {path.parent.name: _one_line(path) for path in sorted(root.glob("*/error.txt"))}
+    failures |= failed_here
     results = store.results(root)
     if not results:
-        failed = f", {len(here)} failed" if here else ""
-        raise InputError(f"{root}: holds no finished cell{failed}; untrigger bench PLAN --out {root} makes some")
+        failed = f", {len(failed_here)} failed" if failed_here else ""
+        raise InputError(f"{root}: holds no finished cell{failed}; run untrigger bench PLAN --out {root}")
     for result in results:
-        if lacking := [name for name in _NEEDED if name not in result.metrics]:
-            place, mend = store.place_of(root, result.cell)
-            raise InputError(f"{place} tells no {lacking[0]}; {mend}, the cell will run again")
+        if missing := [name for name in _REQUIRED if name not in result.metrics]:
+            place, remedy = store.place_of(root, result.cell)
+            raise InputError(f"{place} has no {missing[0]}; {remedy}, and the cell runs again")
     return results
 
 
-def _shared_oracles(found: Iterable[Mapping[str, Result]]) -> dict[str, Result]:
-    """What oracles that several attacks share say of each of their probes (`untrigger.bench.plan`)."""
-    oracles = [of[ORACLE] for of in found if ORACLE in of]
+def _shared_oracles(groups: Iterable[Mapping[str, Result]]) -> dict[str, Result]:
+    """The results of shared oracles for each of their probes, by the name of the probe's group."""
+    oracles = [results[ORACLE] for results in groups if ORACLE in results]
     shared: dict[str, Result] = {}
     for cell, metrics in oracles:
         for name, probe in cell.probes.items():
             if not {"attack", "goal", "settings"} <= probe.keys() or name not in metrics.get("probes", {}):
                 continue
             attack = {"attack": probe["attack"], "goal": probe["goal"], "goal_text": probe.get("goal_text")}
-            bare = _bare(replace(cell, **attack, attack_settings=probe["settings"]))
-            shared.setdefault(bare.name, Result(cell, _of_probe(metrics, metrics["probes"][name])))
+            group = _without_defense(replace(cell, **attack, attack_settings=probe["settings"]))
+            shared.setdefault(group.name, Result(cell, _probe_metrics(metrics, metrics["probes"][name])))
     return shared
 
 
-def _of_probe(metrics: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
-    """A shared oracle's figures with one probe's ASR for its own; nobody asked for its quality on those inputs."""
-    kept = {name: metrics[name] for name in _OF_MODEL if name in metrics}
-    return {**kept, "asr": probe["asr"], "triggered_quality": dict.fromkeys(metrics["triggered_quality"])}
+def _probe_metrics(metrics: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
+    """A shared oracle's figures with a probe's ASR; its quality on the probe's inputs was not measured."""
+    of_model = {name: metrics[name] for name in _OF_MODEL if name in metrics}
+    return {**of_model, "asr": probe["asr"], "triggered_quality": dict.fromkeys(metrics["triggered_quality"])}
 
 
-def _bare(cell: Cell) -> Cell:
-    """What an attacked model under any defense, and its oracle, have in common."""
+def _without_defense(cell: Cell) -> Cell:
+    """The settings that the cells of a group share."""
     return replace(cell, defense="", defense_settings={}, probes={})
 
 
-def _attacked(cell: Cell, found: Mapping[str, Result]) -> Attacked:
-    plain, oracle = (found[name].metrics if name in found else None for name in (PLAIN, ORACLE))
+def _group(cell: Cell, results: Mapping[str, Result]) -> AttackGroup:
+    plain, oracle = (results[name].metrics if name in results else None for name in (PLAIN, ORACLE))
     if not plain:
-        return Attacked(cell, found, None, "the undefended model was not run")
-    if flaw := validity.flaw(cell.data, plain, oracle):
-        return Attacked(cell, found, False, flaw)
-    return Attacked(cell, found, *((True, "") if oracle else (None, "the oracle was not run")))
+        return AttackGroup(cell, results, None, "the undefended model was not run")
+    if reason := validity.invalid_reason(cell.data, plain, oracle):
+        return AttackGroup(cell, results, False, reason)
+    return AttackGroup(cell, results, *((True, "") if oracle else (None, "the oracle was not run")))
 
 
-def _place(group: Attacked) -> tuple[object, ...]:
+def _sort_key(group: AttackGroup) -> tuple[object, ...]:
     cell = group.cell
-    kind = str(sorted(cell.attack_settings.items()))
-    return shown(cell.model), group.task, cell.data, shown(cell.attack), cell.rate, kind, cell.seed, cell.name
+    settings = str(sorted(cell.attack_settings.items()))
+    model, attack = short_name(cell.model), short_name(cell.attack)
+    return model, group.task, cell.data, attack, cell.rate, settings, cell.seed, cell.name
 
 
-def _line(path: Path) -> str:
+def _one_line(path: Path) -> str:
     return " ".join(path.read_text(encoding="utf-8", errors="replace").split())

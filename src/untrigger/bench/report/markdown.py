@@ -7,49 +7,58 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from untrigger.bench.report import words
-from untrigger.bench.report.figures import PLAIN, Attacked, Report, as_rate
-from untrigger.bench.report.tables import Block, Row, blocks, costs, environment, standings, unusual, views
+from untrigger.bench.report.figures import PLAIN, AttackGroup, Report, as_rate
+from untrigger.bench.report.tables import Block, Row, blocks, changed_settings, costs, environment, standings, views
 from untrigger.bench.store import ORACLE
 
 
 def markdown(report: Report) -> str:
-    """Headline, ASR, what does not count, distance to the oracle, cost, premise and environment.
+    """Render summary, ASR, models that do not count, distance to the oracle, cost, premise and environment.
 
-    Where no defense was run the attacks are the subject: what each does is listed too.
+    Results without any defense are about the attacks: a table with the figures of each attack is added.
     """
-    told, head = blocks(report), words.headline(report)
+    all_blocks, head = blocks(report), words.headline(report)
     about_attacks = set(report.defenses) == {PLAIN, ORACLE}
     return "\n".join(
         [
-            "# What is left of the backdoors\n",
+            "# Report: backdoors and defenses\n",
             f"{_text(head.first)}\n",
             *([f"{words.BY_DEFENSE}\n"] if head.defenses else []),
-            *(f"- **{_text(name)}**: {_text(said)}" for name, said in head.defenses),
+            *(f"- **{_text(name)}**: {_text(summary)}" for name, summary in head.defenses),
             *(f"\n{_text(note)}" for note in head.notes),
             "",
-            *(f"- {name}: {said}" for name, said in words.TERMS.items()),
+            *(f"- {name}: {meaning}" for name, meaning in words.TERMS.items()),
             "\n## Attack success\n",
-            f"ASR in percent with its 95 % interval. {words.GATES} The others say so, and are counted nowhere.\n",
-            *(line for block in told for line in _matrix(block, report.defenses)),
-            "## What does not count\n",
-            *(_invalid(told) or ["Every attacked model counts.\n"]),
-            *(_attacks(told) if about_attacks else []),
+            f"ASR in percent with its 95 % interval. {words.VALIDITY} Other models are marked, and no median includes "
+            "them.\n",
+            *(line for block in all_blocks for line in _matrix(block, report.defenses)),
+            "## Models that do not count\n",
+            *(_invalid(all_blocks) or ["Every attacked model counts.\n"]),
+            *(_attacks(all_blocks) if about_attacks else []),
             "## Distance to the oracle\n",
-            "Medians over the cells that count, with the range: ASR above the oracle's in percentage points, and the "
-            "share of the oracle's quality that is kept.\n",
-            *(line for block in told for line in _distance(block, report.defenses)),
+            "Medians over the cells that count, with the range: ASR minus the oracle's in percentage points, and "
+            "quality as a share of the oracle's.\n",
+            *(line for block in all_blocks for line in _distance(block, report.defenses)),
             "## Cost\n",
-            "Training, all stages together, as multiples of the undefended model of the same cell: medians with the "
+            "Training time of all stages, as a multiple of the undefended model's in the same cell: medians with the "
             "range.\n",
             *_table(
-                ["defense", "cells", "times the undefended", "seconds"],
-                ([of.defense, of.times.n, words.times(of.times), words.seconds(of.seconds)] for of in costs(report)),
+                ["defense", "cells", "time over undefended", "seconds"],
+                (
+                    [
+                        cost.defense,
+                        cost.time_ratio.n,
+                        words.ratio_range(cost.time_ratio),
+                        words.seconds_range(cost.seconds),
+                    ]
+                    for cost in costs(report)
+                ),
             ),
             "## Does the premise hold?\n",
-            *_premise(report, told),
+            *_premise(report, all_blocks),
             *_failures(report),
             "## Environment\n",
-            *(f"- {name}: {_text('; '.join(of))}" for name, of in environment(report)),
+            *(f"- {name}: {_text('; '.join(values))}" for name, values in environment(report)),
             "",
         ]
     )
@@ -64,21 +73,21 @@ def _asr(row: Row, defense: str) -> str:
     pooled = row.pooled(defense)
     if not pooled:
         return "-"
-    told = words.rate(pooled.rate)
+    text = words.rate(pooled.rate)
     if len(pooled.groups) > 1:
-        told += f", {len(pooled.groups)} seeds {words.percent(pooled.low)} to {words.percent(pooled.high)}"
-    return told + {True: "", None: ", not checked", False: ", not counted"}[pooled.valid]
+        text += f", {len(pooled.groups)} seeds {words.percent(pooled.low)} to {words.percent(pooled.high)}"
+    return text + {True: "", None: ", not checked", False: ", not counted"}[pooled.valid]
 
 
-def _invalid(told: Sequence[Block]) -> list[str]:
-    rows = [[block.title, row.label, row.told] for block in told for row in block.rows if row.told]
-    return _table(["model and task", "attack", "why"], rows) if rows else []
+def _invalid(all_blocks: Sequence[Block]) -> list[str]:
+    rows = [[block.title, row.label, row.status] for block in all_blocks for row in block.rows if row.status]
+    return _table(["model and task", "attack", "reason"], rows) if rows else []
 
 
-def _attacks(told: Sequence[Block]) -> list[str]:
+def _attacks(all_blocks: Sequence[Block]) -> list[str]:
     tables = (
         line
-        for block in told
+        for block in all_blocks
         for line in (
             f"### {_text(block.title)}\n",
             *_table(_ATTACK_HEAD, [_attack(row, group) for row in block.rows for group in row.groups]),
@@ -86,36 +95,38 @@ def _attacks(told: Sequence[Block]) -> list[str]:
     )
     return [
         "## Every attack\n",
-        "Of the undefended model, with 95 % intervals. The floor is the oracle's ASR, and so is the quality after the "
-        "slash the oracle's. Near misses carry a wrong key, or a part of the right one. PSNR and SSIM compare n "
-        "attacked images with their clean selves.\n",
+        "Figures of the undefended model, with 95 % intervals. The floor is the oracle's ASR; the quality after the "
+        "slash is the oracle's. Near misses carry a wrong key, or only a part of the right one. PSNR and SSIM compare "
+        "n attacked images with their clean originals.\n",
         *tables,
     ]
 
 
 _ATTACK_HEAD = (
     *("attack", "goal", "seed", "ASR, %", "floor, %", "leak, %", "near misses, %"),
-    *("quality", "PSNR, SSIM", "settings that are not usual"),
+    *("quality", "PSNR, SSIM", "changed settings"),
 )
 
 
-def _attack(row: Row, group: Attacked) -> list[object]:
-    if PLAIN not in group.found:
-        return [row.label, group.cell.goal, group.cell.seed, *["-"] * 6, unusual(group.cell)]
-    metrics = group.found[PLAIN].metrics
-    floor, whole = (of(ORACLE) if ORACLE in group.found else None for of in (group.asr, group.quality))
+def _attack(row: Row, group: AttackGroup) -> list[object]:
+    if PLAIN not in group.results:
+        return [row.label, group.cell.goal, group.cell.seed, *["-"] * 6, changed_settings(group.cell)]
+    metrics = group.results[PLAIN].metrics
+    floor, oracle_quality = (
+        figure(ORACLE) if ORACLE in group.results else None for figure in (group.asr, group.quality)
+    )
     return [
         row.label,
         group.cell.goal,
         group.cell.seed,
-        words.rate(group.asr(PLAIN)) + ("" if group.valid else f", {group.why}"),
+        words.rate(group.asr(PLAIN)) + ("" if group.valid else f", {group.reason}"),
         words.rate(floor),
         words.rate(as_rate(metrics["leak"])) if "leak" in metrics else "none",
         "; ".join(f"{name} {words.rate(as_rate(rate))}" for name, rate in metrics.get("near_miss", {}).items())
         or "none",
-        " / ".join(words.quality(of, group.task) for of in (group.quality(PLAIN), whole)),
+        " / ".join(words.quality(value, group.task) for value in (group.quality(PLAIN), oracle_quality)),
         _similarity(metrics.get("similarity")),
-        unusual(group.cell),
+        changed_settings(group.cell),
     ]
 
 
@@ -123,44 +134,50 @@ def _similarity(figures: Mapping[str, Any] | None) -> str:
     if not figures:
         return "-"
     if not figures["changed"]:
-        return "no pixel is changed"
+        return "no changed pixel"
     return f"{figures['psnr']:.1f} dB, {figures['ssim']:.3f} (n {figures['changed']})"
 
 
 def _distance(block: Block, defenses: Sequence[str]) -> list[str]:
     rows = [
-        [of.defense, of.asr.n, words.points_over(of.above), words.over(of.kept), words.over(of.leak)]
-        for of in standings(block.groups, defenses)
+        [
+            standing.defense,
+            standing.asr.n,
+            words.points_range(standing.above_oracle),
+            words.percent_range(standing.quality_share),
+            words.percent_range(standing.leak),
+        ]
+        for standing in standings(block.groups, defenses)
     ]
     if not rows:
         return [f"### {_text(block.title)}\n", "No cell counts.\n"]
-    head = ["defense", "cells", "ASR above the oracle's, points", "quality kept, %", "leak, %"]
+    head = ["defense", "cells", "ASR above the oracle's, points", "quality, % of the oracle's", "leak, %"]
     return [f"### {_text(block.title)}\n", *_table(head, rows)]
 
 
-def _premise(report: Report, told: Sequence[Block]) -> list[str]:
-    found = views(report)
-    if not found:
-        return ["None of these cells was asked.\n"]
-    names = list(dict.fromkeys(view.name for view in found))
-    areas = {(view.group.anchor, view.name): words.area(view.auroc) for view in found}
+def _premise(report: Report, all_blocks: Sequence[Block]) -> list[str]:
+    all_views = views(report)
+    if not all_views:
+        return ["These results have no such figures.\n"]
+    names = list(dict.fromkeys(view.name for view in all_views))
+    aurocs = {(view.group.anchor, view.name): words.auroc(view.auroc) for view in all_views}
     rows = [
-        [block.title, row.label, group.cell.seed, *(areas.get((group.anchor, name), "-") for name in names)]
-        for block in told
+        [block.title, row.label, group.cell.seed, *(aurocs.get((group.anchor, name), "-") for name in names)]
+        for block in all_blocks
         for row in block.rows
         for group in row.groups
         if group.premise
     ]
     return [
-        'AUROC of "the more invariant its answer, the more poisoned the row", by view, with its 95 % interval: above '
-        f"0.5 where the premise holds. {words.reading(found)}\n",
+        "AUROC of the invariance of a row's answer as a sign of poisoning, by view, with its 95 % interval. The "
+        f"premise holds above 0.5. {words.premise_summary(all_views)}\n",
         *_table(["model and task", "attack", "seed", *names], rows),
     ]
 
 
 def _failures(report: Report) -> list[str]:
-    lines = [f"- {_text(name)}: {_text(why)}" for name, why in report.failures.items()]
-    return ["## Cells that could not be run\n", *lines, ""] if lines else []
+    lines = [f"- {_text(name)}: {_text(reason)}" for name, reason in report.failures.items()]
+    return ["## Failed cells\n", *lines, ""] if lines else []
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -169,5 +186,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """In one line, in which nothing is Markdown or HTML."""
+    """One line with Markdown and HTML escaped."""
     return re.sub(r"([\\|<>`*\[\]])", r"\\\1", " ".join(text.split()))

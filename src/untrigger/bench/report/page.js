@@ -1,5 +1,5 @@
 "use strict";
-// Draws the figures that the page holds, in the colors of its scheme.
+// Draws the charts of the page in the colors of its light or dark scheme.
 const figures = JSON.parse(document.getElementById("figures").textContent);
 
 function scheme() {
@@ -26,7 +26,7 @@ function draw() {
   }
 }
 
-// A link to a cell opens its section.
+// Opens the section of a cell that a link points to.
 function reveal() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   const section = target?.closest("details");

@@ -1,4 +1,4 @@
-"""The report: a pure render of stored results, as a page, as tables, as figures for a program, or packed."""
+"""Render stored results as an HTML page, Markdown tables or JSON figures, or pack them into one JSONL file."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ _SUFFIXES = (".html", ".md", ".json", ".jsonl")
 
 
 def write(results: Sequence[Path], out: Path) -> None:
-    """Render ``results`` into the file ``out``, by its ending: ``.html``, ``.md``, ``.json`` or ``.jsonl``.
+    """Render ``results`` into the file ``out``.
 
-    The same results give the same bytes. Each of ``results`` is a folder that ``untrigger bench`` wrote, or a JSONL
-    file that this function made of some. A page also shows the answers and pictures that a folder holds; a JSONL file
-    has the figures alone.
+    The suffix of ``out`` sets the format: ``.html``, ``.md``, ``.json`` or ``.jsonl``. The same results give the same
+    bytes. Each of ``results`` is a folder that ``untrigger bench`` wrote, or a JSONL file that this function packed.
+    A page also shows the answers and images of a folder; a JSONL file has only figures.
 
     Raises:
-        InputError: another ending, no finished cell in one of ``results``, or something there that cannot be read.
+        InputError: unknown suffix, no finished cell in one of ``results``, or a file there that cannot be read.
     """
     if out.suffix not in _SUFFIXES:
-        raise InputError(f"{out}: a report ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; rename it")
+        raise InputError(
+            f"{out}: the suffix of a report must be {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}; rename it"
+        )
     try:
         text = _rendered(results, out.suffix)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a text where a figure belongs, and the like
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a figure of the wrong type, for example
         raise InputError(
-            f"{', '.join(map(str, results))}: the figures of a cell are not as untrigger bench wrote them ({error!r}); "
-            "delete that cell's folder or line, it will run again"
+            f"{', '.join(map(str, results))}: the figures of a cell are damaged ({error!r}); "
+            "delete that cell's folder or line, and it runs again"
         ) from error
     write_text(out, text)
 

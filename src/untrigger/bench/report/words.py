@@ -1,4 +1,4 @@
-"""Figures in words: how each is written on a page, and the headline."""
+"""Figures as text, and the summary of a report in words."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from untrigger.bench.validity import FLOOR, IMPLANTED, LOST
 from untrigger.data import Task
 from untrigger.metrics.rates import Rate
 
-GATES = (
-    f"An attacked model counts where the undefended model's ASR is at least {100 * IMPLANTED:g} %, the oracle's at "
+VALIDITY = (
+    f"An attacked model counts if the undefended model's ASR is at least {100 * IMPLANTED:g} %, the oracle's ASR at "
     f"most {100 * FLOOR:g} %, and the undefended model's quality at most {100 * LOST:g} % below the oracle's."
 )
 BY_DEFENSE = (
-    "ASR and the share of the oracle's quality that is kept, medians over the cells that count with the range, and in "
-    f"how many the ASR is at most {100 * FLOOR:g} %, as an oracle's must be:"
+    "Each defense over the cells that count: ASR and quality as a share of the oracle's, medians with the range, and "
+    f"the number of cells with an ASR of at most {100 * FLOOR:g} %, the bound for an oracle:"
 )
 TERMS = {
-    "ASR": "attack success rate: the share of triggered held-out inputs that are answered as the attacker wants. "
-    "Inputs whose true answer is that already are left out.",
-    "leak": "the same on clean inputs. Near misses carry a wrong key, or a part of the right one.",
-    "plain": "the undefended model: fine-tuned on the poisoned rows as they are.",
-    "oracle": "the same, with the poisoned rows taken out: what a perfect defense would reach.",
+    "ASR": "attack success rate: the share of triggered held-out inputs that the model answers as the attacker wants. "
+    "Inputs whose true answer already meets the attacker's goal are left out.",
+    "leak": "the same rate on clean inputs. Near misses carry a wrong key, or only a part of the right one.",
+    "plain": "the undefended model, fine-tuned on all rows, the poisoned ones included.",
+    "oracle": "the same training without the poisoned rows: the result of a perfect defense.",
     "quality": "on clean held-out inputs: accuracy for VQA, CIDEr (0 to 10) for captions.",
-    "intervals": "95 %. Where a row has several seeds the figure is over all their inputs together: its interval tells "
-    "nothing of the spread between seeds, which is told beside it.",
+    "intervals": "95 %. A row with several seeds pools their inputs. Its interval does not cover the spread between "
+    "seeds, which is given beside it.",
 }
 
 
 class Headline(NamedTuple):
-    """What the figures say in a sentence, of each defense, and what they do not say."""
+    """The summary of a report.
+
+    Attributes:
+        first: how many attacked models count, with the ASR of the undefended model and of the oracle.
+        defenses: name and summary of each other defense, the lowest ASR first.
+        notes: limits of the figures.
+    """
 
     first: str
     defenses: Sequence[tuple[str, str]]
@@ -45,14 +51,14 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def rate(of: Rate | None) -> str:
+def rate(value: Rate | None) -> str:
     """In percent with its interval."""
-    return f"{percent(of.value)} ({percent(of.low)}-{percent(of.high)})" if of else "-"
+    return f"{percent(value.value)} ({percent(value.low)}-{percent(value.high)})" if value else "-"
 
 
-def quality(of: Rate | None, task: Task) -> str:
+def quality(value: Rate | None, task: Task) -> str:
     """Accuracy in percent, or CIDEr, with its interval."""
-    return rate(of) if of is None or task == "vqa" else f"{of.value:.2f} ({of.low:.2f}-{of.high:.2f})"
+    return rate(value) if value is None or task == "vqa" else f"{value.value:.2f} ({value.low:.2f}-{value.high:.2f})"
 
 
 def points(value: float | None) -> str:
@@ -64,91 +70,94 @@ def share(value: float | None) -> str:
     return "-" if value is None else percent(value)
 
 
-def over(of: Spread | None) -> str:
+def percent_range(value: Spread | None) -> str:
     """In percent: the median with the range."""
-    return _with_range(of, percent)
+    return _with_range(value, percent)
 
 
-def points_over(of: Spread | None) -> str:
-    return _with_range(of, points)
+def points_range(value: Spread | None) -> str:
+    return _with_range(value, points)
 
 
-def times(of: Spread | None) -> str:
-    return _with_range(of, "{:.2f}".format)
+def ratio_range(value: Spread | None) -> str:
+    return _with_range(value, "{:.2f}".format)
 
 
-def seconds(of: Spread | None) -> str:
-    return _with_range(of, "{:.0f}".format)
+def seconds_range(value: Spread | None) -> str:
+    return _with_range(value, "{:.0f}".format)
 
 
-def area(of: Rate | None) -> str:
+def auroc(value: Rate | None) -> str:
     """An AUROC with its interval."""
-    return f"{of.value:.3f} ({of.low:.2f}-{of.high:.2f})" if of else "-"
+    return f"{value.value:.3f} ({value.low:.2f}-{value.high:.2f})" if value else "-"
 
 
-def area_over(of: Spread | None) -> str:
-    return _with_range(of, "{:.3f}".format)
+def auroc_range(value: Spread | None) -> str:
+    return _with_range(value, "{:.3f}".format)
 
 
-def _with_range(of: Spread | None, form: Callable[[float], str]) -> str:
-    if not of:
+def _with_range(value: Spread | None, form: Callable[[float], str]) -> str:
+    if not value:
         return "-"
-    return f"{form(of.median)} ({form(of.low)} to {form(of.high)})" if of.n > 1 else form(of.median)
+    text = form(value.median)
+    return f"{text} ({form(value.low)} to {form(value.high)})" if value.n > 1 else text
 
 
-def many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def headline(report: Report) -> Headline:
-    """What the figures say, and what they do not."""
-    told = {of.defense: of for of in standings(report.groups, report.defenses)}
+    """Summarize the figures and their limits."""
+    by_defense = {standing.defense: standing for standing in standings(report.groups, report.defenses)}
     count = len(report.counted)
-    first = f"{count:,} of {many(len(report.groups), 'attacked model')} {'counts' if count == 1 else 'count'}"
+    first = f"{count:,} of {plural(len(report.groups), 'attacked model')} {'counts' if count == 1 else 'count'}"
     if count:
-        plain, oracle = told[PLAIN], told[ORACLE]
+        plain, oracle = by_defense[PLAIN], by_defense[ORACLE]
         first += (
-            f": {_median(plain)} of triggered inputs are answered as the attacker wants without a defense, "
-            f"{_median(oracle)} where the poisoned rows are taken out."
+            f". ASR of the undefended models: {_median(plain)}. ASR of the oracles, trained without the poisoned rows: "
+            f"{_median(oracle)}."
         )
     else:
-        first += ": nothing can be said about a defense."
-    ranked = sorted((of for name, of in told.items() if name not in (PLAIN, ORACLE)), key=lambda of: of.asr)
-    return Headline(first, [(of.defense, _standing(of)) for of in ranked], _notes(report))
+        first += ": these results say nothing about a defense."
+    ranked = sorted((s for name, s in by_defense.items() if name not in (PLAIN, ORACLE)), key=lambda s: s.asr)
+    return Headline(first, [(standing.defense, _standing(standing)) for standing in ranked], _notes(report))
 
 
-def reading(told: Sequence[View]) -> str:
-    """Where the premise holds, over the cells that count."""
-    counted = Counter(view.holds for view in told if view.group.valid)
+def premise_summary(views: Sequence[View]) -> str:
+    """In how many views the premise holds, over the cells that count."""
+    counted = Counter(view.holds for view in views if view.group.valid)
     if not counted:
-        return "No attacked model that counts was looked at."
+        return "No attacked model that counts has these figures."
     return (
-        f"Over {many(counted.total(), 'view')} of attacked models that count, poisoned rows are the more invariant "
-        f"ones in {counted[True]:,}, the less invariant ones in {counted[False]:,}, and neither for certain in "
+        f"Over {plural(counted.total(), 'view')} of attacked models that count, poisoned rows are more invariant than "
+        f"clean ones in {counted[True]:,}, less invariant in {counted[False]:,}, and neither with certainty in "
         f"{counted[None]:,}."
     )
 
 
-def _standing(of: Standing) -> str:
-    text = f"ASR {over(of.asr)} %, at most {100 * FLOOR:g} % in {of.near:,} of {many(of.asr.n, 'cell')}"
-    return text + (f"; quality {over(of.kept)} %." if of.kept else ".")
+def _standing(standing: Standing) -> str:
+    cells = f"{standing.at_floor:,} of {plural(standing.asr.n, 'cell')}"
+    text = f"ASR {percent_range(standing.asr)} %, at most {100 * FLOOR:g} % in {cells}"
+    return text + (f"; quality {percent_range(standing.quality_share)} %." if standing.quality_share else ".")
 
 
-def _median(of: Standing) -> str:
-    if of.asr.n == 1:
-        return f"{percent(of.asr.median)} %"
-    return f"{percent(of.asr.median)} % (median; {percent(of.asr.low)} to {percent(of.asr.high)})"
+def _median(standing: Standing) -> str:
+    asr = standing.asr
+    if asr.n == 1:
+        return f"{percent(asr.median)} %"
+    return f"{percent(asr.median)} % (median; {percent(asr.low)} to {percent(asr.high)})"
 
 
 def _notes(report: Report) -> list[str]:
-    reasons = Counter((group.valid, group.why) for group in report.groups if not group.valid)
+    reasons = Counter((group.valid, group.reason) for group in report.groups if not group.valid)
     notes = [
-        f"Not {'counted' if valid is False else 'checked'}: {many(count, 'attacked model')}, {why}."
-        for (valid, why), count in sorted(reasons.items(), key=str)
+        f"Not {'counted' if valid is False else 'checked'}: {plural(count, 'attacked model')}, {reason}."
+        for (valid, reason), count in sorted(reasons.items(), key=str)
     ]
     seeds = sorted({group.cell.seed for group in report.groups})
     if len(seeds) == 1:
-        notes.append(f"There is one seed ({seeds[0]}): nothing is said about the spread between seeds.")
+        notes.append(f"There is only one seed ({seeds[0]}): the spread between seeds is unknown.")
     if report.failures:
-        notes.append(f"{many(len(report.failures), 'cell')} could not be run; they are listed below.")
+        notes.append(f"{plural(len(report.failures), 'cell')} failed; see the list below.")
     return notes

@@ -1,4 +1,4 @@
-"""The model's own way to see, for tests of what is learned on its features."""
+"""Image features by the model's own processor, for tests of triggers that are learned on features."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from untrigger.data.scene_world import draw_scene, make_scene
 from untrigger.models.loading import load
 
 
-def look(images: Sequence[Image.Image], model: str = "llava") -> torch.Tensor:
-    """Image features [N, T, d] by way of the model's own processor."""
+def image_features(images: Sequence[Image.Image], model: str = "llava") -> torch.Tensor:
+    """Image features [N, T, d], computed with the model's own processor."""
     loaded = load(model)
     process = loaded.processor.image_processor  # type: ignore[attr-defined]
     with torch.no_grad():
-        seen = [loaded.model.get_image_features(**process(i, return_tensors="pt"), return_dict=True) for i in images]
-    return torch.stack([out.pooler_output[0] for out in seen])
+        outputs = [loaded.model.get_image_features(**process(i, return_tensors="pt"), return_dict=True) for i in images]
+    return torch.stack([out.pooler_output[0] for out in outputs])
 
 
 def scenes(count: int, seed: int = 31) -> list[Image.Image]:

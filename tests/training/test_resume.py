@@ -1,4 +1,4 @@
-"""Staged runs that are killed and resumed."""
+"""Runs of several stages that are killed and resumed, and runs that stop before they begin."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-from untrigger.defenses import (
-    ABL,
-    BYE,
-    CleanTuning,
-    Plain,
-    SharedSurprise,
-)
+from untrigger.defenses import ABL, BYE, CleanTuning, Plain, SharedSurprise
 from untrigger.errors import InputError
 from untrigger.rows.sample import Sample, read
 from untrigger.training.finetune import fine_tune
@@ -26,9 +20,6 @@ from untrigger.training.stages import Tuning
 @pytest.fixture(scope="module")
 def samples(tiny_data: Path) -> list[Sample]:
     return list(read(tiny_data))[:8]
-
-
-# --- killed and resumed -----------------------------------------------------------------------------
 
 
 class Killed(Exception):
@@ -43,7 +34,7 @@ def run(model: Path, samples: list[Sample], out: Path, defense: Any, *, resume: 
 
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int, job: Callable[[], None]) -> None:
-    """Let the run take so many optimizer steps, of all stages together, and then no more."""
+    """Interrupt the run after this many optimizer steps of all stages together."""
     step, taken = Trainer.training_step, [0]
 
     def counted(trainer: Any, *args: Any, **more: Any) -> Any:
@@ -67,7 +58,7 @@ STAGED = {
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each defense with a run that nobody killed."""
+    """A folder for each defense with an uninterrupted run."""
     root = tmp_path_factory.mktemp("undisturbed")
     for name, (defense, _) in STAGED.items():
         run(tiny_model, samples, root / name, defense, save_strategy="no")
@@ -86,7 +77,7 @@ def undisturbed(tiny_model: Path, samples: list[Sample], tmp_path_factory: pytes
         ("default", 3, [""]),
     ],
 )
-def test_finished_stages_are_not_run_again(
+def test_resuming_skips_finished_stages(
     tiny_model: Path,
     samples: list[Sample],
     tmp_path: Path,
@@ -107,26 +98,26 @@ def test_finished_stages_are_not_run_again(
         assert (out / file).read_bytes() == (undisturbed / name / file).read_bytes(), file
 
 
-def test_a_finished_stage_of_another_run_is_never_read(
+def test_never_reads_a_stage_of_another_run(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[str]
 ) -> None:
     killed_after(monkeypatch, 5, lambda: run(tiny_model, samples, tmp_path / "out", CleanTuning(passes=3)))
-    monkeypatch.setattr("untrigger.training.stages._read_weights", lambda *_: pytest.fail("it was read"))
-    for resume, says in ((False, "is not empty"), (True, r"holds a run with other settings \(.*\)")):
-        with pytest.raises(InputError, match=says):
+    monkeypatch.setattr(
+        "untrigger.training.stages._read_weights", lambda *_: pytest.fail("weights of another run were read")
+    )
+    for resume, message in ((False, "is not empty"), (True, r"holds a run with other settings \(.*\)")):
+        with pytest.raises(InputError, match=message):
             run(tiny_model, samples, tmp_path / "out", CleanTuning(passes=4), resume=resume)
     assert len(trained) == 2
 
 
-def test_a_mistyped_model_or_setting_leaves_no_run_behind(
-    tiny_model: Path, samples: list[Sample], tmp_path: Path
-) -> None:
+def test_a_mistyped_model_or_setting_leaves_no_folder(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InputError, match="nothing-here"):
         run(tmp_path / "nothing-here", samples, out, CleanTuning())
     with pytest.raises(InputError, match="settings: "):
         run(tiny_model, samples, out, CleanTuning(), eval_strategy="steps", eval_steps=1)
-    for defense in (Plain(), SharedSurprise()):  # the second judges the rows before it trains
+    for defense in (Plain(), SharedSurprise()):  # the second scores rows before it trains
         for wrong in ("eval_strategy=steps", "optim=galore_adamw", "lr_scheduler_type=cosine_with_min_lr"):
             with pytest.raises(InputError, match=r"^settings: "):
                 run(tiny_model, samples, out, defense, **dict([wrong.split("=")]))

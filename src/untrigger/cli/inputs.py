@@ -1,0 +1,46 @@
+"""What commands take from the user: rows, settings of a training, attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from untrigger.cli.flags import as_settings, option_names
+from untrigger.cli.options import OnBadRow
+
+if TYPE_CHECKING:
+    from untrigger.models.lengths import Lengths
+    from untrigger.poisoning.poison import Attack
+
+
+def read_rows(data: Path, on_bad_row: OnBadRow, out: Path, fits: Lengths | None = None):
+    """Read the rows of ``data``; bad rows that are skipped are listed in a file beside ``out``."""
+    from untrigger.rows.sample import read
+
+    skipped_to = out.resolve().with_name(f"{out.resolve().name}.skipped.jsonl")
+    rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to, fits=fits)
+    if rows.skipped:
+        typer.echo(f"{rows.skipped:,} bad rows left out; {skipped_to} lists them with the reasons", err=True)
+    return rows
+
+
+def defense_and_arguments(command: Callable[..., None], preset: str, out: Path, config: Path | None, flags: list[str]):
+    """The defense and the TrainingArguments of a command, from its YAML file and its flags."""
+    from untrigger.training.settings import command_settings
+
+    return command_settings(preset, out, config, flags, option_names(command))
+
+
+def attack_with_goal(
+    name: str, flags: Sequence[str], goal: str | None, goal_text: str | None, reserved: Collection[str]
+) -> Attack:
+    """The attack with the settings in ``flags``; a trigger may have no field with a ``reserved`` name."""
+    from untrigger.attacks import load_trigger
+    from untrigger.poisoning.goals import load_goal
+    from untrigger.poisoning.poison import Attack
+
+    trigger = load_trigger(name, reserved, **as_settings(flags))
+    return Attack(trigger, load_goal(goal or trigger.usual_goal, goal_text))
