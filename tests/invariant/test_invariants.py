@@ -249,7 +249,7 @@ def test_two_processes_of_a_host_doubt_and_learn_as_one(
 
 STEPS = 14  # of 8 to an epoch: the second epoch has begun
 RUN = ["--per_device_train_batch_size", "2", "--max_steps", str(STEPS), "--save_steps", "1", "--learning_rate", "0.01"]
-KINDS = {"lora": [], "full": ["--full"]}
+KINDS = {"lora": [], "full": ["--full-finetune"]}
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_full_weights_are_really_read_from_the_checkpoint(
 ) -> None:
     """At the last step nothing is left to train: what comes out is what was read."""
     out = as_killed(tmp_path / "out", undisturbed["full"], STEPS)
-    train(data, out, tiny_model, "paper", *RUN, "--save_total_limit", str(STEPS), "--full", "--resume")
+    train(data, out, tiny_model, "paper", *RUN, "--save_total_limit", str(STEPS), "--full-finetune", "--resume")
     assert same_bits(out, undisturbed["full"])
     assert gap(weights(out), load_file(tiny_model / "model.safetensors")) > 1e-3
 

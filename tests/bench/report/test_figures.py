@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from untrigger.bench.report.tables import (
 )
 from untrigger.bench.report.words import headline, points, reading
 from untrigger.bench.store import ORACLE, Cell
-from untrigger.errors import InputError
 from untrigger.metrics.rates import Rate
 
 # --- what counts -----------------------------------------------------------------------------------
@@ -359,54 +356,3 @@ def test_the_environment_is_counted(bench: Bench) -> None:
 )
 def test_points_have_a_sign_where_they_are_not_nothing(value: float | None, told: str) -> None:
     assert points(value) == told
-
-
-# --- what cannot be read ---------------------------------------------------------------------------
-
-
-def test_failures_are_listed_also_beside_older_figures(bench: Bench) -> None:
-    cell = bench.cell("plain", 1.0)
-    other = Cell("llava", "easy-vqa", "sig", "fixed")
-    store.fail(bench.root, cell, "out of\nmemory")
-    store.fail(bench.root, other, "no such attack")
-    assert read(bench.root).failures == {cell.name: "out of memory", other.name: "no such attack"}
-
-
-@pytest.mark.parametrize("suffix", ["html", "md", "json", "jsonl"])
-def test_no_cells_are_one_clear_line(tmp_path: Path, suffix: str) -> None:
-    out = tmp_path / f"out.{suffix}"
-    with pytest.raises(InputError, match=r"nowhere: no such folder"):
-        write([tmp_path / "nowhere"], out)
-    with pytest.raises(InputError, match=r"holds no finished cell; untrigger bench"):
-        write([tmp_path], out)
-    store.fail(tmp_path, Cell("llava", "easy-vqa", "sig", "fixed"), "it broke")
-    with pytest.raises(InputError, match=r"holds no finished cell, 1 failed; untrigger bench"):
-        write([tmp_path], out)
-    assert not out.exists()
-
-
-def test_another_ending_is_told_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"out\.pdf: a report ends in \.html, \.md, \.json or \.jsonl"):
-        write([tmp_path / "nowhere"], tmp_path / "out.pdf")
-
-
-def test_a_cell_without_its_figures_is_named(bench: Bench, tmp_path: Path) -> None:
-    cell = bench.cell("plain", 1.0, metrics={"seconds": None})
-    with pytest.raises(InputError, match=f"{cell.name}: metrics.json tells no seconds; delete the folder"):
-        write([bench.root], tmp_path / "out.json")
-    packed = tmp_path / "packed.jsonl"
-    packed.write_text(store.packed_text([bench.root]))
-    with pytest.raises(InputError, match=r"packed\.jsonl: line 1 tells no seconds; take the line out"):
-        write([packed], tmp_path / "out.json")
-
-
-@pytest.mark.parametrize("suffix", ["html", "md", "json", "jsonl"])
-def test_a_report_loads_no_torch(bench: Bench, tmp_path: Path, suffix: str) -> None:
-    bench.pair(metrics=premise({"mask": (0.6, 0.7, 0.8)}))
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom untrigger.bench.report.render import write\n"
-        f"write([Path({str(bench.root)!r})], Path({str(tmp_path / f'out.{suffix}')!r}))\n"
-        "print([m for m in ('torch', 'transformers', 'trl', 'ray') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == "[]\n"

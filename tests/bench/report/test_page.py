@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from hashlib import sha256
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from fabricated import HOSTILE, PICTURES, Bench, answers, fill, premise, rate
+from rendered_page import Tree, rendered
 
-from shell import untrigger
 from untrigger.bench import store
 from untrigger.bench.report.charts import COLORS, histogram, pareto
 from untrigger.bench.report.examples import marked
@@ -28,67 +24,6 @@ from untrigger.bench.store import Cell
 from untrigger.errors import InputError
 from untrigger.html import style
 from untrigger.metrics.score import Answer
-
-_VOID = {"meta", "br", "link", "img", "input", "hr"}
-
-
-@dataclass
-class Element:
-    tag: str
-    attributes: dict[str, str]
-    children: list[Element | str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        return "".join(part if isinstance(part, str) else part.text for part in self.children)
-
-    def all(self, *tags: str) -> Iterator[Element]:
-        for part in self.children:
-            if isinstance(part, Element):
-                if not tags or part.tag in tags:
-                    yield part
-                yield from part.all(*tags)
-
-
-class Tree(HTMLParser):
-    """The page's elements; it fails where one is not closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.root = Element("", {})
-        self._open = [self.root]
-        self.feed(text)
-        self.close()
-        assert len(self._open) == 1, self._open[-1].tag
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs)
-        made = Element(tag, {name: value or "" for name, value in attrs})
-        self._open[-1].children.append(made)
-        if tag not in _VOID:
-            self._open.append(made)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        self._open[-1].children.append(data)
-
-
-def rendered(bench: Bench, suffix: str = "html") -> str:
-    out = bench.root.parent / f"report.{suffix}"
-    write([bench.root], out)
-    return out.read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def full(bench: Bench) -> Bench:
-    return fill(bench)
-
 
 # --- it stands alone -------------------------------------------------------------------------------
 
@@ -319,85 +254,3 @@ def test_text_is_readable_on_every_color_in_both_schemes() -> None:
             assert contrast(scheme[name], scheme["paper"]) >= 4.5, name
         for color in COLORS:
             assert contrast(color, scheme["paper"]) >= 3, color
-
-
-# --- packed results --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", ["html", "md", "json", "jsonl"])
-def test_packed_results_give_the_same_report_but_for_answers(bench: Bench, tmp_path: Path, suffix: str) -> None:
-    bench.pair(plain=0.98)
-    bench.cell("paper", 0.2)
-    bench.pair(plain=0.98, data="scenes-captions")
-    whole = rendered(bench, suffix)
-    packed = [tmp_path / "packed" / f"{name}.jsonl" for name in ("all", "vqa", "captions")]
-    write([bench.root], packed[0])
-    lines = packed[0].read_text().split("\n")[:-1]
-    for file, data in zip(packed[1:], ("easy-vqa", "scenes-captions"), strict=True):
-        file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["cell"]["data"] == data))
-    for of in (packed[:1], packed[1:], [bench.root, *packed]):
-        write(of, tmp_path / f"out.{suffix}")
-        assert (tmp_path / f"out.{suffix}").read_text() == whole
-
-
-def test_answers_are_shown_where_a_folder_has_them(full: Bench, tmp_path: Path) -> None:
-    write([full.root], tmp_path / "packed.jsonl")
-    write([tmp_path / "packed.jsonl"], tmp_path / "alone.html")
-    assert "Pictures and answers are not kept here" in (tmp_path / "alone.html").read_text()
-    write([tmp_path / "packed.jsonl", full.root], tmp_path / "both.html")
-    assert (tmp_path / "both.html").read_text() == rendered(full)
-
-
-def test_an_oracle_of_another_attack_says_nothing_to_these_rows(bench: Bench) -> None:
-    bench.cell("plain", 1.0)
-    bench.cell("plain", 1.0, attack="sig", answers=answers("boo"))
-    probes = {"sig": {"attack": "sig", "goal": "fixed", "settings": {}}}
-    floor = {"probes": {"sig": {"asr": {**rate(0.02), "version": 1}}}}
-    bench.cell("oracle", 0.0, probes=probes, metrics=floor, answers=answers("of the other trigger"))
-    root = Tree(rendered(bench)).root
-    sig = next(of for of in root.all("details") if of.text.strip().startswith("sig"))
-    assert "boo" in sig.text and "of the other trigger" not in sig.text
-    assert "2.0" in sig.text
-
-
-# --- the command -----------------------------------------------------------------------------------
-
-
-def test_the_command_writes_and_names_the_file(full: Bench, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "report.html"
-    assert untrigger("report", full.root, "--out", out) == (0, f"{out}\n", "")
-    assert out.read_text().startswith("<!doctype html>")
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("nowhere", "--out", "r.html"), "nowhere: no such folder"),
-        (("nowhere.jsonl", "--out", "r.html"), "nowhere.jsonl: no such file"),
-        (("broken.jsonl", "--out", "r.html"), "broken.jsonl: line 2: is no stored cell"),
-        (("results", "broken.jsonl", "--out", "r.jsonl"), "broken.jsonl: line 2: is no stored cell"),
-        ((".", "--out", "r.html"), "holds no finished cell"),
-        ((".", "--out", "r.txt"), "r.txt: a report ends in .html, .md, .json or .jsonl"),
-        (("results", "--out", "results"), "results: a report ends in"),
-        (("results", "--out", "results/busy.html"), "busy.html"),
-    ],
-)
-def test_mistakes_are_one_line(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: str
-) -> None:
-    bench.pair()
-    (bench.root / "busy.html").mkdir()
-    good = store.packed_text([bench.root]).split("\n")[0]
-    (bench.root.parent / "broken.jsonl").write_text(f"{good}\n{good[:-9]}\n")
-    monkeypatch.chdir(bench.root.parent)
-    code, out, err = untrigger("report", *words)
-    assert (code, out) == (2, "")
-    assert re.fullmatch(r"error: [^\n]+\n", err) and told in err
-
-
-def test_a_missing_extra_is_named(full: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ["plotly", *(name for name in sys.modules if name.startswith("plotly."))]:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=r"needs plotly.*: pip install 'untrigger\[report\]'"):
-        rendered(full)
-    assert rendered(full, "md") and rendered(full, "json"), "the others do without"

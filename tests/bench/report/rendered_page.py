@@ -1,0 +1,66 @@
+"""A report as text, and the elements of its page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+
+from fabricated import Bench
+
+from untrigger.bench.report.render import write
+
+_VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+@dataclass
+class Element:
+    tag: str
+    attributes: dict[str, str]
+    children: list[Element | str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(part if isinstance(part, str) else part.text for part in self.children)
+
+    def all(self, *tags: str) -> Iterator[Element]:
+        for part in self.children:
+            if isinstance(part, Element):
+                if not tags or part.tag in tags:
+                    yield part
+                yield from part.all(*tags)
+
+
+class Tree(HTMLParser):
+    """The page's elements; it fails where one is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.root = Element("", {})
+        self._open = [self.root]
+        self.feed(text)
+        self.close()
+        assert len(self._open) == 1, self._open[-1].tag
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs)
+        made = Element(tag, {name: value or "" for name, value in attrs})
+        self._open[-1].children.append(made)
+        if tag not in _VOID:
+            self._open.append(made)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self._open[-1].children.append(data)
+
+
+def rendered(bench: Bench, suffix: str = "html") -> str:
+    out = bench.root.parent / f"report.{suffix}"
+    write([bench.root], out)
+    return out.read_text(encoding="utf-8")
