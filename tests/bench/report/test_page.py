@@ -46,7 +46,7 @@ def test_the_page_loads_nothing_and_allows_only_its_own_scripts(full: Bench) -> 
 
 
 def test_stored_text_is_escaped_everywhere(bench: Bench) -> None:
-    stored_answers = answers(HOSTILE, asked=HOSTILE, truth=HOSTILE)
+    stored_answers = answers(HOSTILE, prompt=HOSTILE, truth=HOSTILE)
     fields = {
         "model": f"m{HOSTILE}".replace("/", ""),
         "attack": HOSTILE.replace("/", ""),
