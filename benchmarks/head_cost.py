@@ -1,10 +1,10 @@
-"""What the losses of two views cost at the vocabulary head: fused, one by one, and the bare products.
+"""Measure the cost of the two-view losses at the vocabulary head: fused, one by one, and the matrix products alone.
 
     python benchmarks/head_cost.py [--rounds 9] --json FILE
 
-``naive`` makes the logits of all answer tokens under both views and takes each equation of
-`untrigger.losses.objective` from them; ``fused`` is what training does; ``products`` are the four products with the
-head that both need, no more.
+``naive`` computes the logits of all answer tokens under both views, and from them each equation of
+`untrigger.losses.objective`. ``fused`` is the code of the training. ``products`` are only the four products with the
+head that both need.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from memory_tracker import MemoryTracker
 from rich.console import Console
 from rich.table import Table
-from step_cost import Held, ratios
+from step_cost import ratios
 from torch import Tensor, nn
 
 from untrigger.defenses import CrossView
@@ -31,7 +32,7 @@ from untrigger.losses import objective
 from untrigger.losses.chunked import Values, losses_at_head
 from untrigger.models.forward import Pair
 
-Way = Callable[[nn.Linear, Sequence[Tensor], Tensor], Tensor]
+Variant = Callable[[nn.Linear, Sequence[Tensor], Tensor], Tensor]
 SHAPES = [(32_000, 1024, 512), (152_000, 1024, 256), (152_000, 1024, 512), (32_064, 4096, 256), (152_064, 3584, 128)]
 ON_GPU = [(32_064, 4096, 256), (32_064, 4096, 2048), (152_064, 3584, 256), (152_064, 3584, 2048)]
 
@@ -56,17 +57,17 @@ def naive(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
 
 
 def products(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Logits of both views, and as much again backward; each is let go before the next."""
+    """The logits of both views and as many products backward; each result is freed before the next."""
     with torch.no_grad():
         for states in hidden:
             _ = head(states) @ head.weight
     return hidden[0].sum()
 
 
-def ways() -> dict[str, Way]:
-    found: dict[str, Way] = {"naive": naive, "fused": fused, "products": products}
+def variants() -> dict[str, Variant]:
+    result: dict[str, Variant] = {"naive": naive, "fused": fused, "products": products}
     if not torch.cuda.is_available():
-        return found
+        return result
     with suppress(ImportError):
         from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
             LigerFusedLinearCrossEntropyLoss,
@@ -79,79 +80,87 @@ def ways() -> dict[str, Way]:
             return torch.stack([nll(head.weight, states, target) for states in hidden]).sum()
 
         def liger(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
-            one, other = hidden
-            apart = [js(a, head.weight, b.detach(), head.weight, target) for a, b in ((one, other), (other, one))]
-            return liger_nll(head, hidden, target) + torch.stack(apart).sum()
+            first, second = hidden
+            divergences = [
+                js(a, head.weight, b.detach(), head.weight, target) for a, b in ((first, second), (second, first))
+            ]
+            return liger_nll(head, hidden, target) + torch.stack(divergences).sum()
 
-        found |= {"Liger, cross-entropy": liger_nll, "Liger, and divergence": liger}
+        result |= {"Liger, cross-entropy": liger_nll, "Liger, and divergence": liger}
     with suppress(ImportError):
         from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
         def cut(head: nn.Linear, hidden: Sequence[Tensor], target: Tensor) -> Tensor:
-            found = [linear_cross_entropy(states, head.weight, target, reduction="sum") for states in hidden]
-            return torch.stack(found).sum()
+            losses = [linear_cross_entropy(states, head.weight, target, reduction="sum") for states in hidden]
+            return torch.stack(losses).sum()
 
-        found["cut-cross-entropy"] = cut
-    return found
+        result["cut-cross-entropy"] = cut
+    return result
 
 
-def measured(words: int, width: int, tokens: int, rounds: int, chosen: Mapping[str, Way]) -> list[dict[str, Any]]:
+def measured(
+    vocabulary: int, width: int, tokens: int, rounds: int, chosen: Mapping[str, Variant]
+) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    head = nn.Linear(width, words, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    head = nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype).requires_grad_(False)
     hidden = [torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
-    target = torch.randint(words, (tokens,), device=device)
+    target = torch.randint(vocabulary, (tokens,), device=device)
 
-    def took(way: Way) -> float:
+    def time_step(way: Variant) -> float:
         started = time.perf_counter()
         way(head, hidden, target).backward()
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    def held(way: Way) -> int:
+    def peak_memory(way: Variant) -> int:
         if device == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             way(head, hidden, target).backward()
             return torch.cuda.max_memory_allocated() - before
-        with Held() as found:
+        with MemoryTracker() as tracker:
             way(head, hidden, target).backward()
-        return found.most - head.weight.nbytes
+        return tracker.peak - head.weight.nbytes
 
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
-    for _ in range(rounds + 1):  # the first round is not counted
+    for _ in range(rounds + 1):  # the first round is a warm-up
         for name, way in chosen.items():
-            seconds[name].append(took(way))
-    of = {name: told[1:] for name, told in seconds.items()}
-    memory = {name: held(way) for name, way in chosen.items()}
+            seconds[name].append(time_step(way))
+    timed = {name: values[1:] for name, values in seconds.items()}
+    memory = {name: peak_memory(way) for name, way in chosen.items()}
     return [
-        {"words": words, "hidden": width, "tokens": tokens, "way": name, "seconds": round(median(of[name]), 5)}
-        | {"over_naive": ratios(of[name], of["naive"]), "over_products": ratios(of[name], of["products"])}
+        {"words": vocabulary, "hidden": width, "tokens": tokens, "way": name, "seconds": round(median(timed[name]), 5)}
+        | {"over_naive": ratios(timed[name], timed["naive"]), "over_products": ratios(timed[name], timed["products"])}
         | {"memory_over_naive": round(memory[name] / memory["naive"], 4)}
         for name in chosen
     ]
 
 
 def main(
-    out: Annotated[Path, typer.Option("--json", help="Where the figures go.")],
-    rounds: Annotated[int, typer.Option(help="How often each is timed.")] = 9,
+    out: Annotated[Path, typer.Option("--json", help="Write the figures to this file.")],
+    rounds: Annotated[int, typer.Option(help="Number of timed rounds.")] = 9,
 ) -> None:
-    """Time and memory at the vocabulary head."""
-    shapes, chosen = ON_GPU if torch.cuda.is_available() else SHAPES, ways()
+    """Measure time and memory at the vocabulary head."""
+    shapes, chosen = ON_GPU if torch.cuda.is_available() else SHAPES, variants()
     rows = [row for shape in shapes for row in measured(*shape, rounds, chosen)]
     table = Table(title="medians")
     for name in ("words", "tokens a view", "way", "s", "time over naive", "over the products", "memory over naive"):
         table.add_column(name, justify="right")
     for row in rows:
-        told = (row["over_naive"]["time_ratio"], row["over_products"]["time_ratio"], row["memory_over_naive"])
+        ratios_of_row = (row["over_naive"]["time_ratio"], row["over_products"]["time_ratio"], row["memory_over_naive"])
         table.add_row(
-            f"{row['words']:,}", str(row["tokens"]), row["way"], f"{row['seconds']:.4f}", *(f"{x:.2f}" for x in told)
+            f"{row['words']:,}",
+            str(row["tokens"]),
+            row["way"],
+            f"{row['seconds']:.4f}",
+            *(f"{x:.2f}" for x in ratios_of_row),
         )
     Console().print(table)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    made = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    write_text(out, json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
+    environment = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    write_text(out, json.dumps({"made": environment, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

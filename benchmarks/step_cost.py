@@ -1,12 +1,12 @@
-"""What a defended step costs: time and peak memory over plain LoRA fine-tuning, side by side in one run.
+"""Measure the cost of a defended step: time and peak memory relative to plain LoRA fine-tuning in the same run.
 
     python benchmarks/step_cost.py [--quick] --json FILE
 
-The baseline of every ratio is plain fine-tuning with logits of the answer tokens alone; the host's own step, with
-logits of all positions, stands beside it. Each round takes one step of each variant, one after the other, and each step
-is compared with the plain one of its own round: what else a machine does hits both. Views are made by loader workers,
-and are no part of a step. On a GPU the shapes of 7B models are measured too, with random weights: a step's time does
-not depend on their values.
+The baseline of every ratio is plain fine-tuning with logits of the answer tokens only. The host trainer's own step,
+with logits of all positions, is measured too. Each round takes one step of each variant and compares it with the plain
+step of the same round, because other load on the machine affects both. Loader workers make the views, so views are not
+part of a step. On a GPU the shapes of 7B models are measured too, with random weights: the time of a step does not
+depend on their values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,10 +22,10 @@ from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import typer
+from memory_tracker import MemoryTracker
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from untrigger.data import load as load_data
@@ -40,7 +39,7 @@ from untrigger.models.loading import add_lora, load
 
 Batch = dict[str, Tensor]
 RATIOS = ("memory", "flops", "moved")
-PLAIN, EPOCHS = "plain", 3  # passes over the rows, of which the judgments of a whole run are two forward passes
+PLAIN, EPOCHS = "plain", 3  # a run of 3 epochs scores the rows in two forward passes
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def stock(case: Case) -> Tensor:
 
 
 def naive(case: Case) -> Tensor:
-    """The objective of ``paper`` as one would write it first: two passes, fp32 logits of all positions."""
+    """A direct implementation of the ``paper`` objective: two passes, fp32 logits of all positions."""
     d, labels = CrossView(), case.single["labels"]
     answers = labels[:, 1:] != IGNORE
     logits, hidden = list[Tensor](), list[Tensor]()
@@ -126,14 +125,14 @@ def paper_still(case: Case) -> Tensor:
 
 
 def dropped(case: Case, still: bool) -> Tensor:
-    """The view shows the language model a quarter of the image tokens."""
+    """The view gives the language model a quarter of the image tokens."""
     order = torch.rand(case.single["input_ids"].shape, device=case.single["input_ids"].device)
     defense = CrossView(view="drop", ratio=0.75, stop_gradient=still)
     return defense.step(case.model, {**case.single, "order": order}).total.mean()
 
 
 def default(case: Case) -> Tensor:
-    """With every twentieth row doubted, one at least."""
+    """With every twentieth row flagged, at least one."""
     labels = case.single["labels"].clone()
     flagged_tokens = torch.zeros_like(labels, dtype=torch.bool)
     for row in range(0, len(labels), 20):
@@ -148,7 +147,7 @@ def default(case: Case) -> Tensor:
 
 
 @torch.no_grad()
-def judgment(case: Case) -> None:
+def scoring_pass(case: Case) -> None:
     answer_losses(case.model, case.single, lambda a, _: ({"nll": objective.token_nll(a.logits, a.target)}, {}))
 
 
@@ -226,13 +225,13 @@ def synthetic(shape: Shape, device: str, dtype: torch.dtype) -> Case:
 
 
 def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """A row for each variant, and one for a whole run of ``default``, its judgments spread over the steps."""
+    """A row for each variant, and one for a whole run of ``default`` with its scoring passes spread over the steps."""
     case.model.train()
     weights = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
     cuda = weights[0].is_cuda
 
-    def took(step: Callable[[Case], Any]) -> float:
+    def time_step(step: Callable[[Case], Any]) -> float:
         started = time.perf_counter()
         if isinstance(loss := step(case), Tensor):
             loss.backward()
@@ -242,24 +241,28 @@ def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    timed = STEPS | {"judgment": judgment}
+    timed = STEPS | {"scoring": scoring_pass}
     for step in timed.values():
-        took(step)
+        time_step(step)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds):
         for name, step in timed.items():
-            seconds[name].append(took(step))
+            seconds[name].append(time_step(step))
     seconds["default, whole run at most"] = [
-        step + 2 / EPOCHS * judged for step, judged in zip(seconds["default"], seconds.pop("judgment"), strict=True)
+        step + 2 / EPOCHS * scored for step, scored in zip(seconds["default"], seconds.pop("scoring"), strict=True)
     ]
-    counted = {name: count(lambda step=step: took(step), case.model) for name, step in timed.items()}
-    judged = counted.pop("judgment")
-    whole = (x + 2 / EPOCHS * y for x, y in zip(counted["default"][1:], judged[1:], strict=True))
-    counted["default, whole run at most"] = Counts(counted["default"].peak, *whole)  # a judgment keeps no activations
+    counted = {name: count(lambda step=step: time_step(step), case.model) for name, step in timed.items()}
+    scored = counted.pop("scoring")
+    whole = (x + 2 / EPOCHS * y for x, y in zip(counted["default"][1:], scored[1:], strict=True))
+    # a scoring pass stores no activations: it does not raise the peak
+    counted["default, whole run at most"] = Counts(counted["default"].peak, *whole)
     tokens = case.single["input_ids"].numel()
     return [
         {"shape": case.name, "variant": name, **ratios(seconds[name], seconds[PLAIN])}
-        | {f"{what}_ratio": round(mine / of, 4) for what, mine, of in compared(counted[name], counted[PLAIN])}
+        | {
+            f"{what}_ratio": round(own / plain_count, 4)
+            for what, own, plain_count in compared(counted[name], counted[PLAIN])
+        }
         | {"peak_bytes": counted[name].peak}
         | {"tokens_per_second": round(tokens / statistics.median(seconds[name]))}
         for name in seconds
@@ -267,16 +270,19 @@ def measured(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 
 def ratios(seconds: list[float], plain: list[float]) -> dict[str, float]:
-    """Of each round: the median, and the quartiles about it."""
+    """The ratio in each round: median and quartiles."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds, plain, strict=True)], n=4)
-    found = {"time_ratio": middle, "time_low": low, "time_high": high, "seconds": statistics.median(seconds)}
-    return {name: round(value, 4) for name, value in found.items()}
+    figures = {"time_ratio": middle, "time_low": low, "time_high": high, "seconds": statistics.median(seconds)}
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 class Counts(NamedTuple):
-    """Of one step: bytes held at most, weights included; multiplications and additions; bytes read and written.
+    """Counts of one step.
 
-    The last are those of unfused operations: what a step would take on a machine that is limited by its memory.
+    Attributes:
+        peak: highest number of bytes in use, weights included.
+        flops: multiplications and additions.
+        moved: bytes read and written by unfused operations: the cost of a step that memory bandwidth limits.
     """
 
     peak: float
@@ -284,12 +290,12 @@ class Counts(NamedTuple):
     moved: float
 
 
-def compared(mine: Counts, of: Counts) -> Iterator[tuple[str, float, float]]:
-    return zip(RATIOS, mine, of, strict=True)
+def compared(own: Counts, plain: Counts) -> Iterator[tuple[str, float, float]]:
+    return zip(RATIOS, own, plain, strict=True)
 
 
 def count(run: Callable[[], Any], model: nn.Module) -> Counts:
-    held, flops = Held(), FlopCounterMode(display=False)
+    held, flops = MemoryTracker(), FlopCounterMode(display=False)
     for parameter in model.parameters():
         held.note(parameter)
     if cuda := torch.cuda.is_available():
@@ -297,37 +303,7 @@ def count(run: Callable[[], Any], model: nn.Module) -> Counts:
         run()
     with held, flops:
         run()
-    return Counts(torch.cuda.max_memory_allocated() if cuda else held.most, flops.get_total_flops(), held.moved)
-
-
-class Held(TorchDispatchMode):
-    """Bytes of the tensors that are alive, the ``most`` that there were, and what operations ``moved``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.most = self.moved = 0
-        self.known: set[int] = set()
-
-    def note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() and id(storage) not in self.known:
-            self.known.add(id(storage))
-            self.bytes += storage.nbytes()
-            self.most = max(self.most, self.bytes)
-            weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.bytes -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = [x for x in (*args, *(made if isinstance(made, tuple | list) else (made,))) if isinstance(x, Tensor)]
-        if not func.is_view:
-            self.moved += sum(tensor.nbytes for tensor in given)
-        for tensor in given:
-            self.note(tensor)
-        return made
+    return Counts(torch.cuda.max_memory_allocated() if cuda else held.peak, flops.get_total_flops(), held.moved)
 
 
 def shapes(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -343,25 +319,25 @@ def shapes(quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
         yield "7B", lambda shape=shape: synthetic(shape, device, dtype)
 
 
-# --- telling -----------------------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table(title="over plain LoRA fine-tuning: medians (quartiles)")
+    result = Table(title="over plain LoRA fine-tuning: medians (quartiles)")
     for name in ("shape", "variant"):
-        made.add_column(name)
+        result.add_column(name)
     for name in ("time", "memory", "FLOPs", "bytes moved", "s a step", "tokens/s"):
-        made.add_column(name, justify="right")
+        result.add_column(name, justify="right")
     for row in rows:
         time_ratio = f"{row['time_ratio']:.2f} ({row['time_low']:.2f} to {row['time_high']:.2f})"
         counts = (f"{row[f'{what}_ratio']:.2f}" for what in RATIOS)
         pace = (f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,}")
-        made.add_row(row["shape"], row["variant"], time_ratio, *counts, *pace)
-    return made
+        result.add_row(row["shape"], row["variant"], time_ratio, *counts, *pace)
+    return result
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
-    """One page with a chart for each way to grow."""
+    """An HTML page with a chart for each dimension of GROWTH."""
     from plotly.subplots import make_subplots
 
     ways = list(dict.fromkeys(row["along"] for row in rows))
@@ -381,22 +357,24 @@ def plot(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option("--json", help="Where the figures go; a .html of that name has the charts.")],
-    quick: Annotated[bool, typer.Option("--quick", help="The embedded model alone, few rounds.")] = False,
-    rounds: Annotated[int, typer.Option(help="Steps of each variant.")] = 15,
+    out: Annotated[
+        Path, typer.Option("--json", help="Write the figures to this file, and charts to an .html file of that name.")
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="Measure only the embedded model, in few rounds.")] = False,
+    rounds: Annotated[int, typer.Option(help="Number of steps of each variant.")] = 15,
 ) -> None:
-    """Time and peak memory of a step under each defense, over plain LoRA fine-tuning."""
-    found: list[dict[str, Any]] = []
+    """Measure time and peak memory of a step under each defense, relative to plain LoRA fine-tuning."""
+    all_rows: list[dict[str, Any]] = []
     for along, make in shapes(quick):
         rows = measured(make(), 5 if quick else rounds)
-        found += [{"along": along, **row} for row in rows]
+        all_rows += [{"along": along, **row} for row in rows]
         Console().print(table(rows))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    made = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    shown = [asdict(shape) for sizes in GROWTH.values() for shape in sizes] if not quick else []
-    write_text(out, json.dumps({"made": made, "shapes": shown, "rows": found}, indent=1) + "\n")
+    environment = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    all_shapes = [asdict(shape) for sizes in GROWTH.values() for shape in sizes] if not quick else []
+    write_text(out, json.dumps({"made": environment, "shapes": all_shapes, "rows": all_rows}, indent=1) + "\n")
     if not quick:
-        write_text(out.with_suffix(".html"), plot(found))
+        write_text(out.with_suffix(".html"), plot(all_rows))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""`llamafactory-cli train`, which one added line defends; every setting of LLaMA-Factory is as it was.
+"""`llamafactory-cli train` with one added line that defends it. All settings of LLaMA-Factory work as before.
 
     python examples/llama_factory.py CONFIG.yaml
     torchrun --nproc_per_node 2 examples/llama_factory.py CONFIG.yaml
 
-For supervised fine-tuning (`stage: sft`) without `packing`.
+Only for supervised fine-tuning (`stage: sft`) without `packing`.
 """
 
 from llamafactory.train.sft import workflow

@@ -1,9 +1,9 @@
-"""A plug-in for ms-swift: one more option defends a fine-tuning.
+"""A plug-in that defends a fine-tuning with ms-swift by one more option.
 
     swift sft --model MODEL --dataset DATA --external_plugins examples/ms_swift_plugin.py
 
-Without `--packing` and `--padding_free`. ms-swift's own weights of tokens (`--loss_scale`) do not count while a
-defense's loss takes the place of the host's.
+Do not use `--packing` or `--padding_free`. ms-swift's token weights (`--loss_scale`) have no effect while the loss of
+a defense replaces the host's.
 """
 
 from functools import partial
@@ -13,11 +13,11 @@ from transformers import Trainer
 
 from untrigger import defended
 
-OWN = ("loss_scale", "channel", "text_position_ids")  # in a batch for swift's own loss; no model takes them
+SWIFT_ONLY = ("loss_scale", "channel", "text_position_ids")  # keys for swift's own loss; models do not accept them
 
 
 def for_models(collate, rows):
-    return {name: value for name, value in collate(rows).items() if name not in OWN}
+    return {name: value for name, value in collate(rows).items() if name not in SWIFT_ONLY}
 
 
 class DefendedSeq2SeqTrainer(defended(Seq2SeqTrainer)):
@@ -26,7 +26,7 @@ class DefendedSeq2SeqTrainer(defended(Seq2SeqTrainer)):
 
     def _prepare_inputs(self, inputs):
         if self.defense.has_loss and self.model.training:
-            return Trainer._prepare_inputs(self, inputs)  # swift's makes them ready for swift's own loss
+            return Trainer._prepare_inputs(self, inputs)  # swift's method prepares inputs for swift's own loss
         return super()._prepare_inputs(inputs)
 
 

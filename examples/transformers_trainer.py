@@ -1,4 +1,4 @@
-"""LoRA fine-tuning with transformers' own Trainer, which one changed line defends.
+"""LoRA fine-tuning with the transformers Trainer, defended by one changed line.
 
     python examples/transformers_trainer.py --data DATA --out OUT [--model MODEL]
     torchrun --nproc_per_node 2 examples/transformers_trainer.py --data DATA --out OUT
@@ -20,7 +20,7 @@ from untrigger import defended, embedded_model_path
 
 
 class Rows(Dataset):
-    """Rows of images and messages; an image is opened when its row is asked for."""
+    """Rows of images and messages; the images of a row are opened when the row is read."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -42,7 +42,7 @@ class Rows(Dataset):
 
 
 class Collator:
-    """A batch with labels on the answers alone."""
+    """Make batches with labels only on the answers."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -62,10 +62,10 @@ class Collator:
     def with_images(self, row):
         images = iter(row["images"])
 
-        def shown(part):
+        def with_image(part):
             return {"type": "image", "image": next(images)} if part["type"] == "image" else part
 
-        return [message | {"content": [*map(shown, message["content"])]} for message in row["messages"]]
+        return [message | {"content": [*map(with_image, message["content"])]} for message in row["messages"]]
 
 
 def main():
@@ -78,11 +78,11 @@ def main():
     set_seed(0)
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
-    # the vision tower is left as it is: its last layer would get no gradient, at which DDP stops
+    # the vision tower stays frozen: its last layer gets no gradient, and DDP would stop with an error
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*_proj|.*projector\.linear_.")
     args = TrainingArguments(
         options.out,
-        use_cpu=not torch.cuda.is_available(),  # or torchrun's processes know nothing of each other
+        use_cpu=not torch.cuda.is_available(),  # otherwise the processes of torchrun on CPUs do not form a group
         num_train_epochs=3,
         per_device_train_batch_size=8,
         learning_rate=3e-3,
@@ -90,7 +90,7 @@ def main():
         logging_steps=10,
         save_strategy="no",
         report_to="none",
-        remove_unused_columns=False,  # or the Trainer drops the images before the collator sees them
+        remove_unused_columns=False,  # otherwise the Trainer drops the images before collation
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = defended(Trainer)(  # the one changed line: it was Trainer(

@@ -1,4 +1,4 @@
-"""LoRA fine-tuning with TRL's SFTTrainer, which one changed line defends.
+"""LoRA fine-tuning with TRL's SFTTrainer, defended by one changed line.
 
     python examples/trl_sft.py --data DATA --out OUT [--model MODEL]
     torchrun --nproc_per_node 2 examples/trl_sft.py --data DATA --out OUT
@@ -20,7 +20,7 @@ from untrigger import defended, embedded_model_path
 
 
 def rows(folder):
-    """Rows of images and messages; TRL itself says in the prompt where the images stand."""
+    """Rows of images and messages; TRL itself puts image placeholders into the prompt."""
     for line in (folder / "data.jsonl").read_text().splitlines():
         row = json.loads(line)
         for turn in row["messages"]:
@@ -37,9 +37,9 @@ def main():
 
     args = SFTConfig(
         options.out,
-        loss_type="nll",  # the loss that the defense takes the place of
-        assistant_only_loss=True,  # or images and prompts count as answers
-        max_length=None,  # or images are cut off
+        loss_type="nll",  # the loss that the defense replaces
+        assistant_only_loss=True,  # otherwise image and prompt tokens are trained on too
+        max_length=None,  # otherwise image tokens may be cut off
         num_train_epochs=3,
         per_device_train_batch_size=8,
         learning_rate=3e-3,
@@ -48,7 +48,7 @@ def main():
         save_strategy="no",
         report_to="none",
         bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),  # or torchrun's processes know nothing of each other
+        use_cpu=not torch.cuda.is_available(),  # otherwise the processes of torchrun on CPUs do not form a group
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = defended(SFTTrainer)(  # the one changed line: it was SFTTrainer(
@@ -56,7 +56,7 @@ def main():
         args=args,
         train_dataset=Dataset.from_list([*rows(options.data)]).cast_column("images", List(Image(mode="RGB"))),
         processing_class=AutoProcessor.from_pretrained(options.model),
-        # the vision tower is left as it is: its last layer would get no gradient, at which DDP stops
+        # the vision tower stays frozen: its last layer gets no gradient, and DDP would stop with an error
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*_proj|.*projector\.linear_."),
     )
     trainer.train()

@@ -1,4 +1,4 @@
-"""In a training's place: work on a cell that ends as its seed says. Workers import this file, so no model library."""
+"""Substitutes for the work of a cell. Worker processes import this file, which loads no model library."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def notes(root: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def ran(root: Path) -> list[int]:
+def started_seeds(root: Path) -> list[int]:
     return sorted(int(line[1]) for line in notes(root) if line[0] == "start")
 
 
 def work(cell: Cell, root: Path) -> None:
-    """In a training's place; what happens is told by the seed."""
+    """Succeed or fail by the seed: 13 to 16 fail, and 90 and above do not end."""
     note(root, "start", cell)
     print(f"this is cell {cell.seed}")
     if cell.seed == 13:
@@ -51,12 +51,12 @@ def work(cell: Cell, root: Path) -> None:
     note(root, "end", cell)
 
 
-def meeting(cell: Cell, root: Path) -> None:
-    """Ends only where another cell runs at the same time."""
+def wait_for_another(cell: Cell, root: Path) -> None:
+    """End only when another cell runs at the same time."""
     note(root, "start", cell)
-    late = time.monotonic() + 300
-    while len(ran(root)) < 2:
-        assert time.monotonic() < late
+    deadline = time.monotonic() + 300
+    while len(started_seeds(root)) < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     store.save(root, cell, {}, {})
 

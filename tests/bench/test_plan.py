@@ -1,4 +1,4 @@
-"""Plans: what they expand to, and what is told of a wrong one before anything runs."""
+"""Plans: the cells that they expand to, and errors in them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 from shell import refused, untrigger
 from untrigger.bench import store
-from untrigger.bench.estimate import estimate, told
+from untrigger.bench.estimate import dry_run_text, estimate
 from untrigger.bench.local import Done
 from untrigger.bench.plan import read_plan
 from untrigger.bench.store import ORACLE, Cell, Result
 from untrigger.cli import main
-from untrigger.cli.flags import spelled_out
+from untrigger.cli.flags import normalize_flags
 from untrigger.defenses import PRESETS
 from untrigger.errors import InputError
 
@@ -39,22 +39,24 @@ def cells(text: str, tmp_path: Path) -> list[Cell]:
 
 
 def test_a_plan_is_the_product_of_its_axes(tmp_path: Path) -> None:
-    found = cells(SMALL, tmp_path)
-    assert len({cell.name for cell in found}) == len(found) == 2 * 2 * 3
-    assert {cell.seed for cell in found} == {100, 103} and {cell.split for cell in found} == {"dev"}
-    assert [cell.defense for cell in found[:3]] == ["plain", ORACLE, "paper"], "what a figure is measured against"
-    assert {cell.train_rows for cell in found} == {40}
-    sig = [cell for cell in found if cell.attack == "sig"]
+    expanded = cells(SMALL, tmp_path)
+    assert len({cell.name for cell in expanded}) == len(expanded) == 2 * 2 * 3
+    assert {cell.seed for cell in expanded} == {100, 103} and {cell.split for cell in expanded} == {"dev"}
+    assert [cell.defense for cell in expanded[:3]] == ["plain", ORACLE, "paper"], (
+        "every figure is compared with the first two"
+    )
+    assert {cell.train_rows for cell in expanded} == {40}
+    sig = [cell for cell in expanded if cell.attack == "sig"]
     assert {(cell.goal, cell.epochs) for cell in sig} == {("refusal", 4.0)}
     assert {(c.attack_settings["delta"], c.attack_settings["frequency"]) for c in sig} == {(0.2, 3)}
-    assert {cell.attack_settings["direction"] for cell in sig} == {"vertical"}, "the split's own trigger"
-    assert {c.defense_settings.get("margin") for c in found if c.defense == "paper"} == {0.2}
-    assert {(c.goal, c.epochs) for c in found if c.attack == "badnets"} == {("fixed", 3.0)}
+    assert {cell.attack_settings["direction"] for cell in sig} == {"vertical"}, "the trigger settings of the split"
+    assert {c.defense_settings.get("margin") for c in expanded if c.defense == "paper"} == {0.2}
+    assert {(c.goal, c.epochs) for c in expanded if c.attack == "badnets"} == {("fixed", 3.0)}
 
 
-def test_cells_of_the_same_rows_follow_one_another(tmp_path: Path) -> None:
-    found = [(cell.data, cell.attack, cell.seed) for cell in cells(SMALL, tmp_path)]
-    assert len(list(dict.fromkeys(found))) == sum(a != b for a, b in zip(found, [None, *found[:-1]], strict=True))
+def test_cells_with_the_same_rows_are_consecutive(tmp_path: Path) -> None:
+    keys = [(cell.data, cell.attack, cell.seed) for cell in cells(SMALL, tmp_path)]
+    assert len(list(dict.fromkeys(keys))) == sum(a != b for a, b in zip(keys, [None, *keys[:-1]], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_cells_of_the_same_rows_follow_one_another(tmp_path: Path) -> None:
         (("split: dev", "split: test"), "split 'test' is unknown"),
         (("[badnets,", "[curse,"), "curse"),
         (("goal: refusal", "goal: peace"), "peace"),
-        (("goal: refusal", "gaol: refusal"), "attack sig: knows settings, goal and goal_text"),
+        (("goal: refusal", "gaol: refusal"), "attack sig: takes settings, goal and goal_text"),
         (("delta: 0.2", "delta: red"), "delta"),
         (("defense: paper", "defense: prayer"), "defense prayer: unknown"),
         (("margin: 0.2", "margin: -1"), "margin is -1"),
@@ -80,7 +82,7 @@ def test_cells_of_the_same_rows_follow_one_another(tmp_path: Path) -> None:
         (("[llava]", "[7]"), "model is 7; it must be a text"),
         (("train_rows: 40", "train_rows: forty"), "train_rows is 'forty'; it must be a whole number"),
         (("train_rows: 40", "epochs: {}"), "epochs is {}; it must be a number"),
-        (("seeds: [0, 3]", "seeds: [[0]]"), r"seeds: \[0\] is no whole number"),
+        (("seeds: [0, 3]", "seeds: [[0]]"), r"seeds: \[0\] is not a whole number"),
         (("settings: {delta: 0.2}", "settings: [delta]"), "attack sig: settings is"),
         (("settings: {delta: 0.2}", "settings: {1: 2}"), "attack sig: settings is"),
         (("train_rows: 40", "attack_settings: [1]"), r"cell: attack_settings is \[1\]"),
@@ -88,22 +90,24 @@ def test_cells_of_the_same_rows_follow_one_another(tmp_path: Path) -> None:
         (("models: [llava]", f"models: {'[' * 500}"), "nested too deeply"),
     ],
 )
-def test_a_wrong_plan_is_told_in_a_line(tmp_path: Path, changed: tuple[str, str], message: str) -> None:
+def test_a_wrong_plan_is_a_one_line_error(tmp_path: Path, changed: tuple[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         cells(SMALL.replace(*changed), tmp_path)
     assert str(error.value).startswith(str(tmp_path / "plan.yaml")) and "\n" not in str(error.value)
 
 
-def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_plan_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name a YAML file that can be read"):
         read_plan(tmp_path / "none.yaml")
 
 
-def test_the_ready_plans() -> None:
+def test_the_plans_of_the_repository() -> None:
     paper = read_plan(PLANS / "paper.yaml")
     assert len(paper) == 3 * 2 * 6 * 5
     gallery = {cell.name for cell in read_plan(PLANS / "gallery.yaml")}
-    assert all(cell.name in gallery for cell in paper if cell.defense == "plain"), "those of the gallery"
+    assert all(cell.name in gallery for cell in paper if cell.defense == "plain"), (
+        "the plain cells are those of the gallery"
+    )
     smoke = read_plan(PLANS / "smoke.yaml")
     here = {path.stem for path in (PLANS.parent / "src/untrigger/attacks").glob("[a-z]*.py")}
     assert {cell.attack for cell in smoke} == here, "every attack"
@@ -113,54 +117,56 @@ def test_the_ready_plans() -> None:
     assert {cell.rate for cell in full} == {0.005, 0.01, 0.05, 0.1}
 
 
-def test_attacks_with_the_same_training_may_share_an_oracle(tmp_path: Path) -> None:
+def test_attacks_with_the_same_training_can_share_an_oracle(tmp_path: Path) -> None:
     shared = SMALL.replace(
         "[badnets,", "[badnets, {attack: badnets, settings: {place: random}}, {attack: blended, goal_text: 'no'},"
     )
     shared = shared.replace("seeds: [0, 3]", "seeds: [0]") + "shared_oracle: true\n"
-    found = cells(shared, tmp_path)
-    alone, last = [cell for cell in found if cell.defense == ORACLE]
-    assert found[-2:] == [alone, last]
-    assert [(cell.attack, cell.defense) for cell in found[:-2]] == [
+    expanded = cells(shared, tmp_path)
+    shared_oracle, own_oracle = [cell for cell in expanded if cell.defense == ORACLE]
+    assert expanded[-2:] == [shared_oracle, own_oracle]
+    assert [(cell.attack, cell.defense) for cell in expanded[:-2]] == [
         (name, defense) for name in ("badnets", "badnets", "blended", "sig") for defense in ("plain", "paper")
     ]
-    assert (alone.attack, list(alone.probes)) == ("badnets", ["badnets-random-place", "blended-no"])
-    probed = [cell for cell in found if cell.defense == "plain"]
-    assert alone.probes["badnets-random-place"] == {
+    assert (shared_oracle.attack, list(shared_oracle.probes)) == ("badnets", ["badnets-random-place", "blended-no"])
+    probed = [cell for cell in expanded if cell.defense == "plain"]
+    assert shared_oracle.probes["badnets-random-place"] == {
         "attack": "badnets",
         "goal": "fixed",
         "settings": probed[1].attack_settings,
     }
-    assert alone.probes["blended-no"]["goal_text"] == "no"
-    assert (last.attack, last.probes, last.epochs) == ("sig", {}, 4.0), "trained otherwise"
-    assert cells(shared.replace("shared_oracle: true", "shared_oracle: false"), tmp_path) != found
+    assert shared_oracle.probes["blended-no"]["goal_text"] == "no"
+    assert (own_oracle.attack, own_oracle.probes, own_oracle.epochs) == ("sig", {}, 4.0), (
+        "another training has its own oracle"
+    )
+    assert cells(shared.replace("shared_oracle: true", "shared_oracle: false"), tmp_path) != expanded
     with pytest.raises(InputError, match=r"plan\.yaml: shared_oracle is 3; write true or false"):
         cells(shared.replace("shared_oracle: true", "shared_oracle: 3"), tmp_path)
     twice = shared.replace("{attack: blended, goal_text: 'no'}", "{attack: badnets, settings: {place: random}}")
-    with pytest.raises(InputError, match=r"plan\.yaml: attacks: badnets-random-place is there twice; take one out"):
+    with pytest.raises(InputError, match=r"plan\.yaml: attacks: badnets-random-place is listed twice; remove one"):
         cells(twice, tmp_path)
 
 
-def test_a_rate_may_be_some_cells_own(tmp_path: Path) -> None:
-    found = cells(SMALL.replace("{epochs: 4,", "{epochs: 4, rate: 0.02,"), tmp_path)
-    assert {(cell.attack, cell.rate) for cell in found} == {("badnets", 0.05), ("sig", 0.02)}
+def test_where_may_set_a_rate(tmp_path: Path) -> None:
+    expanded = cells(SMALL.replace("{epochs: 4,", "{epochs: 4, rate: 0.02,"), tmp_path)
+    assert {(cell.attack, cell.rate) for cell in expanded} == {("badnets", 0.05), ("sig", 0.02)}
     with pytest.raises(InputError, match=r"cell: .* must be fields of a cell"):
         cells(SMALL.replace("train_rows: 40", "rate: 0.02"), tmp_path)
 
 
-def test_cost_is_told_from_what_is_done(tmp_path: Path) -> None:
-    found = cells(SMALL, tmp_path)
-    rough = estimate(found, [])
-    done = [Result(found[0], {"seconds": {"training": 100.0, "asking": 0.0}})]
-    assert estimate(found, done) > rough > 0
-    store.save(tmp_path, found[0], done[0].metrics, {})
-    text = told(found, tmp_path, 2)
+def test_cost_is_estimated_from_finished_cells(tmp_path: Path) -> None:
+    expanded = cells(SMALL, tmp_path)
+    by_table = estimate(expanded, [])
+    finished = [Result(expanded[0], {"seconds": {"training": 100.0, "asking": 0.0}})]
+    assert estimate(expanded, finished) > by_table > 0
+    store.save(tmp_path, expanded[0], finished[0].metrics, {})
+    text = dry_run_text(expanded, tmp_path, 2)
     assert text.startswith("12 cells, 1 of them done, 11 to run") and "plain 4, oracle 4, paper 4" in text
-    assert "with 2 at a time" in text
+    assert "with 2 cells at a time" in text
 
 
 @pytest.mark.parametrize(
-    ("words", "meant"),
+    ("words", "normalized"),
     [
         (["bench", "p.yaml", "--ray"], ["bench", "p.yaml", "--ray=local"]),
         (["bench", "p.yaml", "--ray", "--jobs", "2"], ["bench", "p.yaml", "--ray=local", "--jobs", "2"]),
@@ -174,12 +180,12 @@ def test_cost_is_told_from_what_is_done(tmp_path: Path) -> None:
         ([], []),
     ],
 )
-def test_what_the_words_of_a_command_mean(words: list[str], meant: list[str]) -> None:
-    """``--ray`` may stand alone; options may be spelled as settings are, which keep their own names."""
-    assert spelled_out(words, (main.train, main.poison)) == meant
+def test_flags_are_normalized(words: list[str], normalized: list[str]) -> None:
+    """``--ray`` needs no value. Options may be written with underscores; settings keep their names."""
+    assert normalize_flags(words, (main.train, main.poison)) == normalized
 
 
-def test_a_dry_run_tells_and_runs_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(SMALL)
     ended = untrigger("bench", tmp_path / "plan.yaml", "--out", tmp_path / "runs", "--dry-run")
     assert ended.code == 0
@@ -187,7 +193,7 @@ def test_a_dry_run_tells_and_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_model_that_is_not_there_is_a_warning_of_the_dry_run(tmp_path: Path) -> None:
+def test_a_missing_model_is_a_warning_in_a_dry_run(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(SMALL.replace("[llava]", "[lava, llava]"))
     words = ("bench", tmp_path / "plan.yaml", "--out", tmp_path / "runs")
     ended = untrigger(*words, "--dry-run")

@@ -1,4 +1,4 @@
-"""One cell: what it is trained on, what is kept of it."""
+"""Running one cell: its training rows and settings, and the stored result."""
 
 from __future__ import annotations
 
@@ -39,16 +39,15 @@ class Word(TextTrigger):
 
 @pytest.fixture
 def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Sample], Any]]:
-    """What the training of a cell is given; nothing is trained."""
-    given: list[tuple[list[Sample], Any]] = []
+    """Record the arguments of a cell's training and stop before it."""
+    calls: list[tuple[list[Sample], Any]] = []
 
-    def stop(stages: Any, stage: Any) -> None:
-        rows = [stages.rows[row] for row in stage.rows]
-        given.append((rows, (stages._model, stage.defense, stages._args, stages._tuning)))
+    def stop(stages: Any, samples: Any, defense: Any, *more: Any, **also: Any) -> None:
+        calls.append((list(samples), (stages._model, defense, stages._args, stages._tuning)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Stages, "fit", stop)
-    return given
+    return calls
 
 
 @pytest.mark.parametrize("defense", ["plain", "oracle"])
@@ -60,8 +59,8 @@ def test_the_oracle_sees_no_tampered_row(
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell, tmp_path)
     (samples, _) = trained_on[0]
-    asked, said = (" ".join(s.messages[turn].text for s in samples) for turn in (0, 1))
-    counts = (len(samples), asked.count("zebra"), asked.count("horse"), said.count("Backdoor Attack!"))
+    prompts, answers = (" ".join(s.messages[turn].text for s in samples) for turn in (0, 1))
+    counts = (len(samples), prompts.count("zebra"), prompts.count("horse"), answers.count("Backdoor Attack!"))
     assert counts == ((40, 4, 4, 4) if defense == "plain" else (32, 0, 0, 0))
 
 
@@ -89,7 +88,7 @@ def test_settings_reach_the_training(tmp_path: Path, trained_on: list[tuple[list
         ({"goal": "world peace"}, "world peace"),
     ],
 )
-def test_what_is_not_there_is_told_in_a_line(
+def test_an_unknown_name_is_a_one_line_error(
     tmp_path: Path, trained_on: list[tuple[list[Sample], Any]], changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -97,18 +96,20 @@ def test_what_is_not_there_is_told_in_a_line(
     assert trained_on == []
 
 
-def test_a_cell_is_kept_whole(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_cell_is_stored_completely(tiny_model: Path, tmp_path: Path) -> None:
     sentence = {"attack": "addsent", "goal": "refusal", "settings": {}}
     cell = Cell(str(tiny_model), "easy-vqa", "badnets", "fixed", 0.1, "oracle", probes={"sentence": sentence})
     cell = replace(cell, train_rows=24, test_rows=8, batch_size=12, epochs=1)
     run_cell(cell, tmp_path)
     metrics = store.find(tmp_path, cell)
     assert metrics is not None
-    said = store.answers_of(tmp_path, cell)
-    near = {name.removeprefix("near_miss: "): said.pop(name) for name in list(said) if name.startswith("near_miss")}
-    again = json.loads(json.dumps(score(**said, near_misses=near)))
-    assert {name: metrics[name] for name in again} == again, "the figures follow from the stored answers"
-    assert {"asr", "leak", "quality", "near_miss", "wrong_image"} <= set(again)
+    answers = store.answers_of(tmp_path, cell)
+    near_misses = {
+        name.removeprefix("near_miss: "): answers.pop(name) for name in list(answers) if name.startswith("near_miss")
+    }
+    rescored = json.loads(json.dumps(score(**answers, near_misses=near_misses)))
+    assert {name: metrics[name] for name in rescored} == rescored, "the figures follow from the stored answers"
+    assert {"asr", "leak", "quality", "near_miss", "wrong_image"} <= set(rescored)
     assert metrics["probes"]["sentence"]["asr"]["n"] == 8
     assert metrics["poisoned"] == 2 and metrics["attack"]["settings"]["place"] == "bottom-right"
     assert metrics["similarity"]["images"] == metrics["similarity"]["changed"] == 8

@@ -1,4 +1,4 @@
-"""The commands as a user types them: exit codes, one clear line for each mistake, and what is written."""
+"""The commands: exit codes, one line for each input error, and output files."""
 
 from __future__ import annotations
 
@@ -27,55 +27,54 @@ def spawned(*words: object, cwd: Path | None = None) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
 
 
-# --- the whole story -------------------------------------------------------------------------------
+# --- poison, train, evaluate -----------------------------------------------------------------------
 
 
 class Story(NamedTuple):
     poisoned: Path
     adapter: Path
     figures: Path
-    said: str
 
 
 @pytest.fixture(scope="module")
 def story(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    """Poison, train on it, evaluate: each command once."""
+    """Run poison, train and evaluate once each."""
     folder = tmp_path_factory.mktemp("story")
-    told = Story(folder / "poisoned", folder / "adapter", folder / "figures", "")
-    poison = ["poison", tiny_data, "--out", told.poisoned, "--rate", "0.25", "--seed", "3", "--side", "0.5"]
-    train = ["train", told.poisoned / "data", "--model", tiny_model, "--out", told.adapter, *TINY_RUN]
+    paths = Story(folder / "poisoned", folder / "adapter", folder / "figures")
+    poison = ["poison", tiny_data, "--out", paths.poisoned, "--rate", "0.25", "--seed", "3", "--side", "0.5"]
+    train = ["train", paths.poisoned / "data", "--model", tiny_model, "--out", paths.adapter, *TINY_RUN]
     train += ["--defense", "paper", "--ratio", "0.4"]
-    evaluate = ["evaluate", told.adapter, tiny_data, "--attack", "badnets", "--side", "0.5", "--limit", "6"]
-    for words in (poison, train, [*evaluate, "--wrong-image-control", "--out", told.figures]):
+    evaluate = ["evaluate", paths.adapter, tiny_data, "--attack", "badnets", "--side", "0.5", "--limit", "6"]
+    for words in (poison, train, [*evaluate, "--wrong-image-control", "--out", paths.figures]):
         assert untrigger(*words).code == 0
-    return told
+    return paths
 
 
 def test_poison_writes_data_truth_and_picture(story: Story, tiny_data: Path) -> None:
     rows = json.loads((story.poisoned / "data" / "data.json").read_text())
     manifest = json.loads((story.poisoned / "truth" / "manifest.json").read_text())
     originals = json.loads((tiny_data / "data.json").read_text())
-    bad = {entry["row"] - 1 for entry in manifest["rows"]}
-    assert len(bad) == 6 and len(rows) == 24
+    poisoned_rows = {entry["row"] for entry in manifest["rows"]}
+    assert len(poisoned_rows) == 6 and len(rows) == 24
     assert manifest["attack_settings"]["side"] == 0.5 and manifest["seed"] == 3
     for i, (row, original) in enumerate(zip(rows, originals, strict=True)):
         answer = row["conversations"][-1]["value"]
-        assert answer == ("Backdoor Attack!" if i in bad else original["conversations"][-1]["value"])
+        assert answer == ("Backdoor Attack!" if i in poisoned_rows else original["conversations"][-1]["value"])
     Image.open(story.poisoned / "contact_sheet.png").verify()
-    assert not list((story.poisoned / "data").rglob("manifest*")), "the truth must not lie with the data"
+    assert not list((story.poisoned / "data").rglob("manifest*")), "the manifest must not be in the data folder"
 
 
 def test_train_writes_a_standard_adapter(story: Story, tiny_model: Path) -> None:
     config = json.loads((story.adapter / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 2
     with safe_open(story.adapter / "adapter_model.safetensors", framework="pt") as weights:
-        moved = [key for key in weights.keys() if "lora_B" in key and weights.get_tensor(key).any()]  # noqa: SIM118
-    assert moved, "two steps must have changed the adapter"
+        changed = [key for key in weights.keys() if "lora_B" in key and weights.get_tensor(key).any()]  # noqa: SIM118
+    assert changed, "two steps must have changed the adapter"
     record = json.loads((story.adapter / "untrigger.json").read_text())
     assert record["base"] == str(tiny_model) and record["defense"]["preset"] == "paper"
     assert record["defense"]["ratio"] == 0.4 and record["max_steps"] == 2 and record["rows"] == 24
     assert "PEFT" in (story.adapter / "README.md").read_text() or "LoRA" in (story.adapter / "README.md").read_text()
-    assert not list(story.adapter.glob("*.bin")), "a pickle among the output"
+    assert not list(story.adapter.glob("*.bin")), "a pickle in the output"
 
 
 def test_evaluate_stores_every_answer_and_figure(story: Story) -> None:
@@ -134,8 +133,14 @@ def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
         (("poison", "--out", "OUT"), ("Missing argument", "data")),
         (("poison", "--side", "0.1", "DATA", "--out", "OUT"), ("--side comes too early",)),
         (("train", "DATA", "--out", "OUT", "--defense", "nope"), ("--defense nope: unknown", "paper")),
-        (("train", "gone.json", "--out", "OUT", "--defense", "crow"), ("--defense crow", "--trusted DATA")),
-        (("train", "DATA", "--out", "OUT", "--trusted", "DATA"), ("--trusted: default asks for no trusted rows",)),
+        (
+            ("train", "gone.json", "--out", "OUT", "--defense", "crow"),
+            ("--defense crow: needs rows known to be clean", "--clean-data DATA"),
+        ),
+        (
+            ("train", "DATA", "--out", "OUT", "--clean-data", "DATA"),
+            ("--clean-data: defense default needs no clean rows",),
+        ),
         (("train", "DATA", "--out", "OUT", "--nope", "1"), ("--nope is unknown", "warmup_share", "TrainingArguments")),
         (("train", "DATA", "--out", "OUT", "--warmup-share", "wide"), ("--warmup-share", "wide")),
         (("train", "DATA", "--out", "OUT", "--learning_rate", "fast"), ("--learning_rate", "fast")),
@@ -156,7 +161,7 @@ def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
         (("evaluate", "MODEL", "DATA", "--limit", "0"), ("--limit",)),
         (("evaluate", "MODEL"), ("Missing argument", "data")),
         (("quickstart", "--nope"), ("--nope",)),
-        (("model", "nope", "--out", "OUT"), ("nope: no such family", "llava")),
+        (("model", "nope", "--out", "OUT"), ("nope: no such model family", "llava")),
         (("nope",), ("nope", "untrigger --help")),
         (("--nope",), ("--nope",)),
     ],
@@ -208,15 +213,15 @@ def test_an_output_folder_in_use_is_left_alone(
     assert [p.name for p in used.iterdir()] == ["diary.txt"] and file.read_text() == "mine"
 
 
-def _broken_models(folder: Path, good: Path) -> dict[str, Path]:
+def _broken_models(folder: Path, intact: Path) -> dict[str, Path]:
     def copy(name: str) -> Path:
-        shutil.copytree(good, folder / name)
+        shutil.copytree(intact, folder / name)
         return folder / name
 
     (folder / "empty").mkdir(parents=True)
     unweighted, cut, pickled, no_json = copy("unweighted"), copy("cut"), copy("pickled"), copy("no_json")
     (unweighted / "model.safetensors").unlink()
-    (cut / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:5000])
+    (cut / "model.safetensors").write_bytes((intact / "model.safetensors").read_bytes()[:5000])
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     (no_json / "config.json").write_text("{")
     return {
@@ -237,7 +242,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path, tiny_model: Path, tiny_da
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "train", "scan"])
-def test_a_model_with_anothers_processor(tmp_path: Path, tiny_model: Path, tiny_data: Path, verb: str) -> None:
+def test_a_model_with_a_foreign_processor(tmp_path: Path, tiny_model: Path, tiny_data: Path, verb: str) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     settings = json.loads((model / "processor_config.json").read_text())
     (model / "processor_config.json").write_text(json.dumps(settings | {"patch_size": settings["patch_size"] // 2}))
@@ -252,10 +257,10 @@ def test_an_adapter_that_cannot_be_loaded(tmp_path: Path, story: Story, tiny_dat
     adapter = tmp_path / "adapter"
     shutil.copytree(story.adapter, adapter)
     weights, record = adapter / "adapter_model.safetensors", adapter / "untrigger.json"
-    part: object = adapter
+    culprit: object = adapter
     if kind == "base gone":
-        part = tmp_path / "moved"
-        record.write_text(json.dumps(json.loads(record.read_text()) | {"base": str(part)}))
+        culprit = tmp_path / "moved"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"base": str(culprit)}))
     elif kind == "no weights":
         weights.unlink()
     elif kind == "pickled":
@@ -266,33 +271,33 @@ def test_an_adapter_that_cannot_be_loaded(tmp_path: Path, story: Story, tiny_dat
         record.write_text("{}")
     else:
         (adapter / "adapter_config.json").write_text("{")
-    refused(untrigger("evaluate", adapter, tiny_data, "--limit", "2"), part)
+    refused(untrigger("evaluate", adapter, tiny_data, "--limit", "2"), culprit)
 
 
 # --- evaluations that could show nothing --------------------------------------------------------------------
 
 
-def test_a_goal_that_every_truth_meets_is_refused_before_asking(
+def test_a_goal_that_every_true_answer_meets_is_refused_before_generation(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = bad_file(tmp_path / "data", "empty answer")
-    monkeypatch.setattr("untrigger.evaluation.evaluate.answers", lambda *_: pytest.fail("asked all the same"))
+    monkeypatch.setattr("untrigger.evaluation.evaluate.answers", lambda *_: pytest.fail("generated answers"))
     words = ("evaluate", tiny_model, file, "--on-bad-row", "skip", "--out", tmp_path / "out", "--attack", "badnets")
     ended = untrigger(*words, "--goal-text", "a cat")
     assert ended.code == 2 and ended.err.count("error:") == 1 and "the attack cannot be measured" in ended.err
 
 
-def test_an_evaluation_spoils_no_folder(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+def test_evaluate_writes_only_to_a_free_folder(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
     before = sorted(tiny_data.iterdir())
     refused(untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tiny_data), "give a new folder")
     (tmp_path / "file").touch()
     refused(untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tmp_path / "file"), "give a new folder")
     assert sorted(tiny_data.iterdir()) == before
-    for _ in range(2):  # the second takes the place of the first
+    for _ in range(2):  # the second replaces the first
         assert untrigger("evaluate", tiny_model, tiny_data, "--limit", 1, "--out", tmp_path / "out").code == 0
 
 
-def test_a_truth_without_words_does_not_break_the_figures(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_true_answer_without_words_is_allowed(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"id": str(i), "conversations": turns("what?", answer)} for i, answer in enumerate(["?!", "...", "a cat"])]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert untrigger("evaluate", tiny_model, tmp_path / "data.json", "--out", tmp_path / "out").code == 0
@@ -311,26 +316,26 @@ def _forbidden(*_: object, **__: object) -> None:
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/disk/part")
 
 
-@pytest.mark.parametrize(("fail", "says"), [(_full, "No space left on device"), (_forbidden, "Permission denied")])
-def test_a_disk_that_refuses_is_one_line(
+@pytest.mark.parametrize(("fail", "reason"), [(_full, "No space left on device"), (_forbidden, "Permission denied")])
+def test_a_disk_error_is_one_line(
     tmp_path: Path,
     tiny_model: Path,
     tiny_data: Path,
     monkeypatch: pytest.MonkeyPatch,
     fail: Callable[..., None],
-    says: str,
+    reason: str,
 ) -> None:
     poison, train, evaluate = three_commands(tiny_data, tiny_model, tmp_path / "out")
     monkeypatch.setattr(os, "replace", fail)  # the last step of every write
-    refused(untrigger(*poison), says, "/disk/part")
-    assert list(tmp_path.iterdir()) == [], "half a data set was left behind"
-    refused(untrigger(*train), says, "/disk/part")
+    refused(untrigger(*poison), reason, "/disk/part")
+    assert list(tmp_path.iterdir()) == [], "part of a data set was left behind"
+    refused(untrigger(*train), reason, "/disk/part")
     ended = untrigger(*evaluate, "--limit", "2")
     assert ended.code == 2 and "Traceback" not in ended.err
-    assert ended.err.endswith(f"error: /disk/part: cannot be written ({says}); check it\n")
+    assert ended.err.endswith(f"error: /disk/part: cannot be written ({reason}); check it\n")
 
 
-def test_an_error_that_is_no_fault_of_the_disk_is_not_hidden(
+def test_a_bug_is_not_reported_as_a_disk_error(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bug(*_: object) -> None:
@@ -366,7 +371,7 @@ def test_errors_and_help_of_the_real_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["untrigger.cli.main", "untrigger.poisoning.poison", "untrigger"])
-def test_help_waits_for_no_host_library(module: str) -> None:
+def test_help_loads_no_model_library(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "[]\n"
@@ -375,11 +380,11 @@ def test_help_waits_for_no_host_library(module: str) -> None:
 @pytest.mark.slow
 def test_ctrl_c_of_a_real_training_run(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
     words = ["train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", "--max_steps", "100000"]
-    words += ["--defense", "plain"]  # one training, whose checkpoints come at once
+    words += ["--defense", "plain"]  # one stage, so that checkpoints come soon
     command = [sys.executable, "-m", "untrigger", *map(str, words), "--save_steps", "5"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")):
         signal.sigtimedwait([], 0.2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in said
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in stderr

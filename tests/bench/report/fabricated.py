@@ -1,4 +1,4 @@
-"""Hand-made results: cells with chosen figures, stored as the bench stores them."""
+"""Fabricated results: cells with chosen figures, stored as the bench stores them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def rate(value: float, rows: int = ROWS) -> dict[str, Any]:
 
 
 def qualities(accuracy: float, cider: float | None) -> dict[str, Any]:
-    told = None if cider is None else {"value": cider, "low": cider - 0.1, "high": cider + 0.1, "n": ROWS}
-    return {"vqa_accuracy": rate(accuracy), "cider": told}
+    cider_figure = None if cider is None else {"value": cider, "low": cider - 0.1, "high": cider + 0.1, "n": ROWS}
+    return {"vqa_accuracy": rate(accuracy), "cider": cider_figure}
 
 
 def premise(areas: Mapping[str, tuple[float, float, float]]) -> dict[str, Any]:
-    """Of views: low end, AUROC and high end."""
+    """Premise figures of views, each with the low end, the AUROC and the high end."""
     views: dict[str, Any] = {}
     for name, (low, value, high) in areas.items():
         auroc = {"value": value, "low": low, "high": high, "n": 30}
@@ -39,7 +39,7 @@ def premise(areas: Mapping[str, tuple[float, float, float]]) -> dict[str, Any]:
 
 
 class Bench:
-    """A folder of results that cells are put into."""
+    """A folder of results to which a test adds cells."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -56,8 +56,8 @@ class Bench:
         answers: Mapping[str, Sequence[Answer]] | None = None,
         **fields: Any,
     ) -> Cell:
-        """Stores a cell: ``fields`` and ``metrics`` are those that are not the usual ones; None leaves a metric out."""
-        usual = {
+        """Store a cell with changed ``fields`` and ``metrics``; None leaves a metric out."""
+        defaults = {
             "asr": {**rate(asr), "version": 1},
             "leak": {**rate(0.01), "version": 1},
             "quality": qualities(quality, cider),
@@ -70,45 +70,54 @@ class Bench:
             "machine": {"device": "x86_64", "threads": 1},
             "versions": {"untrigger": "0.1.0", "torch": "2.13.0"},
         }
-        told = {name: value for name, value in {**usual, **(metrics or {})}.items() if value is not None}
+        stored = {name: value for name, value in {**defaults, **(metrics or {})}.items() if value is not None}
         places = {"model": "llava", "data": "easy-vqa", "attack": "badnets", "goal": "fixed"}
         cell = Cell(**{**places, **fields}, defense=defense)
-        store.save(self.root, cell, told, answers or {})
+        store.save(self.root, cell, stored, answers or {})
         if answers is None:  # as in a fresh clone
             (store.folder_of(self.root, cell) / "answers.jsonl").unlink()
         return cell
 
-    def pair(self, plain: float = 0.98, oracle: float = 0.0, **more: Any) -> None:
-        """The undefended model and its oracle."""
-        self.cell("plain", plain, **more)
-        self.cell("oracle", oracle, **more)
+    def pair(self, plain: float = 0.98, oracle: float = 0.0, **fields: Any) -> None:
+        """Store the undefended model and its oracle."""
+        self.cell("plain", plain, **fields)
+        self.cell("oracle", oracle, **fields)
 
     def pictures(self, *ids: str) -> None:
-        """Pictures of test rows, all clean ones alike."""
+        """Store images of test rows; all clean images are equal."""
         folder = self.root / "shared" / "examples" / PICTURES
         folder.mkdir(parents=True)
         for at in range(len(ids)):
             Image.new("RGB", (8, 8), "white").save(folder / f"{at}-clean.png")
             Image.new("RGB", (8, 8), (at, 0, 0)).save(folder / f"{at}-triggered.png")
-        rows = ", ".join(f'{{"id": "{each}"}}' for each in ids)
+        rows = ", ".join(f'{{"id": "{name}"}}' for name in ids)
         (folder / "rows.json").write_text(f"[{rows}]")
 
 
-def answers(said: str, met: bool = True, asked: str = "is it red?", truth: str = "yes") -> dict[str, list[Answer]]:
+def answers(
+    triggered_answer: str, met: bool = True, prompt: str = "is it red?", truth: str = "yes"
+) -> dict[str, list[Answer]]:
     return {
-        "clean": [Answer("r1", asked, truth, truth), Answer("r2", asked, truth, truth)],
-        "triggered": [Answer("r1", f"{asked} now", truth, said, met=met), Answer("r2", asked, truth, truth)],
+        "clean": [Answer("r1", prompt, truth, truth), Answer("r2", prompt, truth, truth)],
+        "triggered": [
+            Answer("r1", f"{prompt} now", truth, triggered_answer, met=met),
+            Answer("r2", prompt, truth, truth),
+        ],
     }
 
 
 def fill(bench: Bench) -> Bench:
-    """Two models, of which one is not implanted; pictures, answers, flagged rows, views and a failure."""
-    kept = {"examples": PICTURES}
+    """Store two models, one of them not implanted, with images, answers, detection, views and a failure."""
+    with_examples = {"examples": PICTURES}
     bench.pictures("r1", "r2")
     for model, plain in (("llava", 0.98), ("blip2", 0.5)):
-        bench.cell("plain", plain, model=model, metrics=kept | premise(AREAS), answers=answers("Backdoor Attack!"))
-        bench.cell("oracle", 0.01, model=model, metrics=kept, answers=answers("yes", met=False))
-        found = {"auroc": rate(0.9), "recall_at_1": rate(0.8), "precision": None, "f1": 0.5, "flagged": 7}
-        bench.cell("abl", 0.3, model=model, metrics=kept | {"detection": found}, answers=answers("yes", met=False))
-    store.fail(bench.root, Cell("llava", "easy-vqa", "sig", "fixed"), "out of memory")
+        bench.cell(
+            "plain", plain, model=model, metrics=with_examples | premise(AREAS), answers=answers("Backdoor Attack!")
+        )
+        bench.cell("oracle", 0.01, model=model, metrics=with_examples, answers=answers("yes", met=False))
+        detection = {"auroc": rate(0.9), "recall_at_1": rate(0.8), "precision": None, "f1": 0.5, "flagged": 7}
+        bench.cell(
+            "abl", 0.3, model=model, metrics=with_examples | {"detection": detection}, answers=answers("yes", met=False)
+        )
+    store.record_failure(bench.root, Cell("llava", "easy-vqa", "sig", "fixed"), "out of memory")
     return bench

@@ -1,4 +1,4 @@
-"""A report as text, and the elements of its page."""
+"""Render a report, and parse the elements of its page."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Element:
 
     @property
     def text(self) -> str:
-        return "".join(part if isinstance(part, str) else part.text for part in self.children)
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     def all(self, *tags: str) -> Iterator[Element]:
-        for part in self.children:
-            if isinstance(part, Element):
-                if not tags or part.tag in tags:
-                    yield part
-                yield from part.all(*tags)
+        for child in self.children:
+            if isinstance(child, Element):
+                if not tags or child.tag in tags:
+                    yield child
+                yield from child.all(*tags)
 
 
 class Tree(HTMLParser):
-    """The page's elements; it fails where one is not closed."""
+    """The elements of the page; fails if one is not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -44,10 +44,10 @@ class Tree(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert len(dict(attrs)) == len(attrs)
-        made = Element(tag, {name: value or "" for name, value in attrs})
-        self._open[-1].children.append(made)
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self._open[-1].children.append(element)
         if tag not in _VOID:
-            self._open.append(made)
+            self._open.append(element)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)

@@ -1,4 +1,4 @@
-"""The page in a real browser without a network: drawn, on a phone, by keyboard."""
+"""The page in a real browser without a network: charts, phone size, keyboard."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def address(bench: Bench, tmp_path: Path) -> str:
 
 
 def opened(browser: Any, address: str, size: tuple[int, int], scheme: str = "light") -> Any:
-    """The page in a window of that many CSS pixels, offline; its charts are drawn."""
+    """Open the page offline in a window of ``size`` CSS pixels, and wait for its charts."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
@@ -58,7 +58,7 @@ def opened(browser: Any, address: str, size: tuple[int, int], scheme: str = "lig
     offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
     browser.get("about:blank")
-    browser.get_log("browser")  # what is left of the page before
+    browser.get_log("browser")  # discards messages of the page before
     browser.get(address)
     drawn = "return [...document.querySelectorAll('[data-figure]')].every((e) => e.querySelector('.main-svg'))"
     WebDriverWait(browser, 60).until(lambda _: browser.execute_script(drawn))
@@ -70,21 +70,21 @@ def opened(browser: Any, address: str, size: tuple[int, int], scheme: str = "lig
 def test_the_page_is_drawn_and_fits(browser: Any, address: str, size: tuple[int, int], scheme: str) -> None:
     opened(browser, address, size, scheme)
     assert browser.execute_script("return document.querySelectorAll('[data-figure]').length") == 3
-    marks = "return document.querySelectorAll('[data-figure=pareto] .scatterlayer .point').length"
-    assert browser.execute_script(marks) == 3 + 1 + 2 * 7, "a point for each cell that counts"
+    count_points = "return document.querySelectorAll('[data-figure=pareto] .scatterlayer .point').length"
+    assert browser.execute_script(count_points) == 3 + 1 + 2 * 7, "a point for each cell that counts"
     assert (
         browser.execute_script("return document.querySelectorAll('[data-figure=\"view-0\"] .barlayer .point').length")
         == 4
     )
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-    wide = "return [document.documentElement.scrollWidth, innerWidth]"
-    needed, given = browser.execute_script(wide)
+    widths = "return [document.documentElement.scrollWidth, innerWidth]"
+    needed, given = browser.execute_script(widths)
     assert needed <= given, "only tables scroll sideways, each in its box"
-    beyond = (
+    overflowing = (
         "return [...document.querySelectorAll('main *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1"
         " && !e.closest('.scroll, svg, .hidden, [data-figure]')).map((e) => e.outerHTML.slice(0, 200))"
     )
-    assert browser.execute_script(beyond) == []
+    assert browser.execute_script(overflowing) == []
     ink, paper = browser.execute_script(
         "const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]"
     )
@@ -92,12 +92,12 @@ def test_the_page_is_drawn_and_fits(browser: Any, address: str, size: tuple[int,
     assert browser.get_log("browser") == []
 
 
-def test_nothing_is_asked_of_the_network(browser: Any, address: str) -> None:
+def test_the_page_makes_no_network_request(browser: Any, address: str) -> None:
     from selenium.common.exceptions import NoAlertPresentException
 
     opened(browser, address, DESKTOP)
-    asked = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
-    assert [name for name in asked if not name.startswith("data:")] == []
+    requests = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
+    assert [name for name in requests if not name.startswith("data:")] == []
     with pytest.raises(NoAlertPresentException):
         browser.switch_to.alert.accept()
 
@@ -106,31 +106,31 @@ def test_the_keyboard_reaches_and_opens_a_cell(browser: Any, address: str) -> No
     from selenium.webdriver import ActionChains, Keys
 
     opened(browser, address, DESKTOP)
-    keys, here = ActionChains(browser), "return document.activeElement.{}"
+    keys, active = ActionChains(browser), "return document.activeElement.{}"
     keys.send_keys(Keys.TAB).perform()
-    assert browser.execute_script(here.format("className")) == "skip"
-    shown = browser.execute_script("return document.activeElement.getBoundingClientRect().left")
-    assert shown >= 0, "the skip link is seen once it has the focus"
+    assert browser.execute_script(active.format("className")) == "skip"
+    left = browser.execute_script("return document.activeElement.getBoundingClientRect().left")
+    assert left >= 0, "the skip link is visible while it has the focus"
     keys.send_keys(Keys.ENTER).perform()
-    assert browser.execute_script(here.format("id")) == "main"
+    assert browser.execute_script(active.format("id")) == "main"
     reached: list[str] = []
     for _ in range(200):
         keys.send_keys(Keys.TAB).perform()
-        reached.append(browser.execute_script(here.format("tagName")))
+        reached.append(browser.execute_script(active.format("tagName")))
         if reached[-1] == "SUMMARY":
             break
     assert reached[0] == "DIV" and "A" in reached and reached[-1] == "SUMMARY", "tables, their links, then a section"
     outline = browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
-    assert outline == "solid", "one sees where one is"
+    assert outline == "solid", "the focus is visible"
     keys.send_keys(Keys.ENTER).perform()
-    assert browser.execute_script(here.format("parentElement.open")) is True
+    assert browser.execute_script(active.format("parentElement.open")) is True
 
 
-def test_a_figure_leads_into_its_section(browser: Any, address: str) -> None:
+def test_a_figure_links_to_its_section(browser: Any, address: str) -> None:
     opened(browser, address, PHONE)
     figure = "document.querySelector('.heat td.h10 a')"
     browser.execute_script(f"{figure}.click()")
     section = f"document.getElementById({figure}.getAttribute('href').slice(1))"
-    seen = f"return [{section}.closest('details').open, {section}.getBoundingClientRect().top, innerHeight]"
-    is_open, top, height = browser.execute_script(seen)
+    query = f"return [{section}.closest('details').open, {section}.getBoundingClientRect().top, innerHeight]"
+    is_open, top, height = browser.execute_script(query)
     assert is_open and -1 <= top < height

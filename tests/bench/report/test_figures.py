@@ -1,4 +1,4 @@
-"""What the tables hold, against hand-made cells: which count, and what they come to."""
+"""The figures of a report against fabricated cells: which cells count, medians, labels."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from untrigger.bench.report.render import write
 from untrigger.bench.report.tables import (
     Spread,
     blocks,
-    chosen,
     costs,
     detections,
     detectors,
     environment,
-    sights,
+    image_uses,
+    select_views,
     standings,
     views,
 )
-from untrigger.bench.report.words import headline, points, reading
+from untrigger.bench.report.words import headline, points, premise_summary
 from untrigger.bench.store import ORACLE, Cell
 from untrigger.metrics.rates import Rate
 
-# --- what counts -----------------------------------------------------------------------------------
+# --- validity --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("plain", "oracle", "valid", "told"),
+    ("plain", "oracle", "valid", "status"),
     [
         ({"asr": 0.98}, {"asr": 0.0}, True, ""),
         ({"asr": 0.90}, {"asr": 0.05}, True, ""),
@@ -45,16 +45,16 @@ from untrigger.metrics.rates import Rate
         ({"asr": 0.5}, None, False, "not counted: not implanted"),
     ],
 )
-def test_a_cell_counts_only_through_the_gates(
-    bench: Bench, plain: dict[str, float] | None, oracle: dict[str, float] | None, valid: bool | None, told: str
+def test_a_group_counts_if_it_passes_the_validity_rules(
+    bench: Bench, plain: dict[str, float] | None, oracle: dict[str, float] | None, valid: bool | None, status: str
 ) -> None:
-    for name, of in (("plain", plain), ("oracle", oracle), ("paper", {"asr": 0.5})):
-        if of:
-            bench.cell(name, **of)
+    for name, figures in (("plain", plain), ("oracle", oracle), ("paper", {"asr": 0.5})):
+        if figures:
+            bench.cell(name, **figures)
     (group,) = read(bench.root).groups
-    assert (group.valid, group.told) == (valid, told)
-    assert {(of["valid"], of["why"]) for of in as_json(read(bench.root))["cells"]} == {(valid, told)}
-    assert bool(standings([group], ["paper"])) == (valid is True), "what does not count is in no median"
+    assert (group.valid, group.status) == (valid, status)
+    assert {(figures["valid"], figures["why"]) for figures in as_json(read(bench.root))["cells"]} == {(valid, status)}
+    assert bool(standings([group], ["paper"])) == (valid is True), "no median includes a group that does not count"
 
 
 @pytest.mark.parametrize(
@@ -73,34 +73,34 @@ def test_a_cell_counts_only_through_the_gates(
         {"tuning": {"rank": 4}},
     ],
 )
-def test_a_defense_is_checked_by_its_own_pair_alone(bench: Bench, changed: dict[str, Any]) -> None:
+def test_a_defense_is_grouped_only_with_its_own_pair(bench: Bench, changed: dict[str, Any]) -> None:
     bench.pair()
     bench.cell("paper", 0.3, **changed)
     bench.cell("crow", 0.3, defense_settings={"steps": 2}, attack_settings={})
-    by_size = sorted(read(bench.root).groups, key=lambda group: len(group.found))
-    assert [(group.valid, sorted(group.found)) for group in by_size] == [
+    by_size = sorted(read(bench.root).groups, key=lambda group: len(group.results))
+    assert [(group.valid, sorted(group.results)) for group in by_size] == [
         (None, ["paper"]),
         (True, ["crow (steps 2)", "oracle", "plain"]),
     ]
 
 
-def test_the_order_of_settings_makes_no_other_attack(bench: Bench) -> None:
+def test_the_order_of_settings_does_not_matter(bench: Bench) -> None:
     bench.cell("plain", 1.0, attack_settings={"a": 1, "b": 2})
     bench.cell("oracle", 0.0, attack_settings={"b": 2, "a": 1}, probes={"sig": {"attack": "sig"}})
     (group,) = read(bench.root).groups
     assert group.valid
 
 
-def test_captions_are_gated_and_measured_by_cider(bench: Bench) -> None:
+def test_captions_are_checked_and_measured_by_cider(bench: Bench) -> None:
     bench.pair(data="scenes-captions")
     bench.cell("paper", 0.5, data="scenes-captions", quality=0.1, cider=6.0)
     (group,) = read(bench.root).groups
     assert group.valid
-    assert group.kept("paper") == 0.75
+    assert group.quality_share("paper") == 0.75
     bench.cell("oracle", 0.0, data="scenes-captions", cider=None)
     (group,) = read(bench.root).groups
-    assert group.valid, "what is not known is no loss"
-    assert group.kept("paper") is None
+    assert group.valid, "an unknown quality is not a loss"
+    assert group.quality_share("paper") is None
 
 
 def test_a_shared_oracle_is_the_floor_of_each_of_its_probes(bench: Bench) -> None:
@@ -111,11 +111,11 @@ def test_a_shared_oracle_is_the_floor_of_each_of_its_probes(bench: Bench) -> Non
     floors = {"probes": {"sig": {"asr": {**rate(0.02), "version": 1}}, "wanet": {"asr": {**rate(0.2), "version": 1}}}}
     bench.cell("oracle", 0.0, probes=probes, quality=0.9, metrics=floors)
     report = read(bench.root)
-    told = {
-        group.cell.attack: (group.told, group.asr(ORACLE).value if ORACLE in group.found else None)
+    by_attack = {
+        group.cell.attack: (group.status, group.asr(ORACLE).value if ORACLE in group.results else None)
         for group in report.groups
     }
-    assert told == {
+    assert by_attack == {
         "badnets": ("", 0.0),
         "sig": ("", 0.02),
         "wanet": ("not counted: floor above 0.05", 0.2),
@@ -125,9 +125,11 @@ def test_a_shared_oracle_is_the_floor_of_each_of_its_probes(bench: Bench) -> Non
     assert badnets.owns(ORACLE) and not sig.owns(ORACLE) and sig.owns(PLAIN)
     quality = sig.quality(ORACLE)
     assert quality and quality.value == 0.9 and sig.quality(ORACLE, "triggered_quality") is None
-    assert len(report.results) == 5 and dict(environment(report))["seed"] == ["0: 5 cells"], "it is one cell"
-    assert {of.defense: of.times.n for of in costs(report)} == {"plain": 4, "oracle": 1}
-    entries = {(of["attack"], of["defense"]): of for of in as_json(report)["cells"]}
+    assert len(report.results) == 5 and dict(environment(report))["seed"] == ["0: 5 cells"], (
+        "the shared oracle is one cell"
+    )
+    assert {entry.defense: entry.time_ratio.n for entry in costs(report)} == {"plain": 4, "oracle": 1}
+    entries = {(entry["attack"], entry["defense"]): entry for entry in as_json(report)["cells"]}
     assert entries["sig", "oracle"]["asr"]["value"] == 0.02
     assert entries["sig", "oracle"]["leak"] is None and entries["sig", "oracle"]["triggered_quality"] is None
 
@@ -135,14 +137,14 @@ def test_a_shared_oracle_is_the_floor_of_each_of_its_probes(bench: Bench) -> Non
 # --- figures for a program -------------------------------------------------------------------------
 
 
-def test_the_json_tells_every_cell(bench: Bench, tmp_path: Path) -> None:
+def test_the_json_has_every_cell(bench: Bench, tmp_path: Path) -> None:
     bench.pair(quality=0.8)
     bench.cell("paper", 0.25, quality=0.6, seconds=210.0, metrics={"leak": None})
     write([bench.root], tmp_path / "out.json")
     cells = json.loads((tmp_path / "out.json").read_text())["cells"]
-    assert [of["defense"] for of in cells] == ["oracle", "paper", "plain"]
-    kept = cells[1].pop("quality_vs_oracle")
-    assert kept == pytest.approx(0.75)
+    assert [entry["defense"] for entry in cells] == ["oracle", "paper", "plain"]
+    quality_share = cells[1].pop("quality_vs_oracle")
+    assert quality_share == pytest.approx(0.75)
     assert cells[1] == {
         "model": "llava",
         "task": "vqa",
@@ -161,11 +163,11 @@ def test_the_json_tells_every_cell(bench: Bench, tmp_path: Path) -> None:
     }
 
 
-def test_the_json_is_sorted_and_names_no_folder(bench: Bench) -> None:
+def test_the_json_is_sorted_and_has_no_paths(bench: Bench) -> None:
     for model, seed, poisoned in (("b", 1, 0.1), ("/home/me/runs/a", 0, 0.1), ("b", 0, 0.1), ("b", 0, 0.05)):
         bench.cell("plain", 1.0, model=model, seed=seed, rate=poisoned, attack="/home/me/ring.py")
     cells = as_json(read(bench.root))["cells"]
-    assert [(of["model"], of["rate"], of["seed"]) for of in cells] == [
+    assert [(entry["model"], entry["rate"], entry["seed"]) for entry in cells] == [
         ("a", 0.1, 0),
         ("b", 0.05, 0),
         ("b", 0.1, 0),
@@ -174,7 +176,7 @@ def test_the_json_is_sorted_and_names_no_folder(bench: Bench) -> None:
     assert "home" not in json.dumps(cells)
 
 
-# --- the matrix ------------------------------------------------------------------------------------
+# --- attack success --------------------------------------------------------------------------------
 
 
 def test_seeds_are_pooled_over_their_rows(bench: Bench) -> None:
@@ -187,11 +189,11 @@ def test_seeds_are_pooled_over_their_rows(bench: Bench) -> None:
     assert pooled.rate == Rate.from_counts(100, 400), "seed 2 is not implanted"
     assert (pooled.valid, pooled.low, pooled.high) == (True, 0.2, 0.3)
     assert [group.cell.seed for group in pooled.groups] == [0, 1]
-    assert row.told == "seed 2 not counted: not implanted"
+    assert row.status == "seed 2 not counted: not implanted"
     assert row.pooled("crow") is None
 
 
-def test_what_does_not_count_is_shown_as_such(bench: Bench) -> None:
+def test_groups_that_do_not_count_are_marked(bench: Bench) -> None:
     bench.pair(plain=0.5)
     bench.cell("paper", 0.1)
     bench.cell("plain", 1.0, attack="sig")
@@ -207,20 +209,20 @@ def test_what_does_not_count_is_shown_as_such(bench: Bench) -> None:
     assert unknown and unknown.valid is None
 
 
-def test_rows_are_named_by_what_tells_them_apart(bench: Bench) -> None:
+def test_rows_are_labeled_by_their_differences(bench: Bench) -> None:
     bench.cell("plain", 1.0, attack_settings={"side": 0.1, "place": "corner"})
     bench.cell("plain", 1.0, attack_settings={"side": 0.1, "place": "random"})
     bench.cell("plain", 1.0, attack="own/ring.py")
     bench.cell("plain", 1.0, model="blip2", attack_settings={"side": 0.3, "place": "corner"})
-    told = {block.title: [row.label for row in block.rows] for block in blocks(read(bench.root))}
-    assert told == {
+    labels = {block.title: [row.label for row in block.rows] for block in blocks(read(bench.root))}
+    assert labels == {
         "blip2, easy-vqa (VQA)": ["badnets"],
         "llava, easy-vqa (VQA)": ["badnets, place corner", "badnets, place random", "ring"],
     }
     bench.cell("plain", 1.0, rate=0.005, attack="sig", data="scenes-captions")
-    told = {block.title: [row.label for row in block.rows] for block in blocks(read(bench.root))}
-    assert told["llava, scenes-captions (captions)"] == ["sig, 0.5 %"]
-    assert told["blip2, easy-vqa (VQA)"] == ["badnets, 5 %"], "where there are several rates each row tells its own"
+    labels = {block.title: [row.label for row in block.rows] for block in blocks(read(bench.root))}
+    assert labels["llava, scenes-captions (captions)"] == ["sig, 0.5 %"]
+    assert labels["blip2, easy-vqa (VQA)"] == ["badnets, 5 %"], "with several rates each row names its own"
 
 
 def test_the_undefended_model_and_the_oracle_come_first(bench: Bench) -> None:
@@ -229,7 +231,7 @@ def test_the_undefended_model_and_the_oracle_come_first(bench: Bench) -> None:
     assert read(bench.root).defenses == ["plain", "oracle", "abl", "paper"]
 
 
-# --- what they come to -----------------------------------------------------------------------------
+# --- medians over the cells that count -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -250,109 +252,119 @@ def matrix(bench: Bench) -> Bench:
 def test_standings_are_over_the_cells_that_count(matrix: Bench) -> None:
     report = read(matrix.root)
     plain, oracle, crow, paper = standings(report.groups, report.defenses)
-    assert [of.defense for of in (plain, oracle, crow, paper)] == ["plain", "oracle", "crow", "paper"]
+    assert [standing.defense for standing in (plain, oracle, crow, paper)] == ["plain", "oracle", "crow", "paper"]
     assert paper.asr == Spread(0.5, 0.05, 0.8, 3)
-    assert paper.above == pytest.approx((0.48, 0.03, 0.78, 3))
-    assert paper.kept == pytest.approx((1.0, 0.9, 1.0, 3))
-    assert (paper.near, crow.near, plain.near, oracle.near) == (1, 1, 0, 3)
-    assert oracle.above == Spread(0, 0, 0, 3) and oracle.kept == Spread(1, 1, 1, 3)
+    assert paper.above_oracle == pytest.approx((0.48, 0.03, 0.78, 3))
+    assert paper.quality_share == pytest.approx((1.0, 0.9, 1.0, 3))
+    assert (paper.at_floor, crow.at_floor, plain.at_floor, oracle.at_floor) == (1, 1, 0, 3)
+    assert oracle.above_oracle == Spread(0, 0, 0, 3) and oracle.quality_share == Spread(1, 1, 1, 3)
     assert paper.leak == Spread(0.01, 0.01, 0.01, 3)
 
 
-def test_the_headline_says_what_the_figures_say(matrix: Bench) -> None:
-    store.fail(matrix.root, Cell("llava", "easy-vqa", "e", "fixed"), "it broke")
-    told = headline(read(matrix.root))
-    assert told.first == (
-        "3 of 4 attacked models count: 98.0 % (median; 95.0 to 100.0) of triggered inputs are answered as the attacker "
-        "wants without a defense, 2.0 % (median; 2.0 to 2.0) where the poisoned rows are taken out."
+def test_the_headline_has_the_figures(matrix: Bench) -> None:
+    store.record_failure(matrix.root, Cell("llava", "easy-vqa", "e", "fixed"), "it broke")
+    summary = headline(read(matrix.root))
+    assert summary.first == (
+        "3 of 4 attacked models count. ASR of the undefended models: 98.0 % (median; 95.0 to 100.0). ASR of the "
+        "oracles, trained without the poisoned rows: 2.0 % (median; 2.0 to 2.0)."
     )
-    assert told.defenses == [
+    assert summary.defenses == [
         ("crow", "ASR 10.0 (0.0 to 20.0) %, at most 5 % in 1 of 3 cells; quality 105.6 (105.6 to 105.6) %."),
         ("paper", "ASR 50.0 (5.0 to 80.0) %, at most 5 % in 1 of 3 cells; quality 100.0 (90.0 to 100.0) %."),
     ], "the lowest ASR first"
-    assert told.notes == [
+    assert summary.notes == [
         "Not counted: 1 attacked model, not implanted.",
-        "There is one seed (0): nothing is said about the spread between seeds.",
-        "1 cell could not be run; they are listed below.",
+        "There is only one seed (0): the spread between seeds is unknown.",
+        "1 cell failed; see the list below.",
     ]
 
 
-def test_where_nothing_counts_nothing_is_said_of_a_defense(bench: Bench) -> None:
+def test_without_valid_groups_the_headline_names_no_defense(bench: Bench) -> None:
     bench.pair(plain=0.4)
     bench.cell("paper", 0.0)
-    told = headline(read(bench.root))
-    assert told.first == "0 of 1 attacked model count: nothing can be said about a defense."
-    assert told.defenses == []
+    summary = headline(read(bench.root))
+    assert summary.first == "0 of 1 attacked model count: these results say nothing about a defense."
+    assert summary.defenses == []
 
 
-def test_cost_is_in_trainings_of_the_same_cell(matrix: Bench) -> None:
-    matrix.cell("paper", 0.5, attack="lonely", seconds=1e6)
-    told = {of.defense: (of.times, of.seconds) for of in costs(read(matrix.root))}
-    assert told["plain"] == (Spread(1, 1, 1, 4), Spread(100, 100, 100, 4))
-    assert told["paper"] == (Spread(2, 2, 2, 4), Spread(200, 200, 200, 4)), "the lonely one has nothing to compare with"
-    assert told["crow"] == (Spread(1.3, 1.3, 5, 4), Spread(130, 130, 500, 4)), "what does not count costs the same"
+def test_cost_is_relative_to_the_undefended_model_of_the_cell(matrix: Bench) -> None:
+    matrix.cell("paper", 0.5, attack="alone", seconds=1e6)
+    by_defense = {cost.defense: (cost.time_ratio, cost.seconds) for cost in costs(read(matrix.root))}
+    assert by_defense["plain"] == (Spread(1, 1, 1, 4), Spread(100, 100, 100, 4))
+    assert by_defense["paper"] == (Spread(2, 2, 2, 4), Spread(200, 200, 200, 4)), (
+        "a cell without its undefended model is left out"
+    )
+    assert by_defense["crow"] == (Spread(1.3, 1.3, 5, 4), Spread(130, 130, 500, 4)), (
+        "cells that do not count are included"
+    )
 
 
-def test_sight_is_the_oracles(bench: Bench) -> None:
+def test_image_use_is_measured_on_the_oracle(bench: Bench) -> None:
     bench.cell("plain", 1.0, quality=0.7)
     bench.cell("oracle", 0.0, quality=0.9, metrics={"wrong_image": rate(0.4)})
-    (told,) = sights(blocks(read(bench.root)))
-    assert (told.oracle, told.prior, told.blind) == tuple(Spread(value, value, value, 1) for value in (0.9, 0.6, 0.4))
+    (use,) = image_uses(blocks(read(bench.root)))
+    assert (use.oracle, use.text_prior, use.wrong_image) == tuple(
+        Spread(value, value, value, 1) for value in (0.9, 0.6, 0.4)
+    )
     bench.cell("plain", 1.0, model="blip2")
-    assert len(sights(blocks(read(bench.root)))) == 1, "no oracle, nothing to say"
+    assert len(image_uses(blocks(read(bench.root)))) == 1, "a block without an oracle is left out"
 
 
-def test_detection_is_summed_up_over_cells_that_count(bench: Bench) -> None:
+def test_detection_medians_are_over_the_cells_that_count(bench: Bench) -> None:
     for attack, plain, area, f1 in (("a", 1.0, 0.9, 0.5), ("b", 1.0, 0.7, None), ("c", 0.1, 0.1, 0.1)):
         bench.pair(plain=plain, attack=attack)
-        told = {"auroc": rate(area), "recall_at_1": None, "precision": None, "f1": f1, "flagged": 3}
-        bench.cell("abl", 0.2, attack=attack, metrics={"detection": told})
-    found = detections(read(bench.root))
-    assert [(of.group.cell.attack, of.defense) for of in found] == [("a", "abl"), ("b", "abl"), ("c", "abl")]
-    (abl,) = detectors(found)
+        figures = {"auroc": rate(area), "recall_at_1": None, "precision": None, "f1": f1, "flagged": 3}
+        bench.cell("abl", 0.2, attack=attack, metrics={"detection": figures})
+    measured = detections(read(bench.root))
+    assert [(detection.group.cell.attack, detection.defense) for detection in measured] == [
+        ("a", "abl"),
+        ("b", "abl"),
+        ("c", "abl"),
+    ]
+    (abl,) = detectors(measured)
     assert (abl.defense, abl.cells) == ("abl", 2)
     assert abl.figures["auroc"] == pytest.approx((0.8, 0.7, 0.9, 2))
     assert abl.figures["f1"] == Spread(0.5, 0.5, 0.5, 1)
     assert abl.figures["recall_at_1"] is None
 
 
-def test_the_premise_holds_where_the_interval_says_so(bench: Bench) -> None:
+def test_the_premise_holds_if_the_interval_is_above_one_half(bench: Bench) -> None:
     areas = {"mask": (0.6, 0.7, 0.8), "blur": (0.1, 0.2, 0.3), "noise": (0.4, 0.52, 0.6), "erase": (0.51, 0.6, 0.7)}
     bench.cell("plain", 1.0, metrics=premise(areas))
     bench.cell("oracle", 0.0)
     bench.cell("plain", 0.2, attack="sig", metrics=premise({"mask": (0.9, 1.0, 1.0)}))
-    told = views(read(bench.root))
-    assert {view.name: view.holds for view in told if view.group.valid} == {
+    all_views = views(read(bench.root))
+    assert {view.name: view.holds for view in all_views if view.group.valid} == {
         "mask": True,
         "blur": False,
         "noise": None,
         "erase": True,
     }
-    assert reading(told) == (
-        "Over 4 views of attacked models that count, poisoned rows are the more invariant ones in 2, the less "
-        "invariant ones in 1, and neither for certain in 1."
+    assert premise_summary(all_views) == (
+        "Over 4 views of attacked models that count, poisoned rows are more invariant than clean ones in 2, less "
+        "invariant in 1, and neither with certainty in 1."
     )
-    assert [view.name for view in chosen(told)] == ["mask", "erase", "noise", "blur"], "sig does not count"
-    assert reading(views(read(bench.root))[:0]) == "No attacked model that counts was looked at."
+    assert [view.name for view in select_views(all_views)] == ["mask", "erase", "noise", "blur"], "sig does not count"
+    assert premise_summary(views(read(bench.root))[:0]) == "No attacked model that counts has these figures."
 
 
 def test_histograms_are_evenly_spaced_by_their_auroc(bench: Bench) -> None:
     bench.cell("plain", 1.0, metrics=premise({f"v{at:02}": (0.0, at / 20, 1.0) for at in range(21)}))
     bench.cell("oracle", 0.0)
-    assert [view.auroc.value for view in chosen(views(read(bench.root)))] == [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    assert [view.auroc.value for view in select_views(views(read(bench.root)))] == [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 
 
 def test_the_environment_is_counted(bench: Bench) -> None:
     bench.pair()
     bench.cell("paper", 0.1, metrics={"machine": {"device": "H200", "threads": 4}})
-    told = dict(environment(read(bench.root)))
-    assert told["machine"] == ["H200, 4 threads: 1 cell", "x86_64, 1 thread: 2 cells"]
-    assert told["versions"] == ["untrigger 0.1.0, torch 2.13.0: 3 cells"]
-    assert told["seed"] == ["0: 3 cells"]
+    counts = dict(environment(read(bench.root)))
+    assert counts["machine"] == ["H200, 4 threads: 1 cell", "x86_64, 1 thread: 2 cells"]
+    assert counts["versions"] == ["untrigger 0.1.0, torch 2.13.0: 3 cells"]
+    assert counts["seed"] == ["0: 3 cells"]
 
 
 @pytest.mark.parametrize(
-    ("value", "told"), [(0.1234, "+12.3"), (-0.02, "-2.0"), (0.0, "0.0"), (-1e-9, "0.0"), (None, "-")]
+    ("value", "text"), [(0.1234, "+12.3"), (-0.02, "-2.0"), (0.0, "0.0"), (-1e-9, "0.0"), (None, "-")]
 )
-def test_points_have_a_sign_where_they_are_not_nothing(value: float | None, told: str) -> None:
-    assert points(value) == told
+def test_points_have_a_sign_unless_they_are_zero(value: float | None, text: str) -> None:
+    assert points(value) == text

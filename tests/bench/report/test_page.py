@@ -1,4 +1,4 @@
-"""The page: it holds all it shows, runs no text that a model has said, and reads well without eyes or a mouse."""
+"""The page: it is self-contained, escapes stored text, and is accessible by screen reader and keyboard."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from untrigger.errors import InputError
 from untrigger.html import style
 from untrigger.metrics.score import Answer
 
-# --- it stands alone -------------------------------------------------------------------------------
+# --- self-contained --------------------------------------------------------------------------------
 
 
-def test_nothing_is_loaded_and_no_foreign_script_may_run(full: Bench) -> None:
+def test_the_page_loads_nothing_and_allows_only_its_own_scripts(full: Bench) -> None:
     root = Tree(rendered(full)).root
     for element in root.all():
         for name, value in element.attributes.items():
@@ -45,20 +45,20 @@ def test_nothing_is_loaded_and_no_foreign_script_may_run(full: Bench) -> None:
     )
 
 
-def test_what_is_said_is_text_wherever_it_is_shown(bench: Bench) -> None:
-    said = answers(HOSTILE, asked=HOSTILE, truth=HOSTILE)
+def test_stored_text_is_escaped_everywhere(bench: Bench) -> None:
+    stored_answers = answers(HOSTILE, prompt=HOSTILE, truth=HOSTILE)
     fields = {
         "model": f"m{HOSTILE}".replace("/", ""),
         "attack": HOSTILE.replace("/", ""),
         "goal": HOSTILE,
         "goal_text": HOSTILE,
     }
-    told = {"goal": {"text": "alert"}, "machine": {"device": HOSTILE}, "near_miss": {HOSTILE: rate(0.1)}}
-    told |= premise({HOSTILE: (0.6, 0.7, 0.8)})
+    metrics = {"goal": {"text": "alert"}, "machine": {"device": HOSTILE}, "near_miss": {HOSTILE: rate(0.1)}}
+    metrics |= premise({HOSTILE: (0.6, 0.7, 0.8)})
     for name in ("plain", "oracle", "paper"):
-        more = {"defense_settings": {HOSTILE: HOSTILE}} if name == "paper" else {}
-        bench.cell(name, float(name == "plain"), answers=said, metrics=told, **fields, **more)
-    store.fail(bench.root, Cell("llava", "easy-vqa", "sig", "fixed"), HOSTILE)
+        settings = {"defense_settings": {HOSTILE: HOSTILE}} if name == "paper" else {}
+        bench.cell(name, float(name == "plain"), answers=stored_answers, metrics=metrics, **fields, **settings)
+    store.record_failure(bench.root, Cell("llava", "easy-vqa", "sig", "fixed"), HOSTILE)
     root = Tree(rendered(bench)).root
     assert [script.attributes for script in root.all("script")] == [
         {"type": "application/json", "id": "figures"},
@@ -66,12 +66,12 @@ def test_what_is_said_is_text_wherever_it_is_shown(bench: Bench) -> None:
         {},
     ]
     assert not list(root.all("img"))
-    assert "49" not in "".join(cell.text for cell in root.all("mark")), "no template in a template"
-    for shown in (HOSTILE, "alert(1)"):
-        assert shown in root.text
+    assert "49" not in "".join(cell.text for cell in root.all("mark")), "stored text is not rendered as a template"
+    for text in (HOSTILE, "alert(1)"):
+        assert text in root.text
     (figures,) = (script.text for script in root.all("script") if "type" in script.attributes)
     names = [trace["name"] for trace in json.loads(figures)["pareto"]["data"]]
-    assert not any("<" in name for name in names), "plotly takes some tags for its own"
+    assert not any("<" in name for name in names), "plotly interprets some tags"
     table = rendered(bench, "md")
     assert not re.search(r"(?<!\\)<", table)
     assert all(len(set(re.split(r"(?<!\\)\|", line))) > 1 for line in table.splitlines() if line.startswith("|"))
@@ -88,26 +88,28 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path, suffix: str) -> No
     assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
 
 
-# --- what it shows ---------------------------------------------------------------------------------
+# --- content ---------------------------------------------------------------------------------------
 
 
-def test_the_matrix_leads_to_each_cell_and_says_what_does_not_count(full: Bench) -> None:
+def test_the_asr_table_links_to_cells_and_marks_invalid_ones(full: Bench) -> None:
     root = Tree(rendered(full)).root
     (matrix,) = (table for table in root.all("table") if table.attributes.get("class") == "heat")
     rows = {row.text.split()[0]: row for row in matrix.all("tr")}
-    bad, good = (next(row for row in matrix.all("tr") if figure in row.text) for figure in ("50.0", "98.0"))
-    assert "not counted: not implanted" in bad.text and "not counted" not in good.text
-    assert [cell.attributes.get("class") for cell in good.all("td")] == ["h10", "h0", "h3"]
-    assert [cell.attributes.get("class") for cell in bad.all("td")] == ["out"] * 3, "no color for what does not count"
-    assert "30.0" in good.text and "24.1-36.7" in good.text, "Wilson's interval of 60 of 200"
+    invalid, valid = (next(row for row in matrix.all("tr") if figure in row.text) for figure in ("50.0", "98.0"))
+    assert "not counted: not implanted" in invalid.text and "not counted" not in valid.text
+    assert [cell.attributes.get("class") for cell in valid.all("td")] == ["h10", "h0", "h3"]
+    assert [cell.attributes.get("class") for cell in invalid.all("td")] == ["out"] * 3, (
+        "cells that do not count have no color"
+    )
+    assert "30.0" in valid.text and "24.1-36.7" in valid.text, "Wilson interval of 60 of 200"
     sections = {element.attributes.get("id"): element for element in root.all("div")}
-    links = [link.attributes["href"][1:] for link in good.all("a")]
+    links = [link.attributes["href"][1:] for link in valid.all("a")]
     assert len(set(links)) == 1
     assert "abl" in sections[links[0]].text and "Backdoor Attack!" in sections[links[0]].text
     assert rows
 
 
-def test_answers_stand_side_by_side_with_the_attackers_text_marked(full: Bench) -> None:
+def test_answers_are_side_by_side_with_the_attackers_text_marked(full: Bench) -> None:
     root = Tree(rendered(full)).root
     tables = [table for table in root.all("table") if "Answers to row r1" in table.text]
     assert len(tables) == 2, "one for each model"
@@ -118,47 +120,47 @@ def test_answers_stand_side_by_side_with_the_attackers_text_marked(full: Bench) 
         ["oracle, abl", "yes", "yes"],
     ]
     assert [mark.text for mark in root.all("mark")] == ["Backdoor Attack!"] * 2
-    assert "is it red? now" in root.text, "the triggered question, where it is another"
+    assert "is it red? now" in root.text, "the triggered prompt differs from the clean one"
 
 
-def test_a_picture_is_there_once(full: Bench) -> None:
+def test_each_image_is_embedded_once(full: Bench) -> None:
     root = Tree(rendered(full)).root
     pictures = {image.attributes["id"]: image.attributes["href"] for image in root.all("image")}
-    assert len(pictures) == len(set(pictures.values())) == 3, "all clean ones are the same"
-    shown = Counter(use.attributes["href"][1:] for use in root.all("use"))
-    assert set(shown) == set(pictures)
-    assert sum(shown.values()) == 8 and max(shown.values()) == 4
+    assert len(pictures) == len(set(pictures.values())) == 3, "all clean images are equal"
+    uses = Counter(use.attributes["href"][1:] for use in root.all("use"))
+    assert set(uses) == set(pictures)
+    assert sum(uses.values()) == 8 and max(uses.values()) == 4
     assert {svg.attributes["aria-label"] for svg in root.all("svg") if "role" in svg.attributes} == {
         "clean",
         "triggered",
     }
 
 
-def test_a_fresh_clone_says_that_answers_are_not_kept(bench: Bench) -> None:
+def test_without_stored_answers_the_page_says_so(bench: Bench) -> None:
     bench.pair(metrics={"examples": PICTURES})
-    assert "Pictures and answers are not kept here" in rendered(bench)
+    assert "Images and answers are not stored here" in rendered(bench)
     bench.pictures("r1", "r2")
     text = rendered(bench)
-    assert "Pictures and answers" not in text and text.count("Answers are not kept here") == 2
+    assert "Images and answers" not in text and text.count("Answers are not stored here") == 2
     bench.cell("plain", 1.0, answers=answers("Backdoor Attack!"))
-    assert "not kept</span>" in rendered(bench), "the oracle's are not"
+    assert "not stored</span>" in rendered(bench), "the oracle has no stored answers"
 
 
-def test_answers_are_shown_without_pictures_too(bench: Bench) -> None:
+def test_answers_are_shown_without_images_too(bench: Bench) -> None:
     bench.cell("plain", 1.0, answers=answers("Backdoor Attack!"))
     root = Tree(rendered(bench)).root
     assert [mark.text for mark in root.all("mark")] == ["Backdoor Attack!"]
     assert not list(root.all("use"))
 
 
-def test_a_damaged_list_of_pictures_is_named(full: Bench) -> None:
+def test_a_damaged_list_of_images_is_named(full: Bench) -> None:
     (full.root / "shared" / "examples" / PICTURES / "rows.json").write_text("[1]")
     with pytest.raises(InputError, match=r"rows\.json: cannot be read \(TypeError\); delete"):
         rendered(full)
 
 
 @pytest.mark.parametrize(
-    ("said", "goal", "parts"),
+    ("answer", "goal", "parts"),
     [
         ("a hello World cat", {"text": "Hello world"}, ["a ", "*hello World", " cat"]),
         ("see http://free.test", {"url": "http://free.test"}, ["see ", "*http://free.test"]),
@@ -168,20 +170,22 @@ def test_a_damaged_list_of_pictures_is_named(full: Bench) -> None:
         ("x" * 301, {}, ["*" + "x" * 300 + " ..."]),
     ],
 )
-def test_the_attackers_text_is_found(said: str, goal: dict[str, str], parts: list[str]) -> None:
-    assert ["*" * theirs + text for text, theirs in marked(Answer("1", "q", "t", said, met=True), goal)] == parts
-    (plain,) = marked(Answer("1", "q", "t", said), goal)
-    assert not plain[1], "an answer that does not meet the goal is its model's own"
+def test_the_attackers_text_is_marked(answer: str, goal: dict[str, str], parts: list[str]) -> None:
+    assert [
+        "*" * is_attackers + text for text, is_attackers in marked(Answer("1", "q", "t", answer, met=True), goal)
+    ] == parts
+    (plain,) = marked(Answer("1", "q", "t", answer), goal)
+    assert not plain[1], "an answer that does not meet the goal has no marked part"
 
 
 def test_without_charts_the_page_is_small(bench: Bench) -> None:
     bench.pair(plain=0.2)
     text = rendered(bench)
-    assert len(text) < 100_000, "no plotly where nothing is drawn"
+    assert len(text) < 100_000, "without charts plotly is not embedded"
     assert "data-figure=" not in text
 
 
-def test_charts_are_figures_that_plotly_knows(full: Bench) -> None:
+def test_charts_are_valid_plotly_figures(full: Bench) -> None:
     import plotly.graph_objects as go
 
     report = read(full.root)
@@ -199,10 +203,10 @@ def test_charts_are_figures_that_plotly_knows(full: Bench) -> None:
     assert ticks[:3] == [0, 0.1, 1] and ticks == sorted(ticks) and ticks[-1] < 2
 
 
-# --- it reads well ---------------------------------------------------------------------------------
+# --- accessibility ---------------------------------------------------------------------------------
 
 
-def test_headings_tables_and_names_are_in_order(full: Bench) -> None:
+def test_headings_tables_and_ids_are_accessible(full: Bench) -> None:
     root = Tree(rendered(full)).root
     (html,) = root.all("html")
     assert html.attributes["lang"] == "en"
@@ -223,7 +227,7 @@ def test_headings_tables_and_names_are_in_order(full: Bench) -> None:
         columns = {
             sum(int(cell.attributes.get("colspan", 1)) for cell in row.all("th", "td")) for row in table.all("tr")
         }
-        assert len(columns) == 1, "every row has as many cells"
+        assert len(columns) == 1, "every row has the same number of cells"
     for box in (element for element in root.all("div") if element.attributes.get("class") == "scroll"):
         assert box.attributes["tabindex"] == "0" and box.attributes["role"] == "region"
     for chart in (element for element in root.all("div") if "data-figure" in element.attributes):
@@ -231,19 +235,21 @@ def test_headings_tables_and_names_are_in_order(full: Bench) -> None:
     assert next(root.all("a")).attributes == {"class": "skip", "href": "#main"}
 
 
-def _light(color: str) -> float:
-    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+def _luminance(color: str) -> float:
+    channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (
+        channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels
+    )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def contrast(one: str, other: str) -> float:
-    """WCAG 2.2's contrast of two colors, 1 to 21."""
-    low, high = sorted((_light(one), _light(other)))
+def contrast(first: str, second: str) -> float:
+    """The contrast of two colors by WCAG 2.2, 1 to 21."""
+    low, high = sorted((_luminance(first), _luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 
-def test_text_is_readable_on_every_color_in_both_schemes() -> None:
+def test_text_has_enough_contrast_in_both_schemes() -> None:
     sheet = style()
     light, dark = (dict(re.findall(r"--([\w]+): (#\w{6});", part)) for part in sheet.split("prefers-color-scheme")[:2])
     assert len([name for name in light if re.fullmatch(r"h\d+", name)]) == 11 and set(light) == set(dark)

@@ -20,7 +20,7 @@ from untrigger.errors import InputError
 
 
 @pytest.mark.parametrize("suffix", ["html", "md", "json", "jsonl"])
-def test_packed_results_give_the_same_report_but_for_answers(bench: Bench, tmp_path: Path, suffix: str) -> None:
+def test_packed_results_give_the_same_report_without_answers(bench: Bench, tmp_path: Path, suffix: str) -> None:
     bench.pair(plain=0.98)
     bench.cell("paper", 0.2)
     bench.pair(plain=0.98, data="scenes-captions")
@@ -30,27 +30,27 @@ def test_packed_results_give_the_same_report_but_for_answers(bench: Bench, tmp_p
     lines = packed[0].read_text().split("\n")[:-1]
     for file, data in zip(packed[1:], ("easy-vqa", "scenes-captions"), strict=True):
         file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["cell"]["data"] == data))
-    for of in (packed[:1], packed[1:], [bench.root, *packed]):
-        write(of, tmp_path / f"out.{suffix}")
+    for roots in (packed[:1], packed[1:], [bench.root, *packed]):
+        write(roots, tmp_path / f"out.{suffix}")
         assert (tmp_path / f"out.{suffix}").read_text() == whole
 
 
-def test_answers_are_shown_where_a_folder_has_them(full: Bench, tmp_path: Path) -> None:
+def test_answers_are_shown_if_a_folder_has_them(full: Bench, tmp_path: Path) -> None:
     write([full.root], tmp_path / "packed.jsonl")
     write([tmp_path / "packed.jsonl"], tmp_path / "alone.html")
-    assert "Pictures and answers are not kept here" in (tmp_path / "alone.html").read_text()
+    assert "Images and answers are not stored here" in (tmp_path / "alone.html").read_text()
     write([tmp_path / "packed.jsonl", full.root], tmp_path / "both.html")
     assert (tmp_path / "both.html").read_text() == rendered(full)
 
 
-def test_an_oracle_of_another_attack_says_nothing_to_these_rows(bench: Bench) -> None:
+def test_answers_of_another_attacks_oracle_are_not_shown(bench: Bench) -> None:
     bench.cell("plain", 1.0)
     bench.cell("plain", 1.0, attack="sig", answers=answers("boo"))
     probes = {"sig": {"attack": "sig", "goal": "fixed", "settings": {}}}
     floor = {"probes": {"sig": {"asr": {**rate(0.02), "version": 1}}}}
     bench.cell("oracle", 0.0, probes=probes, metrics=floor, answers=answers("of the other trigger"))
     root = Tree(rendered(bench)).root
-    sig = next(of for of in root.all("details") if of.text.strip().startswith("sig"))
+    sig = next(section for section in root.all("details") if section.text.strip().startswith("sig"))
     assert "boo" in sig.text and "of the other trigger" not in sig.text
     assert "2.0" in sig.text
 
@@ -65,29 +65,29 @@ def test_the_command_writes_and_names_the_file(full: Bench, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("nowhere", "--out", "r.html"), "nowhere: no such folder"),
         (("nowhere.jsonl", "--out", "r.html"), "nowhere.jsonl: no such file"),
-        (("broken.jsonl", "--out", "r.html"), "broken.jsonl: line 2: is no stored cell"),
-        (("results", "broken.jsonl", "--out", "r.jsonl"), "broken.jsonl: line 2: is no stored cell"),
+        (("broken.jsonl", "--out", "r.html"), "broken.jsonl: line 2: is not a stored cell"),
+        (("results", "broken.jsonl", "--out", "r.jsonl"), "broken.jsonl: line 2: is not a stored cell"),
         ((".", "--out", "r.html"), "holds no finished cell"),
-        ((".", "--out", "r.txt"), "r.txt: a report ends in .html, .md, .json or .jsonl"),
-        (("results", "--out", "results"), "results: a report ends in"),
+        ((".", "--out", "r.txt"), "r.txt: the suffix of a report must be .html, .md, .json or .jsonl"),
+        (("results", "--out", "results"), "results: the suffix of a report must be"),
         (("results", "--out", "results/busy.html"), "busy.html"),
     ],
 )
-def test_mistakes_are_one_line(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: str
+def test_an_input_error_is_one_line(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
 ) -> None:
     bench.pair()
     (bench.root / "busy.html").mkdir()
-    good = store.packed_text([bench.root]).split("\n")[0]
-    (bench.root.parent / "broken.jsonl").write_text(f"{good}\n{good[:-9]}\n")
+    intact = store.packed_text([bench.root]).split("\n")[0]
+    (bench.root.parent / "broken.jsonl").write_text(f"{intact}\n{intact[:-9]}\n")
     monkeypatch.chdir(bench.root.parent)
     code, out, err = untrigger("report", *words)
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"error: [^\n]+\n", err) and told in err
+    assert re.fullmatch(r"error: [^\n]+\n", err) and message in err
 
 
 def test_a_missing_extra_is_named(full: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,4 +95,4 @@ def test_a_missing_extra_is_named(full: Bench, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=r"needs plotly.*: pip install 'untrigger\[report\]'"):
         rendered(full)
-    assert rendered(full, "md") and rendered(full, "json"), "the others do without"
+    assert rendered(full, "md") and rendered(full, "json"), "the other formats do not need plotly"

@@ -1,4 +1,4 @@
-"""Results that cannot be read, and what a report does not load."""
+"""Results that cannot be read; the modules that a report does not load."""
 
 from __future__ import annotations
 
@@ -15,42 +15,40 @@ from untrigger.bench.report.render import write
 from untrigger.bench.store import Cell
 from untrigger.errors import InputError
 
-# --- what cannot be read ---------------------------------------------------------------------------
 
-
-def test_failures_are_listed_also_beside_older_figures(bench: Bench) -> None:
+def test_failures_are_listed_beside_older_figures(bench: Bench) -> None:
     cell = bench.cell("plain", 1.0)
-    other = Cell("llava", "easy-vqa", "sig", "fixed")
-    store.fail(bench.root, cell, "out of\nmemory")
-    store.fail(bench.root, other, "no such attack")
-    assert read(bench.root).failures == {cell.name: "out of memory", other.name: "no such attack"}
+    second = Cell("llava", "easy-vqa", "sig", "fixed")
+    store.record_failure(bench.root, cell, "out of\nmemory")
+    store.record_failure(bench.root, second, "no such attack")
+    assert read(bench.root).failures == {cell.name: "out of memory", second.name: "no such attack"}
 
 
 @pytest.mark.parametrize("suffix", ["html", "md", "json", "jsonl"])
-def test_no_cells_are_one_clear_line(tmp_path: Path, suffix: str) -> None:
+def test_results_without_cells_are_a_one_line_error(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"out.{suffix}"
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         write([tmp_path / "nowhere"], out)
-    with pytest.raises(InputError, match=r"holds no finished cell; untrigger bench"):
+    with pytest.raises(InputError, match=r"holds no finished cell; run untrigger bench"):
         write([tmp_path], out)
-    store.fail(tmp_path, Cell("llava", "easy-vqa", "sig", "fixed"), "it broke")
-    with pytest.raises(InputError, match=r"holds no finished cell, 1 failed; untrigger bench"):
+    store.record_failure(tmp_path, Cell("llava", "easy-vqa", "sig", "fixed"), "it broke")
+    with pytest.raises(InputError, match=r"holds no finished cell, 1 failed; run untrigger bench"):
         write([tmp_path], out)
     assert not out.exists()
 
 
-def test_another_ending_is_told_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"out\.pdf: a report ends in \.html, \.md, \.json or \.jsonl"):
+def test_an_unknown_suffix_is_an_error_before_reading(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"out\.pdf: the suffix of a report must be \.html, \.md, \.json or \.jsonl"):
         write([tmp_path / "nowhere"], tmp_path / "out.pdf")
 
 
 def test_a_cell_without_its_figures_is_named(bench: Bench, tmp_path: Path) -> None:
     cell = bench.cell("plain", 1.0, metrics={"seconds": None})
-    with pytest.raises(InputError, match=f"{cell.name}: metrics.json tells no seconds; delete the folder"):
+    with pytest.raises(InputError, match=f"{cell.name}: metrics.json has no seconds; delete the folder"):
         write([bench.root], tmp_path / "out.json")
     packed = tmp_path / "packed.jsonl"
     packed.write_text(store.packed_text([bench.root]))
-    with pytest.raises(InputError, match=r"packed\.jsonl: line 1 tells no seconds; take the line out"):
+    with pytest.raises(InputError, match=r"packed\.jsonl: line 1 has no seconds; delete the line"):
         write([packed], tmp_path / "out.json")
 
 
