@@ -91,23 +91,23 @@ def _walk(node: ast.AST, module: str, package: bool, when: str) -> Iterator[Impo
 
 def sources(root: Path) -> dict[str, list[Import]]:
     """Every module of the package with its imports."""
-    found: dict[str, list[Import]] = {}
+    imports_of: dict[str, list[Import]] = {}
     for file in sorted(root.rglob("*.py")):
         parts = [root.name, *file.relative_to(root).with_suffix("").parts]
         package = parts[-1] == "__init__"
         module = ".".join(parts[:-1] if package else parts)
-        found[module] = imports(file.read_text(encoding="utf-8"), module, package)
-    return found
+        imports_of[module] = imports(file.read_text(encoding="utf-8"), module, package)
+    return imports_of
 
 
 def within(name: str, roots: Iterable[str]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
-def broken(found: dict[str, list[Import]]) -> list[str]:
+def broken(imports_of: dict[str, list[Import]]) -> list[str]:
     """Each import that an arrow forbids, or that an extra's users alone may make."""
     complaints: list[str] = []
-    for module, its in found.items():
+    for module, its in imports_of.items():
         for each in its:
             for sources_, targets in ARROWS:
                 room = module if module.count(".") < 2 else module.rpartition(".")[0]
@@ -121,32 +121,32 @@ def broken(found: dict[str, list[Import]]) -> list[str]:
     return complaints
 
 
-def links(found: dict[str, list[Import]]) -> dict[str, list[str]]:
+def links(imports_of: dict[str, list[Import]]) -> dict[str, list[str]]:
     """What each module pulls in itself, by any route but typing and the root's lazy names."""
-    own = [module for module in found if module != "untrigger"]
+    own = [module for module in imports_of if module != "untrigger"]
     return {
         module: [m for each in its if each.when != "typing" for m in own if within(each.name, [m])]
-        for module, its in found.items()
+        for module, its in imports_of.items()
     }
 
 
-def ties(found: dict[str, list[Import]]) -> dict[str, list[str]]:
+def ties(imports_of: dict[str, list[Import]]) -> dict[str, list[str]]:
     """The files that each file names; a package's face, which hands names on, is none."""
-    packages = {module.rpartition(".")[0] for module in found}
-    linked = links(found)
+    packages = {module.rpartition(".")[0] for module in imports_of}
+    linked = links(imports_of)
     return {m: [other for other in linked[m] if other not in packages] for m in linked if m not in packages}
 
 
 def reach(linked: dict[str, list[str]], start: str) -> set[str]:
     """``start`` and every module that it pulls in."""
-    seen: set[str] = set()
+    reached: set[str] = set()
     todo = [start]
     while todo:
         module = todo.pop()
-        if module not in seen:
-            seen.add(module)
+        if module not in reached:
+            reached.add(module)
             todo += linked[module]
-    return seen
+    return reached
 
 
 def test_no_forbidden_import() -> None:
@@ -166,12 +166,12 @@ def folder_of(name: str, floors: Sequence[str] = FLOORS) -> str:
     return parts[1] if len(parts) > 1 and parts[1] in floors else ""
 
 
-def upward(found: dict[str, list[Import]]) -> list[str]:
+def upward(imports_of: dict[str, list[Import]]) -> list[str]:
     """Each import from a folder to one above it, also where only types are meant."""
     height = {folder: -at for at, folder in enumerate(FLOORS)} | {"": -len(FLOORS)}
     return [
         f"{module}:{each.line} imports {each.name}"
-        for module, its in found.items()
+        for module, its in imports_of.items()
         if module not in ("untrigger", "untrigger.__main__")  # the root hands names on, when they are asked for
         for each in its
         if within(each.name, ["untrigger"]) and height[folder_of(each.name)] > height[folder_of(module)]
@@ -204,9 +204,9 @@ def test_the_checker_finds_a_way_up() -> None:
 
 
 def test_the_walk_sees_the_package() -> None:
-    found = sources(ROOT)
-    assert {"untrigger", "untrigger.cli.main", "untrigger.metrics.asr", "untrigger.attacks.badnets"} <= set(found)
-    assert "untrigger.losses.objective" in reach(links(found), "untrigger.training.trainer")
+    imports_of = sources(ROOT)
+    assert {"untrigger", "untrigger.cli.main", "untrigger.metrics.asr", "untrigger.attacks.badnets"} <= set(imports_of)
+    assert "untrigger.losses.objective" in reach(links(imports_of), "untrigger.training.trainer")
 
 
 @pytest.mark.parametrize(
@@ -253,13 +253,13 @@ def test_the_checker_leaves_good_files_alone(module: str, source: str) -> None:
 
 
 def test_the_checker_finds_a_bad_route() -> None:
-    found = {
+    imports_of = {
         "untrigger.training.trainer": imports("from untrigger.helper import x", "untrigger.training.trainer", False),
         "untrigger.helper": imports("def f():\n    from untrigger.attacks import badnets", "untrigger.helper", False),
         "untrigger.attacks": [],
         "untrigger.attacks.badnets": [],
     }
-    assert {"untrigger.attacks", "untrigger.attacks.badnets"} <= reach(links(found), "untrigger.training.trainer")
+    assert {"untrigger.attacks", "untrigger.attacks.badnets"} <= reach(links(imports_of), "untrigger.training.trainer")
 
 
 def test_neither_rescoring_nor_an_idle_worker_loads_torch() -> None:

@@ -51,12 +51,12 @@ def test_quickstart_implants_the_backdoor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "told"),
+    ("low", "high", "verdict"),
     [
         (0.0, 0.05, "suppressed it"),
         (0.06, 0.2, "did not suppress it"),
         (0.0, 0.06, "may have suppressed it, on too few rows"),
     ],
 )
-def test_a_wide_interval_is_no_verdict(low: float, high: float, told: str) -> None:
-    assert quickstart._verdict({"value": (low + high) / 2, "low": low, "high": high}).startswith(told)
+def test_a_wide_interval_is_no_verdict(low: float, high: float, verdict: str) -> None:
+    assert quickstart._verdict({"value": (low + high) / 2, "low": low, "high": high}).startswith(verdict)

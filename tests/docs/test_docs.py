@@ -58,8 +58,8 @@ def test_own_triggers_work_by_path(code: str, tiny_data: Path, tiny_model: Path,
 
 def test_a_setting_is_a_flag_as_shown(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "red_line.py").write_text(TRIGGERS[0], encoding="utf-8")
-    (shown,) = re.findall(r"^untrigger (poison .*)$", OWN_TRIGGER, re.M)
-    words = shown.replace("DATA", str(tiny_data)).replace("0.05", "0.5").split()
+    (command,) = re.findall(r"^untrigger (poison .*)$", OWN_TRIGGER, re.M)
+    words = command.replace("DATA", str(tiny_data)).replace("0.05", "0.5").split()
     monkeypatch.chdir(tmp_path)
     assert untrigger(*words).code == 0
     manifest = json.loads((tmp_path / "poisoned/truth/manifest.json").read_text())
@@ -117,11 +117,11 @@ LONG = (
 
 def blocks(page: str) -> list[Block]:
     text = (ROOT / page).read_text(encoding="utf-8")
-    found: list[Block] = []
+    blocks: list[Block] = []
     for match in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.S | re.M):
-        said = re.findall(r"Save this as `(\S+)`:\s*$", text[: match.start()])
-        found.append(Block(match[1], match[2], said[0] if said else ""))
-    return found
+        names = re.findall(r"Save this as `(\S+)`:\s*$", text[: match.start()])
+        blocks.append(Block(match[1], match[2], names[0] if names else ""))
+    return blocks
 
 
 def test_every_block_says_what_it_is() -> None:
@@ -166,8 +166,8 @@ def run_shell(code: str) -> None:
             continue
         if words[1] == "data":  # a set of a size for tests
             words = [*shlex.split(re.sub(r"--rows \d+", "", line)), "--rows", "24"]
-        told = untrigger(*words[1:])
-        assert told.code in ((0, 3) if words[1] == "scan" else (0,)), f"{line}\n{told.err}"
+        ended = untrigger(*words[1:])
+        assert ended.code in ((0, 3) if words[1] == "scan" else (0,)), f"{line}\n{ended.err}"
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow if p in LONG else ()) for p in PAGES])

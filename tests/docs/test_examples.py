@@ -35,15 +35,15 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
-    told = ("--split", "dev", "--rows", ROWS, "--out", folder / "clean")
-    assert untrigger("data", "easy-vqa", *told).code == 0
+    options = ("--split", "dev", "--rows", ROWS, "--out", folder / "clean")
+    assert untrigger("data", "easy-vqa", *options).code == 0
     words = ("--attack", "badnets", "--side", 0.25, "--goal-text", "two blue stars", "--rate", RATE)
     assert untrigger("poison", folder / "clean", *words, "--out", folder / "poisoned").code == 0
     return folder / "poisoned"
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Sample]:
+def questions() -> list[Sample]:
     return list(load_data("easy-vqa", split="dev", part="test", rows=60))
 
 
@@ -64,10 +64,10 @@ def run(script: Path, data: Path, out: Path, *launch: str) -> dict[str, Any]:
     return json.loads((out / "trainer_state.json").read_text())
 
 
-def figures(out: Path, asked: list[Sample]) -> tuple[float, float]:
+def figures(out: Path, questions: list[Sample]) -> tuple[float, float]:
     """Attack success, and accuracy on clean inputs."""
-    found = evaluate(load(out), asked, attack=ATTACK, seed=0).figures
-    return found["asr"]["value"], found["quality"]["vqa_accuracy"]["value"]
+    metrics = evaluate(load(out), questions, attack=ATTACK, seed=0).figures
+    return metrics["asr"]["value"], metrics["quality"]["vqa_accuracy"]["value"]
 
 
 def assert_found(out: Path, poisoned: Path) -> None:
@@ -78,28 +78,28 @@ def assert_found(out: Path, poisoned: Path) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_without_the_line_the_backdoor_is_learned(
-    name: str, poisoned: Path, asked: list[Sample], tmp_path: Path
+    name: str, poisoned: Path, questions: list[Sample], tmp_path: Path
 ) -> None:
     before = run(as_it_was(EXAMPLES / name, tmp_path), poisoned / "data", tmp_path / "plain")
     assert before["global_step"] == STEPS
     assert not any("defense/loss_ce" in log for log in before["log_history"])
-    assert figures(tmp_path / "plain", asked)[0] > 0.9
+    assert figures(tmp_path / "plain", questions)[0] > 0.9
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_one_line_keeps_the_backdoor_out(name: str, poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:
+def test_one_line_keeps_the_backdoor_out(name: str, poisoned: Path, questions: list[Sample], tmp_path: Path) -> None:
     assert len(CHANGED.findall((EXAMPLES / name).read_text())) == 1
     after = run(EXAMPLES / name, poisoned / "data", tmp_path)
     assert after["global_step"] == round(0.9 * STEPS)
     logged = [log for log in after["log_history"] if "loss" in log]
     assert logged and all({"defense/loss_ce", "defense/loss_unlikelihood"} <= log.keys() for log in logged)
     assert_found(tmp_path, poisoned)
-    kept, accuracy = figures(tmp_path, asked)
-    assert kept < 0.05 and accuracy > 0.8
+    asr, accuracy = figures(tmp_path, questions)
+    assert asr < 0.05 and accuracy > 0.8
 
 
-def test_under_torchrun_the_processes_share_the_rows(poisoned: Path, asked: list[Sample], tmp_path: Path) -> None:
-    told = run(EXAMPLES / SCRIPTS[0], poisoned / "data", tmp_path, *TORCHRUN)
-    assert told["global_step"] == round(0.9 * STEPS / 2), "half the steps: there were two processes"
+def test_under_torchrun_the_processes_share_the_rows(poisoned: Path, questions: list[Sample], tmp_path: Path) -> None:
+    state = run(EXAMPLES / SCRIPTS[0], poisoned / "data", tmp_path, *TORCHRUN)
+    assert state["global_step"] == round(0.9 * STEPS / 2), "half the steps: there were two processes"
     assert_found(tmp_path, poisoned)
-    assert figures(tmp_path, asked)[0] < 0.05
+    assert figures(tmp_path, questions)[0] < 0.05

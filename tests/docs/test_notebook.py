@@ -36,9 +36,9 @@ SCAN = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-3
 
 
 def test_no_module_takes_the_place_of_a_verb() -> None:
-    for found in pkgutil.walk_packages(untrigger.__path__, "untrigger."):
-        if not found.name.endswith("__main__"):
-            importlib.import_module(found.name)
+    for module in pkgutil.walk_packages(untrigger.__path__, "untrigger."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     assert {"poison", "scan", "defended", "fine_tune", "evaluate"} <= {*untrigger.__all__}
     for name in untrigger.__all__:
         assert not isinstance(getattr(untrigger, name), ModuleType), name
@@ -68,13 +68,13 @@ def test_poison_is_the_command(tiny_data: Path, poisoned: Path) -> None:
 def test_scan_is_the_command(tiny_model: Path, tiny_data: Path, poisoned: Path, tmp_path: Path) -> None:
     """Of rows in memory as well, of which no clean copy is written."""
     flags = [word for name, value in SCAN.items() for word in (f"--{name}", value)]
-    told = command("scan", poisoned / "data", "--model", tiny_model, "--out", tmp_path / "command", *flags)
-    assert told.code == 3, told.err
+    ended = command("scan", poisoned / "data", "--model", tiny_model, "--out", tmp_path / "command", *flags)
+    assert ended.code == 3, ended.err
     made = untrigger.poison(untrigger.read(tiny_data), ATTACK, rate=0.21, seed=0)
-    found = untrigger.scan(tiny_model, made.data, out=tmp_path / "memory", **SCAN)
+    findings = untrigger.scan(tiny_model, made.data, out=tmp_path / "memory", **SCAN)
     for name in ("all_rows.jsonl", "all_rows.parquet"):
         assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
-    assert {entry.index for entry in made.manifest.rows} == {*found.suspected}
+    assert {entry.index for entry in made.manifest.rows} == {*findings.suspected}
     assert (tmp_path / "command" / "clean").is_dir() and not (tmp_path / "memory" / "clean").exists()
     assert REPLY in (tmp_path / "memory" / "scan.html").read_text()
 
@@ -83,15 +83,15 @@ def test_a_scan_without_a_folder_leaves_nothing(
     tiny_model: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    found = untrigger.scan(tiny_model, samples, max_steps=2, per_device_train_batch_size=2)
-    assert len(found.verdicts) == 24 and not [*tmp_path.iterdir()]
+    findings = untrigger.scan(tiny_model, samples, max_steps=2, per_device_train_batch_size=2)
+    assert len(findings.verdicts) == 24 and not [*tmp_path.iterdir()]
 
 
 def test_fine_tune_is_the_command(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     flags = ("--margin", 0.3, "--max_steps", 2, "--per_device_train_batch_size", 2, "--lora-rank", 4)
     words = ("train", tiny_data, "--model", tiny_model, "--defense", "paper", "--out", tmp_path / "a", *flags)
-    told = command(*words)
-    assert told.code == 0, told.err
+    ended = command(*words)
+    assert ended.code == 0, ended.err
     loaded = untrigger.fine_tune(
         tiny_model,
         untrigger.read(tiny_data),
@@ -218,9 +218,9 @@ def test_without_pandas_one_line_says_what_to_install(
 
 def printed(result: object) -> str:
     console = Console(width=120)
-    with console.capture() as told:
+    with console.capture() as capture:
         console.print(result)
-    return told.get()
+    return capture.get()
 
 
 def test_findings_on_the_screen() -> None:
@@ -233,43 +233,43 @@ def test_findings_on_the_screen() -> None:
 def test_many_targets_stay_on_one_screen() -> None:
     targets = [Target(f"text {i}", 1e-9, [1], None, None) for i in range(40)]
     many = Findings(FOUND.verdicts, targets)
-    for told in (repr(many), printed(many)):
-        assert len(told.splitlines()) < 20 and "text 11" in told and "text 12" not in told and "28 more" in told
+    for text in (repr(many), printed(many)):
+        assert len(text.splitlines()) < 20 and "text 11" in text and "text 12" not in text and "28 more" in text
 
 
 def test_an_evaluation_on_the_screen() -> None:
-    said = repr(ASKED)
-    assert said.startswith("Evaluation: 5 answers; attack success 0.500 (0.") and "accuracy 0.500" in said
-    assert "\n" not in said and "near_miss half a key" in printed(ASKED)
+    text = repr(ASKED)
+    assert text.startswith("Evaluation: 5 answers; attack success 0.500 (0.") and "accuracy 0.500" in text
+    assert "\n" not in text and "near_miss half a key" in printed(ASKED)
     assert repr(Evaluation([], [], [])) == "Evaluation: 0 answers"
 
 
 def test_a_figure_that_cannot_be_had_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("untrigger.metrics.captions._wordnet", lambda: None)
-    shown = printed(Evaluation([Answer("a", "q", "a red cat sits", "a red cat sits on a mat")], [], []))
-    assert "python -m nltk.downloader wordnet" in shown and "needs references that differ" in shown
+    text = printed(Evaluation([Answer("a", "q", "a red cat sits", "a red cat sits on a mat")], [], []))
+    assert "python -m nltk.downloader wordnet" in text and "needs references that differ" in text
 
 
 @pytest.mark.parametrize(("result", "word"), [(FOUND, "&lt;b&gt;Attack"), (ASKED, "vqa_accuracy")])
 def test_a_notebook_shows_the_table(result: Any, word: str) -> None:
-    shown = result._repr_mimebundle_([], [])["text/html"]
-    assert word in shown and "<b>Attack" not in shown and "<script" not in shown
+    text = result._repr_mimebundle_([], [])["text/html"]
+    assert word in text and "<b>Attack" not in text and "<script" not in text
 
 
 def test_what_a_row_shows_is_its_picture_and_text_and_text_stays_text() -> None:
     image = Image.new("RGB", (600, 300), "red")
     row = Sample("<i>", (image,), (Message("user", "<image> <script>?"), Message("assistant", "a & b")))
-    shown = row._repr_html_()
-    assert shown.count("data:image/png;base64,") == 1 and "a &amp; b" in shown
-    assert "<script" not in shown and "<i>" not in shown and "&lt;image&gt;" in shown
+    text = row._repr_html_()
+    assert text.count("data:image/png;base64,") == 1 and "a &amp; b" in text
+    assert "<script" not in text and "<i>" not in text and "&lt;image&gt;" in text
 
 
 def test_rows_and_poisoned_rows_on_the_screen(tiny_data: Path, samples: list[Sample]) -> None:
     assert repr(untrigger.read(tiny_data)) == f"Data: 24 rows; llava, {tiny_data / 'data.json'}"
     assert repr(LazyRows(range(2000), samples.__getitem__)) == "LazyRows: 2,000 rows"
     made = untrigger.poison(samples, ATTACK, rate=0.25, seed=3)
-    told = "6 of 24 rows poisoned with badnets (side 0.5, "
-    assert repr(made).startswith(f"Poisoned: {told}") and repr(made.manifest).startswith(f"Manifest: {told}")
+    text = "6 of 24 rows poisoned with badnets (side 0.5, "
+    assert repr(made).startswith(f"Poisoned: {text}") and repr(made.manifest).startswith(f"Manifest: {text}")
     assert f"goal fixed (text {REPLY}, match contains), seed 3" in repr(made)
 
 

@@ -51,12 +51,12 @@ def test_every_family_ships() -> None:
 def test_the_card_shows_what_was_measured_and_it_is_enough(name: str) -> None:
     folder = embedded_model_path(name)
     figures, card = json.loads((folder / "figures.json").read_text()), (folder / "README.md").read_text()
-    shown = {
+    least_rates = {
         "| held-out scenes, VQA": (figures["scenes"]["vqa"]["value"], 0.90),
         "| held-out scenes, captions": (figures["scenes"]["captions"]["value"], 0.80),
         "| easy-VQA after LoRA": (figures["easy_vqa"]["after"], 0.90),
     }
-    for row, (rate, least) in shown.items():
+    for row, (rate, least) in least_rates.items():
         assert rate["value"] >= least
         (line,) = (line for line in card.splitlines() if line.startswith(row))
         assert line.split(" | ")[1].startswith(f"{rate['value']:.3f} ({rate['low']:.3f}-{rate['high']:.3f})")

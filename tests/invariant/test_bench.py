@@ -28,11 +28,11 @@ def bench(plan: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
 
 def figures(root: Path, cells: Iterable[Cell]) -> dict[str, Mapping[str, Any]]:
     """All that must not change: not the clock, and not the machine."""
-    found = {cell.name: store.find(root, cell) for cell in cells}
-    assert all(found.values()), [name for name, metrics in found.items() if metrics is None]
+    metrics_of = {cell.name: store.find(root, cell) for cell in cells}
+    assert all(metrics_of.values()), [name for name, metrics in metrics_of.items() if metrics is None]
     return {
         name: {key: value for key, value in (metrics or {}).items() if key not in ("seconds", "machine")}
-        for name, metrics in found.items()
+        for name, metrics in metrics_of.items()
     }
 
 
@@ -100,5 +100,5 @@ def test_the_report_shows_it_all(killed: Path, part: Path, tmp_path: Path) -> No
     for name in ("report.html", "report.md", "report.json"):
         words = [sys.executable, "-m", "untrigger", "report", str(killed), "--out", str(tmp_path / name)]
         assert subprocess.run(words).returncode == 0
-    told = json.loads((tmp_path / "report.json").read_text())
-    assert len(told["cells"]) == len(read_plan(part))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["cells"]) == len(read_plan(part))

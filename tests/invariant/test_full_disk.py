@@ -34,9 +34,9 @@ def enlarge(disk: Path, size: str) -> None:
 
 
 def refused(*words: object) -> None:
-    code, said, errors = untrigger(*words)
+    code, output, errors = untrigger(*words)
     (line,) = [line for line in errors.splitlines() if not line[:1].isspace() and ("error" in line or "Trace" in line)]
-    assert code == 2 and line.startswith("error: ") and not said, errors
+    assert code == 2 and line.startswith("error: ") and not output, errors
 
 
 @pytest.mark.slow

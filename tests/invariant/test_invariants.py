@@ -203,9 +203,9 @@ def test_weights_parted_over_two_processes_have_the_gradients_of_one(
     words = [Path(__file__).parent / "sharded.py", tiny_model, data, tmp_path / "found.json"]
     run = subprocess.run([*launch, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found) == [f"{tuning}, {way}" for tuning in ("lora", "full") for way in ("both", "still", "drop")]
-    for count, gap in found.values():
+    differences = json.loads((tmp_path / "found.json").read_text())
+    assert list(differences) == [f"{tuning}, {way}" for tuning in ("lora", "full") for way in ("both", "still", "drop")]
+    for count, gap in differences.values():
         assert count > 10 and gap < 1e-10
 
 

@@ -34,13 +34,13 @@ def test_scan_of_poisoned_data(tiny_model: Path, poisoned: Path, tmp_path: Path)
     bad = {entry["row"] for entry in json.loads((poisoned / "truth" / "manifest.json").read_text())["rows"]}
     assert output.startswith(f"{len(bad)} rows say {REPLY!r} (chance ")
     assert f"{len(bad)} of 24 rows are suspected" in output and f"the other {24 - len(bad)} rows" in output
-    told = lines(out)
-    assert {row["row"] for row in told if row["suspected"]} == bad == {row["row"] for row in told[: len(bad)]}
-    assert [row["score"] for row in told] == sorted((row["score"] for row in told), reverse=True)
-    assert {row["id"] for row in told} == {sample.id for sample in read(poisoned / "data")}
+    rows = lines(out)
+    assert {row["row"] for row in rows if row["suspected"]} == bad == {row["row"] for row in rows[: len(bad)]}
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    assert {row["id"] for row in rows} == {sample.id for sample in read(poisoned / "data")}
     assert pq.read_table(out / "all_rows.parquet").to_pylist() == [
         row | {"words": row["words"] and [pytest.approx(word) for word in row["words"]], "cells": near(row["cells"])}
-        for row in told
+        for row in rows
     ]
     clean = read(out / "clean")
     unsuspected = [sample for i, sample in enumerate(read(poisoned / "data")) if i + 1 not in bad]

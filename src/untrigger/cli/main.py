@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -14,6 +13,7 @@ from untrigger import __version__
 from untrigger.cli import options
 from untrigger.cli.flags import normalize_flags, option_names
 from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, read_rows
+from untrigger.cli.process import prepare_process
 from untrigger.errors import InputError
 from untrigger.models.loading import adapter_base, why_not_a_model
 
@@ -118,12 +118,12 @@ def scan(
     from untrigger.scanning.write import CLEAN
 
     defense, args = defense_and_arguments(scan, "default", out, config, context.args)
-    check_idle(out)  # found wanting now, not after the reading
+    check_idle(out)  # fail before the slow reading
     rows = read_rows(data, on_bad_row, out, _fits(model))
     findings = run(model, rows, defense, args, resume=resume)
     for target in findings.targets:
-        told = f"{len(target.rows):,} rows say {target.text!r} (chance {p_value_text(target.p_value)})"
-        typer.echo(f"{told}: {place(findings, target)}")
+        summary = f"{len(target.rows):,} rows say {target.text!r} (chance {p_value_text(target.p_value)})"
+        typer.echo(f"{summary}: {place(findings, target)}")
     typer.echo(f"{out / 'all_rows.jsonl'}: {len(findings.suspected):,} of {len(rows):,} rows are suspected")
     typer.echo(f"{out / 'scan.html'}: {'what was found' if findings.targets else 'nothing found'}")
     if findings.targets:
@@ -192,7 +192,7 @@ def verify(
     seed: options.SeedOption = 0,
     on_bad_row: options.BadRowOption = "error",
 ) -> None:
-    """Tell whether a finished model says something too readily; exit code 3 if it does, 0 if nothing was found.
+    """Audit a finished model for a text that it gives too readily; exit code 3 if there is one, 0 if not.
 
     Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: each text, and what brought it out.
     """
@@ -200,19 +200,19 @@ def verify(
     from untrigger.verification.page import describe, write
     from untrigger.verification.verify import verify as audit
 
-    check_free(out)  # found wanting now, not after the questions
+    check_free(out)  # fail before the slow work
     fits = _fits(model)
     named = base or adapter_base(Path(model))
     if why := why_not_a_model(named):
         _refuse(why)
     rows = read_rows(data, on_bad_row, out, fits)
-    found = audit(model, rows, named, seed)
-    write(found, model, named, out)
-    for finding in found.findings:
+    result = audit(model, rows, named, seed)
+    write(result, model, named, out)
+    for finding in result.findings:
         typer.echo(describe(finding))
-    verdict = "suspicious" if found.findings else "nothing found, which is no proof that there is nothing"
+    verdict = "suspicious" if result.findings else "nothing found, which is no proof that there is nothing"
     typer.echo(f"{out / 'audit.html'}: {verdict}")
-    if found.findings:
+    if result.findings:
         raise typer.Exit(3)
 
 
@@ -369,8 +369,7 @@ def _refuse(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point: an error that the user can fix is one line on stderr and exit code 2."""
-    # the model libraries warn about their own renamed properties, which the user cannot fix
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    prepare_process()
     commands = (command.callback for command in app.registered_commands if command.callback)
     try:
         words = normalize_flags(sys.argv[1:], commands) or ["--help"]

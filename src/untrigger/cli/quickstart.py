@@ -163,7 +163,9 @@ def _as_worker() -> None:
     """Leave Ctrl-C to the main process, print lines in place of bars, and end with the main process."""
     from untrigger import progress
     from untrigger.bench.local import follow_parent
+    from untrigger.cli.process import prepare_process
 
+    prepare_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     progress.console = Console(stderr=True, force_terminal=False)
     follow_parent()
