@@ -165,7 +165,7 @@ def test_losses_at_the_head_equal_those_from_logits(
     tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, adapted: bool, checkpointed: bool
 ) -> None:
     """With a trained tied head (all weights) and a frozen one (LoRA), with and without gradient checkpointing."""
-    monkeypatch.setattr(chunked, "_HELD", 3 * 2000)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", 3 * 2000)
     loaded = load(tiny_model, dtype=torch.float64)
     model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
     if checkpointed:
@@ -179,7 +179,7 @@ def test_losses_at_the_head_equal_those_from_logits(
     model.zero_grad()
     losses = answer_losses(model, batch, nll_of)
     torch.testing.assert_close(losses.total, whole)
-    assert torch.equal(losses.seen["row"], answers.row)
+    assert torch.equal(losses.logged["row"], answers.row)
     (losses.total * torch.arange(len(whole))).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == expected.keys() and any("lora" in name for name in grads) == adapted

@@ -95,7 +95,7 @@ def test_dropping_equals_masking_in_values_and_gradients(
     view_logits, view_hidden = (x.detach() if stop_gradient else x for x in masked(exact, batch, positions))
     terms = defense.terms(Pair(target, logits, view_logits, hidden, view_hidden, target))
     torch.testing.assert_close(step.total, torch.stack(list(terms.values())).sum(dim=0))
-    assert torch.any(step.seen["js"] > 1e-4), "the view differs"
+    assert torch.any(step.logged["js"] > 1e-4), "the view differs"
     theirs = gradients(model, torch.stack(list(terms.values())).sum())
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -149,7 +149,7 @@ def test_both_views_share_one_pass_through_the_tower(exact: LoadedModel, samples
 def test_views_of_rows_without_images_equal_the_originals(exact: LoadedModel, samples: list[Sample]) -> None:
     batch = batch_of(exact, [samples[2], samples[2]])
     assert "pixel_values" not in batch and with_image_features(exact.model, batch) is batch
-    assert not CrossView(view="drop").step(exact.model, batch).seen["js"].any()
+    assert not CrossView(view="drop").step(exact.model, batch).logged["js"].any()
 
 
 def test_the_order_depends_on_seed_epoch_and_row_only(exact: LoadedModel, samples: list[Sample]) -> None:

@@ -50,7 +50,7 @@ def at_head(device: str, dtype: torch.dtype) -> AtHead:
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
 def test_losses_at_the_head_equal_the_cpu(dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64, by relative norm: the smallest entries of a gradient are rounding."""
-    monkeypatch.setattr(chunked, "_HELD_ON_GPU", 1 << 22)  # a part is 83 tokens of 50,000 words
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS_GPU", 1 << 22)  # a part is 83 tokens of 50,000 words
     exact, on_gpu = at_head("cpu", torch.float64), at_head("cuda", dtype)
     torch.testing.assert_close(on_gpu.loss.double().cpu(), exact.loss, rtol=near, atol=near)
     for ours, expected in zip(on_gpu.gradients, exact.gradients, strict=True):
