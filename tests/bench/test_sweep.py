@@ -86,7 +86,7 @@ def test_a_missing_model_is_an_error_before_the_first_cell(tmp_path: Path, monke
 def test_failed_cells_run_again(tmp_path: Path) -> None:
     run_matrix(cells(16), tmp_path, work=work)
     assert store.failure(tmp_path, cells(16)[0]) is not None
-    store.fail(tmp_path, cells(1)[0], "the disk was full")
+    store.record_failure(tmp_path, cells(1)[0], "the disk was full")
     assert run_matrix(cells(1), tmp_path, work=work) == []
     assert store.failure(tmp_path, cells(1)[0]) is None
 

@@ -15,7 +15,6 @@ from untrigger.cli.flags import normalize_flags, option_names
 from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, read_rows
 from untrigger.cli.process import prepare_process
 from untrigger.errors import InputError
-from untrigger.models.loading import adapter_base, why_not_a_model
 
 if TYPE_CHECKING:
     from untrigger.poisoning.poison import Attack
@@ -197,6 +196,7 @@ def verify(
     Compares the model with its base. Writes DIR/audit.json and DIR/audit.html: each text, and what brought it out.
     """
     from untrigger.files import check_free
+    from untrigger.models.loading import adapter_base, why_not_a_model
     from untrigger.verification.page import describe, write
     from untrigger.verification.verify import verify as audit
 
