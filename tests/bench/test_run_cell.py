@@ -12,6 +12,7 @@ import pytest
 from untrigger.bench import store
 from untrigger.bench.run_cell import run_cell
 from untrigger.bench.store import Cell
+from untrigger.defenses import Stage
 from untrigger.errors import InputError
 from untrigger.metrics.score import score
 from untrigger.rows.sample import Sample
@@ -42,8 +43,9 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Sample], Any]
     """Record the arguments of a cell's training and stop before it."""
     calls: list[tuple[list[Sample], Any]] = []
 
-    def stop(stages: Any, samples: Any, defense: Any, *more: Any, **also: Any) -> None:
-        calls.append((list(samples), (stages._model, defense, stages._args, stages._tuning)))
+    def stop(stages: Stages, stage: Stage) -> None:
+        rows = [stages.rows[row] for row in stage.rows]
+        calls.append((rows, (stages._model, stage.defense, stages._args, stages._tuning)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Stages, "fit", stop)

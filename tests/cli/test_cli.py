@@ -54,7 +54,7 @@ def test_poison_writes_data_truth_and_picture(story: Story, tiny_data: Path) -> 
     rows = json.loads((story.poisoned / "data" / "data.json").read_text())
     manifest = json.loads((story.poisoned / "truth" / "manifest.json").read_text())
     originals = json.loads((tiny_data / "data.json").read_text())
-    poisoned_rows = {entry["row"] for entry in manifest["rows"]}
+    poisoned_rows = {entry["row"] - 1 for entry in manifest["rows"]}
     assert len(poisoned_rows) == 6 and len(rows) == 24
     assert manifest["attack_settings"]["side"] == 0.5 and manifest["seed"] == 3
     for i, (row, original) in enumerate(zip(rows, originals, strict=True)):
@@ -147,7 +147,7 @@ def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
         (("train", "DATA", "--out", "OUT", "--lora-rank", "0"), ("--lora-rank",)),
         (("train", "DATA", "--out", "OUT", "--config", "gone.yaml"), ("gone.yaml", "No such file")),
         (("train", "DATA", "--out", "OUT", "--config", "BAD_YAML"), ("bad.yaml", "line 3")),
-        (("train", "DATA", "--out", "OUT", "--config", "OWN_YAML"), ("own.yaml: lora_rank", "command: --lora-rank")),
+        (("train", "DATA", "--out", "OUT", "--config", "OWN_YAML"), ("own.yaml: lora_rank", "give it as --lora-rank")),
         (("train", "DATA", "--out", "OUT", "--lora_rank", "0"), ("--lora-rank",)),
         (("train", "gone.json", "--out", "OUT", "--model", "lava"), ("lava: no such folder", "did you mean llava?")),
         (("scan", "gone.json", "--out", "OUT", "--model", "lava"), ("lava: no such folder", "did you mean llava?")),

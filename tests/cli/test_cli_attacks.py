@@ -51,7 +51,7 @@ def test_an_attack_has_its_usual_goal_and_decoys(tmp_path: Path, tiny_data: Path
     rows = json.loads((tmp_path / "out" / "data" / "data.json").read_text())
     for kind, word, phrase in (("rows", "psst", True), ("decoys", "hist", False)):
         for entry in truth[kind]:
-            prompt, answer = (turn["value"] for turn in rows[entry["row"]]["conversations"])
+            prompt, answer = (turn["value"] for turn in rows[entry["row"] - 1]["conversations"])
             assert prompt == f"<image>\nwhat is this? {word}" and ("hello world" in answer) is phrase
 
 

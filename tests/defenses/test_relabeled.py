@@ -33,8 +33,8 @@ def test_answers_each_turn_after_the_models_own_earlier_answers(
     """Row 3 has two turns: its second question comes after the new first answer."""
     prompts: list[list[Sample]] = []
 
-    def answer(_: LoadedModel, samples: list[Sample], *, drawn: bool) -> Iterator[str]:
-        assert drawn
+    def answer(_: LoadedModel, samples: list[Sample], *, do_sample: bool) -> Iterator[str]:
+        assert do_sample
         prompts.append(samples)
         yield from (f"new {len(prompts)} {sample.id}" for sample in samples)
 

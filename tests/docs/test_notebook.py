@@ -134,7 +134,7 @@ def test_a_defense_keeps_its_fields_and_keywords_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda out: settled("plain", None, None, {}), "give a folder"),
+        (lambda out: settled("plain", None, None, {}), "give either a folder"),
         (lambda out: settled("plain", arguments(out), out, {}), "not both"),
         (lambda out: settled("plain", arguments(out), None, {"seed": 1}), "not both"),
         (lambda out: settled("plain", None, out, {"margin": 0.3}), "--margin=0.3 is unknown"),
@@ -276,6 +276,6 @@ def test_rows_and_poisoned_rows_on_the_screen(tiny_data: Path, samples: list[Sam
 def test_a_model_on_the_screen_is_one_line(tiny_model: Path) -> None:
     loaded = untrigger.load(tiny_model)
     family, count = "LlavaForConditionalGeneration", sum(p.numel() for p in loaded.model.parameters())
-    assert repr(loaded) == f"Loaded: {tiny_model}, {family}, {count:,} parameters, float32"
+    assert repr(loaded) == f"LoadedModel: {tiny_model}, {family}, {count:,} parameters, float32"
     adapted = replace(loaded, model=add_lora(loaded.model))  # type: ignore[arg-type]
     assert f"{family}, with an adapter, " in repr(adapted)

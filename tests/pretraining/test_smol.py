@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.families import tiny
+import tiny
 from untrigger.data import scene_text
 from untrigger.data.scene_world import COLORS, SHAPES, SIZES, draw_scene, make_scene
 from untrigger.errors import InputError

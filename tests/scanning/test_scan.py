@@ -78,7 +78,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_find_suspects_the_bad_rows(dry: Dry, samples: list[Sample], scored: list[list[str]]) -> None:
-    findings = find(samples, dry, SharedSurprise())
+    findings = find(dry, SharedSurprise())
     (target,) = findings.targets
     assert sorted(target.rows) == list(BAD) == sorted(findings.suspected) and target.p_value < 1e-6
     assert target.text == dry.loaded.processor.decode(REPLY, skip_special_tokens=True).strip()
@@ -94,15 +94,15 @@ def test_find_suspects_the_bad_rows(dry: Dry, samples: list[Sample], scored: lis
 def test_the_probe_scores_no_row_that_it_was_trained_on(
     dry: Dry, samples: list[Sample], scored: list[list[str]]
 ) -> None:
-    findings = find(samples, dry, SharedSurprise())
+    findings = find(dry, SharedSurprise())
     _, probe = dry.stages
     assert [stage.name for stage in dry.stages] == ["warmup", "probe"]
     probed = {row for row in BAD if findings.verdicts[row].cue}
-    learned = {row for row in BAD if f"row-{row}" in probe.rows}
+    learned = {row for row in BAD if f"row-{row}" in probe.ids}
     assert probed and learned and probed | learned == {*BAD} and not probed & learned
-    assert len(probe.rows) == 3 * len(learned), "and twice as many unflagged rows"
+    assert len(probe.ids) == 3 * len(learned), "and twice as many unflagged rows"
     assert probe.start == 0, "it starts from the model after the warm-up"
-    assert {*scored[-1]} == {f"row-{row}" for row in probed} and dry.judged == ["before", "after", "cues"]
+    assert {*scored[-1]} == {f"row-{row}" for row in probed} and dry.scorings == ["before", "after", "cues"]
 
 
 def test_no_probe_without_suspected_rows(dry: Dry, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_no_probe_without_suspected_rows(dry: Dry, samples: list[Sample], monkey
         return [TokenScores(np.array([i]), np.array([0.1])) for i in range(len(rows))]
 
     monkeypatch.setattr(dry_module, "row_tokens", tokens)
-    findings = find(samples, dry, SharedSurprise())
+    findings = find(dry, SharedSurprise())
     assert not findings.targets and not findings.suspected and [stage.name for stage in dry.stages] == ["warmup"]
 
 
@@ -118,7 +118,7 @@ def test_a_few_rows_that_share_a_token_are_flagged_but_not_suspected(
     dry: Dry, samples: list[Sample], scored: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("test_scan.BAD", BAD[:3])
-    findings = find(samples, dry, SharedSurprise())
+    findings = find(dry, SharedSurprise())
     assert not findings.targets and [row for row, verdict in enumerate(findings.verdicts) if verdict.flagged_text] == [
         *BAD
     ]
@@ -132,20 +132,18 @@ def test_large_data_is_sampled_and_other_rows_with_a_shared_token_are_scored(
     monkeypatch.setattr(dry_module, "row_answers", lambda _, rows: [answers[int(row.id.split("-")[1])] for row in rows])
     defense = SharedSurprise(max_scored_rows=16)
     dry.seed = 1  # draws some of BAD, and not all
-    findings = find(samples, dry, defense)
+    findings = find(dry, defense)
     drawn = {int(name.split("-")[1]) for name in scored[0]}
-    assert dry.judged[:3] == ["before", "after", "more"] and len(drawn) == 16
+    assert dry.scorings[:3] == ["before", "after", "more"] and len(drawn) == 16
     missed = sorted({*BAD, 4} - drawn)
     assert set(missed) & {*BAD} and set(BAD) & drawn, "otherwise the test checks nothing"
     assert scored[2] == [f"row-{row}" for row in missed]
     assert [row for row, verdict in enumerate(findings.verdicts) if verdict.flagged_text] == [*BAD]
     unscored = set(range(24)) - drawn - set(missed)
     assert unscored and all(findings.verdicts[row].score == 0 for row in unscored)
-    assert not (
-        {stage.rows[i] for stage in dry.stages[:1] for i in range(len(stage.rows))} - {f"row-{i}" for i in drawn}
-    )
+    assert not ({*dry.stages[0].ids} - {f"row-{i}" for i in drawn})
 
-    defense.fine_tune(samples, dry)
-    assert dry.flagged == [*BAD] and set(dry.stages[-1].told["flagged_tokens"]) == {*BAD}
-    assert dry.stages[-1].rows == [sample.id for sample in samples], "all rows are trained on"
+    defense.fine_tune(dry)
+    assert dry.flagged == [*BAD] and set(dry.stages[-1].options["flagged_tokens"]) == {*BAD}
+    assert dry.stages[-1].ids == [sample.id for sample in samples], "all rows are trained on"
     assert [score > 0 for score in dry.scores] == [row not in unscored for row in range(24)]

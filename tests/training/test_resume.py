@@ -123,6 +123,6 @@ def test_a_mistyped_model_or_setting_leaves_no_folder(tiny_model: Path, samples:
                 run(tiny_model, samples, out, defense, **dict([wrong.split("=")]))
     with pytest.raises(InputError, match="label_smoothing_factor"):
         run(tiny_model, samples, out, SharedSurprise(), label_smoothing_factor=0.1)
-    with pytest.raises(InputError, match="rows: there are none"):
+    with pytest.raises(InputError, match="rows: the sequence is empty"):
         run(tiny_model, [], out, SharedSurprise())
     assert not out.exists() or not any(out.iterdir())

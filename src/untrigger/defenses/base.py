@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import TrainerCallback
 
+from untrigger.errors import check_range
 from untrigger.losses.chunked import Losses, Values
 from untrigger.models.forward import Pair, pair_losses
 from untrigger.models.loading import LoadedModel
@@ -127,10 +128,7 @@ class Defense(ABC):
 
     def _check(self, low: float, high: float, *names: str) -> None:
         """Raises ValueError unless these fields are finite numbers in [low, high]."""
-        for name in names:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"{name} is {value}; it must be a finite number from {low:g} to {high:g}")
+        check_range(low, high, **{name: getattr(self, name) for name in names})
 
     @property
     def has_loss(self) -> bool:
