@@ -316,7 +316,7 @@ def test_files_are_written_complete_or_not_at_all(tmp_path: Path, monkeypatch: p
 def test_invalid_arguments_raise_before_the_model_runs(oracle: Oracle) -> None:
     with pytest.raises(InputError, match="rows: the sequence is empty"):
         evaluate(NO_MODEL, [])
-    with pytest.raises(InputError, match=r"rows: are of the type dict; give what untrigger\.read gives"):
+    with pytest.raises(InputError, match=r"rows: are of type dict; give the result of untrigger\.read"):
         evaluate(NO_MODEL, [{"images": [], "messages": []}])  # type: ignore[list-item]
     with pytest.raises(InputError, match="attack must be an Attack"):
         evaluate(NO_MODEL, [sample("a", "no", 10)], attack="badnets")  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ class Material(NamedTuple):
     @property
     def clean(self) -> list[Sample]:
         """The training rows that are neither poisoned nor decoys."""
-        tampered = {row.row for row in (*self.poisoned.manifest.rows, *self.poisoned.manifest.decoys)}
+        tampered = {entry.index for entry in (*self.poisoned.manifest.rows, *self.poisoned.manifest.decoys)}
         return [sample for row, sample in enumerate(self.data) if row not in tampered]
 
 
@@ -168,7 +168,7 @@ def _pairs(material: Material, seed: int) -> list[tuple[Sample, Sample]]:
     """Pairs of a clean row and the same row after the attack."""
     rows, test, poisoned = material.rows, material.test, material.poisoned
     if material.attack.trigger.clean_label:  # a clean-label attack changes the images of training rows
-        return [(rows[entry.row], poisoned.edits[entry.row]) for entry in poisoned.manifest.rows[:_PAIRS]]
+        return [(rows[entry.index], poisoned.edits[entry.index]) for entry in poisoned.manifest.rows[:_PAIRS]]
     triggered = stamped(test, material.attack, seed)[:_PAIRS]
     return [(test[row], sample) for row, sample in zip(triggered.numbers, triggered, strict=True)]
 
