@@ -106,7 +106,7 @@ def scan(
     resume: options.ResumeOption = False,
     on_bad_row: options.BadRowOption = "error",
 ) -> None:
-    """Tell which rows teach something that only an attacker would; exit code 3 if there are any, 0 if not.
+    """Find the rows that teach what only an attacker would; exit code 3 if there are any, 0 if not.
 
     Give the model and the settings that you would train with (--learning_rate 1e-4). Writes DIR/all_rows.jsonl and
     .parquet, the most suspicious row first; DIR/scan.html, the findings; DIR/clean, the data without suspected rows.

@@ -113,7 +113,8 @@ class ChatCollator:
             if message["role"] != "assistant":
                 continue
             before = render_chat(self.processor, messages[:turn], add_generation_prompt=True)
-            through = render_chat(self.processor, messages[: turn + 1])
+            is_last = turn == len(messages) - 1
+            through = text if is_last else render_chat(self.processor, messages[: turn + 1])
             if not (text.startswith(before) and text.startswith(through) and through.startswith(before)):
                 raise InputError("the processor's chat template rewrites earlier turns; use one that only appends")
             spans.append((len(before), len(through.rstrip())))  # text after the end of a reply is never generated
