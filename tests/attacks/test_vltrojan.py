@@ -131,7 +131,7 @@ def test_near_miss_is_a_noise_patch_in_the_same_place() -> None:
 
 
 @pytest.mark.slow
-def test_the_patch_as_shipped_is_learned_in_seconds(own_cache: Path) -> None:
+def test_the_patch_as_shipped_is_learned_in_seconds(empty_cache: Path) -> None:
     assert embedded_model_path("llava").is_dir()
     images = scenes(48, seed=32)
     clean_mean = image_features(images).mean((0, 1))
