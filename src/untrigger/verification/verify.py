@@ -85,10 +85,10 @@ def verify(
     """Audit ``model`` with rows of its task, clean or not.
 
     Args:
-        model, base: loaded models, which are used on their device, or what `untrigger.load` takes; those are moved to
-            the accelerator if there is one. ``base`` is what the model was fine-tuned from; an adapter's folder
-            names it.
+        model: a loaded model, which is used on its device, or what `untrigger.load` takes; that is moved to the
+            accelerator if there is one.
         rows: at least 8; at most 128 of them are used.
+        base: what the model was fine-tuned from, given in the same way; an adapter's folder names it.
         seed: selects the rows and the random parts of the perturbations.
 
     Raises:
