@@ -183,7 +183,7 @@ def test_the_blocks_of_a_page_run_in_order(page: str, desk: Path) -> None:
             assert read_plan(desk / "plan.yaml")
         elif block.language == "python":
             if "args=args" in block.code:  # the reader's own trainer, and what it has
-                model, processor, _ = load("llava")
+                model, processor = load("llava")
                 scope |= {"model": model, "args": arguments(desk / "own", save_strategy="no", max_steps=2)}
                 scope |= {"rows": Rows(read(desk / "DATA")), "collator": ChatCollator(processor)}
             exec(compile(re.sub(r"\brows=\d+", "rows=24", block.code), page, "exec"), scope)
