@@ -12,6 +12,13 @@ class InputError(Exception):
     """
 
 
+class UnreadableFile(InputError):
+    """A file that exists but cannot be read: no permission, a failing disk, a network drive that is away.
+
+    It says nothing about the row that names the file, so ``--on-bad-row skip`` must not leave the row out.
+    """
+
+
 def check_range(low: float, high: float, *, open_low: bool = False, **fields: float) -> None:
     """Check that each named value is a finite number in [low, high], or in (low, high] if ``open_low``.
 

@@ -191,7 +191,7 @@ def _emojis(source: Path) -> list[_Emoji]:
             continue
         if name not in files:
             raise InputError(f"{source}: {name} is missing; unpack the package again")
-        image = decode(files[name], f"{source}: {name}").convert("RGBA")
+        image = decode(files[name], f"{source}: {name}", mode="RGBA")
         code = entry["unified"].lower()
         kind = KINDS.get(entry["subcategory"]) or KINDS[entry["category"]]
         background = "dark" if hashlib.sha256(code.encode()).digest()[2] % 2 else "light"

@@ -43,8 +43,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        gray = np.clip(np.asarray(image.convert("I")), 0, 65535) >> 8
-        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+        deep = np.asarray(image.convert("I"))
+        gray = (np.clip(deep, 0, 65535) >> 8).astype(np.uint8)
+        gray[deep == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(gray).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
