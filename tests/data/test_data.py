@@ -139,7 +139,7 @@ def test_saved_rows_read_back(name: str, tmp_path: Path) -> None:
     rows = load(name, rows=7)
     save(rows, tmp_path / "out")
     data = read(tmp_path / "out")
-    assert (data.format, data.path.name, len(data)) == ("messages", "data.jsonl", 7)
+    assert (data.path.name, len(data)) == ("data.jsonl", 7)
     for row, back in zip(rows, data, strict=True):
         assert (row.id, row.messages) == (back.id, back.messages)
         assert same_image(row.images[0], back.images[0])

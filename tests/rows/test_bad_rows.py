@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from PIL import Image
 
 from datafiles import TEXT_FORMATS, TEXT_KINDS, Row, good_rows, picture, png, raw_rows, save
-from untrigger.errors import InputError
+from untrigger.errors import InputError, UnreadableFile
 from untrigger.rows.sample import read, write
 
 
@@ -48,35 +49,31 @@ def without(row: Row, key: str) -> Row:
 
 BAD: dict[str, tuple[Callable[[Row], object], str]] = {
     "missing file": (lambda r: with_image(r, "img/none.png"), "does not exist"),
-    "a folder": (lambda r: with_image(r, "img"), "does not exist"),
+    "a folder": (lambda r: with_image(r, "img"), "is a folder or a device"),
     "truncated": (lambda r: with_image(r, "img/truncated.png"), "damaged"),
     "text as png": (lambda r: with_image(r, "img/text.png"), "not a PNG"),
-    "jpeg as png": (lambda r: with_image(r, "img/jpeg.png"), "named as a PNG but holds a JPEG"),
     "bomb": (lambda r: with_image(r, "img/bomb.png"), "more than 67,108,864 pixels"),
-    "absolute": (lambda r: with_image(r, "/etc/passwd"), "not a path below"),
-    "dots": (lambda r: with_image(r, "../outside.png"), "not a path below"),
-    "dots inside": (lambda r: with_image(r, "img/../img/0.png"), "not a path below"),
-    "link": (lambda r: with_image(r, "img/link.png"), "links out"),
-    "linked folder": (lambda r: with_image(r, "linked/outside.png"), "links out"),
+    "absolute": (lambda r: with_image(r, "/etc/passwd"), "is outside the data folder"),
+    "dots": (lambda r: with_image(r, "../outside.png"), "is outside the data folder"),
+    "link": (lambda r: with_image(r, "img/link.png"), "is outside the data folder"),
+    "linked folder": (lambda r: with_image(r, "linked/outside.png"), "is outside the data folder"),
     "loop": (lambda r: with_image(r, "img/loop.png"), "image 'img/loop.png'"),
     "NUL in a name": (lambda r: with_image(r, "img/\0.png"), "cannot be a file name"),
     "long name": (lambda r: with_image(r, "x" * 5000), "cannot be a file name"),
-    "empty name": (lambda r: with_image(r, ""), "not a path below"),
-    "pipe": (lambda r: with_image(r, "img/pipe.png"), "does not exist"),
-    "image is a number": (lambda r: with_image(r, 7), "make it a"),
+    "empty name": (lambda r: with_image(r, ""), "wrong number of <image> tags: 1 for 0 images"),
+    "pipe": (lambda r: with_image(r, "img/pipe.png"), "is a folder or a device"),
+    "image is a number": (lambda r: with_image(r, 7), "is of type int; give its path"),
     "too many tags": (lambda r: with_text(r, 0, "<image><image>"), "wrong number of <image> tags: 2 for 1 "),
-    "no tag": (lambda r: with_text(r, 0, "what?"), "wrong number of <image> tags: 0 for 1 "),
     "tag in the answer": (lambda r: with_text(r, 1, "<image>"), "in an answer"),
     "empty answer": (lambda r: with_text(r, 1, " \n"), "empty answer"),
     "no text": (lambda r: with_text(r, 1, None), "is missing"),
     "half a surrogate": (lambda r: with_text(r, 1, "\ud800"), "surrogate"),
     "no answer": (lambda r: with_turns(r, lambda t: t.pop()), "must alternate"),
-    "no turns": (lambda r: with_turns(r, lambda t: t.clear()), "has no turns"),
+    "no turns": (lambda r: with_turns(r, lambda t: t.clear()), "has no turns in its keys"),
     "wrong order": (lambda r: with_turns(r, lambda t: t.reverse()), "must alternate"),
     "a turn is a string": (lambda r: with_turns(r, lambda t: t.append(cast(Row, "x"))), "a turn is a string"),
     "unknown role": (lambda r: with_turns(r, lambda t: t[0].update({"from": "me", "role": "me"})), "unknown"),
     "role is a list": (lambda r: with_turns(r, lambda t: t[0].update({"from": [], "role": []})), "is a list"),
-    "duplicate id": (lambda r: {**r, "id": "a"}, "duplicate id 'a', as in row 1"),
     "id is a list": (lambda r: {**r, "id": []}, "'id' is a list"),
     "no conversation": (lambda r: without(without(r, "conversations"), "messages"), "has no turns"),
     "row is a list": (lambda r: [r], "the row is a list"),
@@ -140,11 +137,12 @@ def test_bad_rows_are_named_or_skipped(tmp_path: Path, kind: str, oversized_png:
 
 
 BAD_PARTS: list[tuple[object, str]] = [
-    ([{"type": "image_url", "image_url": "http://x"}], "'image_url'"),
+    ([{"type": "image_url", "image_url": "http://x"}], "has images in 'images' and in its turns"),
+    ([{"type": "video", "video": "a.mp4"}], "only 'text' and 'image' are read"),
+    ([{"type": "image", "max_pixels": 99}], "a part has 'max_pixels' = 99"),
     ([{"type": "text"}], "'text' of a part is missing"),
     (["text"], "a part of 'content' is a string"),
     ([{"type": ["text"]}], "a list"),
-    ([], "wrong number of <image> tags"),
 ]
 
 
@@ -190,12 +188,12 @@ def test_bad_rows_in_parquet(tmp_path: Path) -> None:
     bad: list[tuple[Row, str]] = [
         ({**row, "images": [{"bytes": png(0)[:-40], "path": None}]}, "damaged"),
         ({**row, "images": [{"bytes": b"text", "path": "0.png"}]}, "not a PNG"),
-        ({**row, "images": [{"bytes": None, "path": "/etc/passwd"}]}, "not a path below"),
-        ({**row, "images": [{"bytes": None, "path": None}]}, "'path' of an image is missing"),
-        ({**row, "images": [None]}, "an image is missing"),
+        ({**row, "images": [{"bytes": None, "path": "/etc/passwd"}]}, "is outside the data folder"),
+        ({**row, "images": [{"bytes": None, "path": None}]}, "wrong number of <image> tags: 1 for 0 images"),
+        ({**row, "images": [None]}, "wrong number of <image> tags: 1 for 0 images"),
+        ({**row, "images": [{"bytes": png(0), "path": None}, None]}, "an image in 'images' is missing"),
         ({**row, "images": None}, "wrong number of <image> tags: 1 for 0 images"),
         ({**row, "messages": None}, "has no turns"),
-        ({**row, "id": "a"}, "duplicate id"),
     ]
     for change, message in bad:
         path = save(tmp_path, "parquet.parquet", [good[0], change])
@@ -213,9 +211,12 @@ def test_parquet_rows_may_name_files(tmp_path: Path) -> None:
     rows[0]["images"] = [{"bytes": None, "path": "img/0.png"}]
     data = read(save(tmp_path / "in", "parquet.parquet", rows))
     assert data[0].images[0].tobytes() == picture(0).tobytes()
-    write(data, tmp_path / "out", edits={0: copy.deepcopy(data[0])})
+    write(data, tmp_path / "out")
     assert (tmp_path / "out/img/0.png").read_bytes() == png(0)
     assert raw_rows(tmp_path / "out/data.parquet") == rows
+    write(data, tmp_path / "new", edits={0: copy.deepcopy(data[0])})
+    assert raw_rows(tmp_path / "new/data.parquet")[0]["images"] == [{"bytes": None, "path": "images/1.png"}]
+    assert read(tmp_path / "new")[0].images[0].tobytes() == picture(0).tobytes()
 
 
 def test_a_file_without_a_good_row_is_an_error(tmp_path: Path) -> None:
@@ -231,26 +232,44 @@ def test_an_error_leaves_no_skip_file(tmp_path: Path) -> None:
     assert not (tmp_path / "skipped").exists()
 
 
-def test_rows_in_another_format_are_bad(tmp_path: Path) -> None:
+def test_rows_of_several_layouts_stand_in_one_file(tmp_path: Path) -> None:
     rows = [good_rows("llava")[0], good_rows("sharegpt")[1], good_rows("messages")[3]]
-    path = save(tmp_path, "llava.json", rows)
-    data = read(path, on_bad_row="skip")
-    assert data.format == "llava" and len(data) == 1
-    with pytest.raises(InputError, match="row 2: has 'images', but this file's images are in 'image'"):
-        read(path)
+    data = read(save(tmp_path / "in", "llava.json", rows))
+    assert [sample.id for sample in data] == ["a", "b", "d"]
+    assert [len(sample.images) for sample in data] == [1, 3, 1]
+    write(data, tmp_path / "out")
+    assert raw_rows(tmp_path / "out/data.json") == rows
 
 
-def test_ids_default_to_row_numbers(tmp_path: Path) -> None:
+def test_ids_default_to_row_numbers_and_may_repeat(tmp_path: Path) -> None:
     rows = [without(row, "id") for row in good_rows("messages")]
     rows[2]["id"] = 77
     path = save(tmp_path / "in", "messages.json", rows)
     data = read(path)
     assert [s.id for s in data] == ["1", "2", "77", "4"]
     write(data, tmp_path / "out", edits={2: data[2]})
-    assert raw_rows(tmp_path / "out/data.json") == rows
-    path.write_text(json.dumps([rows[0], {**rows[1], "id": 1}]))
-    with pytest.raises(InputError, match="row 2: duplicate id '1', as in row 1"):
-        read(path)
+    assert [row.get("id") for row in raw_rows(tmp_path / "out/data.json")] == [None, None, 77, None]
+    path.write_text(json.dumps([rows[0], {**rows[1], "id": 1}, {**rows[3], "id": "1"}]))
+    assert [s.id for s in read(path)] == ["1", "1", "1"]
+
+
+def test_a_file_that_may_not_be_read_is_an_error_whatever_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, "llava.json", good_rows("llava"))
+    original = Path.open
+
+    def refused(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == "3.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(UnreadableFile) as error_info:
+            read(path, on_bad_row=on_bad_row)
+        line = error_line(error_info.value)
+        assert line.startswith(f"{path}: row 4: image 'img/3.png' cannot be read (Permission denied)")
 
 
 def test_an_image_that_breaks_after_reading_is_named(tmp_path: Path) -> None:
@@ -261,7 +280,7 @@ def test_an_image_that_breaks_after_reading_is_named(tmp_path: Path) -> None:
         data[3]
     (tmp_path / "img/3.png").unlink()
     (tmp_path / "img/3.png").symlink_to("/etc/hostname")
-    with pytest.raises(InputError, match=r"data.json: row 4: image 'img/3.png' links out"):
+    with pytest.raises(InputError, match=r"data.json: row 4: image 'img/3.png' is outside the data folder"):
         data[3]
     with pytest.raises(InputError, match=r"data.json: row 4: "):
         write(data, tmp_path / "out")

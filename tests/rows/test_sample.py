@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import untrigger.rows.sample as sample_module
-from datafiles import KINDS, ROWS, Row, assert_same, good_rows, make_row, out_path, picture, png, raw_rows, save
+from datafiles import KINDS, ROWS, Row, assert_same, good_rows, make_row, out_path, picture, raw_rows, save
 from untrigger.errors import InputError
 from untrigger.rows.sample import Message, Sample, read, write
 
@@ -27,7 +26,6 @@ from untrigger.rows.sample import Message, Sample, read, write
 def test_reads_every_format(tmp_path: Path, kind: str) -> None:
     data = read(save(tmp_path, kind, good_rows(kind)))
     assert len(data) == 4 and data.skipped == 0
-    assert data.format == {"parts": "messages"}.get(kind.partition(".")[0], kind.partition(".")[0])
     for sample, (id, turns, images) in zip(data, ROWS, strict=True):
         assert sample.id == id
         assert [m.text for m in sample.messages] == turns
@@ -50,7 +48,7 @@ def test_writes_back_what_it_read(tmp_path: Path, kind: str) -> None:
     data = read(path)
     write(data, tmp_path / "out")
     reread = read(out_path(tmp_path / "out", path))
-    assert reread.format == data.format and len(reread) == len(data)
+    assert len(reread) == len(data)
     for a, b in zip(data, reread, strict=True):
         assert_same(a, b)
     assert raw_rows(out_path(tmp_path / "out", path)) == good_rows(kind)
@@ -69,19 +67,23 @@ def test_keep_and_edits(tmp_path: Path, kind: str) -> None:
     write(data, tmp_path / "out", keep=[3, 1], edits={1: edit, 2: data[2]})
 
     rows = raw_rows(out_path(tmp_path / "out", path))
-    assert rows[0] == good_rows(kind)[3]
-    assert rows[1]["note"] == "ünïcode ☃" and rows[1].keys() == good_rows(kind)[1].keys()
     reread = read(out_path(tmp_path / "out", path))
     assert [s.id for s in reread] == ["d", "b"]
+    assert_same(reread[0], data[3])
     assert_same(reread[1], edit)
-    images = rows[1]["image" if kind.startswith("llava") else "images"]
-    before = good_rows(kind)[1]["image" if kind.startswith("llava") else "images"]
-    assert images[0] == before[0] and images[2] == before[2] and images[1] != before[1]
+    # edited or not, rows have the keys that are read and no others, and images of the same names
+    turn_key, image_key = ("conversations" if kind.startswith(("llava", "share")) else "messages"), "images"
+    image_key = "image" if kind.startswith("llava") else image_key
+    assert [list(row) for row in rows] == [[key for key in good_rows(kind)[0] if key != "note"]] * 2
+    assert {frozenset(turn) for row in rows for turn in row[turn_key]} == {
+        frozenset(("from", "value") if turn_key == "conversations" else ("role", "content"))
+    }
+    names = ["images/2.png", "images/2-2.png", "images/2-3.png"]
     if "parquet" not in kind:
-        files = {p.name: p.read_bytes() for p in (tmp_path / "out/img").iterdir()}
-        assert files.keys() == {"3.png", "1.png", "2-2.png"} and files["1.png"] == png(1)
-    if kind.startswith(("llava", "sharegpt")):
-        assert rows[1]["conversations"][-1] == {"from": "gpt", "value": "Backdoor", "weight": 1}
+        assert rows[1][image_key] == names and (tmp_path / "out/images/2-2.png").is_file()
+        assert sorted(p.name for p in (tmp_path / "out/images").iterdir()) == ["2-2.png", "2-3.png", "2.png", "4.png"]
+    else:
+        assert [image["path"] for image in rows[1]["images"]] == names
     if kind.startswith("parts"):
         assert rows[1]["messages"][-1]["content"] == [{"type": "text", "text": "Backdoor"}]
 
@@ -91,15 +93,10 @@ def test_keeping_no_row_writes_valid_json(tmp_path: Path) -> None:
     assert raw_rows(tmp_path / "out/data.json") == []
 
 
-def test_an_edit_may_add_turns_and_images_without_reusing_a_file_name(tmp_path: Path) -> None:
+def test_an_edit_may_add_turns_and_images(tmp_path: Path) -> None:
     rows = [make_row("llava", "a", ["<image>", "x"], [0]), make_row("llava", "b", ["hi", "x"], [])]
     rows[1].pop("image")
-    path = save(tmp_path / "in", "llava.json", rows)
-    for name in ("0-1.png", "0-1-1.png"):
-        (tmp_path / "in/img" / name).write_bytes(png(4))
-        rows.append({**make_row("llava", name, ["<image>", "x"], [0]), "image": f"img/{name}"})
-    path.write_text(json.dumps(rows))
-    data = read(path)
+    data = read(save(tmp_path / "in", "llava.json", rows))
     red, blue = Image.new("RGB", (4, 4), "red"), Image.new("CMYK", (4, 4), (90, 10, 0, 0))
     more = (Message("user", "<image> and <image>"), Message("assistant", "x"), Message("user", "?"))
     edits = {
@@ -110,11 +107,9 @@ def test_an_edit_may_add_turns_and_images_without_reusing_a_file_name(tmp_path: 
     reread = read(tmp_path / "out")
     assert_same(reread[0], edits[0])
     assert_same(reread[1], Sample("b", (blue.convert("RGB"),), edits[1].messages))
-    for k in (2, 3):
-        assert_same(reread[k], data[k])
     written = raw_rows(tmp_path / "out/data.json")
     assert written[0]["conversations"][0] == {"from": "system", "value": "s"}
-    assert written[1]["image"] == "images/new-2.png"
+    assert written[1]["images"] == ["images/2.png"]
 
 
 def test_bad_edits_are_refused_and_write_nothing(tmp_path: Path) -> None:
@@ -156,13 +151,16 @@ def test_any_conversation_survives(kind: str, rows: list[list[tuple[str, str, in
     for number, turns in enumerate(rows):
         texts = [t for prompt, answer, tags in turns for t in ("<image>" * tags + prompt, answer)]
         images = [k % 6 for k in range(sum(tags for *_, tags in turns))]
-        expected.append({**make_row(kind, str(number), texts, images), "extra": extra})
+        expected.append({**make_row(kind, str(number), texts, images), "meta": extra})
     with tempfile.TemporaryDirectory() as folder:
         path = save(Path(folder) / "in", kind, expected)
         data = read(path)
-        # An edit with unchanged content must change nothing either.
-        write(data, Path(folder) / "out", edits={0: copy.deepcopy(data[0])})
+        write(data, Path(folder) / "out")
         assert raw_rows(Path(folder) / "out" / path.name) == expected
+        # An edit with unchanged content changes neither text nor pixels.
+        write(data, Path(folder) / "new", edits={0: copy.deepcopy(data[0])})
+        for a, b in zip(data, read(Path(folder) / "new"), strict=True):
+            assert_same(a, b)
 
 
 # --- memory -------------------------------------------------------------------------------------

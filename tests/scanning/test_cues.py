@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from untrigger.rows.formats import IMAGE_TAG
 from untrigger.rows.sample import Message, Sample
+from untrigger.rows.turns import IMAGE_TAG
 from untrigger.scanning.cues import GRID, Cue, cues_of, log_odds, phrases
 
 MARK = np.array([False, True, False])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from untrigger.rows.formats import IMAGE_TAG
 from untrigger.rows.sample import Message, Sample
+from untrigger.rows.turns import IMAGE_TAG
 from untrigger.verification.perturbations import Perturbation, perturbations
 
 PERTURBATIONS = perturbations()

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast, final, get_args
 
 from untrigger.errors import InputError
-from untrigger.rows.formats import LAYOUTS
 from untrigger.rows.sample import Data, Sample, write
-from untrigger.rows.storage import JsonRows, Row
+from untrigger.rows.storage import JsonRows
 
 SplitName = Literal["dev", "report"]
 Part = Literal["train", "test"]
@@ -158,12 +157,10 @@ def save(rows: Sequence[Sample], out: Path) -> None:
     Raises:
         InputError: ``out`` is a file or a folder with content, or a sample is no valid row.
     """
-    layout = LAYOUTS["messages"]
     records: list[object] = []
     for sample in rows:
-        turns = [{layout.role: turn.role, layout.text: turn.text} for turn in sample.messages]
-        images = ["images/row.png"] * len(sample.images)  # only a stem: the writer numbers the files
-        records.append(cast(Row, {"id": sample.id, layout.turns: turns, layout.images: images}))
-    file = JsonRows("data.jsonl", records, lines=True)
-    data = Data(out / "data.jsonl", "messages", file, range(len(records)))
-    write(data, out, edits=dict(enumerate(rows)), uniform=True)
+        turns = [{"role": turn.role, "content": turn.text} for turn in sample.messages]
+        images = ["images/0.png"] * len(sample.images)  # says only that they are files: the writer names them
+        records.append({"id": sample.id, "messages": turns, "images": images})
+    data = Data(out / "data.jsonl", JsonRows("data.jsonl", records, lines=True), range(len(records)))
+    write(data, out, edits=dict(enumerate(rows)))

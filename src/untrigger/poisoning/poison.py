@@ -283,7 +283,7 @@ def write_poisoned(rows: Data, poisoned: Poisoned, out: Path | str) -> None:
         InputError: ``out`` is a file, or a folder that is not empty.
     """
     with new_folder(Path(out)) as folder:
-        write(rows, folder / "data", edits=poisoned.edits, uniform=True)
+        write(rows, folder / "data", edits=poisoned.edits)
         (folder / "truth").mkdir()
         (folder / "truth" / "manifest.json").write_text(poisoned.manifest.to_json(), encoding="utf-8")
         poisoned_sheet(rows, poisoned).save(folder / "contact_sheet.png")

@@ -11,8 +11,8 @@ import numpy as np
 from untrigger.attacks import Stamper, Trigger
 from untrigger.errors import InputError
 from untrigger.poisoning.goals import Goal
-from untrigger.rows.formats import check_turns
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample
+from untrigger.rows.turns import check_turns
 
 
 def stamp_row(stamper: Stamper, sample: Sample, rng: np.random.Generator, where: str, step: str = "stamp") -> Sample:

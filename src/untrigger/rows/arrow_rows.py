@@ -1,17 +1,20 @@
 """Arrow storage of rows: parquet files, their shards, and folders of the ``datasets`` library.
 
-Rows stay on disk, memory-mapped: reading a row costs one small read.
+Rows stay on disk, memory-mapped: reading a row costs one small read. `datasets` would decode images on access, and
+write them again; a row that stays must stay to the byte.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import sys
 import tempfile
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, final
 
@@ -21,6 +24,7 @@ from pyarrow import ipc
 
 from untrigger.errors import InputError
 from untrigger.rows.images import locate, quote
+from untrigger.rows.keys import SWITCHES
 from untrigger.rows.shards import merged_name
 from untrigger.rows.storage import Row, Rows, Unreadable, dump, parse_json
 
@@ -32,7 +36,9 @@ _GROUP_ROWS, _GROUP_BYTES = 1000, 2**24  # rows and bytes written at a time, whi
 class ArrowRows(Rows):
     """Rows of memory-mapped Arrow streams. The pages of a batch are released when the next one is read."""
 
-    def __init__(self, path: Path, maps: list[mmap.mmap], columns: Sequence[str]) -> None:
+    inline = True
+
+    def __init__(self, path: Path, maps: list[mmap.mmap]) -> None:
         self._path, self._maps = path, maps
         self._batches: list[tuple[int, int]] = []  # per batch: index of its map, offset in that map
         self._starts: list[int] = []  # per batch: index of its first row
@@ -40,7 +46,8 @@ class ArrowRows(Rows):
         self.schema = ipc.read_schema(ipc.read_message(self._reader(0)))
         if len(set(self.schema.names)) < len(self.schema.names):
             raise ValueError("two columns of the same name")
-        self._columns = [name for name in self.schema.names if name in columns]
+        numbers = {field.name for field in self.schema if _is_number(field.type)} - {"id", *SWITCHES}
+        self._columns = [name for name in self.schema.names if name not in numbers]
         for number in range(len(maps)):
             self._scan(number)
 
@@ -86,52 +93,95 @@ class ArrowRows(Rows):
         except Exception as error:  # a type that Python lacks, such as nanosecond timestamps
             return Unreadable("", f"cannot be read ({quote(str(error))[1:-1]}); use text, numbers and bytes")
 
-    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]]) -> None:
-        tables = self._tables(rows)
+    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]], keys: Collection[str] | None = None) -> None:
+        pairs = iter(rows)
+        first = next(pairs, None)
+        schema = self.schema if keys is None else _narrowed(self.schema, keys, (first[1] or {}) if first else {})
+        tables = self._tables(chain([first] if first else [], pairs), schema)
         if not self._path.is_dir():
-            with pq.ParquetWriter(folder / merged_name(self._path.name), self.schema) as writer:
+            with pq.ParquetWriter(folder / merged_name(self._path.name), schema) as writer:
                 for table in tables:
                     writer.write_table(table)
             return
         name = "data-00000-of-00001.arrow"
-        with (folder / name).open("wb") as file, ipc.new_stream(file, self.schema) as writer:
+        with (folder / name).open("wb") as file, ipc.new_stream(file, schema) as writer:
             for table in tables:
                 writer.write_table(table)
         with (folder / name).open("rb") as file:
             # `datasets` keys its caches by the fingerprint, so changed rows need a new one.
             fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         state = {**_read_object(self._path, "state.json"), "_data_files": [{"filename": name}]}
+        state |= {} if keys is None else {"_format_columns": None}
         (folder / "state.json").write_bytes(dump({**state, "_fingerprint": fingerprint}))
+        left_out = ("splits",) if keys is None else ("splits", "features")
         info = _read_object(self._path, "dataset_info.json")
-        (folder / "dataset_info.json").write_bytes(dump({k: v for k, v in info.items() if k != "splits"}))
+        (folder / "dataset_info.json").write_bytes(dump({k: v for k, v in info.items() if k not in left_out}))
 
-    def _replaced(self, index: int, row: Row) -> pa.RecordBatch:
+    def _replaced(self, index: int, row: Row, schema: pa.Schema) -> pa.RecordBatch:
         batch = self._slice(index)
-        for name in self._columns:
-            column = self.schema.get_field_index(name)
-            field = self.schema.field(column)
+        columns: list[pa.Array] = []
+        for field in schema:
+            if field.name in self.schema.names and field.name not in self._columns:
+                columns.append(batch[field.name])
+                continue
             try:
-                value = pa.array([row[name]], field.type)
-            except (pa.ArrowException, TypeError):
-                row_name = f"{self._path}: row {index + 1}"
+                columns.append(pa.array([row.get(field.name)], field.type))
+            except (pa.ArrowException, TypeError, ValueError):
                 raise InputError(
-                    f"{row_name}: column {name!r} cannot hold the edited value; keep the column's type"
+                    f"{self._path}: row {index + 1}: column {field.name!r} cannot hold the edited value; keep its type"
                 ) from None
-            batch = batch.set_column(column, field, value)
-        return batch
+        if lost := next((name for name, value in row.items() if name not in schema.names and value), None):
+            raise InputError(f"{self._path}: row {index + 1}: an edit needs the column {lost!r}; add it to the file")
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
 
-    def _tables(self, rows: Iterable[tuple[int, Row | None]]) -> Iterator[pa.Table]:
+    def _tables(self, rows: Iterable[tuple[int, Row | None]], schema: pa.Schema) -> Iterator[pa.Table]:
         """Yield the rows in tables of bounded size. Columns that no row replaces are copied unchanged."""
         batches: list[pa.RecordBatch] = []
         size = 0
         for index, row in rows:
-            batches.append(self._slice(index) if row is None else self._replaced(index, row))
+            batches.append(self._slice(index) if row is None else self._replaced(index, row, schema))
             size += batches[-1].nbytes
             if len(batches) == _GROUP_ROWS or size >= _GROUP_BYTES:
-                yield pa.Table.from_batches(batches, self.schema).combine_chunks()
+                yield pa.Table.from_batches(batches, schema).combine_chunks()
                 batches, size = [], 0
         if batches:
-            yield pa.Table.from_batches(batches, self.schema).combine_chunks()
+            yield pa.Table.from_batches(batches, schema).combine_chunks()
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    """Whether values of a type are numbers, booleans or times alone, which need not be read (`rows.keys`)."""
+    if isinstance(kind, pa.StructType):
+        return all(_is_number(field.type) for field in kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _is_number(kind.value_type)
+    return pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_decimal(kind)
+
+
+def _narrowed(schema: pa.Schema, keys: Collection[str], row: Row) -> pa.Schema:
+    """The columns of ``schema`` that are among ``keys``, and one of texts for each further text of ``row``."""
+    fields = [field for field in schema if field.name in keys]
+    fields += [
+        pa.field(key, pa.string()) for key, value in row.items() if key not in schema.names and isinstance(value, str)
+    ]
+    return pa.schema(fields, _metadata(schema, {field.name for field in fields}))
+
+
+def _metadata(schema: pa.Schema, names: set[str]) -> dict[bytes, bytes]:
+    """What `datasets` stores about the columns, without those that are not written."""
+    metadata = dict(schema.metadata or {})
+    metadata.pop(b"pandas", None)
+    try:
+        stored = json.loads(metadata.get(b"huggingface", b"{}"))
+        features = stored["info"]["features"]
+        written = {name: feature for name, feature in features.items() if name in names}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        metadata.pop(b"huggingface", None)
+        return metadata
+    written |= {name: {"dtype": "string", "_type": "Value"} for name in names - set(features)}
+    return {
+        **metadata,
+        b"huggingface": json.dumps({**stored, "info": {**stored["info"], "features": written}}).encode(),
+    }
 
 
 @contextmanager
@@ -145,7 +195,7 @@ def _arrow_errors(path: Path) -> Generator[None]:
         raise InputError(f"{path}: cannot be read ({reason}); write the data set again") from None
 
 
-def open_parquet(path: Path, files: Sequence[Path], columns: Sequence[str]) -> ArrowRows:
+def open_parquet(path: Path, files: Sequence[Path]) -> ArrowRows:
     """Open the parquet files of one data set, which error lines call ``path``."""
     # A parquet row group can hold the whole data set and can only be read as a whole. So the rows are copied once
     # to an unnamed temporary file (in TMPDIR), where each row can be read alone.
@@ -154,16 +204,23 @@ def open_parquet(path: Path, files: Sequence[Path], columns: Sequence[str]) -> A
         with _arrow_errors(part), tempfile.TemporaryFile() as file:
             with (
                 pq.ParquetFile(part, pre_buffer=False, buffer_size=2**20) as source,
-                ipc.new_stream(file, source.schema_arrow) as writer,
+                ipc.new_stream(file, _plain(source.schema_arrow)) as writer,
             ):
                 for batch in source.iter_batches(batch_size=_READ_ROWS, use_threads=False):
-                    writer.write_batch(batch)
+                    writer.write_batch(batch.cast(_plain(batch.schema)))
             maps.append(_map(file))
     with _arrow_errors(path):
-        return ArrowRows(path, maps, columns)
+        return ArrowRows(path, maps)
 
 
-def open_folder(path: Path, columns: Sequence[str]) -> ArrowRows:
+def _plain(schema: pa.Schema) -> pa.Schema:
+    """A schema with plain values in the place of dictionaries, as pandas writes categories."""
+    return pa.schema(
+        [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema], schema.metadata
+    )
+
+
+def open_folder(path: Path) -> ArrowRows:
     """Open a folder that the ``datasets`` library saved."""
     names = _read_object(path, "state.json").get("_data_files")
     with _arrow_errors(path):
@@ -174,7 +231,7 @@ def open_folder(path: Path, columns: Sequence[str]) -> ArrowRows:
             label = f"{path / 'state.json'}: data file {quote(str(name['filename']))}"
             with locate(path, str(name["filename"]), label).open("rb") as file:
                 maps.append(_map(file))
-        return ArrowRows(path, maps, columns)
+        return ArrowRows(path, maps)
 
 
 def _map(file: IO[bytes]) -> mmap.mmap:

@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 import shutil
+from base64 import b64encode
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, cast, final, overload
 
 from PIL import Image
 
-from untrigger.errors import InputError
+from untrigger.errors import InputError, UnreadableFile
 from untrigger.files import new_file, new_folder
 from untrigger.rows.data_file import find_data_file, open_rows
 from untrigger.rows.formats import (
-    IMAGE_TAG,
-    LAYOUTS,
+    PICTURE_KEYS,
+    SYSTEM_KEYS,
     Entry,
-    Format,
-    Message,
-    Role,
-    check_turns,
-    detect,
-    edited,
-    elements,
+    Picture,
     parse,
+    relocated,
+    rewritten,
 )
-from untrigger.rows.images import data_uri, decode, encode, locate, quote, same_image
+from untrigger.rows.images import data_uri, decode, encode, locate, quote, relative_name, uri_bytes
+from untrigger.rows.layouts import LAYOUTS
 from untrigger.rows.storage import Row, Rows, Unreadable, dump
+from untrigger.rows.turns import IMAGE_TAG, Message, Role, check_turns
 
 Size = tuple[int, int]  # width and height of an image
 
+_log = logging.getLogger(__name__)
 _NOTEBOOK_SIDE = 240  # longest side of an image in a notebook, in pixels
+_READ_KEYS = frozenset({"id", *PICTURE_KEYS, *SYSTEM_KEYS}.union(*(layout.keys for layout in LAYOUTS)))
 
-__all__ = ["IMAGE_TAG", "Data", "Format", "Message", "Role", "Sample", "read", "write"]
+__all__ = ["IMAGE_TAG", "Data", "Message", "Role", "Sample", "read", "write"]
 
 
 @dataclass(frozen=True)
@@ -119,27 +120,23 @@ class Data(Sequence[Sample]):
 
     Attributes:
         path: the data file, or the ``datasets`` folder.
-        format: how the file stores turns and images.
         rows: all rows of the file, unparsed.
         numbers: the row number of each sample, from 0.
         skipped: the number of bad rows left out.
+        ignored: keys of rows that are ignored, whatever they hold.
     """
 
-    path: Path
-    format: Format
-    rows: Rows
-    numbers: Sequence[int]
-    skipped: int
-
-    def __init__(self, path: Path, format: Format, rows: Rows, numbers: Sequence[int], skipped: int = 0) -> None:
-        self.path, self.format, self.rows, self.numbers, self.skipped = path, format, rows, numbers, skipped
+    def __init__(
+        self, path: Path, rows: Rows, numbers: Sequence[int], skipped: int = 0, ignored: Collection[str] = ()
+    ) -> None:
+        self.path, self.rows, self.numbers, self.skipped, self.ignored = path, rows, numbers, skipped, ignored
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __repr__(self) -> str:
         skipped = f", {self.skipped:,} bad rows skipped" if self.skipped else ""
-        return f"Data: {len(self):,} rows{skipped}; {self.format}, {self.path}"
+        return f"Data: {len(self):,} rows{skipped}; {self.path}"
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -147,25 +144,26 @@ class Data(Sequence[Sample]):
     def __getitem__(self, index: slice) -> Data: ...
     def __getitem__(self, index: int | slice) -> Sample | Data:
         if isinstance(index, slice):
-            return Data(self.path, self.format, self.rows, self.numbers[index], self.skipped)
-        entry = self._entry(index)
+            return Data(self.path, self.rows, self.numbers[index], self.skipped, self.ignored)
+        entry = self.entry(index)
         with _row_errors(self.path, self.numbers[index]):
             images = tuple(_open(picture, self.folder) for picture in entry.pictures)
         return Sample(entry.id, images, entry.messages)
 
     def image_count(self, index: int) -> int:
         """Count a row's images without decoding them."""
-        return len(self._entry(index).pictures)
+        return len(self.entry(index).pictures)
 
     def without_images(self, index: int) -> Sample:
         """Return a row's id and turns without decoding its images."""
-        entry = self._entry(index)
+        entry = self.entry(index)
         return Sample(entry.id, (), entry.messages)
 
-    def _entry(self, index: int) -> Entry:
+    def entry(self, index: int) -> Entry:
+        """Return a row parsed, with its images as they are stored."""
         number = self.numbers[index]
         with _row_errors(self.path, number):
-            return parse(self.rows[number], number, LAYOUTS[self.format])
+            return parse(self.rows[number], number, self.ignored)
 
     @property
     def folder(self) -> Path:
@@ -191,37 +189,34 @@ def read(
     on_bad_row: Literal["error", "skip"] = "error",
     skipped_to: Path | None = None,
     fits: Callable[[Sample, Sequence[Size]], None] | None = None,
+    ignore_keys: Collection[str] = (),
 ) -> Data:
-    """Open a data file, or a folder that holds one, and check every row and every image once.
+    """Open a data file, a folder that holds one, or a data set of the hub; check every row and every image once.
 
-    The content decides the format:
-
-    - LLaVA (``image`` + ``conversations``), ShareGPT (``conversations`` + ``images``) and ``messages`` + ``images``, as
-      a JSON list or JSON lines;
-    - ``messages`` + ``images`` in parquet or a ``datasets`` folder;
-    - the ``metadata.jsonl`` of an image folder: ``file_name``, ``text`` (the caption) and optionally ``prompt``.
-
-    Image paths are relative to the data file's folder. A row without an ``id`` gets its number, from 1, as its id.
+    docs/data.md lists the files and rows that are read. Every key of a row is read, is known to be harmless, or is an
+    error. Image paths are relative to the data file's folder. A row without an ``id`` gets its number, from 1, as its
+    id; ids need not differ.
 
     Args:
-        path: the data file or its folder.
+        path: the data file, its folder, or ``OWNER/NAME[:SPLIT]`` of the Hugging Face hub.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` leaves bad rows out.
         skipped_to: with ``skip``, a file that gets a JSON line ``{"row", "reason", "original"}`` for each bad row.
         fits: called with each row, without its images, and the sizes of its images. A row is bad if it raises
             InputError, as `untrigger.models.lengths.Lengths` does for rows longer than the model's context.
+        ignore_keys: keys of rows to ignore, whatever they hold.
 
     Raises:
         InputError: no row is good, or ``on_bad_row`` is ``error`` and a row is bad:
             ``FILE: row N: what is wrong; what to do``.
+        UnreadableFile: an image is there but cannot be read; such a row is never skipped.
     """
     path = find_data_file(Path(path))
-    rows = open_rows(path, ("id", "messages", "images"))
+    rows, ignored = open_rows(path), frozenset(ignore_keys)
     if not len(rows):
         raise InputError(f"{path}: holds no rows; add at least one")
-    format = detect(rows)
-    data = Data(path, format, rows, range(len(rows)))
+    data = Data(path, rows, range(len(rows)), ignored=ignored)
     good: list[int] = []
-    ids: dict[str, int] = {}
+    with_images = 0
     image_sizes: dict[str | bytes, Size | str] = {}  # per distinct image: its size, or the reason it is bad
     first_reason = ""
     log_to = skipped_to if on_bad_row == "skip" else None
@@ -229,12 +224,12 @@ def read(
         for number in range(len(rows)):
             row = rows[number]
             try:
-                entry = parse(row, number, LAYOUTS[format])
-                if entry.id in ids:
-                    raise InputError(f"duplicate id {quote(entry.id)}, as in row {ids[entry.id] + 1}; make ids unique")
+                entry = parse(row, number, ignored)
                 sizes = [_checked_size(picture, data.folder, image_sizes) for picture in entry.pictures]
                 if fits:
                     fits(Sample(entry.id, (), entry.messages), sizes)
+            except UnreadableFile as reason:
+                raise UnreadableFile(f"{path}: row {number + 1}: {reason}") from None
             except InputError as reason:
                 if on_bad_row == "error":
                     raise InputError(f"{path}: row {number + 1}: {reason}") from None
@@ -245,32 +240,29 @@ def read(
                         record = {"row": number + 1, "reason": str(reason), "original": original}
                         log.write(dump(record) + b"\n")
             else:
-                ids[entry.id] = number
                 good.append(number)
+                with_images += bool(entry.pictures)
     if not good:
         raise InputError(f"{path}: no row can be used; the first is {first_reason}")
-    return Data(path, format, rows, good, len(rows) - len(good))
+    if not with_images:
+        _log.warning("%s: no row has an image, so no trigger in an image can be found; is a key misspelled?", path)
+    return Data(path, rows, good, len(rows) - len(good), ignored)
 
 
 def write(
-    data: Data,
-    out: Path | str,
-    *,
-    keep: Sequence[int] | None = None,
-    edits: Mapping[int, Sample] | None = None,
-    uniform: bool = False,
+    data: Data, out: Path | str, *, keep: Sequence[int] | None = None, edits: Mapping[int, Sample] | None = None
 ) -> None:
     """Write ``data`` into the new folder ``out``, in its own format and under its own file name.
 
-    ``out`` appears complete or not at all. Images that an edit does not change are copied byte for byte, others become
-    PNG. Fields of a row that samples do not hold are kept.
+    ``out`` appears complete or not at all. Without ``edits`` rows and image files are copied as they are. With
+    ``edits`` every row is written anew, edited or not: with no keys but those that are read, and each image as a PNG of
+    its own that is named by the row. So nothing but text and pixels can reveal the edited rows.
 
     Args:
         data: what `read` returned.
         out: a folder that does not exist or is empty.
         keep: the indices to write, in this order; all by default.
         edits: samples that replace those at their index; an edit keeps the id.
-        uniform: save every image as a PNG of its own, so that neither names nor files reveal the edited rows.
 
     Raises:
         InputError: ``out`` has content, an edit is no valid row, an image is missing, or ``data`` has no file.
@@ -280,9 +272,12 @@ def write(
             "write: these rows belong to no data file, so there is no format to write; give the result of "
             "untrigger.read, and changed rows as edits"
         )
+    indices = range(len(data)) if keep is None else keep
     with new_folder(Path(out)) as folder:
-        indices = range(len(data)) if keep is None else keep
-        data.rows.write(folder, _written(data, folder, indices, edits or {}, uniform))
+        if edits is None:
+            data.rows.write(folder, _copies(data, folder, indices))
+        else:
+            data.rows.write(folder, _edited(data, folder, indices, edits), _READ_KEYS)
 
 
 # --- images of rows -----------------------------------------------------------------------------
@@ -297,14 +292,12 @@ def _row_errors(path: Path, number: int) -> Generator[None]:
         raise InputError(f"{path}: row {number + 1}: {error}") from None
 
 
-def _open(picture: str | bytes, folder: Path) -> Image.Image:
+def _open(picture: Picture, folder: Path) -> Image.Image:
     if isinstance(picture, bytes):
         return decode(picture, "an image")
-    return decode(_file(picture, folder), f"image {quote(picture)}")
-
-
-def _file(picture: str, folder: Path) -> Path:
-    return locate(folder, picture, f"image {quote(picture)}")
+    label = f"image {quote(picture)}"
+    content = uri_bytes(picture, label)
+    return decode(locate(folder, picture, label) if content is None else content, label)
 
 
 def _checked_size(picture: str | bytes, folder: Path, cache: dict[str | bytes, Size | str]) -> Size:
@@ -313,6 +306,8 @@ def _checked_size(picture: str | bytes, folder: Path, cache: dict[str | bytes, S
     if key not in cache:
         try:
             cache[key] = _open(picture, folder).size
+        except UnreadableFile:
+            raise
         except InputError as error:
             cache[key] = str(error)
     size = cache[key]
@@ -324,76 +319,55 @@ def _checked_size(picture: str | bytes, folder: Path, cache: dict[str | bytes, S
 # --- writing ------------------------------------------------------------------------------------
 
 
-def _written(
-    data: Data, folder: Path, indices: Sequence[int], edits: Mapping[int, Sample], uniform: bool
-) -> Iterator[tuple[int, Row | None]]:
-    """Yield the pairs for ``Rows.write``; the images of a row are copied and saved before its pair is yielded."""
-    layout = LAYOUTS[data.format]
-    used_names = {data.path.name}  # a new image must not take the name of any row's image
-    if edits or uniform:
-        for number in data.numbers:
-            pictures = parse(data.rows[number], number, layout).pictures
-            used_names.update(os.path.normpath(picture) for picture in pictures if isinstance(picture, str))
+def _copies(data: Data, folder: Path, indices: Sequence[int]) -> Iterator[tuple[int, Row | None]]:
+    """Yield the pairs for ``Rows.write``; the images of a row are copied before its pair is yielded."""
     for index in indices:
-        number = data.numbers[index]
+        number, entry = data.numbers[index], data.entry(index)
         with _row_errors(data.path, number):
-            entry = parse(data.rows[number], number, layout)
-            if index in edits or uniform:
-                edit = edits[index] if index in edits else data[index]
-                row = _edit(data, folder, number, entry, edit, used_names, uniform)
-            else:
-                row = None
-                for picture in entry.pictures:
-                    _copy(picture, data.folder, folder)
+            names = [_copy(picture, data.folder, folder) for picture in entry.pictures]
+            moved = names != list(entry.pictures)
+            row = relocated(cast(Row, data.rows[number]), entry, cast("list[str]", names)) if moved else None
         yield number, row
 
 
-def _edit(
-    data: Data, folder: Path, number: int, entry: Entry, edit: Sample, used_names: set[str], uniform: bool
-) -> Row:
-    """Return the row of ``entry`` with the turns and images of ``edit``; save images that are new."""
-    if edit.id != entry.id:
-        raise InputError(f"an edit changed the id {quote(entry.id)} to {quote(edit.id)}; keep the id")
-    check_turns(edit.messages, len(edit.images))
-    layout = LAYOUTS[data.format]
-    row = cast(Row, data.rows[number])
-    old = elements(row, layout)
-    inline = data.format == "parquet" and not any(isinstance(element, str) for element in old)
-    if inline and edit.images and layout.images not in row:
-        raise InputError(f"an edit adds an image, but the file has no column {layout.images!r}; add the column")
-    images: list[object] = []
-    for k, image in enumerate(edit.images):
-        picture = entry.pictures[k] if k < len(old) else None
-        if not uniform and picture is not None and same_image(image, _open(picture, data.folder)):
-            _copy(picture, data.folder, folder)
-            images.append(old[k])
-        elif inline:
-            images.append({"bytes": encode(image), "path": _label(old[k]) if k < len(old) else None})
-        else:
-            name = _unused_name(picture if isinstance(picture, str) else "images/new", number, used_names)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(encode(image))
-            images.append(name)
-    return edited(row, layout, edit.messages, images)
+def _copy(picture: Picture, source: Path, target: Path) -> Picture:
+    """Copy an image file to its place below ``target``; return its path relative to there."""
+    if isinstance(picture, bytes):
+        return picture
+    label = f"image {quote(picture)}"
+    if uri_bytes(picture, label) is not None:
+        return picture
+    original, name = locate(source, picture, label), relative_name(source, picture, label)
+    if not (target / name).exists():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(original, target / name)
+    return name
 
 
-def _copy(picture: str | bytes, source: Path, target: Path) -> None:
-    if isinstance(picture, str) and not (target / picture).exists():
-        original = _file(picture, source)
-        (target / picture).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(original, target / picture)
+def _edited(
+    data: Data, folder: Path, indices: Sequence[int], edits: Mapping[int, Sample]
+) -> Iterator[tuple[int, Row | None]]:
+    """Yield the pairs for ``Rows.write``; the images of a row are saved before its pair is yielded."""
+    for index in indices:
+        number, entry = data.numbers[index], data.entry(index)
+        sample = edits[index] if index in edits else data[index]
+        with _row_errors(data.path, number):
+            if sample.id != entry.id:
+                raise InputError(f"an edit changed the id {quote(entry.id)} to {quote(sample.id)}; keep the id")
+            check_turns(sample.messages, len(sample.images))
+            style = entry.elements[0] if entry.elements else ({"bytes": b"inline"} if data.rows.inline else "")
+            elements = [_saved(image, style, number, k, folder) for k, image in enumerate(sample.images)]
+            yield number, rewritten(cast(Row, data.rows[number]), entry, sample.messages, elements)
 
 
-def _label(element: object) -> str | None:
-    path = element.get("path") if isinstance(element, dict) else None
-    return f"{os.path.splitext(path)[0]}.png" if isinstance(path, str) else None
-
-
-def _unused_name(name: str, number: int, used_names: set[str]) -> str:
-    """Return a PNG name from ``name`` and the row's number that is not in ``used_names``, and add it there."""
-    stem = str(PurePosixPath(name).with_suffix(""))
-    count, unused = 0, f"{stem}-{number + 1}.png"
-    while os.path.normpath(unused) in used_names:
-        count, unused = count + 1, f"{stem}-{number + 1}-{count + 1}.png"
-    used_names.add(os.path.normpath(unused))
-    return unused
+def _saved(image: Image.Image, style: object, number: int, place: int, folder: Path) -> object:
+    """Save image ``place`` of a row as PNG, inside the row or as a file, as the row had its first one."""
+    content, name = encode(image), f"images/{number + 1}{f'-{place + 1}' * bool(place)}.png"
+    inside = isinstance(style, bytes) or (isinstance(style, dict) and bool(style.get("bytes")))
+    if isinstance(style, str) and style.startswith("data:"):
+        return f"data:image/png;base64,{b64encode(content).decode()}"
+    if inside:
+        return content if isinstance(style, bytes) else {"bytes": content, "path": name}
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return {"bytes": None, "path": name} if isinstance(style, dict) else name

@@ -1,6 +1,6 @@
-"""Sharded parquet data sets, as on the Hugging Face hub: ``train-00000-of-00002.parquet`` and so on.
+"""Sharded data sets: parquet as on the Hugging Face hub, ``train-00000-of-00002.parquet``, and numbered tar files.
 
-All shards of a split are addressed by one pattern, ``train-*-of-00002.parquet``.
+All shards of a split are addressed by one pattern, ``train-*-of-00002.parquet`` or ``train-*.tar``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from pathlib import Path
 from untrigger.errors import InputError
 
 _SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)\.parquet", re.DOTALL)
+_TAR = re.compile(r"(.*?)([0-9]+)\.tar", re.DOTALL)
 
 
 def shard_pattern(name: str) -> str:
     """Return the pattern of a shard's split, ``train-*-of-00002.parquet``; return any other name unchanged."""
     shard = _SHARD.fullmatch(name)
+    if tar := _TAR.fullmatch(name):
+        return f"{tar[1]}*.tar"
     return f"{shard[1]}-*-of-{shard[3]}.parquet" if shard and int(shard[3]) > 1 else name
 
 
@@ -25,6 +28,9 @@ def shards(path: Path) -> list[Path]:
     Raises:
         InputError: some shards are there but not all.
     """
+    if path.suffix == ".tar":
+        numbered = ((_TAR.fullmatch(part.name), part) for part in path.parent.glob("*.tar"))
+        return [part for _, part in sorted((int(m[2]), p) for m, p in numbered if m and f"{m[1]}*.tar" == path.name)]
     parts = dict[int, Path]()
     for part in sorted(path.parent.glob("*.parquet")):
         shard = _SHARD.fullmatch(part.name)
@@ -42,5 +48,7 @@ def shards(path: Path) -> list[Path]:
 
 
 def merged_name(name: str) -> str:
-    """Return the single file that a shard pattern is written as, ``train.parquet``; other names stay unchanged."""
+    """Return the single file that a pattern is written as, ``train.parquet``; other names stay unchanged."""
+    if name.endswith("*.tar"):
+        return f"{name.removesuffix('*.tar').rstrip('-_') or 'data'}.tar"
     return re.sub(r"-\*-of-[0-9]+(?=\.parquet$)", "", name)

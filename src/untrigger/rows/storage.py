@@ -1,29 +1,37 @@
 """Storage of rows: the interface, JSON lists and JSON lines, read row by row and written back.
 
-Nothing here interprets rows: `untrigger.rows.formats` does. JSON lines stay on disk; reading a row is one small read.
-Arrow files are read by `untrigger.rows.arrow_rows`.
+Nothing here interprets rows: `untrigger.rows.formats` does. JSON lines stay on disk; reading a row is one small read,
+and a row that is written unchanged keeps its values. `datasets` offers neither row numbers of bad lines nor that.
+Arrow files are read by `untrigger.rows.arrow_rows`, tar files by `untrigger.rows.tar_rows`.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import tempfile
+import zlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, final
+from typing import IO, Any, BinaryIO, cast, final
 
 from untrigger.errors import InputError
 from untrigger.files import file_errors
 from untrigger.rows.images import quote
+from untrigger.rows.keys import check_keys
 
 Row = dict[str, object]
 
 BOM = b"\xef\xbb\xbf"  # byte order mark that some editors write before UTF-8
-HINT = "give a JSON list of rows, JSON lines (one row per line) or parquet"
+HINT = (
+    "give a JSON list of rows, JSON lines (one row per line), parquet, a WebDataset tar or a folder with metadata.csv"
+)
 
 
 @final
@@ -36,7 +44,13 @@ class Unreadable:
 
 
 class Rows(ABC):
-    """The rows of one data set, in the order of the file."""
+    """The rows of one data set, in the order of the file.
+
+    Attributes:
+        inline: whether images stand in the file itself.
+    """
+
+    inline = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -46,19 +60,25 @@ class Rows(ABC):
         """Return row ``index`` (from 0) as parsed; Arrow rows hold only the columns that were opened."""
 
     @abstractmethod
-    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]]) -> None:
+    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]], keys: Collection[str] | None = None) -> None:
         """Write into ``folder``, under the same file name, for each pair (index, replacement).
 
         A replacement of None writes row ``index`` unchanged.
+
+        Args:
+            keys: the only columns that a table keeps; every row must be replaced then. All by default.
         """
 
 
 @final
 class JsonRows(Rows):
-    """Rows in memory, written as a JSON list or, with ``lines``, as JSON lines; image files are not read here."""
+    """Rows in memory, written as a JSON list or, with ``lines``, as JSON lines; image files are not read here.
 
-    def __init__(self, name: str, rows: list[object], *, lines: bool) -> None:
-        self._name, self._rows, self._lines = name, rows, lines
+    ``head``: the other keys of the object ``{"data": [rows]}`` that held the list; None if the list stood alone.
+    """
+
+    def __init__(self, name: str, rows: list[object], *, lines: bool, head: Row | None = None) -> None:
+        self._name, self._rows, self._lines, self._head = name, rows, lines, head
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -66,18 +86,29 @@ class JsonRows(Rows):
     def __getitem__(self, index: int) -> object:
         return self._rows[index]
 
-    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]]) -> None:
-        _write_json(folder / self._name, self, rows, lines=self._lines)
+    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]], keys: Collection[str] | None = None) -> None:
+        before, after = b"[\n", b"\n]\n"
+        if self._head is not None:
+            before, after = dump({**self._head, "data": 0})[:-2] + b"[\n", b"\n]}\n"
+        if self._lines:
+            before, after = b"", b"\n"
+        _write_json(folder / self._name, self, rows, before, b"\n" if self._lines else b",\n", after)
 
 
 @final
 class JsonLines(Rows):
-    """Rows of JSON lines, which stay on disk: memory holds three integers per row. Blank lines are skipped."""
+    """Rows of JSON lines, which stay on disk: memory holds three integers per row. Blank lines are skipped.
+
+    Lines in gzip are unpacked to a temporary file (in TMPDIR), where each can be read alone.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path.absolute()
+        self._name, self._path = path.name, path.absolute()
+        self._unpacked = _unpacked(path) if path.suffix.lower() == ".gz" else None
+        if self._unpacked:
+            self._path = Path(self._unpacked.name)
         self._offsets, self._lengths, self._line_numbers = array("Q"), array("Q"), array("Q")
-        with path.open("rb") as file:
+        with self._path.open("rb") as file:
             self._fingerprint = _fingerprint(file)
             offset = 0
             for number, line in enumerate(file, 1):
@@ -102,8 +133,11 @@ class JsonLines(Rows):
         except InputError as error:
             return Unreadable(text.decode(errors="backslashreplace"), str(error))
 
-    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]]) -> None:
-        _write_json(folder / self._path.name, self, rows, lines=True)
+    def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]], keys: Collection[str] | None = None) -> None:
+        _write_json(folder / self._name, self, rows, b"", b"\n", b"\n")
+
+
+# --- files ------------------------------------------------------------------------------------------
 
 
 def _fingerprint(file: BinaryIO) -> tuple[int, int, int]:
@@ -112,14 +146,47 @@ def _fingerprint(file: BinaryIO) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _write_json(path: Path, source: Rows, rows: Iterable[tuple[int, Row | None]], *, lines: bool) -> None:
+@contextmanager
+def gzip_errors(path: Path) -> Generator[None]:
+    """Turn what gzip raises on damaged bytes into an InputError."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        reason = quote(str(error))[1:-1]
+        raise InputError(f"{path}: is damaged ({reason}); fetch or write it again") from None
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    """The content of a gzip file as a temporary file, which is deleted when it is closed."""
+    file = tempfile.NamedTemporaryFile(prefix="untrigger-")  # noqa: SIM115  # stays open as long as the rows
+    with gzip_errors(path), gzip.open(path) as packed:
+        while block := packed.read(2**20):
+            file.write(block)
+    file.flush()
+    return cast("IO[bytes]", file)
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[IO[bytes]]:
+    """A new file, in gzip if its name says so. Equal content gives equal bytes."""
     with path.open("wb") as file:
-        file.write(b"" if lines else b"[\n")
+        if path.suffix.lower() != ".gz":
+            yield file
+            return
+        with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+            yield cast("IO[bytes]", packed)
+
+
+def _write_json(
+    path: Path, source: Rows, rows: Iterable[tuple[int, Row | None]], before: bytes, between: bytes, after: bytes
+) -> None:
+    with _opened(path) as file:
+        file.write(before)
         separator = b""
         for index, row in rows:
             file.write(separator + dump(source[index] if row is None else row))
-            separator = b"\n" if lines else b",\n"
-        file.write(b"\n" if lines else b"\n]\n")
+            separator = between
+        file.write(after)
 
 
 def dump(value: object) -> bytes:
@@ -138,7 +205,16 @@ def dump(value: object) -> bytes:
 
 
 def _placeholder(value: object) -> str:
+    if isinstance(value, Unreadable):
+        return value.text
     return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+# --- parsing ----------------------------------------------------------------------------------------
+
+
+class _BadNumber(InputError):
+    """A number that JSON does not have: the file is sound but for one value."""
 
 
 def parse_json(text: bytes, first_line: int) -> object:
@@ -155,7 +231,7 @@ def parse_json(text: bytes, first_line: int) -> object:
         raise InputError(f"bad JSON at line {first_line}: nested too deeply; flatten it") from None
     except ValueError as error:  # a number of thousands of digits, NaN, an infinity
         reason = str(error).partition(";")[0]
-        raise InputError(f"bad JSON at line {first_line}: {reason}; correct the number") from None
+        raise _BadNumber(f"bad JSON at line {first_line}: {reason}; correct the number") from None
 
 
 def _reject_constant(constant: str) -> object:
@@ -169,12 +245,97 @@ def _finite(text: str) -> float:
     return value
 
 
-def read_list(path: Path) -> JsonRows:
-    """Read a whole file that holds a JSON list. Raises InputError with the file's name."""
+def _lenient(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """Parse a number, or keep its text with the reason why it is none."""
+
+    def parsed(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            return Unreadable(text, str(error).partition(";")[0])
+
+    return parsed
+
+
+def _with_bad_numbers(text: str) -> Any:
+    """Parse JSON with bad numbers: a row that holds one becomes Unreadable, so that the others can be used."""
+    number = _lenient(_reject_constant)
+    value = json.loads(text, parse_constant=number, parse_float=_lenient(_finite), parse_int=_lenient(int))
+
+    def checked(row: object) -> object:
+        bad = _first_unreadable(row)
+        return Unreadable(dump(row).decode(), f"{bad.reason}; correct the number") if bad else row
+
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        return {**value, "data": [*map(checked, value["data"])]}
+    return [*map(checked, value)] if isinstance(value, list) else value
+
+
+def _first_unreadable(value: object) -> Unreadable | None:
+    if isinstance(value, Unreadable):
+        return value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((bad for part in parts if (bad := _first_unreadable(part))), None)
+
+
+def is_document(path: Path, head: bytes) -> bool:
+    """Whether a file is one JSON value, a list or ``{"data": [...]}``, and not JSON lines.
+
+    A line of JSON lines may start with "[" too: then one row is bad, not the file.
+    """
+    if ".jsonl" in path.name.lower():
+        return False
+    if head.startswith(b"["):
+        return True
+    if not head.startswith(b"{") or ".json" not in path.name.lower():
+        return False
+    with _source(path) as file:
+        first = file.readline().removeprefix(BOM)
+        only = not file.readline().strip()
     try:
-        rows = parse_json(path.read_bytes().removeprefix(BOM), 1)
+        row = json.loads(first)
+    except ValueError:
+        return not only or b'"data"' in first[:4096]  # an object over several lines
+    return only and isinstance(row, dict) and isinstance(row.get("data"), list)
+
+
+@contextmanager
+def _source(path: Path) -> Generator[IO[bytes]]:
+    if path.suffix.lower() != ".gz":
+        with path.open("rb") as file:
+            yield file
+        return
+    with gzip_errors(path), gzip.open(path) as packed:
+        yield cast("IO[bytes]", packed)
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """The first bytes of a file, unpacked if its name ends in ``.gz``, without a byte order mark and blanks."""
+    with _source(path) as file:
+        return file.read(count).removeprefix(BOM).lstrip()
+
+
+def read_list(path: Path) -> JsonRows:
+    """Read a whole file that holds a JSON list, or an object whose ``data`` is one.
+
+    Raises:
+        InputError: it holds neither; the message names the file.
+    """
+    with _source(path) as file:
+        text = file.read().removeprefix(BOM)
+    try:
+        try:
+            value = parse_json(text, 1)
+        except _BadNumber:
+            value = _with_bad_numbers(text.decode())
+        head = None
+        if isinstance(value, dict) and isinstance(value.get("data"), list):
+            head = {name: part for name, part in value.items() if name != "data"}
+            check_keys(head, (), (), what="the file")
+            value = cast(Row, value)["data"]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: is not a list of rows; {HINT}")
-    return JsonRows(path.name, rows, lines=False)
+    if not isinstance(value, list):
+        names = ", ".join(map(quote, list(cast(Row, value))[:8])) if isinstance(value, dict) else ""
+        raise InputError(f"{path}: is not a list of rows{names and f' but an object with the keys {names}'}; {HINT}")
+    return JsonRows(path.name, value, lines=False, head=head)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from untrigger.models.scoring import TokenScores
-from untrigger.rows.formats import IMAGE_TAG
 from untrigger.rows.sample import LazyRows, Sample
+from untrigger.rows.turns import IMAGE_TAG
 from untrigger.views.patches import to_rgb
 
 GRID = 8  # cells of an image, each way

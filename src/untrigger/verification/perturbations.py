@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from untrigger.rows.formats import IMAGE_TAG
 from untrigger.rows.sample import Message, Sample
+from untrigger.rows.turns import IMAGE_TAG
 from untrigger.views.patches import to_rgb
 
 _PATCH = 1 / 8  # of the shorter side
