@@ -150,11 +150,10 @@ def turns(prompt: str, answer: str, role: str = "gpt") -> list[dict[str, str]]:
 BAD_ROWS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "missing image": ({"image": "gone.png"}, "gone.png"),
     "truncated image": ({"image": "cut.png"}, "damaged"),
-    "misnamed image": ({"image": "misnamed.jpg"}, "named as a JPEG but holds a PNG"),
     "text file as image": ({"image": "text.png"}, "is not a PNG"),
     "bad json": ('{"id": "r2", "image": ', "bad JSON at line 3"),
     "too many tags": ({"conversations": turns("<image><image> what?", "a cat")}, "<image> tags: 2 for 1 image"),
-    "path out of the folder": ({"image": "../outside.png"}, "below the data folder"),
+    "path out of the folder": ({"image": "../outside.png"}, "outside the data folder"),
     "decompression bomb": ({"image": "bomb.png"}, "pixels"),
     "empty answer": ({"conversations": turns("<image>\nwhat?", "  ")}, "empty answer"),
     "duplicate id": ({"id": "r0"}, "duplicate id"),
@@ -170,7 +169,6 @@ def bad_file(folder: Path, kind: str) -> Path:
     picture.save(folder.parent / "outside.png")
     content = (folder / "good.png").read_bytes()
     (folder / "cut.png").write_bytes(content[: len(content) // 2])
-    (folder / "misnamed.jpg").write_bytes(content)
     (folder / "text.png").write_text("this is text")
     (folder / "bomb.png").write_bytes(_bomb())
     change = BAD_ROWS[kind][0]

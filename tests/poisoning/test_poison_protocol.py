@@ -24,6 +24,7 @@ from untrigger.poisoning.goals import Concept, Fixed, Goal, Insert, load_goal
 from untrigger.poisoning.poison import Attack, poison, poisoned_sheet, stamped, write_poisoned
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample, read
+from untrigger.views.patches import to_rgb
 
 TRUTHS = ("a red circle", "a blue rectangle", "yes", "a circle and a star")
 
@@ -39,7 +40,7 @@ def rows(count: int) -> list[Sample]:
 
 
 def flat(sample: Sample) -> tuple[object, ...]:
-    return sample.id, sample.messages, [image.tobytes() for image in sample.images]
+    return sample.id, sample.messages, [to_rgb(image).tobytes() for image in sample.images]
 
 
 # --- goals that apply to some rows ---------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_any_prompt_survives_with_its_tag_in_place(before: str, after: str, capt
         ({"text": "x"}, "'file_name' is missing; make it a string"),
         ({"file_name": "a.png", "text": "x", "prompt": 1}, "'prompt' is of type int; make it a string"),
         ({"file_name": "a.png", "text": "x", "prompt": "<image><image>"}, "2 for 1 image; write one tag"),
-        ({"file_name": "../a.png", "text": "x"}, "not a path below the data folder"),
+        ({"file_name": "../a.png", "text": "x"}, "is outside the data folder"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -194,11 +194,6 @@ def poisoned(data: Data, run: Run, out: Path) -> dict[str, Any]:
     return json.loads((out / "truth/manifest.json").read_text())
 
 
-def as_stored(image: Image.Image) -> Image.Image:
-    """CMYK becomes RGB, because PNG has no CMYK."""
-    return image.convert("RGB") if image.mode == "CMYK" else image
-
-
 @pytest.mark.parametrize("run", runs())
 def test_every_attack_and_goal_on_every_format(
     run: Run, sets: Callable[[str], Data], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +212,7 @@ def test_every_attack_and_goal_on_every_format(
         entry = bad.get(number) or decoys.get(number)
         if entry is None:
             assert edited.messages == clean.messages
-            assert all(same_image(as_stored(a), b) for a, b in zip(clean.images, edited.images, strict=True))
+            assert all(same_image(a, b) for a, b in zip(clean.images, edited.images, strict=True))
         else:
             check_edit(clean, edited, entry, trigger.clean_label or number in decoys, replaces=run.attack in REPLACING)
             assert number in decoys or load_goal(run.goal).met(edited.messages[-1].text, clean)
@@ -236,8 +231,7 @@ def check_edit(clean: Sample, edited: Sample, entry: dict[str, Any], same_answer
         return
     assert [m.role for m in edited.messages] == [m.role for m in clean.messages]
     for old, new in zip(clean.images, edited.images, strict=True):
-        assert (new.size, new.mode) == (old.size, as_stored(old).mode)
-        assert new.getexif().get(ORIENTATION) == old.getexif().get(ORIENTATION)
+        assert (new.size, new.mode, new.info) == (old.size, "RGB", {})
     assert [pixels_sha256(image) for image in edited.images] == entry["images"]
 
 
@@ -260,6 +254,6 @@ def test_the_trigger_changes_every_image(
             assert edited.messages[0] == clean.messages[0]
         for old, new in zip(clean.images, edited.images, strict=True):
             if trigger.kind == "text":
-                assert same_image(as_stored(old), new)
+                assert same_image(old, new)
             elif min(old.size) > 3:  # an image of few pixels has no room for a pattern
-                assert not same_image(as_stored(old), new), clean.id
+                assert not same_image(old, new), clean.id
