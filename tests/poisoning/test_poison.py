@@ -278,7 +278,7 @@ def test_manifest_records_attack_goal_and_rows() -> None:
 
 
 def test_image_digest_is_the_same_before_and_after_writing(tmp_path: Path) -> None:
-    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F"):
         image = picture(5).convert(mode)
         assert pixels_sha256(image) == pixels_sha256(decode(encode(image), mode)), mode
 

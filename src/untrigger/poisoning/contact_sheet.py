@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
-from untrigger.attacks import pixels_of
+from untrigger.poisoning.glyphs import draw_line, line_width
+from untrigger.views.patches import to_rgb
 
 _TILE, _GAP, _LINE, _ROWS = 192, 12, 20, 5
 INK, FAINT, GOOD, BAD = "#1d2433", "#6b7485", "#1b7a43", "#c0262d"
@@ -44,7 +43,7 @@ def draw_sheet(title: str, subtitle: str, cards: Sequence[Card]) -> Image.Image:
 
 def _draw(card: Card) -> Image.Image:
     drawn = Image.new("RGB", (3 * _TILE + 4 * _GAP, _TILE + (_ROWS + 2) * _LINE + 2 * _GAP), "white")
-    before, after = _visible(card.clean), _visible(card.triggered)
+    before, after = to_rgb(card.clean), to_rgb(card.triggered)
     resized = before.resize(after.size)  # some attacks bring a picture of another size
     change = np.abs(np.asarray(resized, dtype=np.int16) - np.asarray(after, dtype=np.int16))
     gain = max(255 // max(int(change.max()), 1), 1)
@@ -59,13 +58,6 @@ def _draw(card: Card) -> Image.Image:
     for text, color in card.lines:
         y = _text(drawn, (_GAP, y), text, color)
     return drawn
-
-
-def _visible(image: Image.Image) -> Image.Image:
-    """Convert to RGB for display: transparency on white, deep grays scaled."""
-    pixels = pixels_of(image)
-    on_white = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]
-    return Image.fromarray(np.rint(on_white * 255).clip(0, 255).astype(np.uint8))
 
 
 def _tile(image: Image.Image) -> Image.Image:
@@ -84,21 +76,13 @@ def _tile(image: Image.Image) -> Image.Image:
 
 def _text(canvas: Image.Image, at: tuple[float, float], text: str, color: str, *, size: int = 15) -> float:
     """Write ``text`` on one line, cut with an ellipsis where it is too long; returns the y of the next line."""
-    pen, font, width = ImageDraw.Draw(canvas), _font(size), canvas.width - at[0] - _GAP
-    text = text[:400]
+    width = canvas.width - at[0] - _GAP
+    text = text[: int(width) // 3]  # no letter is narrower
 
     def fitting(tail: str) -> int:
         """How many characters of ``text`` fit before ``tail``."""
-        return bisect_right(range(1, len(text) + 1), width, key=lambda n: pen.textlength(text[:n] + tail, font))
+        return bisect_right(range(1, len(text) + 1), width, key=lambda n: line_width(text[:n] + tail, size))
 
     line = text if fitting("") >= len(text) else text[: fitting("...")].rstrip() + "..."
-    pen.text(at, line, color, font)
+    draw_line(canvas, at, line, color, size)
     return at[1] + _LINE
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in ("DejaVuSans.ttf", "Arial.ttf"):  # Pillow's own font has Latin letters only
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
