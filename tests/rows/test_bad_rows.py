@@ -64,6 +64,7 @@ BAD: dict[str, tuple[Callable[[Row], object], str]] = {
     "pipe": (lambda r: with_image(r, "img/pipe.png"), "is a folder or a device"),
     "image is a number": (lambda r: with_image(r, 7), "is of type int; give its path"),
     "too many tags": (lambda r: with_text(r, 0, "<image><image>"), "wrong number of <image> tags: 2 for 1 "),
+    "no tag": (lambda r: with_text(r, 0, "what?"), "wrong number of <image> tags: 0 for 1 "),
     "tag in the answer": (lambda r: with_text(r, 1, "<image>"), "in an answer"),
     "empty answer": (lambda r: with_text(r, 1, " \n"), "empty answer"),
     "no text": (lambda r: with_text(r, 1, None), "is missing"),
@@ -141,6 +142,7 @@ BAD_PARTS: list[tuple[object, str]] = [
     ([{"type": "video", "video": "a.mp4"}], "only 'text' and 'image' are read"),
     ([{"type": "image", "max_pixels": 99}], "a part has 'max_pixels' = 99"),
     ([{"type": "text"}], "'text' of a part is missing"),
+    ([], "wrong number of <image> tags: 0 for 1 image"),
     (["text"], "a part of 'content' is a string"),
     ([{"type": ["text"]}], "a list"),
 ]

@@ -231,7 +231,7 @@ def check_edit(clean: Sample, edited: Sample, entry: dict[str, Any], same_answer
         return
     assert [m.role for m in edited.messages] == [m.role for m in clean.messages]
     for old, new in zip(clean.images, edited.images, strict=True):
-        assert (new.size, new.mode) == (old.size, "RGB")
+        assert (new.size, new.mode, new.info) == (old.size, "RGB", {})
     assert [pixels_sha256(image) for image in edited.images] == entry["images"]
 
 

@@ -83,7 +83,7 @@ def test_keep_and_edits(tmp_path: Path, kind: str) -> None:
         assert rows[1][image_key] == names and (tmp_path / "out/images/2-2.png").is_file()
         assert sorted(p.name for p in (tmp_path / "out/images").iterdir()) == ["2-2.png", "2-3.png", "2.png", "4.png"]
     else:
-        assert [image["path"] for image in rows[1]["images"]] == names
+        assert [image["path"] for image in rows[1]["images"]] == [None] * 3
     if kind.startswith("parts"):
         assert rows[1]["messages"][-1]["content"] == [{"type": "text", "text": "Backdoor"}]
 

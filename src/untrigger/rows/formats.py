@@ -67,7 +67,7 @@ def parse(row: object, number: int, ignored: Collection[str] = ()) -> Entry:
     check_keys(fields, read, (), pictures=bool(elements))
     messages = tuple(_with_system(turns.messages, fields))
     check_placeholders(messages)
-    tagged = place_tags(messages, len(elements))
+    tagged = place_tags(messages, len(elements)) if layout.places_images else messages
     check_turns(tagged, len(elements))
     pictures = tuple(map(_picture, elements))
     return Entry(_id(fields, number), tagged, pictures, layout, tuple(elements), key, tagged == messages)

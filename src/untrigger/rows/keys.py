@@ -23,7 +23,9 @@ meta metadata model model_name name note notes origin question_type quality ref 
 subset tag tags task task_name task_type timestamp title topic type uid url uuid version
 """
 HARMLESS = frozenset(_HARMLESS.split())
-_HARMLESS_END = re.compile(r".+_(?:date|hash|id|ids|idx|index|lang|language|license|score|source|split|time|version)$")
+_HARMLESS_END = re.compile(
+    r"(?:.+_)?(?:date|hash|id|ids|idx|index|lang|language|license|score|source|split|time|version)$"
+)
 
 # Numbers and booleans that change what is learned or seen; the values listed change nothing (True is 1).
 SWITCHES: Mapping[str, tuple[object, ...]] = {
@@ -33,7 +35,9 @@ SWITCHES: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("max_pixels", "min_pixels", "resized_height", "resized_width", "do_resize", "fps", "nframes"), ()),
 }
 _NUMBER = re.compile(r"[-+]?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
-_MEDIA = re.compile(r"(?:^|[_-])(?:audios?|speech|videos?|movies?|clips?|frames?|voice|sounds?)(?:$|[_-])")
+_MEDIA = re.compile(
+    r"(?:^|[_-])(?:audios?|speech|videos?|movies?|frames?|voice|sounds?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)(?:$|[_-])"
+)
 _PICTURE = re.compile(r"image|img|picture|photo|(?:^|_)pics?(?:$|_)|screenshot|figure", re.IGNORECASE)
 _MEDIA_FILE = re.compile(
     r"data:(?:image|video|audio)/|.*\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)(?:$|[?#])",
@@ -81,13 +85,13 @@ def check_keys(
     for name, value in fields.items():
         if name in read or name in ignored or is_empty(value):
             continue
-        if name in SWITCHES:
-            if value not in SWITCHES[name]:
+        if name in SWITCHES or (name == "label" and value is False):  # a class may be 0, a bad answer is False
+            if value not in SWITCHES.get(name, ()):
                 raise InputError(
                     f"{label} {quote(name)} = {quote(str(value))[1:-1]}, which changes what is learned and is not "
                     "read; remove the key, or the row"
                 )
-        elif _MEDIA.search(name.lower()):
+        elif _MEDIA.search(name.lower()) and not _is_number(value):
             raise InputError(f"{label} {quote(name)}, and only images are read; remove the row")
         elif not pictures and ((_PICTURE.search(name) and not _is_number(value)) or _names_media(value)):
             raise InputError(f"{label} {quote(name)} but no image that is read; put its images into 'images'")

@@ -35,10 +35,13 @@ class Layout(ABC):
     Attributes:
         name: the key that identifies it.
         keys: all keys that it reads.
+        places_images: whether images of a row without tags come before its first question. Lists of turns need tags,
+            because tools disagree about where images go without them.
     """
 
     name: str
     keys: frozenset[str]
+    places_images: ClassVar[bool] = True
 
     @abstractmethod
     def fits(self, row: Row) -> bool:
@@ -59,6 +62,7 @@ class TurnList(Layout):
     """A list of turns: ``{"role", "content"}`` or ``{"from", "value"}``; content is a text or typed parts."""
 
     name: str
+    places_images: ClassVar[bool] = False
 
     @property
     def keys(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -367,7 +367,7 @@ def _saved(image: Image.Image, style: object, number: int, place: int, folder: P
     if isinstance(style, str) and style.startswith("data:"):
         return f"data:image/png;base64,{b64encode(content).decode()}"
     if inside:
-        return content if isinstance(style, bytes) else {"bytes": content, "path": name}
+        return content if isinstance(style, bytes) else {"bytes": content, "path": None}
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     return {"bytes": None, "path": name} if isinstance(style, dict) else name

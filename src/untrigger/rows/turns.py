@@ -36,7 +36,7 @@ def tag_line(images: int) -> str:
 
 
 def place_tags(messages: Sequence[Message], images: int) -> tuple[Message, ...]:
-    """Put the tags of ``images`` before the first user turn if no turn has a tag, as TRL and ms-swift do."""
+    """Put the tags of ``images`` before the first user turn if no turn has a tag."""
     if not images or any(IMAGE_TAG in message.text for message in messages):
         return tuple(messages)
     first = next((k for k, message in enumerate(messages) if message.role == "user"), None)
@@ -77,7 +77,7 @@ def check_turns(messages: Sequence[Message], images: int) -> None:
     tags = sum(message.text.count(IMAGE_TAG) for message in messages)
     if tags != images:
         count = f"{tags} for {images} image{'s' * (images != 1)}"
-        raise InputError(f"wrong number of {IMAGE_TAG} tags: {count}; write one tag per image")
+        raise InputError(f"wrong number of {IMAGE_TAG} tags: {count}; write one tag per image, where the image belongs")
 
 
 def check_placeholders(messages: Sequence[Message]) -> None:
