@@ -64,10 +64,10 @@ def check_refused(processor: Any, folder: Path, bad: Turns, reason: str) -> None
     with pytest.raises(InputError) as error:
         read(folder, fits=Lengths(processor))
     assert re.fullmatch(rf"\S+data.jsonl: row 3: {reason}[^\n]*; take (it|the row) out", str(error.value)), error.value
-    kept = read(folder, on_bad_row="skip", skipped_to=folder / "skipped", fits=Lengths(processor))
-    assert [row.id for row in kept] == ["n0", "n1", "n3"]
+    others = read(folder, on_bad_row="skip", skipped_to=folder / "skipped", fits=Lengths(processor))
+    assert [row.id for row in others] == ["n0", "n1", "n3"]
     assert [json.loads(line)["row"] for line in (folder / "skipped").read_text().splitlines()] == [3]
-    rows = Rows(kept)
+    rows = Rows(others)
     assert ChatCollator(processor)([rows[i] for i in range(3)])["labels"].shape[0] == 3
 
 
