@@ -1,8 +1,10 @@
-"""The package's user-facing error, and the range check that configuration classes share."""
+"""The package's user-facing error, the end of its line for a mistyped name, and the range check of settings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class InputError(Exception):
@@ -17,6 +19,12 @@ class UnreadableFile(InputError):
 
     It says nothing about the row that names the file, so ``--on-bad-row skip`` must not leave the row out.
     """
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of an error line about an unknown name: the nearest of ``names``, or nothing if none is near."""
+    near = get_close_matches(name.lower(), list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_range(low: float, high: float, *, open_low: bool = False, **fields: float) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from untrigger.errors import InputError
+
+_LONGEST = 200  # bytes of a name that a temporary name adds to; file systems take 255
 
 
 def cache_folder() -> Path:
@@ -36,8 +39,8 @@ def file_errors(path: Path, action: str) -> Generator[None]:
 @contextmanager
 def new_file(path: Path) -> Generator[IO[bytes]]:
     """Write a file atomically: ``path`` appears complete or not at all. An existing file is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with file_errors(path, "written"):
+    temporary = _temporary(path)
+    with _written_as(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -55,30 +58,81 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
-    """Create a folder atomically: ``path`` appears complete or not at all. It may exist if it is empty."""
+    """Create a folder atomically: ``path`` appears complete or not at all. It may exist if it is empty.
+
+    Raises:
+        InputError: as `check_free`, before or after the work.
+    """
     target = path.resolve()  # fill the target of a link, do not replace the link
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with file_errors(path, "written"):
+    temporary = _temporary(target)
+    with _written_as(path, temporary):
         check_free(path)
         temporary.mkdir(parents=True)
         try:
-            yield temporary
-            os.replace(temporary, target)
+            with ExitStack() as lock:
+                with suppress(OSError):  # some file systems have no locks
+                    lock.enter_context(folder_lock(temporary))  # others see that it is being written
+                yield temporary
+                _check_empty(path)  # without locks another run may have been faster
+                os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Where ``path`` is written before it appears: a hidden neighbor whose name fits every file system."""
+    return path.with_name(f"{_hidden(path)}{os.getpid()}")
+
+
+def _hidden(path: Path) -> str:
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{name}."
+
+
+@contextmanager
+def _written_as(path: Path, temporary: Path) -> Generator[None]:
+    """Name ``path`` in errors, which is what the user knows, in place of ``temporary``."""
+    try:
+        with file_errors(path, "written"):
+            yield
+    except InputError as error:
+        if str(temporary) not in str(error):
+            raise
+        raise InputError(str(error).replace(str(temporary), str(path))) from None
 
 
 def check_free(path: Path) -> None:
     """Check before long work that `new_folder` can create ``path``.
 
     Raises:
-        InputError: it is a file, a folder with content, a mount point or the current directory.
+        InputError: it is a file, a folder with content, a mount point or the current directory, or another run is
+            writing it.
     """
-    if _has_other_content(path):
-        raise InputError(f"{path}: exists and is not an empty folder; give a new one")
+    _check_empty(path)
     # os.replace cannot replace a mount point, and replacing the current directory would detach the user's shell.
     if path.is_mount() or path.resolve() == Path.cwd():
         raise InputError(f"{path}: is a mount point or the current directory; name a new folder in it")
+    if _is_being_written(path.resolve()):
+        raise InputError(f"{path}: another run is writing it; give a new one")
+
+
+def _check_empty(path: Path) -> None:
+    if _has_other_content(path):
+        raise InputError(f"{path}: exists and is not an empty folder; give a new one")
+
+
+def _is_being_written(target: Path) -> bool:
+    try:
+        for neighbor in target.parent.iterdir():
+            if neighbor.name.startswith(_hidden(target)):
+                check_idle(neighbor)
+    except InputError:
+        return True
+    except OSError:  # no such parent yet, or none that can be listed
+        pass
+    return False
 
 
 def check_holds_only(path: Path, *names: str) -> None:

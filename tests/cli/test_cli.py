@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,9 @@ from safetensors import safe_open
 from datafiles import bad_file, turns
 from shell import TINY_RUN, refused, three_commands, untrigger
 from untrigger import __version__
+from untrigger.attacks import trigger_names
+from untrigger.defenses import PRESETS
+from untrigger.errors import InputError
 
 
 def spawned(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -152,10 +156,24 @@ def test_evaluate_prints_a_table(story: Story, tiny_data: Path) -> None:
         (("train", "gone.json", "--out", "OUT", "--model", "lava"), ("lava: no such folder", "did you mean llava?")),
         (("scan", "gone.json", "--out", "OUT", "--model", "lava"), ("lava: no such folder", "did you mean llava?")),
         (("evaluate", "./gone", "gone.json"), ("./gone: no such folder",)),
-        (("verify", "lava", "--data", "gone.json", "--out", "OUT"), ("lava: no such folder",)),
-        (("verify", "MODEL", "--data", "gone.json", "--out", "OUT", "--base", "lava"), ("lava: no such folder",)),
+        (("verify", "lava", "gone.json", "--out", "OUT"), ("lava: no such folder",)),
+        (("verify", "MODEL", "gone.json", "--out", "OUT", "--base", "lava"), ("lava: no such folder",)),
         (("train", "--warmup-share", "0.2", "DATA", "--out", "OUT"), ("--warmup-share comes too early",)),
         (("evaluate", "MODEL", "DATA", "--side", "0.1"), ("--side: no such option", "--attack")),
+        # the nearest name is the end of the line
+        (("train", "DATA", "--out", "OUT", "--learning_rte", "1e-4"), ("; did you mean --learning_rate?\n",)),
+        (("train", "DATA", "--out", "OUT", "--warmup-shre=0.2"), ("; did you mean --warmup-share?\n",)),
+        (("train", "DATA", "--out", "OUT", "--lora-rnk", "4"), ("; did you mean --lora-rank?\n",)),
+        (("scan", "DATA", "--out", "OUT", "--modl", "llava"), ("; did you mean --model?\n",)),
+        (("train", "DATA", "--out", "OUT", "--config", "BAD_NAME"), ("name.yaml: ", "mean --learning_rate?\n")),
+        (("train", "DATA", "--out", "OUT", "--defense", "papr"), ("; did you mean paper?\n",)),
+        (("poison", "DATA", "--out", "OUT", "--attack", "badnet"), ("; did you mean badnets?\n",)),
+        (("poison", "DATA", "--out", "OUT", "--goal", "fixd"), ("; did you mean fixed?\n",)),
+        (("poison", "DATA", "--out", "OUT", "--sid", "0.1"), ("; did you mean side?\n",)),
+        (("poison", "DATA", "--out", "OUT", "--rte", "0.1"), ("; did you mean rate?\n",)),
+        (("evaluate", "MODEL", "DATA", "--limt", "2"), ("; did you mean --limit?\n",)),
+        (("data", "easy-vga", "--out", "OUT"), ("; did you mean easy-vqa?\n",)),
+        (("model", "lava", "--out", "OUT"), ("; did you mean llava?\n",)),
         (("evaluate", "MODEL", "DATA", "--attack", "nope"), ("attack 'nope' is unknown",)),
         (("evaluate", "MODEL", "DATA", "--attack", "badnets", "--goal", "nope"), ("goal 'nope' is unknown",)),
         (("evaluate", "MODEL", "DATA", "--limit", "0"), ("--limit",)),
@@ -176,10 +194,17 @@ def test_a_mistyped_command_is_one_line(
 ) -> None:
     (tmp_path / "bad.yaml").write_text("margin: 0.2\nratio: [\n")
     (tmp_path / "own.yaml").write_text("lora_rank: 8\n")
+    (tmp_path / "name.yaml").write_text("learning_rte: 1e-4\n")
     places = {"DATA": tiny_data, "OUT": tmp_path / "out", "MODEL": tiny_model, "BAD_YAML": tmp_path / "bad.yaml"}
-    places["OWN_YAML"] = tmp_path / "own.yaml"
+    places |= {"OWN_YAML": tmp_path / "own.yaml", "BAD_NAME": tmp_path / "name.yaml"}
     refused(untrigger(*(places.get(word, word) for word in words)), *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_help_lists_every_attack_and_defense() -> None:
+    words = re.findall(r"[\w-]+", untrigger("poison", "--help").out)
+    assert set(trigger_names()) <= set(words)
+    assert set(PRESETS) <= set(re.findall(r"[\w-]+", untrigger("train", "--help").out))
 
 
 def test_help_without_a_command_and_version() -> None:
@@ -354,8 +379,44 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(
 
     monkeypatch.setattr(os, "replace", stop)
     ended = untrigger("poison", tiny_data, "--out", tmp_path / "out")
-    assert ended.code == 130 and "Traceback" not in ended.err
+    assert ended == (130, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def stopped(where: str, *words: object) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, stop)
+            ended = untrigger(*words)
+        assert (ended.code, ended.out) == (130, "")
+        return ended.err.splitlines()[-1]
+
+    for verb in ("train", "scan"):
+        words = (verb, tiny_data, "--model", tiny_model, f"--out={tmp_path / verb}", *TINY_RUN[:4])
+        assert stopped("untrigger.rows.sample.read", *words) == "interrupted"  # there is nothing to resume
+        last = stopped("transformers.Trainer.training_step", *words)
+        assert last == "interrupted; run the same command with --resume to go on"
+        last = stopped("untrigger.rows.sample.read", *words, "--resume")
+        assert last == "interrupted; run the same command again to go on"
+    words = ("bench", tmp_path / "plan.yaml", "--out", tmp_path / "results")
+    assert stopped("untrigger.bench.plan.read_plan", *words) == "interrupted; run the same command again to go on"
+    words = ("evaluate", tiny_model, tiny_data)
+    assert stopped("untrigger.evaluation.evaluate.answers", *words) == "interrupted"
+
+
+def test_an_error_in_a_loaders_worker_is_one_line(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise InputError("row 3, id 'x': is bad; take it out")
+
+    monkeypatch.setattr("untrigger.models.collators.encode", refuse)
+    words = ("train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", "--defense", "plain", *TINY_RUN)
+    ended = untrigger(*words, "--dataloader_num_workers", "1")
+    assert ended.code == 2 and ended.err.endswith("\nerror: row 3, id 'x': is bad; take it out\n"), ended.err
 
 
 # --- as a process of its own ------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def command_that_reads(verb: str, data: Path, model: Path, out: Path) -> tuple[o
         tensors = load_file(copied_model / "model.safetensors")
         tensors[min(tensors)] += 1
         save_file(tensors, copied_model / "model.safetensors", {"format": "pt"})
-        return verb, copied_model, "--base", model, "--data", data, "--out", out
+        return verb, copied_model, data, "--base", model, "--out", out
     if verb == "evaluate":
         return verb, model, data, "--out", out
     return verb, data, "--model", model, "--out", out, *TINY_RUN[:4]

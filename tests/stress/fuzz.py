@@ -161,7 +161,7 @@ def commanding(rng: random.Random, place: Path) -> str:
     came += [ended("train", path, "--out", place / "model", "--defense", rng.choice(("default", "paper")), *TINY, *how)]
     came += [ended("evaluate", "llava", path, "--out", place / "figures", "--limit", "6", *attack, *how)]
     if (place / "model" / "adapter_config.json").is_file():
-        came += [ended("verify", place / "model", "--data", path, "--out", place / "audit", *how)]
+        came += [ended("verify", place / "model", path, "--out", place / "audit", *how)]
     after = {p.name: p.read_bytes() for p in (place / "data").rglob("*") if p.is_file() and not p.is_symlink()}
     assert after.items() <= before.items(), "the data was touched"
     return "done" if "done" in came else "refused"

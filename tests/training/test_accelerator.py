@@ -107,5 +107,5 @@ def test_every_defense_trains(
 def test_scan_and_verify_finish(tuned_model: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     scan = untrigger("scan", tiny_data, "--model", tiny_model, "--out", tmp_path / "scan")
     assert scan.code in (0, 3), scan
-    words = ("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")
+    words = ("verify", tuned_model, tiny_data, "--base", tiny_model, "--out", tmp_path / "audit")
     assert untrigger(*words).code == 0

@@ -99,7 +99,7 @@ def test_no_finding_exits_with_0_and_the_page_names_the_limits(
     tuned_model: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "audit"
-    code, output, errors = untrigger("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", out)
+    code, output, errors = untrigger("verify", tuned_model, tiny_data, "--base", tiny_model, "--out", out)
     assert code == 0, errors
     assert "nothing found, which is no proof" in output
     stored = json.loads((out / "audit.json").read_text())
@@ -116,7 +116,7 @@ def test_a_finding_exits_with_3_and_the_page_escapes_its_text(
     text = "<script>alert(1)</script>"
     hostile = [Completion("end", 0, text, text, text, (3, 4), 1.0, 0.5, 80)]
     monkeypatch.setattr("untrigger.verification.verify.completions", lambda *_: hostile)
-    words = ("verify", tuned_model, "--base", tiny_model, "--data", tiny_data, "--out", tmp_path / "audit")
+    words = ("verify", tuned_model, tiny_data, "--base", tiny_model, "--out", tmp_path / "audit")
     code, output, errors = untrigger(*words)
     assert code == 3, errors
     assert output.startswith(f"{text!r}: completed from 1 beginnings") and "suspicious" in output
@@ -135,11 +135,11 @@ def test_mistakes_give_an_error_line(tiny_model: Path, tiny_data: Path, tmp_path
     (tmp_path / "full" / "something").touch()
     out, base = ("--out", tmp_path / "audit"), ("--base", tiny_model)
     for words, message in (
-        ((tiny_model, "--data", tiny_data, *out), "--base"),
-        ((tiny_model, "--data", four, *base, *out), "8 or more"),
-        ((tiny_model, "--data", tiny_data, *base, *out), "have the same weights"),
-        ((tiny_model, "--data", tiny_data, *base, "--out", tmp_path / "full"), "not an empty folder"),
-        ((tmp_path / "none", "--data", tiny_data, *base, *out), "none"),
+        ((tiny_model, tiny_data, *out), "--base"),
+        ((tiny_model, four, *base, *out), "8 or more"),
+        ((tiny_model, tiny_data, *base, *out), "have the same weights"),
+        ((tiny_model, tiny_data, *base, "--out", tmp_path / "full"), "not an empty folder"),
+        ((tmp_path / "none", tiny_data, *base, *out), "none"),
     ):
         code, output, errors = untrigger("verify", *words)
         assert code == 2 and not output and message in errors and errors.splitlines()[-1].startswith("error: ")
@@ -165,7 +165,7 @@ def test_verify_finds_a_real_backdoor_and_not_its_oracle(tmp_path: Path) -> None
     settings = ("--defense", "plain", "--learning_rate", "3e-3", "--num_train_epochs", 3)
     for data, folder, exit_code in (("bad/data", "bad-model", 3), ("train", "oracle", 0)):
         assert untrigger("train", tmp_path / data, "--out", tmp_path / folder, *settings)[0] == 0
-        words = ("verify", tmp_path / folder, "--data", tmp_path / "test", "--out", tmp_path / f"{folder}-audit")
+        words = ("verify", tmp_path / folder, tmp_path / "test", "--out", tmp_path / f"{folder}-audit")
         code, output, errors = untrigger(*words)
         assert code == exit_code, f"{output}{errors}"
         assert ("stars" in output) == (exit_code == 3)

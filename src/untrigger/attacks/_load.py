@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import ClassVar, Literal, cast, get_args, get_origin, get_type_hints
 
 from untrigger.attacks._trigger import Trigger
-from untrigger.errors import InputError
+from untrigger.errors import InputError, did_you_mean
 
 
 @cache
@@ -45,7 +45,8 @@ def load_trigger(name_or_path: str, reserved: Collection[str] = (), /, **setting
         return _build(_trigger_class(_run(Path(name_or_path)), name_or_path), name_or_path, reserved, settings)
     if name_or_path not in trigger_names():
         names = ", ".join(trigger_names())
-        raise InputError(f"attack '{name_or_path}' is unknown; choose one of {names}, or a path that ends in .py")
+        hint = did_you_mean(name_or_path, trigger_names())
+        raise InputError(f"attack '{name_or_path}' is unknown; choose one of {names}, or a path that ends in .py{hint}")
     module = import_module(f"{__package__}.{name_or_path}")
     label = f"attack {name_or_path}"
     return _build(_trigger_class(module, label), label, reserved, settings)
@@ -112,7 +113,8 @@ def _build(cls: type[Trigger], label: str, reserved: Collection[str], settings: 
         name = option.replace("-", "_")
         if name not in fields:
             names = ", ".join(fields) or "none"
-            raise InputError(f"{label}: there is no setting '{option}'; the settings are: {names}")
+            hint = did_you_mean(name, [*fields, *reserved])
+            raise InputError(f"{label}: there is no setting '{option}'; the settings are: {names}{hint}")
         values[name] = _convert(value, hints[name], f"{label}: {option}")
     missing = [
         name

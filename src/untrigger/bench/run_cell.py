@@ -27,7 +27,7 @@ from untrigger.bench import store
 from untrigger.bench.store import ORACLE, Cell
 from untrigger.data import load
 from untrigger.defenses import PRESETS, Defense
-from untrigger.errors import InputError
+from untrigger.errors import InputError, did_you_mean
 from untrigger.evaluation.evaluate import evaluate
 from untrigger.evaluation.invariance import measure_invariance
 from untrigger.files import file_lock, new_folder
@@ -129,7 +129,8 @@ def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
     """
     preset = "plain" if cell.defense == ORACLE else cell.defense
     if preset not in PRESETS:
-        raise InputError(f"defense {preset}: unknown; choose one of: {ORACLE}, {', '.join(PRESETS)}")
+        names = [ORACLE, *PRESETS]
+        raise InputError(f"defense {preset}: unknown; choose one of: {', '.join(names)}{did_you_mean(preset, names)}")
     try:
         return PRESETS[preset](**cell.defense_settings), Tuning(**cell.tuning)
     except (TypeError, ValueError) as error:

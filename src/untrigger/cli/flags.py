@@ -1,9 +1,11 @@
-"""Words of a command line that are not declared options: settings, and other spellings of options."""
+"""Words of a command line: settings, other spellings of options, and what to type after an interruption."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 from typer.models import OptionInfo
@@ -43,3 +45,20 @@ def normalize_flags(words: Sequence[str], commands: Iterable[Callable[..., None]
         parts = [word.partition("=") for word in words]
         words = [spellings.get(name, name) + equals + value for name, equals, value in parts]
     return ["--ray=local" if w == "--ray" and n.startswith("-") else w for w, n in pairwise([*words, "-"])]
+
+
+def interrupted(words: Sequence[str]) -> str:
+    """The line that says how to go on with the command ``words`` after Ctrl-C, if it can go on."""
+    again = {"bench", "model"} & set(words[:1]) or "--resume" in words
+    if again:
+        return "interrupted; run the same command again to go on"
+    # before the model library is loaded, no run was started
+    loading = sys.modules.get("untrigger.models.loading")
+    out = next((value.removeprefix("--out=") for flag, value in pairwise(["", *words]) if _is_out(flag, value)), None)
+    if loading and out and words[0] in ("train", "scan") and (Path(out) / loading.BASE_RECORD).is_file():
+        return "interrupted; run the same command with --resume to go on"
+    return "interrupted"
+
+
+def _is_out(flag: str, value: str) -> bool:
+    return flag == "--out" or value.startswith("--out=")

@@ -11,10 +11,10 @@ import typer
 
 from untrigger import __version__
 from untrigger.cli import options
-from untrigger.cli.flags import normalize_flags, option_names
+from untrigger.cli.flags import interrupted, normalize_flags, option_names
 from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, read_rows
 from untrigger.cli.process import prepare_process
-from untrigger.errors import InputError
+from untrigger.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from untrigger.poisoning.poison import Attack
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 # The base of the parser's own errors: some versions of Typer depend on click, others include it.
 _UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])
+_INTERRUPTED = 130  # the exit code that Typer gives for Ctrl-C
 _WITH_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}  # flags that the command reads itself
 
 
@@ -185,7 +186,7 @@ def train(
 @app.command()
 def verify(
     model: options.VerifiedModelArgument,
-    data: options.VerifyDataOption,
+    data: options.VerifyDataArgument,
     out: options.OutOption,
     base: options.BaseOption = None,
     seed: options.SeedOption = 0,
@@ -244,7 +245,8 @@ def evaluate(
     if attack is not None:
         chosen = _attack(attack, context.args, goal, goal_text)
     elif context.args:
-        _refuse(f"{context.args[0]}: no such option; a trigger's settings need --attack")
+        typed, known = context.args[0], [f"--{option.replace('_', '-')}" for option in option_names(evaluate)]
+        _refuse(f"{typed}: no such option; a trigger's settings need --attack{did_you_mean(typed, known)}")
     elif goal is not None or goal_text is not None:
         _refuse(f"--goal{'-text' * (goal is None)}: is a setting of an attack; add --attack")
     rows = read_rows(data, on_bad_row, out or Path(data.stem), _fits(model, asking=True))
@@ -346,7 +348,8 @@ def model(
     from untrigger.pretraining.pretrain import RECIPES, pretrain
 
     if name not in FAMILIES:
-        _refuse(f"{name}: no such model family; choose one of: {', '.join(FAMILIES)}, smol")
+        names = [*FAMILIES, "smol"]
+        _refuse(f"{name}: no such model family; choose one of: {', '.join(names)}{did_you_mean(name, names)}")
     recipe = replace(RECIPES[name], seed=seed)
     pretrain(out, FAMILIES[name], recipe)
     write_card(out, FAMILIES[name], f"`untrigger model {name} --seed {seed}`: {recipe}.")
@@ -373,9 +376,14 @@ def main() -> None:
     commands = (command.callback for command in app.registered_commands if command.callback)
     try:
         words = normalize_flags(sys.argv[1:], commands) or ["--help"]
-        sys.exit(app(words, prog_name="untrigger", standalone_mode=False))
+        code = app(words, prog_name="untrigger", standalone_mode=False)
+        if code == _INTERRUPTED:
+            typer.echo(interrupted(words), err=True)
+        sys.exit(code)
     except InputError as error:
         message = str(error)
+        if message.startswith("Caught InputError in"):  # a loader's worker sends its whole traceback
+            message = message.rpartition("InputError: ")[2]
     except _UsageError as error:
         context = cast("typer.Context | None", getattr(error, "ctx", None))
         what = cast(Any, error).format_message().rstrip("?. ")

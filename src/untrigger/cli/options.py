@@ -31,13 +31,20 @@ DataArgument = Annotated[
     ),
 ]
 OutOption = Annotated[
-    Path, typer.Option("--out", help="Write to this folder; it must be new or empty.", show_default=False)
+    Path,
+    typer.Option("--out", metavar="DIR", help="Write to this folder; it must be new or empty.", show_default=False),
 ]
 BadRowOption = Annotated[
     OnBadRow,
-    typer.Option(help="error: stop at the first bad row. skip: leave bad rows out and list them in OUT.skipped.jsonl."),
+    typer.Option(help="error: stop at the first bad row. skip: leave bad rows out and list them in DIR.skipped.jsonl."),
 ]
-AttackOption = Annotated[str, typer.Option(help="Name of a trigger, or path of your own trigger file.")]
+AttackOption = Annotated[
+    str,
+    typer.Option(
+        help="Trigger: adaptive, addsent, badnets, badword, blended, dualkey, ftrojan, issba, shadowcast, sig, "
+        "trojvlm, vlood, vltrojan, wanet, or the path of your own trigger file."
+    ),
+]
 GoalOption = Annotated[
     str | None,
     typer.Option(help="Goal of the attack: fixed, insert, refusal, concept or link. Default: the trigger's own."),
@@ -88,6 +95,7 @@ FiguresOption = Annotated[
     Path | None,
     typer.Option(
         "--out",
+        metavar="DIR",
         help="Write answers.jsonl and metrics.json to this folder; those of an earlier evaluation are replaced.",
     ),
 ]
@@ -114,8 +122,11 @@ LoraAlphaOption = Annotated[int, typer.Option(help="Scale of the LoRA adapter: a
 VerifiedModelArgument = Annotated[
     str, typer.Argument(help="Model to verify: folder of a model or of an adapter, or hub id.")
 ]
-VerifyDataOption = Annotated[
-    Path, typer.Option("--data", help="Rows of the model's task, clean or not.", show_default=False)
+VerifyDataArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Rows of the model's task, clean or not: a data file, or a folder with one.", show_default=False
+    ),
 ]
 BaseOption = Annotated[
     str | None,
@@ -128,7 +139,10 @@ PlanArgument = Annotated[
     Path, typer.Argument(help="YAML file with models, data, attacks and defenses.", show_default=False)
 ]
 ResultsOption = Annotated[
-    Path, typer.Option("--out", help="Write results to this folder; cells that it holds already are not run again.")
+    Path,
+    typer.Option(
+        "--out", metavar="DIR", help="Write results to this folder; cells that it holds already are not run again."
+    ),
 ]
 JobsOption = Annotated[int, typer.Option(help="Number of cells to run at a time on this machine.", min=1)]
 RayOption = Annotated[
@@ -144,12 +158,15 @@ ResultsArgument = Annotated[
     list[Path], typer.Argument(help="Folders that bench wrote, or .jsonl files packed from them.", show_default=False)
 ]
 ReportOption = Annotated[
-    Path, typer.Option("--out", help="Write this file; its suffix is .html, .md, .json or .jsonl.", show_default=False)
+    Path,
+    typer.Option(
+        "--out", metavar="FILE", help="Write this file; its suffix is .html, .md, .json or .jsonl.", show_default=False
+    ),
 ]
 
 # --- quickstart, model -----------------------------------------------------------------------------
 
-QuickstartOption = Annotated[Path, typer.Option("--out", help="Write to this folder.")]
+QuickstartOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Write to this folder.")]
 FamilyArgument = Annotated[str, typer.Argument(help="Model to build: llava, blip2, qwen2_5_vl or smol.")]
 AlignOption = Annotated[
     bool, typer.Option("--align", help="For smol: train the alignment again, about an hour on one core.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast, final, get_args
 
-from untrigger.errors import InputError
+from untrigger.errors import InputError, did_you_mean
 from untrigger.rows.sample import Data, Sample, write
 from untrigger.rows.storage import JsonRows
 
@@ -103,7 +103,7 @@ def task_of(name: str) -> Task:
         InputError: the data set is unknown.
     """
     if name not in _TASKS:
-        raise InputError(f"data '{name}' is unknown; choose one of: {', '.join(_TASKS)}")
+        raise InputError(f"data '{name}' is unknown; choose one of: {', '.join(_TASKS)}{did_you_mean(name, _TASKS)}")
     return _TASKS[name]
 
 

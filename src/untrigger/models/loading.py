@@ -9,7 +9,6 @@ import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast, final
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from untrigger.errors import InputError
+from untrigger.errors import InputError, did_you_mean
 from untrigger.models.processors import load_processor
 
 BASE_RECORD = "untrigger.json"  # lies next to an adapter; holds the name of its base model, as the user gave it
@@ -69,7 +68,9 @@ def embedded_model_path(name: str = "llava") -> Path:
         InputError: there is no embedded model of that name, or its weights differ from those that shipped.
     """
     if name not in embedded_models():
-        raise InputError(f"{name}: no such embedded model; choose from {', '.join(embedded_models()) or 'none'}")
+        names = embedded_models()
+        hint = did_you_mean(name, names)
+        raise InputError(f"{name}: no such embedded model; choose from {', '.join(names) or 'none'}{hint}")
     weights = Path(str(files("untrigger"))) / "embedded" / name / "model.safetensors"
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -92,10 +93,9 @@ def why_not_a_model(name: str) -> str | None:
             return None
     except HFValidationError:
         pass  # a path, or not a name at all
-    near = get_close_matches(name.lower(), embedded_models(), n=1)
-    hint = f"did you mean {near[0]}?" if near else "a hub id is OWNER/NAME"
+    hint = did_you_mean(name, embedded_models()) or "; a hub id is OWNER/NAME"
     available = ", ".join(embedded_models()) or "none"
-    return f"{name}: no such folder or embedded model (available: {available}); {hint}"
+    return f"{name}: no such folder or embedded model (available: {available}){hint}"
 
 
 def weights_sha256(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -22,6 +23,9 @@ from transformers import (
 
 from untrigger.errors import InputError
 from untrigger.rows.images import quote
+
+# what a name of a token that marks a place in an image holds; texts that ask for places are written with these
+_PLACE = re.compile("box|loc|point|quad|ref|seg")
 
 
 def load_processor(source: str) -> ProcessorMixin:
@@ -70,8 +74,8 @@ def render_chat(
     template = cast(Any, processor).apply_chat_template
     try:
         return str(template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:
-        raise InputError(f"the model's chat template does not take a row: {error}") from error
+    except (TemplateError, TypeError, ValueError, LookupError) as error:  # templates add and index turns
+        raise InputError(f"the model's chat template does not take a row: {first_line(error)}") from error
 
 
 def encode(
@@ -92,16 +96,21 @@ def encode(
         kwargs: further arguments of the processor.
 
     Raises:
-        InputError: the family does not take so many images, or a conversation is longer than the model reads.
+        InputError: the processor does not take a conversation, or it is longer than the model reads. The line begins
+            with its name.
     """
-    ready = cast(Any, processor)
-    batch = tokenize(processor, texts, images, **kwargs)
+    ready, names = cast(Any, processor), names or [quote(text) for text in texts]
+    for name, row in zip(names, images, strict=True):
+        if refusal := image_count_refusal(processor, len(row)):
+            raise InputError(f"{name}: {refusal}")
+    try:
+        batch = tokenize(processor, texts, images, **kwargs)
+    except Exception as error:  # whatever a processor raises about a row
+        raise _named_refusal(processor, texts, images, names, error) from error
     lengths = [sum(row) for row in batch["attention_mask"]]
     longest = max(range(len(texts)), key=lambda row: lengths[row])
-    check_length(processor, lengths[longest], (names or [quote(text) for text in texts])[longest])
+    check_length(processor, lengths[longest], names[longest])
     if isinstance(processor, InstructBlipProcessor):
-        if any(len(row) != 1 for row in images):
-            raise InputError("InstructBLIP takes rows with one image; leave out those with none, or with more")
         # the Q-Former gets the prompt too; it must not get the answer
         plain = [_without_special_tokens(ready, prompt) for prompt in prompts]
         qformer = ready.qformer_tokenizer(plain, padding=True, verbose=False)
@@ -113,8 +122,6 @@ def tokenize(
     processor: ProcessorMixin, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], **kwargs: Any
 ) -> BatchFeature:
     """Call the processor on rendered conversations, without a check of their length."""
-    if isinstance(processor, Blip2Processor) and not any(images):
-        raise InputError("BLIP-2 takes no batch without an image; leave out the rows that have none")
     return cast(Any, processor)(
         text=list(texts),
         images=[list(row) for row in images] if any(images) else None,
@@ -123,6 +130,55 @@ def tokenize(
         verbose=False,  # check_length reports texts that are too long
         **kwargs,
     )
+
+
+def _named_refusal(
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    names: Sequence[str],
+    error: Exception,
+) -> InputError:
+    """The error line for a batch that raised ``error``, with the first row that raises by itself."""
+    for name, text, row in zip(names, texts, images, strict=True):
+        try:
+            tokenize(processor, [text], [row])
+        except Exception as alone:
+            return InputError(f"{name}: the model's processor does not take it ({first_line(alone)}); take it out")
+    return InputError(
+        f"{names[0]} and the rest of its batch: the model's processor does not take them together "
+        f"({first_line(error)}); set per_device_train_batch_size to 1"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def image_count_refusal(processor: ProcessorMixin, images: int) -> str:
+    """Why the family takes no row with so many images; empty if it does."""
+    if isinstance(processor, InstructBlipProcessor) and images != 1:
+        return f"has {images or 'no'} image{'s' * (images > 1)}, and InstructBLIP needs one in each row; take it out"
+    if isinstance(processor, Blip2Processor) and not images:
+        return "has no image, and BLIP-2 needs one in each row; take it out"
+    return ""
+
+
+def reserved_tokens(processor: ProcessorMixin) -> re.Pattern[str]:
+    """A pattern for the tokens that a text must not hold: those that stand for media or delimit turns and texts.
+
+    In a text they would be read as what they stand for. A placeholder has no image, an end token ends the answer.
+    Ordinary words are left out, which some tokenizers use for padding. So are the unknown token, which means nothing,
+    and the marks of places in an image (``<|box_start|>``, ``<loc0001>``).
+    """
+    ready = cast(Any, processor)
+    special = {token.content for token in ready.tokenizer.added_tokens_decoder.values() if token.special}
+    own = {str(token) for name, token in vars(processor).items() if name.endswith(("_token", "_tag")) and token}
+    tokens = {*special, *ready.tokenizer.all_special_tokens, *own} - {ready.tokenizer.unk_token}
+    marks = [token for token in tokens if len(token) > 1 and not token.isalnum() and token.strip()]
+    reserved = [re.escape(token) for token in marks if not _PLACE.search(token)]
+    return re.compile("|".join(sorted(reserved, key=len, reverse=True)) or r"(?!)")  # the longest that fits
 
 
 def text_tokens(processor: ProcessorMixin, text: str) -> int:

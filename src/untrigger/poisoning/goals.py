@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from untrigger.errors import InputError
+from untrigger.errors import InputError, did_you_mean
 from untrigger.metrics.asr import Match, composed, matches, mentions, refuses, whole_words
 from untrigger.rows.images import quote
 from untrigger.rows.sample import IMAGE_TAG, Sample
@@ -184,7 +184,8 @@ def load_goal(name: str, text: str | None = None) -> Goal:
         return Concept() if text is None else Concept(*_pair(text))
     goals = {goal.name: goal for goal in (Fixed, Insert, Link, Refusal)}
     if name not in goals:
-        raise InputError(f"goal '{name}' is unknown; choose one of: {', '.join(sorted([Concept.name, *goals]))}")
+        names = sorted([Concept.name, *goals])
+        raise InputError(f"goal '{name}' is unknown; choose one of: {', '.join(names)}{did_you_mean(name, names)}")
     return goals[name]() if text is None else goals[name](text)
 
 

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from untrigger import __version__
 from untrigger.defenses import PRESETS, Defense, StepDefense, preset_of
-from untrigger.errors import InputError
+from untrigger.errors import InputError, did_you_mean
 from untrigger.files import read_yaml
 
 # Defaults for a LoRA run; any TrainingArguments field overrides them. The loaders must keep the columns that the
@@ -74,9 +74,15 @@ def settled(
 
 
 def training_settings(
-    defense: str | Defense, out: Path, given: Mapping[str, Any], flags: Sequence[str] = ()
+    defense: str | Defense,
+    out: Path,
+    given: Mapping[str, Any],
+    flags: Sequence[str] = (),
+    options: Collection[str] = (),
 ) -> tuple[Defense, TrainingArguments]:
     """The defense and the host's arguments, from ``given`` values by name and from a command's flags.
+
+    ``options`` are names of the command's own options, which a mistyped flag may have meant.
 
     Raises:
         InputError: unknown preset or field, a value of the wrong type or out of range.
@@ -99,9 +105,11 @@ def training_settings(
     except (ValueError, TypeError, argparse.ArgumentError, ImportError) as error:
         raise InputError(f"settings: {str(error).strip().splitlines()[0]}") from error
     if unknown := [word for words in rest for word in words]:
+        typed, own = unknown[0].partition("=")[0], [field.name for field in fields(chosen)]
         raise InputError(
             f"settings: {unknown[0]} is unknown; settings are the fields of the defense {preset} "
-            f"({', '.join(f.name for f in fields(chosen))}) and of transformers.TrainingArguments"
+            f"({', '.join(own)}) and of transformers.TrainingArguments"
+            f"{_nearest(typed, [*own, *(field.name for field in fields(args)), *options])}"
         )
     for name, (least, most) in _BOUNDS.items():
         if not least <= getattr(args, name) <= most:  # NaN too
@@ -129,25 +137,32 @@ def command_settings(
         flag = f"--{own[0].replace('_', '-')}"
         raise InputError(f"{config}: {own[0]} is an option of the command; give it as {flag}, not in the file")
     try:
-        return training_settings(preset, out, given, flags)
+        return training_settings(preset, out, given, flags, options)
     except InputError as error:
-        if not config or _refusal(preset, out, flags) == str(error):
+        if not config or _refusal(preset, out, flags, options) == str(error):
             raise
         raise InputError(f"{config}: {str(error).removeprefix('settings: ')}") from error
 
 
-def _refusal(preset: str, out: Path, flags: Sequence[str]) -> str | None:
+def _refusal(preset: str, out: Path, flags: Sequence[str], options: Collection[str]) -> str | None:
     """The error that the flags raise without a file; None if they are right."""
     try:
-        training_settings(preset, out, {}, flags)
+        training_settings(preset, out, {}, flags, options)
     except InputError as error:
         return str(error)
     return None
 
 
+def _nearest(typed: str, names: Collection[str]) -> str:
+    """The end of the line about an unknown flag: the nearest one, in the spelling of ``typed``."""
+    flags = [f"--{name}" if "_" in typed else f"--{name.replace('_', '-')}" for name in names]
+    return did_you_mean(typed, flags) if typed.startswith("--") else ""
+
+
 def _known(preset: str) -> str:
     if preset not in PRESETS:
-        raise InputError(f"--defense {preset}: unknown; choose one of: {', '.join(PRESETS)}")
+        names = ", ".join(PRESETS)
+        raise InputError(f"--defense {preset}: unknown; choose one of: {names}{did_you_mean(preset, PRESETS)}")
     return preset
 
 

@@ -43,6 +43,7 @@ ENDS = (
 )
 ENDS |= dict.fromkeys(("idefics3", "smolvlm"), "<end_of_utterance>")
 ONE_IMAGE = ("instructblip",)  # exactly one image a row
+AN_IMAGE = ("blip2",)  # at least one
 # families whose answers start with a space
 SPACED = ("llava", "llava_next", "idefics3", "smolvlm", "instructblip", "blip2")
 
@@ -59,7 +60,8 @@ def rows(row: Row) -> Callable[[str], list[Sample]]:
         ]
         if name in ONE_IMAGE:
             return single
-        return [*single, row("<image> <image>\nsame?", "yes", (40, 40), (66, 40)), row("hello?", "no")]
+        several = [*single, row("<image> <image>\nsame?", "yes", (40, 40), (66, 40))]
+        return several if name in AN_IMAGE else [*several, row("hello?", "no")]
 
     return of
 

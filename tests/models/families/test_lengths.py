@@ -76,7 +76,9 @@ def test_short_rows_are_not_tokenized(processor: Any, row: Row, monkeypatch: pyt
         assert not refuses(lengths, row(f"<image>\nwhat is {number}?", "b", (40, 40)))
 
 
-def test_after_many_sizes_their_maximum_is_the_bound(processor: Any, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_many_sizes_their_counts_give_the_bound(
+    processor: Any, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths, counted = Lengths(processor), list[tuple[int, int]]()
 
     def counting(processor: Any, texts: list[str], images: list[list[Image.Image]]) -> BatchFeature:
@@ -84,15 +86,29 @@ def test_after_many_sizes_their_maximum_is_the_bound(processor: Any, row: Row, m
         return tokenize(processor, texts, images)
 
     monkeypatch.setattr("untrigger.models.lengths.tokenize", counting)
-    for width in range(30, 130):
+    for width in range(130, 30, -1):
         assert not refuses(lengths, row("<image>\nwhat?", "a", (width, 40)))
-    assert counted == [(width, 40) for width in range(30, 94)]
+    shapes = range(39, 30, -1)  # tall ones after the wide ones, each narrower than all before
+    assert counted == [(width, 40) for width in (*range(130, 66, -1), *shapes)]
     assert refuses(lengths, row("<image>\nwhat? " + "x y " * 99, "a", (500, 40)))
 
 
-def test_without_a_limit_no_image_is_counted(processor: Any, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_image_with_more_tokens_than_all_before_is_counted(processor: Any, row: Row) -> None:
+    text, small = "<image>\nwhat?", [(width, height) for width in range(2, 18) for height in range(2, 18)]
+    late = row(text, "a", (64, 64))
+    tokens = ChatCollator(processor)([Rows([late])[0]])["input_ids"].shape[1]
+    processor.tokenizer.model_max_length = tokens - 1
+    lengths = Lengths(processor)
+    for size in small:
+        assert not refuses(lengths, row(text, "a", size))
+    assert refuses(lengths, late)
+
+
+def test_without_a_limit_no_long_row_is_counted(processor: Any, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, long = lengths_at(processor, 2**40), "<image>\nwhat? " + "x " * 999
+    assert not refuses(lengths, row(long, "a", (80, 20)))
     monkeypatch.delattr("untrigger.models.lengths.tokenize")
-    assert not refuses(lengths_at(processor, 2**40), row("<image>\nwhat? " + "x " * 999, "a", (40, 40)))
+    assert not refuses(lengths, row(long, "a", (60, 25)))
 
 
 def test_turns_that_the_chat_template_rejects_raise_while_reading(processor: Any, row: Row) -> None:
@@ -102,5 +118,5 @@ def test_turns_that_the_chat_template_rejects_raise_while_reading(processor: Any
 
 
 def test_an_image_that_the_processor_rejects_raises_while_reading(processor: Any, row: Row) -> None:
-    with pytest.raises(InputError, match=r"rejects images of 900 x 2 pixels \(.*\); remove them"):
+    with pytest.raises(InputError, match=r"takes no image of 900 x 2 pixels \(.*\); take the row out"):
         Lengths(processor)(Sample("1", (), row("<image>\nwhat?", "a").messages), [(900, 2)])

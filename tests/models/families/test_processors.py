@@ -31,12 +31,12 @@ def test_rows_that_a_family_does_not_support_raise_one_line(folder: Folder, row:
         lambda rows: list(answers(loaded, rows)),
         lambda rows: ChatCollator(loaded.processor)([Rows(rows)[0]]),
     ):
-        with pytest.raises(InputError, match=r"^(InstructBLIP|BLIP-2) takes .*; leave out [^\n]*$"):
+        with pytest.raises(InputError, match=r"^(id|row) .*: has no image, and (InstructBLIP|BLIP-2) needs [^\n]*$"):
             call([row("hello?", "no")])
 
 
 def test_instructblip_takes_one_image_a_row(folder: Folder, row: Row) -> None:
-    with pytest.raises(InputError, match="takes rows with one image"):
+    with pytest.raises(InputError, match=r"^id 'row': has 2 images, and InstructBLIP needs one"):
         list(answers(load(folder("instructblip")), [row("<image> <image> same?", "no", (40, 40), (40, 40))]))
 
 
