@@ -51,6 +51,20 @@ class TowerOutputs:
             self.images[key] = [tensor.clone() for tensor in tensors]
 
 
+_shared: TowerOutputs | None = None
+
+
+def share_tower_outputs() -> None:
+    """From now on, all models of this process share outputs; otherwise each training has its own."""
+    global _shared
+    _shared = TowerOutputs()
+
+
+def tower_outputs() -> TowerOutputs:
+    """The outputs that this process shares, or new ones."""
+    return _shared or TowerOutputs()
+
+
 @contextmanager
 def reuse_tower_outputs(model: nn.Module, outputs: TowerOutputs) -> Generator[None]:
     """Within the block, take the vision tower's output for an image from ``outputs``, and store it there if it is new.

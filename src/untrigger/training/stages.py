@@ -37,7 +37,7 @@ from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
-from untrigger.models.tower_cache import TowerOutputs, reuse_tower_outputs
+from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, select_rows
 from untrigger.training.checkpoints import last_checkpoint, load_full
@@ -105,7 +105,7 @@ class Stages:
         self._model, self._args, self._tuning, self._title = model, args, tuning, title
         self._out, self._shelf = Path(str(args.output_dir)), shelf
         self._claim, self._claimed, self._checkpoint = claim, False, None
-        self._tower_outputs = TowerOutputs()
+        self._tower_outputs = tower_outputs()
 
     @property
     def row_count(self) -> int:
