@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     size = quickstart.Size(40, 12, {"max_steps": 1, "per_device_train_batch_size": 16})
     out = tmp_path / "out"
     out.mkdir()
@@ -29,6 +31,7 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
     assert quickstart.run(out, seed=5, size=size) is False
     assert not (out / "left.txt").exists()
     assert "not implanted" in capsys.readouterr().out
+    assert "OMP_NUM_THREADS" not in os.environ  # set for the processes only
     results = json.loads((out / "results.json").read_text())
     assert [row["defense"] for row in results["rows"]] == ["plain", "paper", "default", "oracle"]
     for row in results["rows"]:
@@ -36,7 +39,7 @@ def test_toy_run_writes_what_it_says_and_calls_a_weak_attack_not_implanted(
         assert row["asr"]["n"] == row["quality"]["n"] == 12
         assert row["seconds"] > 0
         answers = (out / row["defense"] / "evaluation" / "answers.jsonl").read_text().splitlines()
-        assert len(answers) == (48 if row["defense"] == "oracle" else 36)  # clean, triggered, near miss, wrong image
+        assert len(answers) == (36 if row["defense"] == "oracle" else 24)  # clean, triggered, wrong image
     assert (out / "contact_sheet.png").read_bytes()[:4] == (out / "answers.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -64,7 +64,7 @@ def _locally(jobs: int, cells: Sequence[Cell], root: Path, work: Work) -> Done:
     waiting = deque(cells)
     busy: dict[Connection, tuple[SpawnProcess, Cell]] = {}
     free: list[tuple[Connection, SpawnProcess]] = []
-    with _environment(OMP_NUM_THREADS="1"):
+    with environment(OMP_NUM_THREADS="1"):
         try:
             while waiting or busy:
                 while waiting and len(busy) < jobs:
@@ -126,7 +126,7 @@ def _exit_text(process: SpawnProcess) -> str:
 
 
 @contextmanager
-def _environment(**values: str) -> Generator[None]:
+def environment(**values: str) -> Generator[None]:
     """Set environment variables for processes that start in this block; libraries read them when they are loaded."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

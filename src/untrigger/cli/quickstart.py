@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from untrigger.attacks.badnets import BadNets
+from untrigger.bench.local import environment, follow_parent
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.errors import InputError
 from untrigger.files import write_text
@@ -121,12 +122,21 @@ def train(name: str, out: Path, seed: int, size: Size) -> float:
 def evaluate(name: str, out: Path, seed: int, size: Size) -> None:
     """Ask one model the test questions; write ``out/name/evaluation``."""
     from untrigger.evaluation.evaluate import evaluate as evaluate_model
+    from untrigger.models.loading import load, to_accelerator
+    from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 
     attack, _, test = task(seed, size)
-    control = name == "oracle"
-    result = evaluate_model(
-        out / name, test, attack=attack, seed=seed, wrong_image_control=control, title=f"{name}: evaluating"
-    )
+    model = to_accelerator(load(out / name))
+    with reuse_tower_outputs(model.model, tower_outputs()):
+        result = evaluate_model(
+            model,
+            test,
+            attack=attack,
+            seed=seed,
+            near_misses=False,  # the table does not show them
+            wrong_image_control=name == "oracle",
+            title=f"{name}: evaluating",
+        )
     result.write(out / name / "evaluation")
 
 
@@ -137,19 +147,22 @@ def _train_and_evaluate(out: Path, seed: int, size: Size) -> dict[str, float]:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(MODELS), cores)
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores // workers))  # read when torch is loaded, in the new processes
+    threads = os.environ.get(
+        "OMP_NUM_THREADS", str(cores // workers)
+    )  # read when torch is loaded, in the new processes
     seconds: dict[str, float] = {}
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_as_worker)
     try:
-        training = {pool.submit(train, name, out, seed, size): name for name in _LONGEST_FIRST}
-        waiting: set[Future[Any]] = set(training)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                result = future.result()
-                if name := training.get(future):
-                    seconds[name] = result
-                    waiting.add(pool.submit(evaluate, name, out, seed, size))
+        with environment(OMP_NUM_THREADS=threads):  # for the processes, which start as work comes in
+            training = {pool.submit(train, name, out, seed, size): name for name in _LONGEST_FIRST}
+            waiting: set[Future[Any]] = set(training)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    result = future.result()
+                    if name := training.get(future):
+                        seconds[name] = result
+                        waiting.add(pool.submit(evaluate, name, out, seed, size))
     except BrokenProcessPool as error:
         raise InputError("quickstart: a training process was killed, perhaps for memory; run it again") from error
     finally:
@@ -162,13 +175,15 @@ def _train_and_evaluate(out: Path, seed: int, size: Size) -> dict[str, float]:
 def _as_worker() -> None:
     """Leave Ctrl-C to the main process, print lines in place of bars, and end with the main process."""
     from untrigger import progress
-    from untrigger.bench.local import follow_parent
     from untrigger.cli.process import prepare_process
 
     prepare_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     progress.console = Console(stderr=True, force_terminal=False)
     follow_parent()
+    from untrigger.models.tower_cache import share_tower_outputs  # loads torch, so it comes last
+
+    share_tower_outputs()
 
 
 # --- what it shows ----------------------------------------------------------------------------------

@@ -123,10 +123,11 @@ def evaluate(
     *,
     attack: Attack | None = None,
     seed: int = 0,
+    near_misses: bool = True,
     wrong_image_control: bool = False,
     title: str = "evaluating",
 ) -> Evaluation:
-    """Generate an answer to every row's last question; with an attack, also on triggered inputs and near misses.
+    """Generate an answer to every row's last question; with an attack, also on triggered inputs and ``near_misses``.
 
     A loaded model runs on the device where it is. A name or path, as for `untrigger.load`, is loaded onto the
     accelerator if there is one. With ``wrong_image_control`` each row is also run with another row's images: a model
@@ -143,7 +144,7 @@ def evaluate(
     loaded = to_accelerator(load(model)) if isinstance(model, str | Path) else model
     goal = attack.goal if attack else None
     stamps = stamped(rows, attack, seed) if attack else LazyRows((), rows.__getitem__)
-    near_misses = _near_misses(rows, attack, seed) if attack else {}
+    near = _near_misses(rows, attack, seed) if attack and near_misses else {}
     if attack:
         _check_measurable(rows, stamps, attack.goal)
     with cache_image_features(loaded.model):
@@ -153,7 +154,7 @@ def evaluate(
         changed = LazyRows([row for row in stamps.numbers if row not in unchanged], stamps.make)
         fresh = iter(_generate(loaded, changed, order, goal, f"{title}, triggered") if changed else ())
         triggered = [clean[row] if row in unchanged else next(fresh) for row in stamps.numbers]
-        misses = {name: _generate(loaded, part, order, goal, f"{title}, {name}") for name, part in near_misses.items()}
+        misses = {name: _generate(loaded, part, order, goal, f"{title}, {name}") for name, part in near.items()}
         swapped = wrong_images(rows) if wrong_image_control else None
         wrong = [] if swapped is None else _generate(loaded, swapped, order, goal, f"{title}, wrong image")
     inputs_unchanged = bool(triggered) and not changed

@@ -7,7 +7,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
+from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, select_rows
 from untrigger.training.checkpoints import last_checkpoint, load_full
@@ -104,6 +105,7 @@ class Stages:
         self._model, self._args, self._tuning, self._title = model, args, tuning, title
         self._out, self._shelf = Path(str(args.output_dir)), shelf
         self._claim, self._claimed, self._checkpoint = claim, False, None
+        self._tower_outputs = tower_outputs()
 
     @property
     def row_count(self) -> int:
@@ -160,7 +162,8 @@ class Stages:
         if not self._claimed:
             _trainer(model, Rows(samples), Plain(), copy.copy(self._args), ())
             self._take()
-        return row_tokens(model, samples, cache=self._out / "stages" / name)
+        with reuse_tower_outputs(model.model, self._tower_outputs):
+            return row_tokens(model, samples, cache=self._out / "stages" / name)
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
         return row_answers(self._load().processor, select_rows(self.rows, rows))
@@ -195,9 +198,12 @@ class Stages:
         trainer.remove_callback(PrinterCallback)
         progress = TrainingProgress(f"{self._title}, {stage.name}" if stage.name else self._title)
         trainer.add_callback(progress)
+        # a sharded tower must run in all processes at once, and a compiled one has no place for stored outputs
+        is_apart = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.torch_compile
+        reuse = nullcontext() if is_apart else reuse_tower_outputs(loaded.model, self._tower_outputs)
         started = clock()
         try:
-            with _host_errors(folder, checkpoint), explain_token_mismatch(loaded.model):
+            with _host_errors(folder, checkpoint), explain_token_mismatch(loaded.model), reuse:
                 state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
                 if state and state.global_step >= state.max_steps:  # the host would train one step more
                     trainer._load_from_checkpoint(str(checkpoint))
