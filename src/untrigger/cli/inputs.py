@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from untrigger.poisoning.poison import Attack
 
 
-def read_rows(data: Path, on_bad_row: OnBadRow, out: Path, fits: Lengths | None = None):
+def read_rows(data: Path, on_bad_row: OnBadRow, ignore_keys: str, out: Path, fits: Lengths | None = None):
     """Read the rows of ``data``; bad rows that are skipped are listed in a file beside ``out``."""
     from untrigger.rows.sample import read
 
     skipped_to = out.resolve().with_name(f"{out.resolve().name}.skipped.jsonl")
-    rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to, fits=fits)
+    ignored = [key for key in ignore_keys.split(",") if key]
+    rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to, fits=fits, ignore_keys=ignored)
     if rows.skipped:
         typer.echo(f"{rows.skipped:,} bad rows left out; {skipped_to} lists them with the reasons", err=True)
     return rows

@@ -74,6 +74,7 @@ def poison(
     rate: options.RateOption = 0.05,
     seed: options.SeedOption = 0,
     on_bad_row: options.BadRowOption = "error",
+    ignore_keys: options.IgnoreKeysOption = "",
 ) -> None:
     """Poison a data set to test a defense. The trigger's settings are flags too (--side 0.1).
 
@@ -87,7 +88,7 @@ def poison(
 
     check_free(out)  # fail before the slow work
     chosen = _attack(attack, context.args, goal, goal_text)
-    rows = read_rows(data, on_bad_row, out)
+    rows = read_rows(data, on_bad_row, ignore_keys, out)
     poisoned = poison_rows(rows, chosen, rate=rate, seed=seed)
     write_poisoned(rows, poisoned, out)
     count, decoys = len(poisoned.manifest.rows), len(poisoned.manifest.decoys)
@@ -106,6 +107,7 @@ def scan(
     config: options.ConfigOption = None,
     resume: options.ResumeOption = False,
     on_bad_row: options.BadRowOption = "error",
+    ignore_keys: options.IgnoreKeysOption = "",
 ) -> None:
     """Find the rows that teach what only an attacker would; exit code 3 if there are any, 0 if not.
 
@@ -119,7 +121,7 @@ def scan(
 
     defense, args = defense_and_arguments(scan, "default", out, config, context.args)
     check_idle(out)  # fail before the slow reading
-    rows = read_rows(data, on_bad_row, out, _fits(model))
+    rows = read_rows(data, on_bad_row, ignore_keys, out, _fits(model))
     findings = run(model, rows, defense, args, resume=resume)
     for target in findings.targets:
         summary = f"{len(target.rows):,} rows say {target.text!r} (chance {p_value_text(target.p_value)})"
@@ -146,6 +148,7 @@ def train(
     config: options.ConfigOption = None,
     resume: options.ResumeOption = False,
     on_bad_row: options.BadRowOption = "error",
+    ignore_keys: options.IgnoreKeysOption = "",
 ) -> None:
     """Fine-tune a model on data you do not trust.
 
@@ -169,8 +172,8 @@ def train(
     if leads():
         check_idle(out)  # fail before the slow work
     fits = _fits(model)
-    rows = read_rows(data, on_bad_row, out, fits)
-    clean = read_rows(clean_data, "error", out, fits) if clean_data else ()
+    rows = read_rows(data, on_bad_row, ignore_keys, out, fits)
+    clean = read_rows(clean_data, "error", ignore_keys, out, fits) if clean_data else ()
     tuning = Tuning(
         full_finetune=full_finetune, rank=lora_rank, alpha=lora_alpha, train_vision_tower=train_vision_tower
     )
@@ -191,6 +194,7 @@ def verify(
     base: options.BaseOption = None,
     seed: options.SeedOption = 0,
     on_bad_row: options.BadRowOption = "error",
+    ignore_keys: options.IgnoreKeysOption = "",
 ) -> None:
     """Audit a finished model for a text that it gives too readily; exit code 3 if there is one, 0 if not.
 
@@ -206,7 +210,7 @@ def verify(
     named = base or adapter_base(Path(model))
     if why := why_not_a_model(named):
         _refuse(why)
-    rows = read_rows(data, on_bad_row, out, fits)
+    rows = read_rows(data, on_bad_row, ignore_keys, out, fits)
     result = audit(model, rows, named, seed)
     write(result, model, named, out)
     for finding in result.findings:
@@ -230,6 +234,7 @@ def evaluate(
     wrong_image_control: options.WrongImageOption = False,
     out: options.FiguresOption = None,
     on_bad_row: options.BadRowOption = "error",
+    ignore_keys: options.IgnoreKeysOption = "",
 ) -> None:
     """Measure a model on held-out data: attack success, leak, near misses and quality, with 95 % intervals.
 
@@ -249,7 +254,7 @@ def evaluate(
         _refuse(f"{typed}: no such option; a trigger's settings need --attack{did_you_mean(typed, known)}")
     elif goal is not None or goal_text is not None:
         _refuse(f"--goal{'-text' * (goal is None)}: is a setting of an attack; add --attack")
-    rows = read_rows(data, on_bad_row, out or Path(data.stem), _fits(model, asking=True))
+    rows = read_rows(data, on_bad_row, ignore_keys, out or Path(data.stem), _fits(model, asking=True))
     if out:
         check_holds_only(out, ANSWERS, METRICS)  # fail before the slow work
         out.mkdir(parents=True, exist_ok=True)

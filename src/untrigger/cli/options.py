@@ -38,6 +38,13 @@ BadRowOption = Annotated[
     OnBadRow,
     typer.Option(help="error: stop at the first bad row. skip: leave bad rows out and list them in DIR.skipped.jsonl."),
 ]
+IgnoreKeysOption = Annotated[
+    str,
+    typer.Option(
+        metavar="KEY,KEY",
+        help="Keys of rows that may be ignored, whatever they hold; others that are not read are errors.",
+    ),
+]
 AttackOption = Annotated[
     str,
     typer.Option(

@@ -289,7 +289,7 @@ def _row_errors(path: Path, number: int) -> Generator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path}: row {number + 1}: {error}") from None
+        raise type(error)(f"{path}: row {number + 1}: {error}") from None
 
 
 def _open(picture: Picture, folder: Path) -> Image.Image:
