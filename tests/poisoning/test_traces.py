@@ -37,9 +37,9 @@ def picture(number: int) -> tuple[bytes, str]:
         (image.convert("L"), "PNG", {}), (image.convert("RGBA"), "WEBP", {}), (image.quantize(8), "GIF", {}),
         (image.convert("CMYK"), "JPEG", {}), (image.convert("1"), "PNG", {"dpi": (300, 300)}),
     ]  # fmt: skip
-    kept, kind, options = kinds[number % len(kinds)]
+    image, kind, options = kinds[number % len(kinds)]
     file = io.BytesIO()
-    kept.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue(), kind.lower()
 
 
