@@ -146,6 +146,8 @@ def test_near_misses_are_run_and_counted_as_leaks(oracle: Oracle) -> None:
     assert (triggered != clean).any(axis=2).sum() == (near != clean).any(axis=2).sum() == 12 * 12
     assert (triggered != near).any()
     assert "near_miss" not in evaluate(NO_MODEL, data).figures
+    without = evaluate(NO_MODEL, data, attack=ATTACK, near_misses=False)
+    assert not without.near_misses and without.triggered == result.triggered[:6]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from untrigger.defenses import PRESETS
-from untrigger.models.loading import LoadedModel, add_lora, base_model, load
+from untrigger.models.loading import LoadedModel, base_model, load
 from untrigger.models.tower_cache import TowerOutputs, reuse_tower_outputs
 from untrigger.rows.sample import Sample
 from untrigger.training.finetune import fine_tune
@@ -65,8 +65,8 @@ def test_known_images_do_not_pass_through_the_tower(model: LoadedModel) -> None:
     with torch.no_grad():
         tower_of(model).pre_layrnorm.weight.add_(1)
     with reuse_tower_outputs(model.model, outputs):  # other weights: nothing is known
-        for _ in range(2):
-            changed = features(model, PIXELS)
+        features(model, PIXELS)
+        changed = features(model, PIXELS)
         assert passes == [2, 1, 1, 4, 4, 1, 1, 4]
     assert not torch.equal(changed.last_hidden_state, again.last_hidden_state)
 
@@ -74,8 +74,9 @@ def test_known_images_do_not_pass_through_the_tower(model: LoadedModel) -> None:
 def test_what_has_no_room_is_computed_again(model: LoadedModel) -> None:
     outputs, passes, expected = TowerOutputs(free=0), counting(model), features(model, PIXELS)
     with reuse_tower_outputs(model.model, outputs):
-        for _ in range(3):
-            computed = features(model, PIXELS)
+        features(model, PIXELS)
+        features(model, PIXELS)
+        computed = features(model, PIXELS)
     assert torch.equal(computed.last_hidden_state, expected.last_hidden_state)
     assert passes == [4, 4, 1, 1, 4, 4] and not outputs.images
 
@@ -128,5 +129,4 @@ def test_training_ends_in_the_same_bits(
         weights.append({name: value.clone() for name, value in trained.model.state_dict().items()})
     assert len(outputs[0].images) >= len(samples) - 4 and not outputs[1].images
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-    start = {name: value for name, value in add_lora(load(tiny_model).model, rank=4).state_dict().items()}
-    assert any(not torch.equal(start[name], value) for name, value in weights[0].items())
+    assert any(value.any() for name, value in weights[0].items() if "lora_B" in name)  # they start at zero

@@ -112,7 +112,9 @@ class _Reused:
         situation = repr((sorted(kwargs.items()), pixels.dtype, pixels.shape[1:], autocast))
         call = sha256(self._weights + situation.encode()).digest()
         images, layouts = self._outputs.images, self._outputs.layouts
-        keys = [call + sha256(image.contiguous().view(torch.uint8).numpy()).digest() for image in pixels.detach()]
+        keys = [
+            call + sha256(image.contiguous().view(torch.uint8).numpy().tobytes()).digest() for image in pixels.detach()
+        ]
         new = {key: at for at, key in enumerate(keys) if key not in images}
         rows = {key: images[key] for key in keys if key in images}
         if new:
