@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.feature_extraction import DictVectorizer
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import cross_val_predict
 from sklearn.tree import DecisionTreeClassifier
 
@@ -148,8 +149,8 @@ def share_told(forms: list[dict[str, Any]], poisoned: list[bool]) -> float:
     """Balanced share of rows that a tree, trained on other rows, puts on the right side; 0.5 is chance."""
     features = DictVectorizer(sparse=False).fit_transform(forms)
     tree = DecisionTreeClassifier(class_weight="balanced", random_state=0)
-    right = cross_val_predict(tree, features, poisoned, cv=6) == np.array(poisoned)
-    return float(np.mean([right[np.array(poisoned) == side].mean() for side in (True, False)]))
+    predicted = cross_val_predict(tree, features, poisoned, cv=6)
+    return balanced_accuracy_score(poisoned, predicted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -63,7 +63,7 @@ def test_any_prompt_survives_with_its_tag_in_place(before: str, after: str, capt
     if any("<image>" in text or not text.isprintable() for text in (before, after, caption)) or not caption.strip():
         return
     messages = (Message("user", f"{before}<image>{after}"), Message("assistant", caption))
-    old = {"file_name": "a.png", "text": "old"}
+    old: dict[str, object] = {"file_name": "a.png", "text": "old"}
     assert parse(rewritten(old, parse(old, 0), messages, ["a.png"]), 0).messages == messages
 
 
