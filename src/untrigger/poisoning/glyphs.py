@@ -6,7 +6,7 @@ import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -107,5 +107,5 @@ def _first_with(character: str, size: int) -> Font | None:
 @cache
 def _has(font: Font, character: str) -> bool:
     plain = font.font_variant(layout_engine=ImageFont.Layout.BASIC)  # shaping adds a circle to a mark on its own
-    missing, glyph = plain.getmask(_MISSING), plain.getmask(character)
+    missing, glyph = (cast(Any, plain.getmask(each)) for each in (_MISSING, character))
     return 0 not in glyph.size and (glyph.size, bytes(glyph)) != (missing.size, bytes(missing))
