@@ -185,9 +185,7 @@ def test_images_are_checked_once_and_not_cached(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sample_module, "decode", decode)
     data = read(path)
     assert len(opened) == 6 and max_alive <= 2 and not alive
-    for sample in data:
-        assert len(sample.images) == 2
-    del sample
+    assert [len(sample.images) for sample in data] == [2] * 60
     assert len(opened) == 126 and max_alive <= 4 and not alive
 
 
