@@ -120,9 +120,9 @@ def flat(sample: Sample) -> tuple[object, ...]:
 
 def assert_reads(data: Data, talks: list[Talk], ids: list[str], pictures: list[list[int]], tag: str) -> None:
     assert len(data) == len(talks)
-    for sample, talk, id, numbers in zip(data, talks, ids, pictures, strict=True):
+    for sample, talk, id, numbers_of_images in zip(data, talks, ids, pictures, strict=True):
         assert (sample.id, sample.messages) == (id, talk.messages(tag))
-        assert [image.tobytes() for image in sample.images] == [picture(k).tobytes() for k in numbers]
+        assert [image.tobytes() for image in sample.images] == [picture(k).tobytes() for k in numbers_of_images]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<["), min_size=1, max_size=9)
@@ -161,7 +161,7 @@ def test_rows_are_read_exactly_and_survive_both_ways_of_writing(layout: str, dat
     drawn = [data.draw(talks(layout)) for _ in range(data.draw(st.integers(1, 3)))]
     tag = "<image>" if "parts" in layout else "<image>\n"
     rows: list[Row] = []
-    ids, places, at = list[str](), list[list[int]](), 0
+    ids, numbers_of_images, at = list[str](), list[list[int]](), 0
     for number, talk in enumerate(drawn):
         numbers = [(at + k) % 6 for k in range(talk.images)]
         at += talk.images
@@ -170,11 +170,11 @@ def test_rows_are_read_exactly_and_survive_both_ways_of_writing(layout: str, dat
         extra = {key: value for key, value in data.draw(HARMLESS_KEYS).items() if talk.images or "image" not in key}
         rows.append(extra | row | ({} if id is None else {"id": id}))
         ids.append(str(number + 1) if id is None else str(id))
-        places.append(numbers)
+        numbers_of_images.append(numbers)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         read_data = read(save_rows(folder / "in", rows))
-        assert_reads(read_data, drawn, ids, places, tag)
+        assert_reads(read_data, drawn, ids, numbers_of_images, tag)
         write(read_data, folder / "copy")
         lines = (folder / "copy/data.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         assert [json.loads(line) for line in lines] == rows

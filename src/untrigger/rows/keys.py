@@ -46,7 +46,7 @@ _LEARNED = frozenset(_LEARNED_TEXT.split())
 _MEDIA = re.compile(
     r"(?:^|[_-])(?:audios?|speech|videos?|movies?|frames?|voice|sounds?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)(?:$|[_-])"
 )
-_PICTURE = re.compile(r"image|img|picture|photo|(?:^|_)pics?(?:$|_)|screenshot|figure", re.IGNORECASE)
+_PICTURE = re.compile(r"image|img|picture|photo|(?:^|_)pics?(?:$|_)|screenshot|figure")
 _ARRAY = re.compile(r"pixel|(?:^|_)(?:array|tensor)s?(?:$|_)")
 _MEDIA_FILE = re.compile(
     r"data:(?:image|video|audio)/|(?:image|video|audio)/(?:png|jpe?g|webp|gif|bmp|tiff|mp4|webm|wav|mpeg)$"
@@ -96,18 +96,17 @@ def check_keys(
         if name in read or name in ignored or is_empty(value):
             continue
         low, number = name.lower(), _is_number(value)
+        about_picture = number and low in HARMLESS  # its size, and not its pixels
         one_number = number and not isinstance(value, dict | list | tuple)  # several may be a sound or a picture
-        if name in SWITCHES or (name == "label" and value is False):  # a class may be 0, a bad answer is False
-            if value not in SWITCHES.get(name, ()):
+        if low in SWITCHES or (low == "label" and value is False):  # a class may be 0, a bad answer is False
+            if value not in SWITCHES.get(low, ()):
                 raise InputError(
                     f"{label} {quote(name)} = {quote(str(value))[1:-1]}, which changes what is learned and is not "
                     "read; remove the key, or the row"
                 )
         elif _MEDIA.search(low) and not one_number:
             raise InputError(f"{label} {quote(name)}, and only images are read; remove the row")
-        elif not pictures and (
-            _names_media(value) or (_PICTURE.search(low) and not _is_about(low, number, one_number))
-        ):
+        elif not pictures and (_names_media(value) or (_PICTURE.search(low) and not (one_number or about_picture))):
             raise InputError(f"{label} {quote(name)} but no image that is read; put its images into 'images'")
         elif number and low not in _LEARNED and (one_number or not _ARRAY.search(low)):
             continue
@@ -133,11 +132,6 @@ def _is_number(value: object) -> bool:
     """Whether a value is made of numbers, booleans and times alone, such as a box; a text of digits is a text."""
     kinds = (int, float, Decimal, date, time, timedelta)
     return all(leaf is None or isinstance(leaf, kinds) for leaf in leaves(value))
-
-
-def _is_about(name: str, number: bool, one_number: bool) -> bool:
-    """Whether numbers are facts about a picture, such as its size, and not its pixels."""
-    return one_number or (number and name in HARMLESS)
 
 
 def _names_media(value: object) -> bool:
