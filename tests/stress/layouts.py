@@ -171,19 +171,19 @@ def drawn(
     ``picture`` stores an image and gives what the row names it by, and its pixels.
     """
     caption = layout == "caption"
-    said = talk(rng, images_first=layout in IMAGES_FIRST, most_pairs=1 if caption else 3, most_images=most_images)
+    spoken = talk(rng, images_first=layout in IMAGES_FIRST, most_pairs=1 if caption else 3, most_images=most_images)
     if caption:
-        count, question, answer = said.pairs[0]
-        said = Talk([(max(1, count), rng.choice((CAPTION, question)), answer)])
-    stored = [picture() for _ in range(said.images)]
-    made = _row(rng, layout, said, [each for each, _ in stored])
-    turns = said.turns("<image>" if layout in IN_PARTS else "<image>\n")
+        count, question, answer = spoken.pairs[0]
+        spoken = Talk([(max(1, count), rng.choice((CAPTION, question)), answer)])
+    stored = [picture() for _ in range(spoken.images)]
+    made = _row(rng, layout, spoken, [each for each, _ in stored])
+    turns = spoken.turns("<image>" if layout in IN_PARTS else "<image>\n")
     id: Any = rng.choice((None, None, rng.randrange(9), "same", f"r{rng.random()}"))
     if id is not None:
         made["id"] = id
     result = Drawn(made, turns, [pixels for _, pixels in stored], id=None if id is None else str(id))
     for key, value in rng.sample(HARMLESS, rng.choice((0, 0, 1, 3))):
-        if said.images or key not in ("url", "image_name"):
+        if spoken.images or key not in ("url", "image_name"):
             made.setdefault(key, value)
     if rng.random() < bad:
         return _spoiled(rng, result)

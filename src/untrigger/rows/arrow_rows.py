@@ -225,7 +225,10 @@ def _plain(schema: pa.Schema) -> pa.Schema:
 
 def open_folder(path: Path) -> ArrowRows:
     """Open a folder that the ``datasets`` library saved."""
-    names = _read_object(path, "state.json").get("_data_files")
+    state = _read_object(path, "state.json")
+    names = state.get("_data_files")
+    if state.get("_indices_files") or state.get("_indices_data_files"):  # versions before 2 stored a selection so
+        raise InputError(f"{path}: selects rows by an index file, which is not read; save it with a newer datasets")
     with _arrow_errors(path):
         if not isinstance(names, list) or not names:
             raise ValueError("state.json lists no data files")

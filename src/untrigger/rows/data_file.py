@@ -98,4 +98,7 @@ def open_rows(path: Path, ignored: Collection[str] = ()) -> Rows:
             return CsvRows(path)
         if not start:
             raise InputError(f"{path}: is empty; {HINT}")
-        return read_list(path, ignored) if is_document(path, first_bytes(path, 4096)) else JsonLines(path)
+        head = first_bytes(path, 4096)
+        if start.startswith(b"PK\3\4") or head[_TAR_MARK] == b"ustar":
+            raise InputError(f"{path}: is a packed archive; unpack it, and give the tar file or the folder in it")
+        return read_list(path, ignored) if is_document(path, head) else JsonLines(path)
