@@ -60,6 +60,7 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "pixels as numbers": ({"messages": [{**TURNS[0], "content": "?"}, TURNS[1]], "img": [[0, 1]]}, "has 'img' but no"),
     "pixels beside an image": ({**GOOD, "pixel_values": [[0.5, 0.1]]}, "has 'pixel_values'"),
     "a picture in a harmless key": ({**GOOD, "source": URI}, "has 'source'"),
+    "a sound in a harmless key": ({**GOOD, "file": "a.wav"}, "has 'file'"),
     "a switch in capitals": ({**GOOD, "Loss": False}, "has 'Loss' = False"),
     "a picture beside a text part": (part(type="text", text="?", url="0.png"), "a part has 'url' but no image"),
     "a picture in a key of its own": (
@@ -96,6 +97,14 @@ def test_rows_that_would_lose_something_are_refused(name: str, tmp_path: Path) -
     with pytest.raises(InputError) as caught:
         read(folder_with(tmp_path, [GOOD, row]))
     assert ": row 2: " in str(caught.value) and message in str(caught.value), str(caught.value)
+
+
+def test_either_key_of_a_caption_may_be_empty(tmp_path: Path) -> None:
+    captions = [{"text": None, "caption": "a cat"}, {"text": "a dog", "caption": ""}]
+    data = read(folder_with(tmp_path, [{"image": "0.png", **each} for each in captions]))
+    assert [sample.messages[1].text for sample in data] == ["a cat", "a dog"]
+    with pytest.raises(InputError, match="row 1: has an empty answer"):
+        read(folder_with(tmp_path, [{"image": "0.png", "text": "", "caption": ""}]))
 
 
 def test_facts_in_numbers_stay_harmless(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def _json(rng: random.Random, path: Path, rows: int, bad: float) -> list[Drawn] 
         images.sound = True
         other = layout or rng.choice(LAYOUTS)
         each = _caption(rng, images, bad) if of_folder else drawn(rng, other, images, bad=bad)
-        made.append(each if images.sound or each.refused else Drawn(each.row))
+        made.append(each if images.sound else Drawn(each.row))
     packed = gzip.compress if path.suffix == ".gz" else bytes
     if ".jsonl" in path.name:
         lines, made = _lines(rng, made)

@@ -202,7 +202,8 @@ HARMFUL: list[tuple[str, Any]] = [
     ("loss_scale", 0), ("rejected_response", "3"), ("solution", 7), ("ground_truth", "x"), ("img", "images/x.png"),
     ("image_2", "images/x.png"), ("picture", {"bytes": "x"}), ("label", False), ("mask", [1, 0]), ("max_pixels", 784),
     ("thought", "x"), ("tools", [{"name": "x"}]), ("objects", {"ref": ["dog"]}), ("pixel_values", [[0.1, 0.2]]),
-    ("chosen", "x"), ("source", "data:image/png;base64,AA"), ("Images", ["images/x.png"]), ("frames", [1, 2]),
+    ("chosen", "x"), ("source", "data:image/png;base64,AA"),
+    ("file", "a.mp4"), ("Images", ["images/x.png"]), ("frames", [1, 2]),
 ]  # fmt: skip
 
 

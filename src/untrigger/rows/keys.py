@@ -48,6 +48,7 @@ _MEDIA = re.compile(
 )
 _PICTURE = re.compile(r"image|img|picture|photo|(?:^|_)pics?(?:$|_)|screenshot|figure")
 _ARRAY = re.compile(r"pixel|(?:^|_)(?:array|tensor)s?(?:$|_)")
+_SOUND_FILE = re.compile(r".*\.(?:mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)(?:$|[?#])", re.IGNORECASE | re.DOTALL)
 _MEDIA_FILE = re.compile(
     r"data:(?:image|video|audio)/|(?:image|video|audio)/(?:png|jpe?g|webp|gif|bmp|tiff|mp4|webm|wav|mpeg)$"
     r"|.*\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)(?:$|[?#])",
@@ -142,7 +143,9 @@ def _names_media(value: object) -> bool:
 
 
 def _holds_media(value: object) -> bool:
-    """Whether a value holds bytes or a data URI: media itself, and not only the name of its file."""
+    """Whether a value holds bytes, a data URI or a video's name; an image's name may tell where the row's is from."""
     return any(
-        isinstance(leaf, bytes) or (isinstance(leaf, str) and leaf[:5].lower() == "data:") for leaf in leaves(value)
+        isinstance(leaf, bytes)
+        or (isinstance(leaf, str) and (leaf[:5].lower() == "data:" or bool(_SOUND_FILE.match(leaf[-300:]))))
+        for leaf in leaves(value)
     )

@@ -180,7 +180,10 @@ class Caption(Layout):
         return frozenset({self.name, "prompt"})
 
     def fits(self, row: Row) -> bool:
-        return self.name in row and not all(is_empty(row.get(key)) for key in ("file_name", "image", "images"))
+        if self.name not in row or all(is_empty(row.get(key)) for key in ("file_name", "image", "images")):
+            return False
+        # In joined tables each row fills one of the two.
+        return not is_empty(row[self.name]) or all(is_empty(row.get(key)) for key in ("text", "caption"))
 
     def parse(self, row: Row, ignored: Collection[str]) -> Turns:
         prompt = row.get("prompt")
