@@ -61,6 +61,9 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "pixels beside an image": ({**GOOD, "pixel_values": [[0.5, 0.1]]}, "has 'pixel_values'"),
     "a picture in a harmless key": ({**GOOD, "source": URI}, "has 'source'"),
     "a sound in a harmless key": ({**GOOD, "file": "a.wav"}, "has 'file'"),
+    "weights of turns": ({**GOOD, "turn_weights": [0, 1]}, "has 'turn_weights'"),
+    "a switch for questions": ({**GOOD, "train_on_prompt": True}, "has 'train_on_prompt'"),
+    "choices in numbers": ({"image": "0.png", "question": "?", "answer": "a", "choices": [1, 2]}, "has 'choices'"),
     "a switch in capitals": ({**GOOD, "Loss": False}, "has 'Loss' = False"),
     "a picture beside a text part": (part(type="text", text="?", url="0.png"), "a part has 'url' but no image"),
     "a picture in a key of its own": (

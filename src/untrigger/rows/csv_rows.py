@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from untrigger.errors import InputError
 from untrigger.rows.images import quote
@@ -50,7 +50,7 @@ class CsvRows(Rows):
                     writer.writerow(fields)
 
 
-def _row(fields: dict[str | None, object]) -> object:
+def _row(fields: Mapping[Any, object]) -> object:
     """Fields of a line. A line that is longer or shorter than the first is no row."""
     if None in fields or None in fields.values():
         text = ",".join(str(value) for value in fields.values() if value is not None)

@@ -38,16 +38,17 @@ _SIGHT_SWITCHES = ("max_pixels", "min_pixels", "resized_height", "resized_width"
 SWITCHES: Mapping[str, tuple[object, ...]] = {**LOSS_SWITCHES, **dict.fromkeys(_SIGHT_SWITCHES, ())}
 # Keys under which tools look for what is learned: even a number there is an answer.
 _LEARNED_TEXT = """
-answer answers caption captions chosen completion conversation conversations ground_truth history input input_ids
-instruction messages output prompt query question rejected rejected_response response solution system system_prompt
-text texts
+answer answers caption captions choices chosen completion context conversation conversations ground_truth history input
+input_ids instruction messages options output prompt query question rejected rejected_response response solution system
+system_prompt text texts
 """
 _LEARNED = frozenset(_LEARNED_TEXT.split())
 _MEDIA = re.compile(
     r"(?:^|[_-])(?:audios?|speech|videos?|movies?|frames?|voice|sounds?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)(?:$|[_-])"
 )
 _PICTURE = re.compile(r"image|img|picture|photo|(?:^|_)pics?(?:$|_)|screenshot|figure")
-_ARRAY = re.compile(r"pixel|(?:^|_)(?:array|tensor)s?(?:$|_)")
+_ARRAY = re.compile(r"pixel|(?:^|_)(?:array|tensor|depth|point_?cloud)s?(?:$|_)")
+_SWITCH = re.compile(r"(?:^|_)(?:loss|losses|weights?|masks?|masked)(?:$|_)|^(?:train|learn)_on_")
 _SOUND_FILE = re.compile(r".*\.(?:mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)(?:$|[?#])", re.IGNORECASE | re.DOTALL)
 _MEDIA_FILE = re.compile(
     r"data:(?:image|video|audio)/|(?:image|video|audio)/(?:png|jpe?g|webp|gif|bmp|tiff|mp4|webm|wav|mpeg)$"
@@ -109,7 +110,7 @@ def check_keys(
             raise InputError(f"{label} {quote(name)}, and only images are read; remove the row")
         elif not pictures and (_names_media(value) or (_PICTURE.search(low) and not (one_number or about_picture))):
             raise InputError(f"{label} {quote(name)} but no image that is read; put its images into 'images'")
-        elif number and low not in _LEARNED and (one_number or not _ARRAY.search(low)):
+        elif number and not (low in _LEARNED or _SWITCH.search(low) or (_ARRAY.search(low) and not one_number)):
             continue
         elif number or _holds_media(value) or not (low in HARMLESS or _HARMLESS_END.match(low)):
             unknown.append(name)
@@ -125,8 +126,8 @@ def check_keys(
 def is_about_numbers(name: str) -> bool:
     """Whether numbers under a key of a row are harmless whatever they are, so that they need not be read."""
     low = name.lower()
-    matters = low == "label" or low in _LEARNED or low in SWITCHES or _MEDIA.search(low) or _PICTURE.search(low)
-    return not (matters or _ARRAY.search(low))
+    patterns = (_MEDIA, _PICTURE, _ARRAY, _SWITCH)
+    return not (low == "label" or low in _LEARNED or low in SWITCHES or any(each.search(low) for each in patterns))
 
 
 def _is_number(value: object) -> bool:

@@ -85,7 +85,7 @@ class Pairs(Layout):
     """Cauldron's ``texts``: pairs ``{"user", "assistant"}``."""
 
     name: str = "texts"
-    keys: ClassVar[frozenset[str]] = frozenset({"texts"})
+    keys: frozenset[str] = frozenset({"texts"})
 
     def fits(self, row: Row) -> bool:
         return not is_empty(row.get(self.name))

@@ -347,7 +347,7 @@ def read_list(path: Path, ignored: Collection[str] = ()) -> JsonRows:
         head = None
         if isinstance(value, dict) and isinstance(value.get("data"), list):
             head = {name: part for name, part in value.items() if name != "data"}
-            check_keys(head, (), ignored, what="the file", pictures=False)
+            check_keys(head, (), ignored, what="the file")
             value = cast(Row, value)["data"]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
