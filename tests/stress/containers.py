@@ -285,7 +285,7 @@ def _parquet(rng: random.Random, path: Path, rows: int, bad: float) -> list[Draw
             cell = each.row.get(name) if isinstance(each.row, dict) else None
             try:
                 cells.append(pa.array([cell], type)[0].as_py() if name != "id" else cell)
-            except (pa.ArrowException, TypeError, ValueError, UnicodeEncodeError):
+            except (pa.ArrowException, TypeError, ValueError, OverflowError):
                 cells.append(None)
                 made[number] = Drawn(each.row)
         columns[name] = pa.array(cells, type) if name != "id" else pa.array([*range(rows)]).cast(type)

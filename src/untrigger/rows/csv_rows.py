@@ -50,9 +50,9 @@ class CsvRows(Rows):
                     writer.writerow(fields)
 
 
-def _row(fields: Mapping[Any, object]) -> object:
+def _row(fields: Mapping[str | Any, object]) -> object:
     """Fields of a line. A line that is longer or shorter than the first is no row."""
     if None in fields or None in fields.values():
         text = ",".join(str(value) for value in fields.values() if value is not None)
         return Unreadable(text, "has more or fewer fields than the first line has names; quote commas in texts")
-    return fields
+    return dict(fields)

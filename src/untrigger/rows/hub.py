@@ -43,7 +43,7 @@ def hub_folder(name: str, split: str | None) -> Path:
             f"{label}: cannot be fetched from the hub ({reason}); check the name and the network"
         ) from None
     if not isinstance(loaded, datasets.Dataset):
-        splits = [str(split) for split in loaded]
+        splits = [*map(str, loaded)]
         if len(splits) > 1:
             raise InputError(f"{label}: has the splits {', '.join(splits)}; name one, as {name}:{splits[0]}")
         loaded = loaded[splits[0]]

@@ -34,14 +34,17 @@ class Layout(ABC):
 
     Attributes:
         name: the key that identifies it.
-        keys: all keys that it reads.
         places_images: whether images of a row without tags come before its first question. Lists of turns need tags,
             because tools disagree about where images go without them.
     """
 
     name: str
-    keys: frozenset[str]
     places_images: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def keys(self) -> frozenset[str]:
+        """All keys that it reads."""
 
     @abstractmethod
     def fits(self, row: Row) -> bool:
@@ -65,7 +68,7 @@ class TurnList(Layout):
     places_images: ClassVar[bool] = False
 
     @property
-    def keys(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def keys(self) -> frozenset[str]:
         return frozenset({self.name})
 
     def fits(self, row: Row) -> bool:
@@ -85,7 +88,10 @@ class Pairs(Layout):
     """Cauldron's ``texts``: pairs ``{"user", "assistant"}``."""
 
     name: str = "texts"
-    keys: frozenset[str] = frozenset({"texts"})
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset({self.name})
 
     def fits(self, row: Row) -> bool:
         return not is_empty(row.get(self.name))
@@ -119,7 +125,7 @@ class QuestionAnswer(Layout):
     more: str = ""
 
     @property
-    def keys(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def keys(self) -> frozenset[str]:
         return frozenset({self.name, self.answer, "history", *([self.more] if self.more else [])})
 
     def fits(self, row: Row) -> bool:
@@ -176,7 +182,7 @@ class Caption(Layout):
     name: str
 
     @property
-    def keys(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def keys(self) -> frozenset[str]:
         return frozenset({self.name, "prompt"})
 
     def fits(self, row: Row) -> bool:

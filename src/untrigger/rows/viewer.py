@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
@@ -75,7 +76,7 @@ def _from_profile(profile: bytes, kind: str) -> Recolor | None:
     with suppress(Exception):
         srgb = ImageCms.createProfile("sRGB")
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        space = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[cast(Any, source.profile).xcolor_space.strip()]
         if space != kind and (space, kind) != ("RGB", "L"):  # viewers take gray levels as colors, nothing else
             return None
         if space == "L":  # level by level, because the faster way of lcms is ten levels off in dark grays
