@@ -28,7 +28,11 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
-from damage import damaged, file, hurt, odd, small_results
+from containers import file
+from damage import damaged, hurt, odd, small_results
+from layouts import Drawn
+from pictures import Pixels
+from PIL import Image
 from rich.console import Console
 
 from untrigger.cli import main as cli
@@ -39,6 +43,7 @@ from untrigger.rows.sample import Data, Sample, read, write
 
 ROWS = 20  # in a file
 SECONDS = 120  # that a case may take
+Content = tuple[str, list[tuple[str, str]], list[Pixels]]  # id, turns, pixels of the images
 TINY = ("--max_steps", "1", "--per_device_train_batch_size", "4", "--save_strategy", "no")
 
 
@@ -107,24 +112,40 @@ def fuzz(folder: Path, rows: int, seed: int) -> Fuzz:
 
 
 def reading(rng: random.Random, place: Path) -> str:
-    """A file is read; every row of it is either there, whole, or listed with a reason."""
-    path, count = file(rng, place / "data", ROWS)
-    strict = tried(lambda: read(path))
+    """A file is read; every row of it is either there, whole, or listed with a reason, and survives being written."""
+    drawn = file(rng, place / "data", ROWS)
+    strict = tried(lambda: read(drawn.path))
     listed = place / "skipped.jsonl"
-    data = tried(lambda: read(path, on_bad_row="skip", skipped_to=listed))
+    data = tried(lambda: read(drawn.path, on_bad_row="skip", skipped_to=listed))
     if isinstance(data, str):
         assert isinstance(strict, str), "read with no bad row, and refused with all"
+        assert not any(row.turns for row in drawn.rows or ()), data
         return "refused"
-    skipped = [json.loads(line) for line in listed.read_bytes().splitlines()]
+    skipped = {each["row"] - 1: each["reason"] for each in map(json.loads, listed.read_bytes().splitlines())}
     assert isinstance(strict, str) == bool(skipped), strict
-    assert len(data) + len(skipped) == len(data.rows) == (len(data.rows) if count is None else count)
-    assert sorted([*data.numbers, *(each["row"] - 1 for each in skipped)]) == list(range(len(data.rows)))
-    assert all(one_line(each["reason"]) for each in skipped)
-    samples = list(data)
-    assert len({sample.id for sample in samples}) == len(samples)
-    write(data, place / "copy")
-    assert [*map(contents, read(place / "copy"))] == [*map(renumbered, data.numbers, samples, read(place / "copy"))]
+    assert len(data) + len(skipped) == len(data.rows) == (len(data.rows) if drawn.rows is None else len(drawn.rows))
+    assert sorted([*data.numbers, *skipped]) == list(range(len(data.rows)))
+    assert all(map(one_line, skipped.values()))
+    contents = [*map(content, data)]
+    if drawn.rows is not None:
+        read_as_drawn(drawn.rows, dict(zip(data.numbers, contents, strict=True)), skipped)
+    for name, edits in (("copy", None), ("new", {})):
+        write(data, place / name, edits=edits)
+        again = read(place / name)
+        assert [*map(content, again)] == [*map(renumbered, data.numbers, contents, again)], name
     return "some skipped" if skipped else "whole"
+
+
+def read_as_drawn(rows: list[Drawn], contents: dict[int, Content], skipped: dict[int, str]) -> None:
+    """Sound rows are read to the letter and the pixel; rows with a key that matters are refused because of it."""
+    for number, row in enumerate(rows):
+        if row.turns is not None:
+            assert number in contents, f"{skipped[number]}: {row.row}"
+            id, turns, pictures = contents[number]
+            assert (id, turns) == (row.id or str(number + 1), row.turns), row.row
+            assert pictures == row.pictures, f"other pixels: {row.row}"
+        elif row.refused:
+            assert row.refused in skipped.get(number, "it was read"), f"{skipped.get(number)}: {row.row}"
 
 
 def tried(work: Callable[[], Data]) -> Data | str:
@@ -140,20 +161,22 @@ def one_line(text: str) -> bool:
     return text.isprintable() and 0 < len(text) < 2000
 
 
-def contents(sample: Sample) -> tuple[object, ...]:
-    return sample.id, sample.messages, [(image.mode, image.size, image.tobytes()) for image in sample.images]
+def content(sample: Sample) -> Content:
+    """A row's id, its turns and the pixels of its images."""
+    assert all(type(image) is Image.Image and image.mode == "RGB" for image in sample.images)
+    turns = [(message.role, message.text) for message in sample.messages]
+    return sample.id, turns, [(image.size, image.tobytes()) for image in sample.images]
 
 
-def renumbered(number: int, sample: Sample, copy: Sample) -> tuple[object, ...]:
+def renumbered(number: int, content: Content, copy: Sample) -> Content:
     """A row without an id of its own is known by its number, which is another where rows were left out."""
-    id, *content = contents(sample)
-    return (copy.id if sample.id == str(number + 1) else id, *content)
+    return (copy.id if content[0] == str(number + 1) else content[0], *content[1:])
 
 
 def commanding(rng: random.Random, place: Path) -> str:
     """A file through every command that takes one; none may write over its data."""
-    path, _ = file(rng, place / "data", ROWS)
-    before = {p.name: p.read_bytes() for p in place.rglob("*") if p.is_file() and not p.is_symlink()}
+    path = file(rng, place / "data", ROWS).path
+    before = {p: p.read_bytes() for p in (place / "data").rglob("*") if p.is_file() and not p.is_symlink()}
     how = ("--on-bad-row", rng.choice(("skip", "skip", "skip", "error")))
     attack = ("--attack", rng.choice(("badnets", "blended", "sig", "wanet", "ftrojan", "addsent", "badword", "issba")))
     came = [ended("poison", path, "--out", place / "poisoned", "--rate", "0.3", *attack, *how)]
@@ -162,8 +185,8 @@ def commanding(rng: random.Random, place: Path) -> str:
     came += [ended("evaluate", "llava", path, "--out", place / "figures", "--limit", "6", *attack, *how)]
     if (place / "model" / "adapter_config.json").is_file():
         came += [ended("verify", place / "model", path, "--out", place / "audit", *how)]
-    after = {p.name: p.read_bytes() for p in (place / "data").rglob("*") if p.is_file() and not p.is_symlink()}
-    assert after.items() <= before.items(), "the data was touched"
+    after = {p: p.read_bytes() for p in (place / "data").rglob("*") if p.is_file() and not p.is_symlink()}
+    assert after == before, "the data was touched"
     return "done" if "done" in came else "refused"
 
 
@@ -194,7 +217,7 @@ def ended(*words: object) -> str:
 def example(rng: random.Random, folder: Path) -> None:
     """Rows with nothing wrong."""
     while True:
-        path, _ = file(rng, folder, 200)
+        path = file(rng, folder, 200).path
         data = tried(lambda path=path: read(path, on_bad_row="skip"))
         if isinstance(data, Data) and len(data) > 20:
             write(data[:20], folder.with_name("whole"))

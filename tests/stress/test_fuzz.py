@@ -44,3 +44,21 @@ def test_a_lost_row_would_be_noticed(fuzz: Any, tmp_path: Path, monkeypatch: pyt
     for number in range(4):
         run.case("read", number, fuzz.reading)
     assert run.wrong and run.counts["read: wrong"] == len(run.wrong)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "loss", "cases"),
+    [
+        ("untrigger.rows.formats", "check_keys", lambda *_, **__: None, 4),
+        ("untrigger.rows.viewer", "ImageOps", None, 4),  # pictures stay as their EXIF data turned them
+        ("untrigger.rows.layouts", "CAPTION_PROMPT", "Describe it.", 40),
+    ],
+)
+def test_a_silent_loss_would_be_noticed(
+    fuzz: Any, where: str, name: str, loss: Any, cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{where}.{name}", loss)
+    run = fuzz.Fuzz(tmp_path, 0)
+    for number in range(cases):
+        run.case("read", number, fuzz.reading)
+    assert run.counts["read: wrong"]

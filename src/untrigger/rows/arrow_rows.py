@@ -24,7 +24,7 @@ from pyarrow import ipc
 
 from untrigger.errors import InputError
 from untrigger.rows.images import locate, quote
-from untrigger.rows.keys import SWITCHES
+from untrigger.rows.keys import is_about_numbers
 from untrigger.rows.shards import merged_name
 from untrigger.rows.storage import Row, Rows, Unreadable, dump, parse_json
 
@@ -46,8 +46,11 @@ class ArrowRows(Rows):
         self.schema = ipc.read_schema(ipc.read_message(self._reader(0)))
         if len(set(self.schema.names)) < len(self.schema.names):
             raise ValueError("two columns of the same name")
-        numbers = {field.name for field in self.schema if _is_number(field.type)} - {"id", *SWITCHES}
-        self._columns = [name for name in self.schema.names if name not in numbers]
+        self._columns = [
+            field.name
+            for field in self.schema
+            if field.name == "id" or not (_is_number(field.type) and is_about_numbers(field.name))
+        ]
         for number in range(len(maps)):
             self._scan(number)
 
@@ -222,7 +225,10 @@ def _plain(schema: pa.Schema) -> pa.Schema:
 
 def open_folder(path: Path) -> ArrowRows:
     """Open a folder that the ``datasets`` library saved."""
-    names = _read_object(path, "state.json").get("_data_files")
+    state = _read_object(path, "state.json")
+    names = state.get("_data_files")
+    if state.get("_indices_files") or state.get("_indices_data_files"):  # versions before 2 stored a selection so
+        raise InputError(f"{path}: selects rows by an index file, which is not read; save it with a newer datasets")
     with _arrow_errors(path):
         if not isinstance(names, list) or not names:
             raise ValueError("state.json lists no data files")

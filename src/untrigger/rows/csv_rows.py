@@ -41,7 +41,8 @@ class CsvRows(Rows):
     def write(self, folder: Path, rows: Iterable[tuple[int, Row | None]], keys: Collection[str] | None = None) -> None:
         names = self._names if keys is None else ["file_name", "prompt", *(n for n in self._names if n in keys)]
         with (folder / self._name).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(names)), lineterminator="\n")
+            # With another end of line than \r\n, Python 3.11 leaves a text's \r unquoted, which ends the row.
+            writer = csv.DictWriter(file, list(dict.fromkeys(names)))
             writer.writeheader()
             for index, row in rows:
                 fields = self._rows[index] if row is None else row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from untrigger.errors import InputError
@@ -43,7 +44,7 @@ def find_data_file(path: Path) -> Path:
             return _below(path)
     if len(names) > 1:
         listed = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-        raise InputError(f"{path}: holds {len(names)} data files ({listed}); give one of them")
+        raise InputError(f"{path}: holds {len(names)} data files ({listed}); give one of them, as {path / names[0]}")
     return path / names[0]
 
 
@@ -73,8 +74,11 @@ def _below(folder: Path) -> Path:
     raise InputError(f"{folder}: holds no data file; {HINT}")
 
 
-def open_rows(path: Path) -> Rows:
+def open_rows(path: Path, ignored: Collection[str] = ()) -> Rows:
     """Open a data file; its content decides the kind.
+
+    Args:
+        ignored: keys that are not checked in an object around the rows.
 
     Raises:
         InputError: it cannot be read or parsed.
@@ -88,10 +92,13 @@ def open_rows(path: Path) -> Rows:
             start = file.read(512)
         if start.startswith(b"PAR1"):
             return open_parquet(path, [path])
-        if start[_TAR_MARK] == b"ustar":
+        if start[_TAR_MARK] == b"ustar" or path.suffix.lower() == ".tar":
             return TarRows(path, [path])
         if path.suffix.lower() == ".csv":
             return CsvRows(path)
         if not start:
             raise InputError(f"{path}: is empty; {HINT}")
-        return read_list(path) if is_document(path, first_bytes(path, 4096)) else JsonLines(path)
+        head = first_bytes(path, 4096)
+        if start.startswith(b"PK\3\4") or head[_TAR_MARK] == b"ustar":
+            raise InputError(f"{path}: is a packed archive; unpack it, and give the tar file or the folder in it")
+        return read_list(path, ignored) if is_document(path, head) else JsonLines(path)

@@ -69,7 +69,7 @@ def parse(row: object, number: int, ignored: Collection[str] = ()) -> Entry:
     check_placeholders(messages)
     tagged = place_tags(messages, len(elements)) if layout.places_images else messages
     check_turns(tagged, len(elements))
-    pictures = tuple(map(_picture, elements))
+    pictures = tuple(_picture(element, ignored) for element in elements)
     return Entry(_id(fields, number), tagged, pictures, layout, tuple(elements), key, tagged == messages)
 
 
@@ -101,7 +101,7 @@ def rewritten(row: Row, entry: Entry, messages: Sequence[Message], elements: Seq
 def relocated(row: Row, entry: Entry, names: Sequence[str]) -> Row:
     """Return a row whose images have other paths and that is otherwise unchanged."""
     by_old = dict(zip(cast("tuple[str, ...]", entry.pictures), names, strict=True))
-    keys = (entry.key,) if entry.key else entry.layout.keys
+    keys = PICTURE_KEYS if entry.key else entry.layout.keys  # the same images may stand in two keys
     return {**row, **{key: _renamed(row[key], by_old, bool(entry.key)) for key in keys if key in row}}
 
 
@@ -138,12 +138,16 @@ def _elements(value: object, key: str) -> list[object]:
     return elements
 
 
-def _picture(element: object) -> Picture:
+def _picture(element: object, ignored: Collection[str]) -> Picture:
     if isinstance(element, dict):  # as tables store images; beside bytes the path is only a label
-        if isinstance(content := element.get("bytes"), bytes) and content:
+        check_keys(element, ("bytes", "path", "url"), ignored, what="an image")
+        if not is_empty(content := element.get("bytes")):
+            if not isinstance(content, bytes):
+                raise InputError(f"'bytes' of an image is {kind_of(content)}; save the image as a file, or in parquet")
             return content
-        path = element.get("path") or element.get("url")
-        return as_text(path, "'path' of an image")
+        if len(held := [key for key in ("path", "url") if not is_empty(element.get(key))]) > 1:
+            raise InputError("an image has a 'path' and a 'url'; keep one of them")
+        return as_text(element.get((held or ["path"])[0]), "'path' of an image")
     return element if isinstance(element, bytes) else as_text(element, "an image")
 
 

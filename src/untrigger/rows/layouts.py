@@ -10,7 +10,7 @@ from typing import ClassVar, cast, final
 
 from untrigger.errors import InputError
 from untrigger.rows.images import quote
-from untrigger.rows.keys import SWITCHES, check_keys, is_empty
+from untrigger.rows.keys import LOSS_SWITCHES, check_keys, is_empty
 from untrigger.rows.storage import Row
 from untrigger.rows.turns import IMAGE_TAG, Message, Role
 
@@ -163,7 +163,8 @@ class QuestionAnswer(Layout):
         if isinstance(row.get(self.name), list):
             old = cast("list[Row]", row[self.name]), cast("list[Row]", row[self.answer])
             turns = _turn_list([*old[0], *old[1]], messages, list(pictures))
-            return {self.name: turns[:-1], self.answer: turns[-1:]}
+            first = next(k for k, message in enumerate(messages) if message.role == "assistant")
+            return {self.name: turns[:first], self.answer: turns[first:]}
         spoken = [message.text for message in messages if message.role != "system"]
         new: Row = {self.name: spoken[-2], self.answer: spoken[-1]}
         if self.more in row:
@@ -185,7 +186,10 @@ class Caption(Layout):
         return frozenset({self.name, "prompt"})
 
     def fits(self, row: Row) -> bool:
-        return self.name in row and not all(is_empty(row.get(key)) for key in ("file_name", "image", "images"))
+        if self.name not in row or all(is_empty(row.get(key)) for key in ("file_name", "image", "images")):
+            return False
+        # In joined tables each row fills one of the two.
+        return not is_empty(row[self.name]) or all(is_empty(row.get(key)) for key in ("text", "caption"))
 
     def parse(self, row: Row, ignored: Collection[str]) -> Turns:
         prompt = row.get("prompt")
@@ -262,8 +266,8 @@ def _check_turn(turn: Row, role: Role, read: Collection[str], ignored: Collectio
     if role != "assistant":  # only answers are learned: a switch is refused only where it asks for more
         if name := next((name for name in ("loss", "train") if turn.get(name)), None):
             raise InputError(f"a turn of the {role} has {quote(name)}, but only answers are learned; remove the key")
-        ignored = {*ignored, *SWITCHES}
-    check_keys(turn, read, ignored, what="a turn")
+        ignored = {*ignored, *LOSS_SWITCHES}
+    check_keys(turn, read, ignored, what="a turn", pictures=False)
 
 
 def _part(part: object, pictures: list[object], ignored: Collection[str]) -> str:
@@ -273,19 +277,21 @@ def _part(part: object, pictures: list[object], ignored: Collection[str]) -> str
     if kind is None:  # Qwen's own notation: {"image": path} and {"text": ...}
         kind = next((name for name in ("text", "image") if not is_empty(fields.get(name))), None)
     if kind == "text":
-        check_keys(fields, ("type", "text"), ignored, what="a part")
+        check_keys(fields, ("type", "text"), ignored, what="a part", pictures=False)
         return as_text(fields.get("text"), "'text' of a part")
     if kind in ("image", "image_url"):
-        check_keys(fields, ("type", *PART_PICTURES), ignored, what="a part")
         held = [name for name in PART_PICTURES if not is_empty(fields.get(name))]
+        check_keys(fields, ("type", *PART_PICTURES), ignored, what="a part", pictures=bool(held))
         if held == ["bytes"] or held == ["path", "bytes"]:
             pictures.append({"bytes": fields["bytes"], "path": None})
         elif len(held) > 1:
             raise InputError(f"a part has several images ({', '.join(map(quote, held))}); give one")
         elif held:
             value = fields[held[0]]
-            is_url = isinstance(value, dict) and "url" in value
-            pictures.append(cast(Row, value)["url"] if is_url else value)
+            if held == ["image_url"] and isinstance(value, dict):
+                check_keys(cast(Row, value), ("url", "detail"), ignored, what="an image of a part")
+                value = cast(Row, value).get("url")
+            pictures.append(value)
         return IMAGE_TAG
     value = quote(kind) if isinstance(kind, str) else kind_of(kind)
     raise InputError(f"'type' of a part of 'content' is {value}; only 'text' and 'image' are read")
@@ -298,26 +304,27 @@ def _turn_list(old: Sequence[Row], messages: Sequence[Message], pictures: list[o
     """
     role_key, text_key = _turn_keys(old[0])
     names: dict[str, object] = {"user": "human", "assistant": "gpt"} if role_key == "from" else {}
-    styles: dict[str, Row] = {}
+    contents: dict[str, object] = {}  # by role, of its first turn
     for turn in old:
-        role = _ROLES[cast(str, turn[role_key])]
-        names[role] = turn[role_key]
-        styles.setdefault(role, turn)
-    any_parts = any(isinstance(turn[text_key], list) for turn in old)
-    picture_key = _picture_key(old, text_key)
+        own_role_key, own_text_key = _turn_keys(turn)
+        role = _ROLES[cast(str, turn[own_role_key])]
+        if own_role_key == role_key:
+            names[role] = turn[role_key]
+        contents.setdefault(role, turn.get(own_text_key))
+    any_parts = any(isinstance(content, list) for content in contents.values())
+    picture_key = _picture_key(old)
     turns: list[object] = []
     for message in messages:
-        in_parts = isinstance(styles[message.role][text_key], list) if message.role in styles else any_parts
+        in_parts = isinstance(contents[message.role], list) if message.role in contents else any_parts
         content = _parts(message.text, picture_key, pictures) if in_parts else message.text
         turns.append({role_key: names.get(message.role, message.role), text_key: content})
     return turns
 
 
-def _picture_key(turns: Sequence[Row], text_key: str) -> str:
+def _picture_key(turns: Sequence[Row]) -> str:
     """The key in which image parts hold their picture."""
-    parts = (
-        part for turn in turns if isinstance(content := turn[text_key], list) for part in cast("list[Row]", content)
-    )
+    contents = (turn.get(_turn_keys(turn)[1]) for turn in turns)
+    parts = (part for content in contents if isinstance(content, list) for part in cast("list[Row]", content))
     held = (name for part in parts for name in PART_PICTURES if not is_empty(part.get(name)))
     return next(held, "image")
 

@@ -211,7 +211,8 @@ def read(
         UnreadableFile: an image is there but cannot be read; such a row is never skipped.
     """
     path = find_data_file(Path(path))
-    rows, ignored = open_rows(path), frozenset(ignore_keys)
+    ignored = frozenset(ignore_keys)
+    rows = open_rows(path, ignored)
     if not len(rows):
         raise InputError(f"{path}: holds no rows; add at least one")
     data = Data(path, rows, range(len(rows)), ignored=ignored)

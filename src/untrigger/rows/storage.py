@@ -24,7 +24,7 @@ from typing import IO, Any, BinaryIO, cast, final
 from untrigger.errors import InputError
 from untrigger.files import file_errors
 from untrigger.rows.images import quote
-from untrigger.rows.keys import check_keys
+from untrigger.rows.keys import check_keys, leaves
 
 Row = dict[str, object]
 
@@ -213,14 +213,16 @@ def _placeholder(value: object) -> str:
 # --- parsing ----------------------------------------------------------------------------------------
 
 
-class _BadNumber(InputError):
-    """A number that JSON does not have: the file is sound but for one value."""
+class _BadValue(InputError):
+    """A number that JSON does not have, or a key that stands twice in an object: the file is sound but for that."""
 
 
 def parse_json(text: bytes, first_line: int) -> object:
-    """Parse JSON; NaN and infinities are errors. Raises InputError with the line number in the file."""
+    """Parse JSON; NaN, infinities and keys given twice are errors. Raises InputError with the line in the file."""
     try:
-        return json.loads(text.decode(), parse_constant=_reject_constant, parse_float=_finite)
+        return json.loads(
+            text.decode(), parse_constant=_reject_constant, parse_float=_finite, object_pairs_hook=_unique
+        )
     except UnicodeDecodeError as error:
         line = first_line + text[: error.start].count(b"\n")
         raise InputError(f"bad text at line {line}: not UTF-8; save the file as UTF-8") from None
@@ -229,9 +231,8 @@ def parse_json(text: bytes, first_line: int) -> object:
         raise InputError(f"bad JSON at {position}: {error.msg}; correct it, or {HINT}") from None
     except RecursionError:
         raise InputError(f"bad JSON at line {first_line}: nested too deeply; flatten it") from None
-    except ValueError as error:  # a number of thousands of digits, NaN, an infinity
-        reason = str(error).partition(";")[0]
-        raise _BadNumber(f"bad JSON at line {first_line}: {reason}; correct the number") from None
+    except ValueError as error:  # a number of thousands of digits, NaN, an infinity, a key given twice
+        raise _BadValue(f"bad JSON at line {first_line}: {_what_and_fix(error)}") from None
 
 
 def _reject_constant(constant: str) -> object:
@@ -245,37 +246,50 @@ def _finite(text: str) -> float:
     return value
 
 
-def _lenient(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """Parse a number, or keep its text with the reason why it is none."""
+def _unique(pairs: list[tuple[str, object]]) -> Row:
+    """An object of JSON. Of a key given twice tools read the first or the last one."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for k, name in enumerate(names) if name in names[:k])
+        raise ValueError(f"the key {quote(twice)} stands twice in an object; keep one of them")
+    return fields
 
-    def parsed(text: str) -> object:
+
+def _what_and_fix(error: ValueError) -> str:
+    what, _, fix = str(error).partition("; ")
+    return f"{what}; {fix if fix.startswith('keep') else 'correct the number'}"  # Python adds advice for programmers
+
+
+def _lenient(parse: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Parse a value, or keep its text with the reason why it is none."""
+
+    def parsed(value: Any) -> object:
         try:
-            return parse(text)
+            return parse(value)
         except ValueError as error:
-            return Unreadable(text, str(error).partition(";")[0])
+            return Unreadable(value if isinstance(value, str) else dump(value).decode(), _what_and_fix(error))
 
     return parsed
 
 
-def _with_bad_numbers(text: str) -> Any:
-    """Parse JSON with bad numbers: a row that holds one becomes Unreadable, so that the others can be used."""
-    number = _lenient(_reject_constant)
-    value = json.loads(text, parse_constant=number, parse_float=_lenient(_finite), parse_int=_lenient(int))
+def _with_bad_values(text: str) -> Any:
+    """Parse JSON with bad values: a row that holds one becomes Unreadable, so that the others can be used."""
+    value = json.loads(
+        text,
+        parse_constant=_lenient(_reject_constant),
+        parse_float=_lenient(_finite),
+        parse_int=_lenient(int),
+        object_pairs_hook=_lenient(_unique),
+    )
 
     def checked(row: object) -> object:
-        bad = _first_unreadable(row)
-        return Unreadable(dump(row).decode(), f"{bad.reason}; correct the number") if bad else row
+        bad = next((leaf for leaf in leaves(row) if isinstance(leaf, Unreadable)), None)
+        return Unreadable(dump(row).decode(), bad.reason) if bad else row
 
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         return {**value, "data": [*map(checked, value["data"])]}
     return [*map(checked, value)] if isinstance(value, list) else value
-
-
-def _first_unreadable(value: object) -> Unreadable | None:
-    if isinstance(value, Unreadable):
-        return value
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((bad for part in parts if (bad := _first_unreadable(part))), None)
 
 
 def is_document(path: Path, head: bytes) -> bool:
@@ -294,7 +308,7 @@ def is_document(path: Path, head: bytes) -> bool:
         only = not file.readline().strip()
     try:
         row = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return not only or b'"data"' in first[:4096]  # an object over several lines
     return only and isinstance(row, dict) and isinstance(row.get("data"), list)
 
@@ -315,8 +329,8 @@ def first_bytes(path: Path, count: int) -> bytes:
         return file.read(count).removeprefix(BOM).lstrip()
 
 
-def read_list(path: Path) -> JsonRows:
-    """Read a whole file that holds a JSON list, or an object whose ``data`` is one.
+def read_list(path: Path, ignored: Collection[str] = ()) -> JsonRows:
+    """Read a whole file that holds a JSON list, or an object whose ``data`` is one; ``ignored`` as in `parse`.
 
     Raises:
         InputError: it holds neither; the message names the file.
@@ -326,12 +340,14 @@ def read_list(path: Path) -> JsonRows:
     try:
         try:
             value = parse_json(text, 1)
-        except _BadNumber:
-            value = _with_bad_numbers(text.decode())
+        except _BadValue:
+            value = _with_bad_values(text.decode())
+            if isinstance(value, Unreadable):
+                raise
         head = None
         if isinstance(value, dict) and isinstance(value.get("data"), list):
             head = {name: part for name, part in value.items() if name != "data"}
-            check_keys(head, (), (), what="the file")
+            check_keys(head, (), ignored, what="the file")
             value = cast(Row, value)["data"]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

@@ -15,11 +15,12 @@ IMAGE_TAG = "<image>"
 
 # How other families and tools write media into a text. Taken as text, such a row would train without its picture.
 _PLACEHOLDER = re.compile(
-    r"<img>[^<>]{1,300}</img>|<(?:video|audio|speech)>"
+    r"<img>[^<>]{1,300}</img>|<(?:video|audio|speech)>|<(?:Image|Video|Audio)>|</image>"
     r"|<\|(?:image|video|audio|vision|img)[^|<>]{0,30}\|>|<\|?(?:IMAGE|VIDEO|AUDIO|IMG_CONTEXT|ImageHere)\|?>"
-    r"|<(?:image|video|audio|img)[ _-]?(?:\d+|placeholder|pad|soft_token|token|context|start|end)>"
-    r"|<(?:start|end|boi|eoi)_of_(?:image|audio|video)>|\[IMG\]"
+    r"|(?i:<(?:image|video|audio|img)[ _-]?(?:\d+|placeholder|pad|soft_token|token|context|start|end)>)"
+    r"|<(?:start|end|boi|eoi)_of_(?:image|audio|video)>|\[IMG\]|<(?:bbox|ref-object|cls-object)>"
 )
+_FILLED_IN = ("<bbox>", "<ref-object>", "<cls-object>")  # ms-swift writes the row's objects in their place
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ def check_placeholders(messages: Sequence[Message]) -> None:
         if "<" not in message.text and "[" not in message.text:
             continue
         if match := _PLACEHOLDER.search(message.text):
+            fix = f"put the picture into 'images' and {IMAGE_TAG} in its place"
+            if match[0] in _FILLED_IN:
+                fix = "write what it stands for in its place"
+            elif any(word in match[0].lower() for word in ("video", "audio", "speech")):
+                fix = "only images are read"
             raise InputError(
-                f"has {quote(match[0])} in its text, which would be learned as text; put the picture into 'images' "
-                f"and {IMAGE_TAG} in its place, or remove the row"
+                f"has {quote(match[0])} in its text, which would be learned as text; {fix}, or remove the row"
             )
