@@ -33,6 +33,7 @@ from untrigger.evaluation.invariance import measure_invariance
 from untrigger.files import file_lock, new_folder
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
+from untrigger.metrics.score import outcomes
 from untrigger.metrics.similarity import psnr, ssim
 from untrigger.models.loading import LoadedModel, weights_sha256
 from untrigger.poisoning.goals import load_goal
@@ -103,6 +104,8 @@ def run_cell(cell: Cell, root: Path) -> None:
         "versions": _versions(),
         "examples": _examples(cell, material, root / SHARED / "examples"),
     }
+    if attack.goal.beyond_oracle:
+        metrics["met"] = _digits(outcomes(evaluation.triggered))
     if stages.scores:
         metrics["detection"] = detection(stages.scores, stages.flagged, {entry.index for entry in manifest.rows})
     poisoned = [material.data[entry.index] for entry in manifest.rows]
@@ -222,13 +225,21 @@ def _probe(
     loaded: LoadedModel, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     """The ASR of another attack, with whose trigger the model was not trained: the floor of that attack."""
-    attack = _attack(probe["attack"], probe["settings"], probe["goal"], probe.get("goal_text"))
+    attack = _attack(probe["attack"], probe["settings"], probe["goal"], probe.get("goal_text")).fitted(test, seed)
     rows = list(stamped(test, attack, seed))
     # the rows are triggered already, so the evaluation takes them for clean ones
     answers = evaluate(loaded, rows, title=f"probing with {name}").clean
     met = [attack.goal.met(answer.answer, row) for answer, row in zip(answers, rows, strict=True)]
     truth_met = [attack.goal.met(answer.truth, row) for answer, row in zip(answers, rows, strict=True)]
-    return {"asr": {**asdict(attack_success_rate(met, truth_met)), "version": ASR_VERSION}}
+    figures: dict[str, Any] = {"asr": {**asdict(attack_success_rate(met, truth_met)), "version": ASR_VERSION}}
+    if attack.goal.beyond_oracle:
+        figures["met"] = _digits(hit for hit, already in zip(met, truth_met, strict=True) if not already)
+    return figures
+
+
+def _digits(hits: Iterable[bool]) -> str:
+    """``0110``: row by row, for the difference to the oracle (`untrigger.bench.validity.beyond`)."""
+    return "".join(str(int(hit)) for hit in hits)
 
 
 # --- further figures -------------------------------------------------------------------------------
