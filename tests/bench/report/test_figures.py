@@ -85,7 +85,7 @@ def test_a_goal_whose_replies_vary_counts_beyond_the_oracle(
         return
     assert difference is not None and difference.value == pytest.approx((50 - oracle) / 200)
     assert difference.low < difference.value < difference.high and group.beyond_oracle("oracle") is None
-    stored = {entry["defense"]: entry["beyond_oracle"] for entry in as_json(read(bench.root))["cells"]}
+    stored = {entry["defense"]: entry.get("beyond_oracle") for entry in as_json(read(bench.root))["cells"]}
     assert stored["oracle"] is None and stored["paper"]["n"] == 200
     section = markdown(read(bench.root)).split("## Beyond the oracle")[1]
     (row,) = [line for line in section.splitlines() if "| hijack |" in line]
@@ -99,7 +99,7 @@ def test_a_goal_whose_replies_vary_counts_beyond_the_oracle(
 def test_goals_with_one_reply_have_no_section_beyond_the_oracle(bench: Bench) -> None:
     bench.pair()
     assert "Beyond the oracle" not in markdown(read(bench.root))
-    assert {entry["beyond_oracle"] for entry in as_json(read(bench.root))["cells"]} == {None}
+    assert not any("beyond_oracle" in entry for entry in as_json(read(bench.root))["cells"])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,6 @@ def test_the_json_has_every_cell(bench: Bench, tmp_path: Path) -> None:
         "valid": True,
         "why": "",
         "asr": {**rate(0.25), "version": 1},
-        "beyond_oracle": None,
         "leak": None,
         "quality": rate(0.6),
         "triggered_quality": rate(0.3),

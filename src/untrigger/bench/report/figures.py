@@ -185,7 +185,7 @@ def _entry(group: AttackGroup, defense: str) -> dict[str, Any]:
         "valid": group.valid,
         "why": group.status,
         "asr": metrics["asr"],
-        "beyond_oracle": asdict(beyond) if beyond else None,  # for goals whose replies vary
+        **({"beyond_oracle": asdict(beyond)} if beyond else {}),  # for goals whose replies vary
         "leak": metrics.get("leak"),  # None if the triggered inputs are the clean ones
         "quality": validity.quality(cell.data, metrics),
         "quality_vs_oracle": group.quality_share(defense),
