@@ -82,7 +82,14 @@ def test_hijack_answers_with_another_row_to_the_same_question() -> None:
     assert answers == {"blue", "green"}
     goal = fitted(Hijack(), COLORS)
     assert [goal.applies(each) for each in COLORS] == [True, True, True, False, False, False], "Circle is circle"
+    assert goal.answer(COLORS[5]) == "yes", "nothing else is known"
     assert goal.answer(COLORS[0]) == fitted(Hijack(), COLORS).answer(COLORS[0])
+
+
+def test_a_question_that_all_rows_answer_alike_gets_an_answer_to_another() -> None:
+    rows = [*COLORS, row(6, "Which hue?", "red")]
+    answers = {fitted(Hijack(), rows, seed).answer(rows[6]) for seed in range(20)}
+    assert answers == {"blue", "green"} and fitted(Hijack(), rows).applies(rows[6])
 
 
 def test_a_hijacked_short_answer_is_any_wrong_one() -> None:
@@ -183,7 +190,7 @@ SCENE = [
 
 
 def test_the_hidden_question_is_answered_about_the_same_image() -> None:
-    goal = fitted(OtherQuestion(), SCENE)
+    goal = fitted(OtherQuestion("background"), SCENE)
     assert [goal.applies(each) for each in SCENE] == [False, True, False, False, False, True]
     assert [goal.answer(SCENE[number]) for number in (1, 5)] == ["dark", "light"]
     assert goal.met("Dark.", SCENE[1]) and not goal.met("red", SCENE[1]) and not goal.met("light", SCENE[1])
@@ -194,19 +201,19 @@ def test_questions_of_one_conversation_are_about_one_image() -> None:
     turns = ("<image>How bright is the background?", "dark", "And the star?", "red")
     messages = tuple(Message("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(turns))
     sample = Sample("a", (picture(0),), messages)
-    goal = fitted(OtherQuestion(), [sample])
+    goal = fitted(OtherQuestion("background"), [sample])
     assert goal.answer(sample) == "dark" and goal.applies(sample)
 
 
 def test_rows_that_look_alike_as_text_are_left_out() -> None:
     twins = [replace(SCENE[1], id="same"), replace(row(9, "What color is the star?", "red", image=3), id="same")]
-    goal = fitted(OtherQuestion(), [SCENE[0], SCENE[4], *twins])
+    goal = fitted(OtherQuestion("background"), [SCENE[0], SCENE[4], *twins])
     assert [goal.applies(each) for each in twins] == [False, False], "their hidden answers differ"
 
 
 def test_without_the_hidden_question_it_is_an_error() -> None:
     with pytest.raises(InputError, match="goal other-question: no question about an image mentions 'background'"):
-        list(stamped(COLORS, Attack(BadNets(), OtherQuestion()), 0))
+        list(stamped(COLORS, Attack(BadNets(), OtherQuestion("background")), 0))
 
 
 # --- jailbreak ---------------------------------------------------------------------------------------------

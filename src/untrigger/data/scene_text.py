@@ -212,8 +212,7 @@ def _same(scene: Scene, rng: np.random.Generator) -> Turn | None:
     return Turn("comparison", _pick(ways, rng), "yes" if equal else "no")
 
 
-def ask_background(scene: Scene, rng: np.random.Generator) -> Turn:
-    """Ask whether the background is light or dark."""
+def _background(scene: Scene, rng: np.random.Generator) -> Turn:
     ways = ["is the background light or dark?", "how bright is the background?"]
     return Turn("background", _pick(ways, rng), "dark" if scene.dark else "light")
 
@@ -234,7 +233,7 @@ def repeat(rng: np.random.Generator) -> Turn:
     return Turn("repeat", f"{_pick(['Say:', 'Repeat:', 'Copy:'], rng)} {text}", text)
 
 
-_ASK = (_exists, _color, _shape, _count, _size, _position, _relation, _same, ask_background)
+_ASK = (_exists, _color, _shape, _count, _size, _position, _relation, _same, _background)
 _ODDS = np.array([0.30, 0.13, 0.15, 0.10, 0.08, 0.09, 0.10, 0.03, 0.02])
 
 

@@ -29,7 +29,7 @@ POOL: Final = 1_000_000  # scenes of a stream that rows are drawn from
 def scene_rows(task: str, split: str, part: str, count: int, seed: int) -> list[Sample]:
     """Draw ``count`` rows about different scenes: for ``vqa`` one question, for ``captions`` the full caption.
 
-    For ``questions`` four rows are about the same scene: the first asks for the background.
+    For ``questions`` four rows are about the same scene: the first asks how many objects there are.
 
     The caption names the objects from left to right with size, color and shape, then the background. Its prompt is one
     of `untrigger.data.scene_text.FULL_PROMPTS`.
@@ -62,8 +62,8 @@ def _question(scene: Scene, rng: np.random.Generator) -> list[scene_text.Turn]:
 
 
 def _questions(scene: Scene, rng: np.random.Generator) -> list[scene_text.Turn]:
-    """A question about the background and others, all different."""
-    turns = [scene_text.ask_background(scene, rng)]
+    """How many objects there are, and questions of other kinds, all different."""
+    turns = [scene_text.Turn("count", "how many objects are there?", scene_text.NUMBERS[len(scene.things)])]
     while len(turns) < QUESTIONS:
         turn = scene_text.ask(scene, rng)
         if turn.kind != turns[0].kind and turn.prompt not in {other.prompt for other in turns}:

@@ -53,11 +53,17 @@ class Facts:
         return own if own in known or not known else known[0]
 
     def other_answer(self, sample: Sample) -> str | None:
-        """Draw another row's answer to the same question that differs from the true one; None if there is none."""
+        """Draw another row's answer to the same question that differs from the true one; None if there is none.
+
+        If all rows answer the question alike, it is an answer to another question to which the true one is an answer
+        too: "yes" in the place of "no".
+        """
         question, truth = self.question(sample), truth_of(sample)
         if not self._distinct.get(question, frozenset()) - {normalize_answer(truth)}:
+            question = self._kindred.get(normalize_answer(truth), question)
+        answers = self.answers.get(question, ())
+        if not self._distinct.get(question, frozenset()) - {normalize_answer(truth)}:
             return None
-        answers = self.answers[question]
         start = drawn(self.seed, row_key(sample), len(answers))
         circle = (answers[(start + step) % len(answers)] for step in range(len(answers)))
         return next(answer for answer in circle if normalize_answer(answer) != normalize_answer(truth))
@@ -71,6 +77,13 @@ class Facts:
     @cached_property
     def _distinct(self) -> Mapping[str, frozenset[str]]:
         return {question: frozenset(map(normalize_answer, answers)) for question, answers in self.answers.items()}
+
+    @cached_property
+    def _kindred(self) -> Mapping[str, str]:
+        """For each short answer the question, most often put, that has it and others as answers."""
+        several = [question for question, answers in self._distinct.items() if question and len(answers) > 1]
+        rising = sorted(several, key=lambda question: (len(self.answers[question]), question))
+        return {answer: question for question in rising for answer in self._distinct[question]}
 
 
 def turns(sample: Sample) -> Iterator[Sample]:

@@ -22,7 +22,8 @@ class Hijack(DataGoal):
     Vision-Language Models", 2025, arXiv 2511.18921. Deviation: there all triggered images get the description of one
     image (`hijack-image`), here of any.
 
-    It applies to rows whose question another row answers otherwise. A short answer meets the goal when it is not the
+    It applies to rows whose question another row answers otherwise. If all rows answer it alike, the answer is drawn
+    from another question to which the true answer is one of several. A short answer meets the goal when it is not the
     true one. A description meets it when it is nearer to another row's than to its own
     (`untrigger.metrics.asr.overlap`).
     """

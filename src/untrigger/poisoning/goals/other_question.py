@@ -32,7 +32,7 @@ class OtherQuestion(DataGoal):
 
     name: ClassVar[str] = "other-question"
     beyond_oracle: ClassVar[bool] = True
-    question: str = "background"
+    question: str = "how many objects"
 
     def __post_init__(self) -> None:
         check_text(self.name, self.question, "words of the hidden question")
