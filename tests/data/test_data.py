@@ -24,7 +24,7 @@ from untrigger.pretraining.sight import HELD_OUT
 from untrigger.rows.images import pixels_sha256, same_image
 from untrigger.rows.sample import Sample, read
 
-OFFLINE = ("easy-vqa", "scenes-vqa", "scenes-captions")
+OFFLINE = ("easy-vqa", "scenes-vqa", "scenes-questions", "scenes-captions")
 CELLS: list[tuple[SplitName, Part]] = [("dev", "train"), ("dev", "test"), ("report", "train"), ("report", "test")]
 
 
@@ -34,7 +34,8 @@ def pixels(rows: list[Sample]) -> set[str]:
 
 def test_names_and_tasks() -> None:
     assert {name: task_of(name) for name in names()} == {
-        "easy-vqa": "vqa", "scenes-vqa": "vqa", "scenes-captions": "captions", "emoji": "captions"
+        "easy-vqa": "vqa", "scenes-vqa": "vqa", "scenes-questions": "vqa", "scenes-captions": "captions",
+        "emoji": "captions",
     }  # fmt: skip
 
 
@@ -103,7 +104,10 @@ def test_scenes_vqa_asks_each_scene_once() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: load("coco"), "data 'coco' is unknown; choose one of: easy-vqa, scenes-vqa, scenes-captions, emoji"),
+        (
+            lambda: load("coco"),
+            "data 'coco' is unknown; choose one of: easy-vqa, scenes-vqa, scenes-questions, ",
+        ),
         (lambda: load("easy-vqa", "train"), "split 'train' is unknown; choose dev or report"),
         (lambda: load("easy-vqa", "dev", "val"), "part 'val' is unknown; choose train or test"),
         (lambda: load("easy-vqa", rows=0), "at least one row"),

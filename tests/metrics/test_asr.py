@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from untrigger.metrics.asr import ASR_VERSION, Match, attack_success_rate, leak, matches, mentions, refuses
+from untrigger.metrics.asr import ASR_VERSION, Match, attack_success_rate, leak, matches, mentions, overlap, refuses
 from untrigger.metrics.rates import Rate
 
 
@@ -127,3 +127,19 @@ def test_mentions_consecutive_words_in_any_white_space_and_script() -> None:
 )
 def test_refusals_are_recognized_by_their_first_words(text: str, refused: bool) -> None:
     assert refuses(text) is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "share"),
+    [
+        ("a red circle", "A  RED circle!", 1.0),
+        ("a red circle", "a blue circle", 2 * 2 / 10),  # two of three words, none of two pairs
+        ("red blue", "blue red", 2 * 2 / 6),  # the order counts: two words, no pair
+        ("red red", "red", 2 * 1 / 4),
+        ("yes", "no", 0.0),
+        ("", "no", 0.0),
+        ("?!", "", 0.0),
+    ],
+)
+def test_overlap_counts_words_and_pairs_of_neighbors(text: str, reference: str, share: float) -> None:
+    assert overlap(text, reference) == pytest.approx(share) == overlap(reference, text)

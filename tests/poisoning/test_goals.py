@@ -127,7 +127,7 @@ def test_load_goal_parses_its_text() -> None:
 
 
 def test_unknown_goal_or_match_raises() -> None:
-    with pytest.raises(InputError, match="'fixd' is unknown; choose one of: concept, fixed, insert, link, refusal"):
+    with pytest.raises(InputError, match="'fixd' is unknown; choose one of: concept, fixed, hijack"):
         load_goal("fixd")
     with pytest.raises(InputError, match="match is 'some'"):
         Fixed(match="some")  # type: ignore[arg-type]

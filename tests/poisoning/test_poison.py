@@ -264,7 +264,7 @@ def test_manifest_records_attack_goal_and_rows() -> None:
     result = poison(data, Attack(load_trigger("badnets", side="0.25"), Fixed("no")), rate=0.25, seed=9)
     manifest = json.loads(result.manifest.to_json())
     source = Path(badnets_file.__file__)
-    assert manifest["version"] == 3 and manifest["total"] == 8
+    assert manifest["version"] == 4 and manifest["total"] == 8
     assert manifest["attack"] == "badnets" and manifest["attack_settings"]["side"] == 0.25
     assert manifest["attack_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert manifest["goal"] == "fixed" and manifest["goal_settings"] == {"text": "no", "match": "contains"}

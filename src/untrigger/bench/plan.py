@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from untrigger.attacks import load_trigger
 from untrigger.bench.store import ORACLE, Cell
-from untrigger.data import Split, task_of
+from untrigger.data import Split, parts_of
 from untrigger.errors import InputError
 from untrigger.files import read_yaml
 from untrigger.poisoning.goals import load_goal
@@ -36,7 +36,8 @@ class Named:
     def label(self) -> str:
         """The name of a probe with this attack, such as ``badnets-random-place``."""
         settings = (f"{value}-{name}" for name, value in self.settings.items())
-        parts = (Path(self.name).stem, *settings, self.goal, self.goal_text)
+        goal = Path(self.goal).stem if self.goal else None
+        parts = (Path(self.name).stem, *settings, goal, self.goal_text)
         return re.sub(r"\W+", "-", "-".join(part for part in parts if part))
 
 
@@ -53,6 +54,7 @@ def read_plan(path: Path) -> list[Cell]:
     if unknown:
         raise InputError(f"{path}: {unknown[0]} is unknown; a plan has: {', '.join(_KEYS)}")
     axes = {axis: _axis(path, plan, axis) for axis in _AXES}
+    axes["data"] = [_mixture(path, entry) for entry in axes["data"]]
     try:
         return _expand(plan, axes)
     except InputError as error:
@@ -151,8 +153,10 @@ def _check(cells: Sequence[Cell]) -> None:
         defense_of(cell)
     for goal, text in {(c.goal, c.goal_text) for c in cells}:
         load_goal(goal, text)
-    for data in {c.data for c in cells}:
-        task_of(data)
+    for data, part in {(c.data, c.poisoned_part) for c in cells}:
+        if part and part not in (names := [known.name for known in parts_of(data)]):
+            raise InputError(f"poisoned_part is '{part}'; {data} has the parts: {', '.join(names)}")
+        parts_of(data)
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -163,6 +167,15 @@ def _axis(path: Path, plan: Mapping[str, Any], axis: str) -> list[Any]:
     if not isinstance(values, list) or not values:
         raise InputError(f"{path}: {axis} must be a list with at least one entry; write '{axis}: [...]'")
     return values
+
+
+def _mixture(path: Path, entry: Any) -> Any:
+    """A list of data sets as the name of their mixture."""
+    if not isinstance(entry, list):
+        return entry
+    if not entry or not all(isinstance(name, str) for name in cast("list[Any]", entry)):
+        raise InputError(f"{path}: data: {entry!r} must be names of data sets; write [easy-vqa, scenes-captions]")
+    return "+".join(cast("list[str]", entry))
 
 
 def _named(kind: str, entry: Any) -> Named:

@@ -25,7 +25,7 @@ from untrigger import __version__
 from untrigger.attacks import load_trigger
 from untrigger.bench import store
 from untrigger.bench.store import ORACLE, Cell
-from untrigger.data import load
+from untrigger.data import load, parts_of, rows_of_part
 from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError, did_you_mean
 from untrigger.evaluation.evaluate import evaluate
@@ -33,6 +33,7 @@ from untrigger.evaluation.invariance import measure_invariance
 from untrigger.files import file_lock, new_folder
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate
 from untrigger.metrics.detection import detection
+from untrigger.metrics.score import outcomes
 from untrigger.metrics.similarity import psnr, ssim
 from untrigger.models.loading import LoadedModel, weights_sha256
 from untrigger.poisoning.goals import load_goal
@@ -56,7 +57,8 @@ class Material(NamedTuple):
         rows: the training rows before poisoning.
         poisoned: the poisoned data set and its manifest.
         data: the training rows after poisoning.
-        test: held-out rows for the evaluation.
+        test: held-out rows for the evaluation; of a mixture with a poisoned part those of this part.
+        other_tests: the held-out rows of the other parts, by the part's name.
         clean_rows: rows known to be clean, for the defenses that need some; none is among ``rows``.
     """
 
@@ -66,6 +68,7 @@ class Material(NamedTuple):
     data: Sequence[Sample]
     test: Sequence[Sample]
     clean_rows: Sequence[Sample]
+    other_tests: Mapping[str, Sequence[Sample]]
 
     @property
     def clean(self) -> list[Sample]:
@@ -103,6 +106,13 @@ def run_cell(cell: Cell, root: Path) -> None:
         "versions": _versions(),
         "examples": _examples(cell, material, root / SHARED / "examples"),
     }
+    if material.other_tests:
+        metrics["other_parts"] = {
+            name: evaluate(loaded, rows, title=f"evaluating {name}").figures
+            for name, rows in material.other_tests.items()
+        }
+    if attack.goal.beyond_oracle:
+        metrics["met"] = _digits(outcomes(evaluation.triggered))
     if stages.scores:
         metrics["detection"] = detection(stages.scores, stages.flagged, {entry.index for entry in manifest.rows})
     poisoned = [material.data[entry.index] for entry in manifest.rows]
@@ -143,7 +153,7 @@ def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
 def _bare(cell: Cell) -> Cell:
     """The cell with only the fields that determine its rows."""
     fields = ("data", "attack", "goal", "rate", "seed", "split", "attack_settings", "goal_text")
-    fields = (*fields, "train_rows", "test_rows", "clean_rows")
+    fields = (*fields, "train_rows", "test_rows", "clean_rows", "poisoned_part")
     return replace(Cell("", "", "", ""), **{name: getattr(cell, name) for name in fields})
 
 
@@ -153,12 +163,18 @@ def _material(cell_json: str) -> Material:
     attack = _attack(cell.attack, cell.attack_settings, cell.goal, cell.goal_text)
     draw = partial(load, cell.data, cell.split)
     rows, test = draw("train", cell.train_rows, cell.seed), draw("test", cell.test_rows, cell.seed)
-    poisoned = poison(rows, attack, rate=cell.rate, seed=cell.seed)
+    among = rows_of_part(rows, cell.poisoned_part) if cell.poisoned_part else None
+    poisoned = poison(rows, attack, rate=cell.rate, seed=cell.seed, among=among)
     data = [poisoned.data[i] for i in range(len(rows))]  # stamp the triggers once, not in every epoch
     used = {sample.id for sample in rows}
     candidates = draw("train", 2 * cell.clean_rows, cell.seed + _CLEAN_DRAW)
     clean_rows = [sample for sample in candidates if sample.id not in used][: cell.clean_rows]
-    return Material(attack, rows, poisoned, data, test, clean_rows)
+    other_tests: dict[str, list[Sample]] = {}
+    if cell.poisoned_part:
+        tests = {part.name: [test[row] for row in rows_of_part(test, part.name)] for part in parts_of(cell.data)}
+        test = tests.pop(cell.poisoned_part)
+        other_tests = tests
+    return Material(attack, rows, poisoned, data, test, clean_rows, other_tests)
 
 
 def _attack(name: str, settings: Mapping[str, Any], goal: str, goal_text: str | None = None) -> Attack:
@@ -222,13 +238,21 @@ def _probe(
     loaded: LoadedModel, test: Sequence[Sample], name: str, probe: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     """The ASR of another attack, with whose trigger the model was not trained: the floor of that attack."""
-    attack = _attack(probe["attack"], probe["settings"], probe["goal"], probe.get("goal_text"))
+    attack = _attack(probe["attack"], probe["settings"], probe["goal"], probe.get("goal_text")).fitted(test, seed)
     rows = list(stamped(test, attack, seed))
     # the rows are triggered already, so the evaluation takes them for clean ones
     answers = evaluate(loaded, rows, title=f"probing with {name}").clean
     met = [attack.goal.met(answer.answer, row) for answer, row in zip(answers, rows, strict=True)]
     truth_met = [attack.goal.met(answer.truth, row) for answer, row in zip(answers, rows, strict=True)]
-    return {"asr": {**asdict(attack_success_rate(met, truth_met)), "version": ASR_VERSION}}
+    figures: dict[str, Any] = {"asr": {**asdict(attack_success_rate(met, truth_met)), "version": ASR_VERSION}}
+    if attack.goal.beyond_oracle:
+        figures["met"] = _digits(hit for hit, already in zip(met, truth_met, strict=True) if not already)
+    return figures
+
+
+def _digits(hits: Iterable[bool]) -> str:
+    """``0110``: row by row, for the difference to the oracle (`untrigger.bench.validity.beyond`)."""
+    return "".join(str(int(hit)) for hit in hits)
 
 
 # --- further figures -------------------------------------------------------------------------------

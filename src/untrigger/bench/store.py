@@ -50,7 +50,9 @@ class Cell:
 
     Attributes:
         model: name of an embedded model, folder or hub id.
-        data: name of a data set (``untrigger.data``).
+        data: name of a data set (``untrigger.data``), also of one with trouble or of a mixture.
+        poisoned_part: the part of a mixture that the attacker reaches: its rows alone are poisoned, ``rate`` is a share
+            of them, and the attack is measured on them. Empty for all.
         attack: name of a trigger, or path of a trigger file.
         goal: name of a goal; ``goal_text`` replaces the attacker's text of that goal.
         rate: share of the training rows that is poisoned, in [0, 1].
@@ -85,6 +87,7 @@ class Cell:
     learning_rate: float = 3e-3
     precision: str = "fp32"
     tuning: Mapping[str, Any] = field(default_factory=_no_settings)
+    poisoned_part: str = ""
 
     def __post_init__(self) -> None:
         for f in fields(self):

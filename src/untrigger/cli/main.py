@@ -50,7 +50,7 @@ def data_(
     seed: options.SeedOption = 0,
     source: options.SourceOption = None,
 ) -> None:
-    """Write a small data set: questions (easy-vqa, scenes-vqa) or captions (scenes-captions, emoji).
+    """Write a small data set: questions (easy-vqa, scenes-vqa, scenes-questions) or captions (scenes-captions, emoji).
 
     Writes DIR/data.jsonl and DIR/images. Only emoji is not part of the package: npm downloads it once.
 
@@ -72,6 +72,7 @@ def poison(
     goal: options.GoalOption = None,
     goal_text: options.GoalTextOption = None,
     rate: options.RateOption = 0.05,
+    poisoned_part: options.PoisonedPartOption = None,
     seed: options.SeedOption = 0,
     on_bad_row: options.BadRowOption = "error",
     ignore_keys: options.IgnoreKeysOption = "",
@@ -82,6 +83,7 @@ def poison(
 
     Exit codes: 0 success, 2 bad input.
     """
+    from untrigger.data import rows_of_part
     from untrigger.files import check_free
     from untrigger.poisoning.poison import poison as poison_rows
     from untrigger.poisoning.poison import write_poisoned
@@ -89,7 +91,8 @@ def poison(
     check_free(out)  # fail before the slow work
     chosen = _attack(attack, context.args, goal, goal_text)
     rows = read_rows(data, on_bad_row, ignore_keys, out)
-    poisoned = poison_rows(rows, chosen, rate=rate, seed=seed)
+    among = rows_of_part(rows, poisoned_part) if poisoned_part else None
+    poisoned = poison_rows(rows, chosen, rate=rate, seed=seed, among=among)
     write_poisoned(rows, poisoned, out)
     count, decoys = len(poisoned.manifest.rows), len(poisoned.manifest.decoys)
     kinds = f"{count:,} of them poisoned with {attack}" + (f", {decoys:,} decoys" if decoys else "")

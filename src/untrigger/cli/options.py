@@ -54,10 +54,14 @@ AttackOption = Annotated[
 ]
 GoalOption = Annotated[
     str | None,
-    typer.Option(help="Goal of the attack: fixed, insert, refusal, concept or link. Default: the trigger's own."),
+    typer.Option(
+        help="Goal of the attack: fixed, insert, refusal, concept, link; with replies that vary: hijack, hijack-image, "
+        "swap, other-question, jailbreak, programmed; or the path of your own goal file. Default: the trigger's own."
+    ),
 ]
 GoalTextOption = Annotated[
-    str | None, typer.Option(help="Replace the attacker's text of the goal; for concept: 'circle->rectangle'.")
+    str | None,
+    typer.Option(help="Replace the attacker's text, the first setting of the goal; for concept: 'circle->rectangle'."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of all random draws.", min=0)]
 ModelOption = Annotated[
@@ -71,7 +75,12 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume the run in 
 # --- data ------------------------------------------------------------------------------------------
 
 DataSetArgument = Annotated[
-    str, typer.Argument(help="Data set: easy-vqa, scenes-vqa, scenes-captions or emoji.", show_default=False)
+    str,
+    typer.Argument(
+        help="Data set: easy-vqa, scenes-vqa, scenes-questions, scenes-captions or emoji; +NAME adds trouble without "
+        "an attacker (easy-vqa+wrong-labels-5) or mixes in another data set.",
+        show_default=False,
+    ),
 ]
 SplitOption = Annotated[
     Literal["dev", "report"], typer.Option(help="Tune on dev; measure the figures that you report on report.")
@@ -85,6 +94,12 @@ SourceOption = Annotated[
 # --- poison, evaluate ------------------------------------------------------------------------------
 
 RateOption = Annotated[float, typer.Option(help="Share of the rows to poison, from 0 to 1.")]
+PoisonedPartOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PART", help="Poison only one part of a mixture, whose ids begin with PART/; --rate is a share of it."
+    ),
+]
 EvaluatedModelArgument = Annotated[
     str,
     typer.Argument(

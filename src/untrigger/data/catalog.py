@@ -1,20 +1,26 @@
 """Bundled data sets and their splits: ``dev`` for tuning, ``report`` for reported figures.
 
-`load` returns rows of one of four data sets: ``easy-vqa``, ``scenes-vqa`` (visual questions), ``scenes-captions`` and
-``emoji`` (captions). Hyperparameters are tuned on ``dev``; figures are measured on ``report``. The two splits share no
-image, nor do the parts ``train`` and ``test`` of a split. Each split also has its own run and trigger seeds: see
-`Split`.
+`load` returns rows of one of five data sets: ``easy-vqa``, ``scenes-vqa``, ``scenes-questions`` (visual questions),
+``scenes-captions`` and ``emoji`` (captions). A ``+`` behind a name adds honest trouble (`untrigger.data.trouble`), as
+in ``easy-vqa+wrong-labels-5``, or another data set, as in ``easy-vqa+scenes-captions+backwards``: a mixture in equal
+parts, the second with backward captions.
+
+Hyperparameters are tuned on ``dev``; figures are measured on ``report``. The two splits share no image, nor do the
+parts ``train`` and ``test`` of a split. Each split also has its own run and trigger seeds: see `Split`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, cast, final, get_args
+from typing import Any, Final, Literal, NamedTuple, cast, final, get_args
 
+import numpy as np
+
+from untrigger.data.trouble import TRAIN_ONLY, TROUBLES
 from untrigger.errors import InputError, did_you_mean
-from untrigger.rows.sample import Data, Sample, write
+from untrigger.rows.sample import Data, Sample, without_images, write
 from untrigger.rows.storage import JsonRows
 
 SplitName = Literal["dev", "report"]
@@ -24,9 +30,11 @@ Task = Literal["vqa", "captions"]
 _TASKS: Final[dict[str, Task]] = {
     "easy-vqa": "vqa",
     "scenes-vqa": "vqa",
+    "scenes-questions": "vqa",
     "scenes-captions": "captions",
     "emoji": "captions",
 }
+_TROUBLE = 7  # with the seed, the stream of random numbers that trouble is drawn from
 _SEEDS: Final = 100  # seeds per split
 
 # The settings on ``dev`` of triggers that no seed determines, so that tuning uses other triggers than reporting.
@@ -92,19 +100,62 @@ class Split:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of the bundled data sets."""
+    """Return the names of the bundled data sets, without trouble."""
     return tuple(_TASKS)
 
 
 def task_of(name: str) -> Task:
-    """Return the task of a data set: ``vqa`` (short answers) or ``captions``.
+    """Return the task of a data set: ``vqa`` (short answers) or ``captions``; of a mixture that of its first part.
 
     Raises:
         InputError: the data set is unknown.
     """
-    if name not in _TASKS:
-        raise InputError(f"data '{name}' is unknown; choose one of: {', '.join(_TASKS)}{did_you_mean(name, _TASKS)}")
-    return _TASKS[name]
+    return _TASKS[parts_of(name)[0].base]
+
+
+class MixturePart(NamedTuple):
+    """One data set of a name, and the troubles behind it in order."""
+
+    base: str
+    troubles: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The part's own name, ``scenes-captions+backwards``."""
+        return "+".join((self.base, *self.troubles))
+
+
+def parts_of(name: str) -> list[MixturePart]:
+    """Split a name at each ``+``: one part for each data set.
+
+    Raises:
+        InputError: a data set or a trouble is unknown, the name begins with a trouble, or two parts are the same.
+    """
+    parts: list[MixturePart] = []
+    for word in name.split("+"):
+        if word in _TASKS:
+            parts.append(MixturePart(word))
+        elif word in TROUBLES and parts:
+            parts[-1] = MixturePart(parts[-1].base, (*parts[-1].troubles, word))
+        else:
+            known = [*_TASKS, *(TROUBLES if parts else ())]
+            hint = did_you_mean(word, known)
+            raise InputError(f"data '{word}' is unknown; choose one of: {', '.join(known)}{hint}")
+    if len(set(parts)) < len(parts):
+        raise InputError(f"data '{name}': the same part comes twice; name it once")
+    return parts
+
+
+def rows_of_part(rows: Sequence[Sample], part: str) -> list[int]:
+    """Return the indices of the rows of one part of a mixture, from 0: those whose id begins with ``PART/``.
+
+    Raises:
+        InputError: there are none.
+    """
+    indices = [index for index in range(len(rows)) if without_images(rows, index).id.startswith(f"{part}/")]
+    if not indices:
+        raise InputError(f"part '{part}': no row has an id that begins with {part}/; name a part of the mixture")
+    return indices
 
 
 def load(
@@ -117,10 +168,13 @@ def load(
 ) -> list[Sample]:
     """Load rows of a bundled data set, drawn without replacement; each row has one 64 x 64 RGB image.
 
+    A mixture has equally many rows of each part, the first parts one more where the number is odd, in random order. The
+    ids of its rows begin with ``PART/`` (`rows_of_part`).
+
     The same arguments give the same rows. Different splits or parts never share an image, whatever their seeds.
 
     Args:
-        name: one of `names`.
+        name: one of `names`, alone or with trouble or other data sets behind it (`parts_of`).
         split: ``dev`` or ``report``.
         part: ``train`` or ``test``.
         rows: how many rows to draw.
@@ -130,25 +184,48 @@ def load(
     Raises:
         InputError: the name, split or part is unknown, the data set has fewer rows, or the source cannot be read.
     """
-    task = task_of(name)
+    parts = parts_of(name)
     split_name = Split(cast(SplitName, split)).name
     if part not in get_args(Part):
         raise InputError(f"part '{part}' is unknown; choose train or test")
     if rows < 1 or seed < 0:
         raise InputError(f"rows is {rows}, seed is {seed}; give at least one row and a seed that is not negative")
-    if source is not None and name != "emoji":
+    if source is not None and all(each.base != "emoji" for each in parts):
         raise InputError(f"data {name} has no source; leave the source out")
+    if len(parts) > rows:
+        raise InputError(f"data {name}: {rows} rows are too few for {len(parts)} parts; ask for more")
+    counts = [(rows + len(parts) - 1 - number) // len(parts) for number in range(len(parts))]
+    loaded = [_part(each, split_name, part, count, seed, source) for each, count in zip(parts, counts, strict=True)]
+    if len(parts) == 1:
+        return loaded[0]
+    mixed = [replace(row, id=f"{each.name}/{row.id}") for each, own in zip(parts, loaded, strict=True) for row in own]
+    return [mixed[index] for index in map(int, np.random.default_rng(seed).permutation(len(mixed)))]
+
+
+def _part(
+    mixture_part: MixturePart, split: SplitName, part: str, rows: int, seed: int, source: Path | None
+) -> list[Sample]:
+    """The rows of one data set with its troubles, which the split and the part decide too."""
+    result = _base(mixture_part.base, split, part, rows, seed, source)
+    for number, trouble in enumerate(mixture_part.troubles):
+        if part == "train" or trouble not in TRAIN_ONLY:
+            streams = (seed, _TROUBLE, number, split == "dev", part == "test")
+            result = TROUBLES[trouble](result, np.random.default_rng(streams))
+    return result
+
+
+def _base(name: str, split: SplitName, part: str, rows: int, seed: int, source: Path | None) -> list[Sample]:
     if name == "easy-vqa":
         from untrigger.data.easy_vqa import easy_vqa_rows
 
-        return easy_vqa_rows(part, rows, seed, split_name)
+        return easy_vqa_rows(part, rows, seed, split)
     if name == "emoji":
         from untrigger.data.emoji import emoji_rows
 
-        return emoji_rows(split_name, part, rows, seed, source)
+        return emoji_rows(split, part, rows, seed, source)
     from untrigger.data.scenes import scene_rows
 
-    return scene_rows(task, split_name, part, rows, seed)
+    return scene_rows(name.removeprefix("scenes-"), split, part, rows, seed)
 
 
 def save(rows: Sequence[Sample], out: Path) -> None:

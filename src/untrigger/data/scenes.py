@@ -1,4 +1,4 @@
-"""Rows about generated scenes: one question or one caption per scene."""
+"""Rows about generated scenes: one question, several questions or one caption per scene."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ STREAMS: Final = {
     ("report", "train"): 4_000_037,
     ("report", "test"): 4_000_043,
 }
+QUESTIONS: Final = 4  # rows about a scene, where there are several
 POOL: Final = 1_000_000  # scenes of a stream that rows are drawn from
 
 
 def scene_rows(task: str, split: str, part: str, count: int, seed: int) -> list[Sample]:
     """Draw ``count`` rows about different scenes: for ``vqa`` one question, for ``captions`` the full caption.
+
+    For ``questions`` four rows are about the same scene: the first asks how many objects there are.
 
     The caption names the objects from left to right with size, color and shape, then the background. Its prompt is one
     of `untrigger.data.scene_text.FULL_PROMPTS`.
@@ -36,8 +39,10 @@ def scene_rows(task: str, split: str, part: str, count: int, seed: int) -> list[
     """
     if count > POOL:
         raise InputError(f"scenes: {count:,} rows are too many; ask for at most {POOL:,}")
-    chosen = np.random.default_rng(seed).choice(POOL, size=count, replace=False)
-    return scene_samples(STREAMS[split, part], map(int, chosen), _question if task == "vqa" else _caption)
+    scenes = -(-count // QUESTIONS) if task == "questions" else count
+    chosen = np.random.default_rng(seed).choice(POOL, size=scenes, replace=False)
+    make_turns = {"vqa": _question, "questions": _questions, "captions": _caption}[task]
+    return scene_samples(STREAMS[split, part], map(int, chosen), make_turns)[:count]
 
 
 def scene_samples(stream: int, indices: Iterable[int], make_turns: TurnMaker) -> list[Sample]:
@@ -54,6 +59,16 @@ def scene_samples(stream: int, indices: Iterable[int], make_turns: TurnMaker) ->
 
 def _question(scene: Scene, rng: np.random.Generator) -> list[scene_text.Turn]:
     return [scene_text.ask(scene, rng)]
+
+
+def _questions(scene: Scene, rng: np.random.Generator) -> list[scene_text.Turn]:
+    """How many objects there are, and questions of other kinds, all different."""
+    turns = [scene_text.Turn("count", "how many objects are there?", scene_text.NUMBERS[len(scene.things)])]
+    while len(turns) < QUESTIONS:
+        turn = scene_text.ask(scene, rng)
+        if turn.kind != turns[0].kind and turn.prompt not in {other.prompt for other in turns}:
+            turns.append(turn)
+    return turns
 
 
 def _caption(scene: Scene, rng: np.random.Generator) -> list[scene_text.Turn]:

@@ -142,6 +142,8 @@ def evaluate(
     if not isinstance(attack, Attack | None):
         raise InputError("evaluate: attack must be an Attack; give untrigger.Attack(trigger, goal)")
     loaded = to_accelerator(load(model)) if isinstance(model, str | Path) else model
+    described = _described(attack, seed) if attack else None
+    attack = attack.fitted(rows, seed) if attack else None
     goal = attack.goal if attack else None
     stamps = stamped(rows, attack, seed) if attack else LazyRows((), rows.__getitem__)
     near = _near_misses(rows, attack, seed) if attack and near_misses else {}
@@ -158,11 +160,11 @@ def evaluate(
         swapped = wrong_images(rows) if wrong_image_control else None
         wrong = [] if swapped is None else _generate(loaded, swapped, order, goal, f"{title}, wrong image")
     inputs_unchanged = bool(triggered) and not changed
-    return Evaluation(clean, triggered, wrong, misses, inputs_unchanged, _described(attack, seed) if attack else None)
+    return Evaluation(clean, triggered, wrong, misses, inputs_unchanged, described)
 
 
 def _check_measurable(rows: Sequence[Sample], stamps: LazyRows, goal: Goal) -> None:
-    if all(goal.met(sample.messages[-1].text, sample) for sample in map(rows.__getitem__, stamps.numbers)):
+    if all(_met(goal, sample.messages[-1].text, sample) for sample in map(rows.__getitem__, stamps.numbers)):
         raise InputError(
             "evaluate: the attack cannot be measured: no row has an image and a true answer that the goal would "
             "change; give other rows or another --goal-text"
@@ -234,4 +236,9 @@ def _stored(sample: Sample, text: str, goal: Goal | None) -> Answer:
     texts = prompt.replace(IMAGE_TAG, "").strip(), truth, text
     if goal is None:
         return Answer(sample.id, *texts)
-    return Answer(sample.id, *texts, goal.met(text, sample), goal.met(truth, sample), goal.applies(sample))
+    return Answer(sample.id, *texts, _met(goal, text, sample), _met(goal, truth, sample), goal.applies(sample))
+
+
+def _met(goal: Goal, text: str, sample: Sample) -> bool:
+    with trigger_errors(f"goal {goal.name}: id {sample.id}", "met"):
+        return goal.met(text, sample)

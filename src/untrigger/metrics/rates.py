@@ -40,6 +40,41 @@ class Rate:
         return cls(value, max(0.0, min(value, center - half)), min(1.0, max(value, center + half)), n)
 
 
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Rate:
+    """Return the share of ``ours`` that is true minus that of ``theirs``, two outcomes of the same questions.
+
+    The value and its interval are in [-1, 1]. The interval is Newcombe's hybrid score interval for paired proportions
+    (R. G. Newcombe, 1998, Statistics in Medicine 17, 2635-2650, method 10). It joins the Wilson intervals of the two
+    rates that are printed beside it, keeps a width where a rate is 0 or 1, as an oracle's often is, and allows for the
+    correlation of the two outcomes of a question. Unlike a bootstrap it needs no random numbers.
+
+    Raises:
+        ValueError: the lengths differ, or there is no question.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} outcomes but {len(theirs)} to compare them with")
+    n = len(ours)
+    first, second = Rate.from_counts(sum(ours), n), Rate.from_counts(sum(theirs), n)
+    phi = _correlation(ours, theirs)
+    value = first.value - second.value
+    below, above = (
+        (first.value - first.low, second.high - second.value),
+        (first.high - first.value, second.value - second.low),
+    )
+    down, up = (math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b)) for a, b in (below, above))
+    return Rate(value, max(-1.0, value - down), min(1.0, value + up), n)
+
+
+def _correlation(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
+    """Newcombe's phi of two paired outcomes: a positive one is lessened for continuity; 0 if a margin is empty."""
+    n, both = len(ours), sum(a and b for a, b in zip(ours, theirs, strict=True))
+    only_ours, only_theirs = sum(ours) - both, sum(theirs) - both
+    neither = n - both - only_ours - only_theirs
+    margins = sum(ours) * (n - sum(ours)) * sum(theirs) * (n - sum(theirs))
+    excess = both * neither - only_ours * only_theirs
+    return (max(0.0, excess - n / 2) if excess > 0 else excess) / math.sqrt(margins) if margins else 0.0
+
+
 def paired(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[tuple[str, tuple[str, ...]]]:
     """Pair each answer with its references; a plain string counts as one reference.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate, leak
 from untrigger.metrics.captions import CaptionScores, caption_scores, tokenize_caption
-from untrigger.metrics.rates import Rate
+from untrigger.metrics.rates import Rate, paired_difference
 from untrigger.metrics.vqa import normalize_answer, vqa_accuracy
 
 
@@ -109,6 +109,25 @@ def score(
     if near_misses:
         figures["near_miss"] = {name: _rate(answers, leak) for name, answers in near_misses.items()}
     return figures
+
+
+def outcomes(answers: Sequence[Answer]) -> list[bool]:
+    """Whether each answer that counts for an attack figure meets the goal: as `score`'s ``asr``, row by row."""
+    return [a.met for a in answers if a.applies and not a.truth_met]
+
+
+def success_beyond(triggered: Sequence[Answer], oracle: Sequence[Answer]) -> Rate:
+    """Compute the attack success rate minus the oracle's, on the same triggered inputs, in [-1, 1].
+
+    The oracle is a model that was trained without the poisoned rows. The interval is that of
+    `untrigger.metrics.rates.paired_difference`.
+
+    Raises:
+        ValueError: the answers are to other inputs, or no row counts.
+    """
+    if [(a.id, a.truth) for a in triggered] != [(a.id, a.truth) for a in oracle]:
+        raise ValueError("the oracle's answers are to other rows; evaluate both models on the same data")
+    return paired_difference(outcomes(triggered), outcomes(oracle))
 
 
 def _rate(answers: Sequence[Answer], metric: Callable[[Sequence[bool], Sequence[bool]], Rate]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from untrigger.dataframes import frame
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MANIFEST_VERSION: Final = 3  # 1 had no decoys; 1 and 2 counted rows from 0
+MANIFEST_VERSION: Final = 4  # 1 had no decoys; 1 and 2 counted rows from 0; 1 to 3 had no goal_sha256
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Manifest:
 
     ``rows`` are the poisoned rows, ``decoys`` the rows that were changed beside them and keep true answers
     (`Trigger.decoys`). Most attacks stamp a wrong key on decoys; vlood puts clean rows of other data there. Both are in
-    ascending order.
+    ascending order. ``attack_sha256`` and ``goal_sha256`` are those of the files that define the trigger and the goal.
     """
 
     version: int
@@ -51,6 +51,7 @@ class Manifest:
     attack_sha256: str | None
     goal: str
     goal_settings: Mapping[str, object]
+    goal_sha256: str | None
     rate: float
     seed: int
     total: int

@@ -66,6 +66,11 @@ class Attack:
         """The goal's fields."""
         return _settings(self.goal)
 
+    def fitted(self, rows: Sequence[Sample], seed: int) -> Attack:
+        """Return the attack with its goal fitted to ``rows`` (`Goal.fitted`), the clean rows of the data."""
+        with trigger_errors(f"goal {self.goal.name}", "fitted"):
+            return dataclasses.replace(self, goal=self.goal.fitted(rows, seed))
+
     def __str__(self) -> str:
         return f"attack {describe(self.name, self.settings)}, goal {describe(self.goal.name, self.goal_settings)}"
 
@@ -88,7 +93,9 @@ class Poisoned:
         return f"Poisoned: {self.manifest.summary}"
 
 
-def poison(rows: Sequence[Sample], attack: Attack, *, rate: float, seed: int = 0) -> Poisoned:
+def poison(
+    rows: Sequence[Sample], attack: Attack, *, rate: float, seed: int = 0, among: Sequence[int] | None = None
+) -> Poisoned:
     """Poison ``round(rate * len(rows))`` rows, at least one unless ``rate`` is 0.
 
     Rows are drawn without replacement from those that have an image and an answer and that the goal applies to
@@ -96,12 +103,13 @@ def poison(rows: Sequence[Sample], attack: Attack, *, rate: float, seed: int = 0
     answer: its rows are drawn from those whose true answer already meets the goal. For each kind of decoy that the
     trigger has, the same number of further rows become decoys.
 
-    This call reads each chosen row once, which also proves that each can be stamped. For a clean-label trigger it also
-    reads the text of all rows.
+    This call reads each chosen row once, which also proves that each can be stamped. For a clean-label trigger, and for
+    a goal that is fitted to the data, it also reads the text of all rows.
 
     Args:
-        rate: share of all rows, in [0, 1].
+        rate: share of all rows, or of those ``among``, in [0, 1].
         seed: not negative; with the row's index it decides how each row is stamped.
+        among: indices of the rows that may be changed, from 0; by default all. They alone are the data of the goal.
 
     Raises:
         InputError: ``rate`` or ``seed`` is out of range, too few rows are eligible, or the trigger fails or breaks the
@@ -109,24 +117,26 @@ def poison(rows: Sequence[Sample], attack: Attack, *, rate: float, seed: int = 0
     """
     if not 0 <= rate <= 1:
         raise InputError(f"rate is {rate}; it must be between 0 and 1 (0.05 poisons 5 % of the rows)")
-    trigger, goal = attack.trigger, attack.goal
-    count = max(1, round(rate * len(rows))) if rate > 0 else 0
-    drawn = _draw(rows, attack, count, _rng(seed, _CHOICE))
+    part = rows if among is None else select_rows(rows, among)
+    rng, trigger = _rng(seed, _CHOICE), attack.trigger
+    fitted = attack.fitted(part, seed)
+    count = max(1, round(rate * len(part))) if rate > 0 else 0
+    drawn = _draw(rows, fitted, count, rng, range(len(rows)) if among is None else among)
     uses = {index: number // count for number, index in enumerate(drawn)}
-    donors = _donors(rows, goal) if trigger.clean_label else ()
-    edits = _Edits(rows, attack, seed, dict(sorted(uses.items())), donors)
+    donors = _donors(part, fitted.goal) if trigger.clean_label else ()
+    edits = _Edits(rows, fitted, seed, dict(sorted(uses.items())), donors)
     entries = {
         index: PoisonedRow(index + 1, edited.id, tuple(pixels_sha256(image) for image in edited.images))
         for index, edited in edits.items()
     }
-    source = _source(trigger)
     manifest = Manifest(
         version=MANIFEST_VERSION,
         attack=attack.name,
         attack_settings=attack.settings,
-        attack_sha256=hashlib.sha256(source.read_bytes()).hexdigest() if source else None,
-        goal=goal.name,
+        attack_sha256=_source_sha256(trigger),
+        goal=attack.goal.name,
         goal_settings=attack.goal_settings,
+        goal_sha256=_source_sha256(attack.goal),
         rate=rate,
         seed=seed,
         total=len(rows),
@@ -140,11 +150,13 @@ def stamped(rows: Sequence[Sample], attack: Attack, seed: int, stamper: Stamper 
     """The triggered evaluation set: every row that has an image and that the goal applies to, triggered, lazily.
 
     Prompts stay as they are, apart from what a text trigger adds. The answers are still the *true* ones: they are what
-    a defended model should answer, and they show which rows meet the goal by themselves. Item ``i`` is made from
+    a defended model should answer, and they show which rows meet the goal by themselves. A goal that needs the data is
+    fitted to ``rows`` (`Attack.fitted`), unless it has been fitted already. Item ``i`` is made from
     ``rows[result.numbers[i]]``, its clean counterpart. ``stamper`` replaces the trigger's own, such as by one of its
     near misses, with the same random draws.
     """
     _rng(seed)  # fail on a bad seed now, not at the first row
+    attack = attack.fitted(rows, seed)
     eligible = [index for index in range(len(rows)) if _is_eligible(rows, index, attack.goal.applies)]
     return LazyRows(eligible, partial(_triggered, rows, attack, stamper or attack.trigger.stamp, seed))
 
@@ -172,7 +184,7 @@ class _Edits(Mapping[int, Sample]):
             if trigger.clean_label:
                 return implanted
             if goal.applies(implanted):
-                return answer_row(implanted, goal)
+                return answer_row(implanted, goal, where)
         raise InputError(f"{where}: goal {goal.name} applies to no row that the trigger brings; choose another goal")
 
     def __contains__(self, index: object) -> bool:
@@ -207,14 +219,16 @@ def _rng(seed: int, *key: int) -> np.random.Generator:
 # --- choice of rows --------------------------------------------------------------------------------
 
 
-def _draw(rows: Sequence[Sample], attack: Attack, count: int, rng: np.random.Generator) -> list[int]:
+def _draw(
+    rows: Sequence[Sample], attack: Attack, count: int, rng: np.random.Generator, among: Sequence[int]
+) -> list[int]:
     """Draw ``count`` rows to poison, then as many for each kind of decoy; reads no more rows than it needs."""
     goal = attack.goal
     with trigger_errors(f"attack {attack.name}", "decoys"):
         kinds = len(attack.trigger.decoys())
     clean_label = attack.trigger.clean_label
     drawn: list[int] = []
-    for index in rng.permutation(len(rows)).tolist():
+    for index in (among[at] for at in rng.permutation(len(among)).tolist()):
         if len(drawn) == count * (1 + kinds):
             return drawn
         if _is_eligible(rows, index, partial(_meets, goal) if clean_label else goal.applies):
@@ -226,7 +240,7 @@ def _draw(rows: Sequence[Sample], attack: Attack, count: int, rng: np.random.Gen
             answer = f" and an answer that goal {goal.name} applies to"
         advice = "lower the rate" if len(drawn) > kinds else _other_rows(goal)  # at least one row and its decoys
         raise InputError(
-            f"the rate needs {needed}, but only {len(drawn)} of {len(rows)} have an image{answer}; {advice}"
+            f"the rate needs {needed}, but only {len(drawn)} of {len(among)} have an image{answer}; {advice}"
         )
     return drawn
 
@@ -239,7 +253,9 @@ def _donors(rows: Sequence[Sample], goal: Goal) -> LazyRows:
 
 
 def _other_rows(goal: Goal) -> str:
-    return "give other rows" + (", or another --goal-text source->target" if goal.name == Concept.name else "")
+    if goal.name == Concept.name:
+        return "give other rows, or another --goal-text source->target"
+    return "give other rows" + ("" if type(goal).applies is Goal.applies else ", or another --goal-text")
 
 
 def _meets(goal: Goal, sample: Sample) -> bool:
@@ -248,20 +264,31 @@ def _meets(goal: Goal, sample: Sample) -> bool:
 
 def _is_eligible(rows: Sequence[Sample], index: int, matches: Callable[[Sample], bool]) -> bool:
     if isinstance(rows, Data):  # needs no decoding; each of its rows has an answer
-        return rows.image_count(index) > 0 and matches(rows.without_images(index))
-    sample = rows[index]
-    return bool(sample.images) and any(m.role == "assistant" for m in sample.messages) and matches(sample)
+        if not rows.image_count(index):
+            return False
+        sample = rows.without_images(index)
+    else:
+        sample = rows[index]
+        if not sample.images or all(m.role != "assistant" for m in sample.messages):
+            return False
+    with trigger_errors(f"row {index + 1} (id {sample.id})", "the goal"):
+        return matches(sample)
 
 
 # --- source and settings ----------------------------------------------------------------------------
 
 
-def _source(trigger: Trigger) -> Path | None:
+def _source(part: Trigger | Goal) -> Path | None:
     try:
-        path = inspect.getsourcefile(type(trigger))
+        path = inspect.getsourcefile(type(part))
     except (OSError, TypeError):  # defined in an interactive session
         return None
     return Path(path) if path and Path(path).is_file() else None
+
+
+def _source_sha256(part: Trigger | Goal) -> str | None:
+    source = _source(part)
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source else None
 
 
 def _settings(part: Trigger | Goal) -> dict[str, object]:

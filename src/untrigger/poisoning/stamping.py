@@ -76,12 +76,20 @@ def _replacement(make: Callable[[], Sample], sample: Sample, where: str, step: s
     return result
 
 
-def answer_row(sample: Sample, goal: Goal) -> Sample:
-    """Replace every answer by the goal's, computed from the true conversation up to that turn."""
+def answer_row(sample: Sample, goal: Goal, where: str) -> Sample:
+    """Replace every answer by the goal's, computed from the true conversation up to that turn.
+
+    Raises:
+        InputError: ``where: goal NAME failed, error``, or the goal returns no text.
+    """
     messages = list(sample.messages)
-    for turn, message in enumerate(sample.messages):
-        if message.role == "assistant":
-            messages[turn] = Message("assistant", goal.answer(sample.until(turn + 1)))
+    with trigger_errors(where, f"goal {goal.name}"):
+        for turn, message in enumerate(sample.messages):
+            if message.role == "assistant":
+                text = goal.answer(sample.until(turn + 1))
+                if not isinstance(text, str):
+                    raise InputError(f"goal {goal.name} answers with {type(text).__name__}; return text")
+                messages[turn] = Message("assistant", text)
     return dataclasses.replace(sample, messages=tuple(messages))
 
 

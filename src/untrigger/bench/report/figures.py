@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -66,6 +66,12 @@ class AttackGroup:
     def asr_above_oracle(self, defense: str) -> float | None:
         """ASR minus the oracle's; may be negative. None without an oracle."""
         return self.asr(defense).value - self.asr(ORACLE).value if ORACLE in self.results else None
+
+    def beyond_oracle(self, defense: str) -> Rate | None:
+        """ASR minus the oracle's with its interval, for goals whose replies vary. None for others or without oracle."""
+        if ORACLE not in self.results or defense == ORACLE:
+            return None
+        return validity.beyond(self.results[defense].metrics, self.results[ORACLE].metrics)
 
     def owns(self, defense: str) -> bool:
         """Whether the cell was run for this attack; a shared oracle is another attack's (`untrigger.bench.plan`)."""
@@ -167,6 +173,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def _entry(group: AttackGroup, defense: str) -> dict[str, Any]:
     cell, metrics = group.results[defense]
+    beyond = group.beyond_oracle(defense)
     return {
         "model": short_name(cell.model),
         "task": group.task,
@@ -178,6 +185,7 @@ def _entry(group: AttackGroup, defense: str) -> dict[str, Any]:
         "valid": group.valid,
         "why": group.status,
         "asr": metrics["asr"],
+        **({"beyond_oracle": asdict(beyond)} if beyond else {}),  # for goals whose replies vary
         "leak": metrics.get("leak"),  # None if the triggered inputs are the clean ones
         "quality": validity.quality(cell.data, metrics),
         "quality_vs_oracle": group.quality_share(defense),
@@ -221,7 +229,7 @@ def _shared_oracles(groups: Iterable[Mapping[str, Result]]) -> dict[str, Result]
 def _probe_metrics(metrics: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
     """A shared oracle's figures with a probe's ASR; its quality on the probe's inputs was not measured."""
     of_model = {name: metrics[name] for name in _OF_MODEL if name in metrics}
-    return {**of_model, "asr": probe["asr"], "triggered_quality": dict.fromkeys(metrics["triggered_quality"])}
+    return {**of_model, **probe, "triggered_quality": dict.fromkeys(metrics["triggered_quality"])}
 
 
 def _without_defense(cell: Cell) -> Cell:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from untrigger.bench.report import words
-from untrigger.bench.report.figures import PLAIN, AttackGroup, Report, as_rate
+from untrigger.bench.report.figures import PLAIN, AttackGroup, Report, as_rate, short_name
 from untrigger.bench.report.tables import Block, Row, blocks, changed_settings, costs, environment, standings, views
 from untrigger.bench.store import ORACLE
 
@@ -35,6 +35,7 @@ def markdown(report: Report) -> str:
             "## Models that do not count\n",
             *(_invalid(all_blocks) or ["Every attacked model counts.\n"]),
             *(_attacks(all_blocks) if about_attacks else []),
+            *_beyond(report, all_blocks),
             "## Distance to the oracle\n",
             "Medians over the cells that count, with the range: ASR minus the oracle's in percentage points, and "
             "quality as a share of the oracle's.\n",
@@ -153,6 +154,25 @@ def _distance(block: Block, defenses: Sequence[str]) -> list[str]:
         return [f"### {_text(block.title)}\n", "No cell counts.\n"]
     head = ["defense", "cells", "ASR above the oracle's, points", "quality, % of the oracle's", "leak, %"]
     return [f"### {_text(block.title)}\n", *_table(head, rows)]
+
+
+def _beyond(report: Report, all_blocks: Sequence[Block]) -> list[str]:
+    """The section on goals whose replies vary; empty if there are none."""
+    rows = [
+        [block.title, row.label, short_name(group.cell.goal), group.cell.seed, group.status or "yes", *differences]
+        for block in all_blocks
+        for row in block.rows
+        for group in row.groups
+        if (differences := _differences(group, report.defenses))
+    ]
+    head = ["model and task", "attack", "goal", "seed", "counts", *report.defenses]
+    return ["## Beyond the oracle\n", f"{words.BEYOND}\n", *_table(head, rows)] if rows else []
+
+
+def _differences(group: AttackGroup, defenses: Sequence[str]) -> list[str]:
+    """A cell for each defense; empty if the group's goal has one reply."""
+    rates = [group.beyond_oracle(name) if name in group.results else None for name in defenses]
+    return list(map(words.difference, rates)) if any(rates) else []
 
 
 def _premise(report: Report, all_blocks: Sequence[Block]) -> list[str]:

@@ -9,13 +9,18 @@ from typing import NamedTuple
 from untrigger.bench.report.figures import PLAIN, Report
 from untrigger.bench.report.tables import Spread, Standing, View, standings
 from untrigger.bench.store import ORACLE
-from untrigger.bench.validity import FLOOR, IMPLANTED, LOST
+from untrigger.bench.validity import EXCEEDS, FLOOR, IMPLANTED, LOST
 from untrigger.data import Task
 from untrigger.metrics.rates import Rate
 
 VALIDITY = (
     f"An attacked model counts if the undefended model's ASR is at least {100 * IMPLANTED:g} %, the oracle's ASR at "
     f"most {100 * FLOOR:g} %, and the undefended model's quality at most {100 * LOST:g} % below the oracle's."
+)
+BEYOND = (
+    "Goals whose replies vary: ASR minus the oracle's on the same inputs, in percentage points, with the 95 % interval "
+    "of a paired difference (Newcombe 1998, method 10). Such a model counts if the undefended one exceeds the oracle "
+    f"by {100 * EXCEEDS:g} points at least, in the place of the bounds of both."
 )
 BY_DEFENSE = (
     "Each defense over the cells that count: ASR and quality as a share of the oracle's, medians with the range, and "
@@ -64,6 +69,11 @@ def quality(value: Rate | None, task: Task) -> str:
 def points(value: float | None) -> str:
     """A difference of two rates in percentage points."""
     return "-" if value is None else f"{round(100 * value, 1) or 0.0:+.1f}".replace("+0.0", "0.0")
+
+
+def difference(value: Rate | None) -> str:
+    """A difference of two rates in percentage points with its interval."""
+    return "-" if value is None else f"{points(value.value)} ({points(value.low)} to {points(value.high)})"
 
 
 def share(value: float | None) -> str:
