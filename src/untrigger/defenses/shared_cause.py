@@ -138,7 +138,7 @@ class SharedCause(Defense):
             share=1 - self.warmup_share, after=self.warmup_share,
         )  # fmt: skip
         after = training.tokens(training.fit(probe), range(len(specs)), "grafts-after", grafts)
-        damage = np.array([b.nll.sum() - a.nll.sum() for a, b in zip(before, after, strict=True)])
+        damage = np.array([token_probability(b) - token_probability(a) for b, a in zip(before, after, strict=True)])
         damage = damage.reshape(len(KINDS), len(plan), 2)
         groups = np.array([c.suspect for c in plan])
         return [kind for kind, p in harm_p_values(damage, groups).items() if p < self.p_value]
@@ -263,6 +263,15 @@ def grafted(host: Sample, donor: Sample, kind: str) -> Sample:
     return replace(host, messages=tuple(turns))
 
 
+def token_probability(tokens: TokenScores) -> float:
+    """Mean probability of a row's answer tokens, in [0, 1].
+
+    A backdoor whose replies vary spreads the probability of an answer over many; nats would weigh the few hosts most
+    that were wrong by far before the probe, and would hide it.
+    """
+    return float(np.exp(-tokens.nll).mean()) if len(tokens.nll) else 1.0
+
+
 def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -> dict[str, float]:
     """By kind, the chance that suspects' parts damage no more than controls' parts do.
 
@@ -270,8 +279,8 @@ def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -
     suspects are no worse than controls that are asked alike, differences are symmetric about zero.
 
     Args:
-        damage: [kinds, comparisons, 2], nats that training added to the host's own answer with the suspect's part on
-            it, and with the control's.
+        damage: [kinds, comparisons, 2], probability that training took from the host's own answer with the suspect's
+            part on it, and with the control's.
         suspects: which suspect each comparison has, [comparisons].
     """
     from scipy.stats import wilcoxon  # takes a second to import
