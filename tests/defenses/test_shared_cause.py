@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import rankdata
 
+from dry import Dry
 from untrigger.defenses.shared_cause import (
     KINDS,
     SharedCause,
@@ -17,6 +21,7 @@ from untrigger.defenses.shared_cause import (
     outliers_of_kind,
 )
 from untrigger.metrics.outliers import tukey_fence
+from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Message, Sample
 
@@ -102,3 +107,55 @@ def test_a_graft_keeps_the_hosts_answer_and_tags() -> None:
 def test_fields_are_checked(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         SharedCause(**fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class _Stub(Dry):
+    """Rows 0 to 15 of 60 are surprising. Parts of kind ``harmful`` take probability from hosts after the probe."""
+
+    harmful: str = ""
+
+    def tokens(
+        self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
+    ) -> list[TokenScores]:
+        self.scorings.append(name)
+        if not name.startswith("grafts"):
+            return [_answer(0.1 + row / 1000 if row > 15 else 9.0 + row / 10, row) for row in rows]
+        half = 2 * len(rows) // len(KINDS) // 2
+        noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(rows))
+        hit = [name.endswith("after") and KINDS[at // half] == self.harmful and at % 2 == 0 for at in range(len(rows))]
+        assert all(source is not None and source[at].messages[-1].text == "yes" for at in (0, len(rows) - 1))
+        return [_answer(0.1 + noise[at] + 3 * hit[at], 99) for at in rows]
+
+
+def _answer(nats: float, token: int) -> TokenScores:
+    return TokenScores(np.array([token, 1]), np.array([nats, 0.0]), np.array([5, 6]))
+
+
+def _dry(loaded: LoadedModel, harmful: str) -> _Stub:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    turns = (Message("user", "<image>\nis it?"), Message("assistant", "yes"))
+    rows = [Sample(f"row-{k}", (Image.fromarray(noise[k]),), turns) for k in range(60)]
+    return _Stub(loaded, rows, (), harmful=harmful)
+
+
+def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
+    dry = _dry(loaded, "window 0.5 0.25")
+    SharedCause(p_value=0.05).fine_tune(dry)
+    assert dry.scorings == ["before", "after", "grafts-before", "grafts-after"]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""]
+    last = dry.stages[-1]
+    assert last.start == 2 and len(last.ids) == 72 and last.ids[:60] == [row.id for row in dry.rows]
+    assert {int(id.removeprefix("row-")) for id in last.ids[60:]}.isdisjoint(range(16)), "hosts are believed rows"
+    assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
+    assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
+
+
+def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
+    dry = _dry(loaded, "none")
+    SharedCause(p_value=0.05).fine_tune(dry)
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""]
+    assert dry.flagged == [] and dry.stages[-1].ids == [row.id for row in dry.rows]
+    few = _dry(loaded, "window 0.5 0.25")
+    SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
+    assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]

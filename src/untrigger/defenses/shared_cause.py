@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar, NamedTuple, final
 
 import numpy as np
@@ -111,13 +112,8 @@ class SharedCause(Defense):
         usual = ~outlying & (nll <= np.maximum(self.min_nll, medians_of_kind(nll, lengths)))
         order = np.random.default_rng((training.seed, 1)).permutation(np.flatnonzero(usual)).tolist()
         needed = max(2 * _COMPARISONS, part(self.graft_share, training.row_count))
-        found: list[int] = []
-        for at in order:
-            if len(found) == needed:
-                break
-            if training.rows[screening.numbers[at]].images:
-                found.append(at)
-        return found
+        with_image = (at for at in order if training.rows[screening.numbers[at]].images)
+        return list(islice(with_image, needed))
 
     # --- evidence -----------------------------------------------------------------------------------
 
