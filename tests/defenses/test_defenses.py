@@ -22,6 +22,7 @@ from untrigger.defenses import (
     FinePruning,
     PatchAug,
     Plain,
+    SharedCause,
     SharedSurprise,
     StepDefense,
     TwoView,
@@ -49,6 +50,7 @@ IN_A_STEP: dict[str, type[StepDefense]] = {
 }
 STAGED: dict[str, type[Defense]] = {
     "default": SharedSurprise,
+    "grafts": SharedCause,
     "abl": ABL,
     "byorn": BYORN,
     "bye": BYE,

@@ -127,8 +127,8 @@ FiguresOption = Annotated[
 DefenseOption = Annotated[
     str,
     typer.Option(
-        help="Defense: default, plain (none), patch-aug, two-view, paper, abl, byorn, bye; with --clean-data: crow, "
-        "clean-tuning, fine-pruning."
+        help="Defense: default, grafts, plain (none), patch-aug, two-view, paper, abl, byorn, bye; with --clean-data: "
+        "crow, clean-tuning, fine-pruning."
     ),
 ]
 CleanDataOption = Annotated[Path | None, typer.Option(help="Data known to be clean, for the defenses that need some.")]

@@ -10,11 +10,13 @@ from untrigger.defenses.crow import CROW
 from untrigger.defenses.fine_pruning import FinePruning
 from untrigger.defenses.patch_aug import PatchAug
 from untrigger.defenses.plain import Plain
+from untrigger.defenses.shared_cause import SharedCause
 from untrigger.defenses.shared_surprise import SharedSurprise
 from untrigger.defenses.two_view import TwoView
 
 PRESETS: dict[str, type[Defense]] = {
     "default": SharedSurprise,
+    "grafts": SharedCause,
     "plain": Plain,
     "patch-aug": PatchAug,
     "two-view": TwoView,
@@ -46,6 +48,7 @@ __all__ = [
     "PairedDefense",
     "PatchAug",
     "Plain",
+    "SharedCause",
     "SharedSurprise",
     "Stage",
     "StepDefense",

@@ -68,7 +68,7 @@ class SharedSurprise(Defense):
         return True
 
     def fine_tune(self, training: Training) -> LoadedModel:
-        model, numbers, scores, flags = self.screen(training)
+        _, model, numbers, scores, flags = self.screen(training)
         ranks = np.zeros(training.row_count)
         ranks[numbers] = flags.ranks
         flagged = {numbers[at]: tokens for at, tokens in flags.tokens.items()}
@@ -91,7 +91,8 @@ class SharedSurprise(Defense):
         before = training.tokens(training.reference(), numbers, "before")
         flagged = self.flag_tokens(before).tokens
         unflagged = [row for at, row in enumerate(numbers) if at not in flagged]
-        model = training.fit(Stage(unflagged, Plain(), "warmup", share=self.warmup_share))
+        warmup = Stage(unflagged, Plain(), "warmup", share=self.warmup_share)
+        model = training.fit(warmup)
         scores = self.likelier(before, numbers, model, training)
         flags = self.flag_tokens(scores)
         if flags.p_values and len(numbers) < count:
@@ -102,7 +103,7 @@ class SharedSurprise(Defense):
             more = training.tokens(model, matching, "more")
             flags = self.flag_tokens(scores, more)
             numbers, scores = [*numbers, *matching], [*scores, *more]
-        return Screening(model, numbers, scores, flags)
+        return Screening(warmup, model, numbers, scores, flags)
 
     def likelier(
         self, before: Sequence[TokenScores], numbers: Sequence[int], model: LoadedModel, training: Training
@@ -155,8 +156,9 @@ class Flags(NamedTuple):
 
 
 class Screening(NamedTuple):
-    """The model after the warm-up, the numbers of the scored rows (from 0), their token scores, and the flags."""
+    """The warm-up and its model, the numbers of the scored rows (from 0), their token scores, and the flags."""
 
+    warmup: Stage
     model: LoadedModel
     numbers: list[int]
     scores: list[TokenScores]

@@ -1,0 +1,290 @@
+"""Accuse surprising rows whose parts make other rows' answers go wrong, and train with those parts disarmed: `grafts`.
+
+`untrigger.defenses.shared_surprise` needs a word that poisoned rows share. This needs a part of the input that they
+share, and looks at no reply, so replies may vary. docs/paper.md has the equations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import ClassVar, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from untrigger.defenses.base import Defense, Stage, Training, part
+from untrigger.defenses.plain import Plain
+from untrigger.defenses.shared_surprise import Screening, SharedSurprise, UnlikelihoodStep, flagged_text
+from untrigger.metrics.outliers import forward_fence
+from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores
+from untrigger.rows.sample import IMAGE_TAG, LazyRows, Message, Sample
+from untrigger.views.grafts import IMAGE_GRAFTS, TEXT_GRAFTS, graft_image, graft_text
+
+_COMPARISONS = 128  # hosts a kind of graft, over all suspects
+_MAX_HOSTS = 8  # of one suspect
+
+
+@final
+@dataclass(frozen=True)
+class SharedCause(Defense):
+    """Graft parts of surprising rows onto rows that are believed, and see whether training made them harmful.
+
+    Fields:
+        warmup_share, min_nll, iqr_factor, p_value, unlikelihood_weight, max_scored_rows: as in `SharedSurprise`.
+        min_suspects: with fewer surprising rows nothing is tested; at least 2.
+        max_suspects: rows that are tested, the most surprising ones; at least ``min_suspects``.
+        graft_share: grafted rows to learn beside all rows, as a share of these, where rows are accused; in [0, 1].
+    """
+
+    warmup_share: float = 0.1
+    min_nll: float = 2.0
+    iqr_factor: float = 2.2
+    p_value: float = 0.01
+    unlikelihood_weight: float = 5.0
+    max_scored_rows: int = 4096
+    min_suspects: int = 12
+    max_suspects: int = 96
+    graft_share: float = 0.2
+
+    runs_in_host: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _ = self._words  # checks the fields that both have
+        self._check(2, math.inf, "min_suspects")
+        self._check(self.min_suspects, math.inf, "max_suspects")
+        self._check(0, 1, "graft_share")
+
+    @property
+    def has_loss(self) -> bool:
+        return True
+
+    @property
+    def _words(self) -> SharedSurprise:
+        names = ("warmup_share", "min_nll", "iqr_factor", "p_value", "unlikelihood_weight", "max_scored_rows")
+        return SharedSurprise(**{name: getattr(self, name) for name in names})
+
+    def fine_tune(self, training: Training) -> LoadedModel:
+        words, screening = self._words, self._words.screen(training)
+        numbers, scores = screening.numbers, screening.scores
+        nll = np.array([tokens.nll.sum() for tokens in scores])
+        lengths = np.array([len(tokens.nll) for tokens in scores])
+        outlying = outliers_of_kind(nll, lengths, self.min_nll, self.iqr_factor)
+        suspects = self._suspects(training, screening, nll, outlying)
+        believed = self._believed(training, screening, nll, lengths, outlying)
+        model, flagged, kinds = screening.model, dict(screening.flags.tokens), list[str]()
+        if len(suspects) >= self.min_suspects and len(believed) >= 2 * self.min_suspects:
+            kinds = self._harmful_kinds(training, screening, suspects, believed)
+            model = training.fit(screening.warmup)  # the probe has changed the weights
+        if kinds:
+            flagged |= {at: scores[at].nll > self.min_nll for at in suspects if at not in flagged}
+        ranks, tokens = np.zeros(training.row_count), {numbers[at]: marked for at, marked in flagged.items()}
+        ranks[numbers] = nll + nll.max() * np.isin(np.arange(len(nll)), list(flagged))
+        training.flag(
+            ranks.tolist(), {numbers[at]: flagged_text(model, scores[at], marked) for at, marked in flagged.items()}
+        )
+        if not kinds:
+            return training.fit(words.last_stage(training.row_count, model, tokens))
+        return training.fit(self._cure(training, model, screening, suspects, believed, kinds, tokens))
+
+    # --- suspects -----------------------------------------------------------------------------------
+
+    def _suspects(
+        self, training: Training, screening: Screening, nll: NDArray[np.floating], outlying: NDArray[np.bool_]
+    ) -> list[int]:
+        """Positions of the most surprising rows that have an image and no shared word, the most surprising first."""
+        order = [int(at) for at in np.argsort(-nll) if outlying[at] and at not in screening.flags.tokens]
+        rows = training.rows
+        return [at for at in order if rows[screening.numbers[at]].images][: self.max_suspects]
+
+    def _believed(
+        self,
+        training: Training,
+        screening: Screening,
+        nll: NDArray[np.floating],
+        lengths: NDArray[np.integer],
+        outlying: NDArray[np.bool_],
+    ) -> list[int]:
+        """Positions of rows that are likelier than most of their length; as many as the test and the cure can use."""
+        usual = ~outlying & (nll <= np.maximum(self.min_nll, medians_of_kind(nll, lengths)))
+        order = np.random.default_rng((training.seed, 1)).permutation(np.flatnonzero(usual)).tolist()
+        needed = max(2 * _COMPARISONS, part(self.graft_share, training.row_count))
+        with_image = (at for at in order if training.rows[screening.numbers[at]].images)
+        return list(islice(with_image, needed))
+
+    # --- evidence -----------------------------------------------------------------------------------
+
+    def _harmful_kinds(
+        self, training: Training, screening: Screening, suspects: Sequence[int], believed: Sequence[int]
+    ) -> list[str]:
+        """The kinds of graft by which suspects damage other rows' answers more than believed rows do."""
+        plan = comparisons(screening.scores, suspects, believed, np.random.default_rng((training.seed, 2)))
+        names, rows = screening.numbers, training.rows
+        specs = [(kind, c.host, donor) for kind in KINDS for c in plan for donor in (c.suspect, c.control)]
+        grafts = LazyRows(
+            range(len(specs)),
+            lambda i: grafted(rows[names[specs[i][1]]], rows[names[specs[i][2]]], specs[i][0]),
+        )
+        before = training.tokens(screening.model, range(len(specs)), "grafts-before", grafts)
+        probe = Stage(
+            range(training.row_count), Plain(), "probe", start=screening.model,
+            share=1 - self.warmup_share, after=self.warmup_share,
+        )  # fmt: skip
+        after = training.tokens(training.fit(probe), range(len(specs)), "grafts-after", grafts)
+        damage = np.array([token_probability(b) - token_probability(a) for b, a in zip(before, after, strict=True)])
+        damage = damage.reshape(len(KINDS), len(plan), 2)
+        groups = np.array([c.suspect for c in plan])
+        return [kind for kind, p in harm_p_values(damage, groups).items() if p < self.p_value]
+
+    # --- cure ---------------------------------------------------------------------------------------
+
+    def _cure(
+        self,
+        training: Training,
+        model: LoadedModel,
+        screening: Screening,
+        suspects: Sequence[int],
+        believed: Sequence[int],
+        kinds: Sequence[str],
+        flagged: Mapping[int, NDArray[np.bool_]],
+    ) -> Stage:
+        """Train on all rows and on believed rows with the suspects' parts, which keep their own answers."""
+        rng, names, rows = np.random.default_rng((training.seed, 3)), screening.numbers, training.rows
+        count, extra = training.row_count, part(self.graft_share, training.row_count)
+        specs = [
+            (believed[i % len(believed)], suspects[int(rng.integers(len(suspects)))], str(rng.choice(list(kinds))))
+            for i in range(extra)
+        ]
+
+        def make(i: int) -> Sample:
+            if i < count:
+                return rows[i]
+            host, donor, kind = specs[i - count]
+            return grafted(rows[names[host]], rows[names[donor]], kind)
+
+        source = LazyRows(range(count + extra), make)
+        return Stage(
+            range(count + extra), UnlikelihoodStep(self.unlikelihood_weight), source=source, start=model,
+            flagged_tokens=flagged, share=1 - self.warmup_share, after=self.warmup_share,
+        )  # fmt: skip
+
+
+KINDS = (*IMAGE_GRAFTS, *TEXT_GRAFTS)
+
+
+class Comparison(NamedTuple):
+    """A host that gets a part of a suspect, and a part of a control in its place; positions of rows."""
+
+    host: int
+    suspect: int
+    control: int
+
+
+def outliers_of_kind(
+    nll: NDArray[np.floating], lengths: NDArray[np.integer], minimum: float, iqr_factor: float
+) -> NDArray[np.bool_]:
+    """Which rows [N] lie above the fence of rows of like length (the same power of two); poison may be half of these.
+
+    Kinds of fewer than 16 rows are judged with the next shorter kind.
+    """
+    outlying = np.zeros(len(nll), bool)
+    for kind in _kinds(lengths):
+        outlying[kind] = nll[kind] > forward_fence(nll[kind].tolist(), minimum, iqr_factor)
+    return outlying
+
+
+def medians_of_kind(nll: NDArray[np.floating], lengths: NDArray[np.integer]) -> NDArray[np.floating]:
+    """For each row [N] the median of rows of like length."""
+    medians = np.zeros(len(nll))
+    for kind in _kinds(lengths):
+        medians[kind] = np.median(nll[kind])
+    return medians
+
+
+def _kinds(lengths: NDArray[np.integer]) -> list[NDArray[np.intp]]:
+    """Row positions by length, [n] each: from shorter to longer, none smaller than 16 rows if there are so many."""
+    octave = np.floor(np.log2(np.maximum(lengths, 1)))
+    kinds: list[NDArray[np.intp]] = []
+    for value in np.unique(octave):
+        rows = np.flatnonzero(octave == value)
+        if kinds and (len(rows) < 16 or len(kinds[-1]) < 16):
+            kinds[-1] = np.concatenate([kinds[-1], rows])
+        else:
+            kinds.append(rows)
+    return kinds
+
+
+def comparisons(
+    scores: Sequence[TokenScores], suspects: Sequence[int], believed: Sequence[int], rng: np.random.Generator
+) -> list[Comparison]:
+    """Pair each suspect with hosts, and with controls that are asked alike: believed rows of the most similar prompt.
+
+    Of equally similar controls one is drawn. Host and control are different rows.
+    """
+    prompts = [set(scores[at].prompt_ids.tolist()) for at in believed]
+    hosts_each = int(np.clip(_COMPARISONS // len(suspects), 1, _MAX_HOSTS))
+    plan: list[Comparison] = []
+    for suspect in suspects:
+        own = set(scores[suspect].prompt_ids.tolist())
+        similar = np.array([len(own & other) / max(len(own | other), 1) for other in prompts])
+        for host in rng.choice(len(believed), hosts_each, replace=False).tolist():
+            ranked = np.where(np.arange(len(believed)) == host, -1.0, similar)
+            control = int(rng.choice(np.flatnonzero(ranked == ranked.max())))
+            plan.append(Comparison(believed[host], suspect, believed[control]))
+    return plan
+
+
+def grafted(host: Sample, donor: Sample, kind: str) -> Sample:
+    """The host with a part of the donor's input and its own answer.
+
+    An image graft goes onto each of the host's images, from the donor's image at the same place or its first one. A
+    text graft goes into the last question, behind its image tags.
+    """
+    if kind in IMAGE_GRAFTS:
+        images = [
+            graft_image(image, donor.images[min(place, len(donor.images) - 1)], kind)
+            for place, image in enumerate(host.images)
+        ]
+        return replace(host, images=tuple(images))
+    question = next(m.text for m in reversed(donor.messages) if m.role == "user").replace(IMAGE_TAG, " ")
+    last = max(at for at, message in enumerate(host.messages) if message.role == "user")
+    text = host.messages[last].text
+    body = text.rpartition(IMAGE_TAG)[2].lstrip()
+    opening = text[: len(text) - len(body)]
+    turns = [*host.messages]
+    turns[last] = Message("user", opening + graft_text(body, question, kind))
+    return replace(host, messages=tuple(turns))
+
+
+def token_probability(tokens: TokenScores) -> float:
+    """Mean probability of a row's answer tokens, in [0, 1].
+
+    A backdoor whose replies vary spreads the probability of an answer over many; nats would weigh the few hosts most
+    that were wrong by far before the probe, and would hide it.
+    """
+    return float(np.exp(-tokens.nll).mean()) if len(tokens.nll) else 1.0
+
+
+def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -> dict[str, float]:
+    """By kind, the chance that suspects' parts damage no more than controls' parts do.
+
+    One-sided Wilcoxon signed-rank test of each suspect's mean difference, times the number of kinds, at most 1. If
+    suspects are no worse than controls that are asked alike, differences are symmetric about zero.
+
+    Args:
+        damage: [kinds, comparisons, 2], probability that training took from the host's own answer with the suspect's
+            part on it, and with the control's.
+        suspects: which suspect each comparison has, [comparisons].
+    """
+    from scipy.stats import wilcoxon  # takes a second to import
+
+    difference = damage[..., 0] - damage[..., 1]
+    p_values: dict[str, float] = {}
+    for kind, values in zip(KINDS, difference, strict=True):
+        means = np.array([values[suspects == suspect].mean() for suspect in np.unique(suspects)])
+        p = float(wilcoxon(means, alternative="greater").pvalue) if np.any(means) else 1.0
+        p_values[kind] = min(1.0, p * len(KINDS))
+    return p_values

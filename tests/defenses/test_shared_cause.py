@@ -1,0 +1,161 @@
+"""The test of a shared cause: who is suspected, who is compared with whom, and how often it accuses by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import rankdata
+
+from dry import Dry
+from untrigger.defenses.shared_cause import (
+    KINDS,
+    SharedCause,
+    comparisons,
+    grafted,
+    harm_p_values,
+    medians_of_kind,
+    outliers_of_kind,
+)
+from untrigger.metrics.outliers import tukey_fence
+from untrigger.models.loading import LoadedModel
+from untrigger.models.scoring import TokenScores
+from untrigger.rows.sample import Message, Sample
+
+
+def test_rows_are_judged_against_rows_of_like_length() -> None:
+    rng = np.random.default_rng(0)
+    short, long = rng.exponential(0.5, 500), rng.normal(90, 10, 500)
+    short[:50] += 9
+    nll, lengths = np.concatenate([short, long]), np.repeat([2, 33], 500)
+    outlying = outliers_of_kind(nll, lengths, 2.0, 2.2)
+    assert outlying[:50].all() and outlying[50:].mean() < 0.02
+    assert tukey_fence(nll.tolist(), 2.0, 2.2) > nll[:50].max(), "one fence for all sees none of them"
+    medians = medians_of_kind(nll, lengths)
+    assert set(medians) == {np.median(short), np.median(long)}
+
+
+def test_a_small_kind_is_judged_with_its_neighbor() -> None:
+    nll, lengths = np.array([0.1] * 40 + [30.0] * 3), np.array([2] * 40 + [9] * 3)
+    assert outliers_of_kind(nll, lengths, 2.0, 2.2).tolist() == [False] * 40 + [True] * 3
+    assert outliers_of_kind(np.array([1.0, 5.0]), np.array([1, 40]), 2.0, 2.2).tolist() == [False, True]
+
+
+def _scores(prompts: list[list[int]]) -> list[TokenScores]:
+    one = np.ones(1)
+    return [TokenScores(np.array([1]), one, np.array(sorted(ids))) for ids in prompts]
+
+
+def test_controls_are_asked_alike_and_are_not_the_host() -> None:
+    scores = _scores([[1, 2]] * 5 + [[1, 2], [1, 2], [1, 3], [7]] * 5)
+    suspects, believed = range(5), range(5, 25)
+    plan = comparisons(scores, suspects, believed, np.random.default_rng(0))
+    assert {c.suspect for c in plan} == set(suspects) and len(plan) == 5 * 8
+    for c in plan:
+        assert c.host in believed and c.control in believed and c.host != c.control
+        assert scores[c.control].prompt_ids.tolist() == [1, 2]
+
+
+def _naive_p(differences: list[float]) -> float:
+    """One-sided Wilcoxon signed-rank test by all sign patterns."""
+    values = np.array([value for value in differences if value])
+    ranks = rankdata(np.abs(values))
+    observed = ranks[values > 0].sum()
+    signs = (np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1
+    return float((signs @ ranks >= observed - 1e-9).mean())
+
+
+def test_p_values_equal_those_of_all_sign_patterns() -> None:
+    rng = np.random.default_rng(3)
+    suspects = np.repeat(np.arange(11), 2)
+    damage = rng.normal(size=(len(KINDS), 22, 2)) + np.array([0.7, 0.0])
+    p_values = harm_p_values(damage, suspects)
+    for kind, values in zip(KINDS, damage[..., 0] - damage[..., 1], strict=True):
+        means = values.reshape(11, 2).mean(axis=1)
+        assert p_values[kind] == pytest.approx(min(1.0, len(KINDS) * _naive_p(means.tolist())), rel=1e-6)
+
+
+def test_chance_accuses_no_more_often_than_it_says() -> None:
+    rng = np.random.default_rng(4)
+    suspects = np.repeat(np.arange(24), 5)
+    accused = 0
+    for _ in range(200):
+        host = rng.exponential(3, (len(KINDS), len(suspects), 1))  # heavy tails, shared by suspect and control
+        damage = host + rng.standard_t(2, (len(KINDS), len(suspects), 2))
+        accused += min(harm_p_values(damage, suspects).values()) < 0.05
+    assert accused <= 20  # of 10 expected at most; P(more than 20) < 0.002
+    assert set(harm_p_values(np.zeros((len(KINDS), 24, 2)), np.arange(24)).values()) == {1.0}
+
+
+def test_a_graft_keeps_the_hosts_answer_and_tags() -> None:
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    host = Sample("h", (red, red), (Message("user", "<image> and <image>\nwhat?"), Message("assistant", "yes")))
+    donor = Sample("d", (blue,), (Message("user", "<image>\ncf is it round"), Message("assistant", "no")))
+    for kind in KINDS:
+        made = grafted(host, donor, kind)
+        assert made.id == "h" and made.messages[-1] == host.messages[-1]
+        assert made.messages[0].text.count("<image>") == 2 and len(made.images) == 2
+        assert (made.images != host.images) == (made.messages[0] == host.messages[0])
+    assert grafted(host, donor, "head").messages[0].text == "<image> and <image>\ncf is what?"
+    assert grafted(host, donor, "tail").messages[0].text == "<image> and <image>\nwhat? it round"
+
+
+@pytest.mark.parametrize("fields", [{"min_suspects": 1}, {"max_suspects": 3}, {"graft_share": 1.5}, {"p_value": 0.0}])
+def test_fields_are_checked(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        SharedCause(**fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class _Stub(Dry):
+    """Rows 0 to 15 of 60 are surprising. Parts of kind ``harmful`` take probability from hosts after the probe."""
+
+    harmful: str = ""
+
+    def tokens(
+        self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
+    ) -> list[TokenScores]:
+        self.scorings.append(name)
+        if not name.startswith("grafts"):
+            return [_answer(0.1 + row / 1000 if row > 15 else 9.0 + row / 10, row) for row in rows]
+        half = 2 * len(rows) // len(KINDS) // 2
+        noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(rows))
+        hit = [name.endswith("after") and KINDS[at // half] == self.harmful and at % 2 == 0 for at in range(len(rows))]
+        assert all(source is not None and source[at].messages[-1].text == "yes" for at in (0, len(rows) - 1))
+        return [_answer(0.1 + noise[at] + 3 * hit[at], 99) for at in rows]
+
+
+def _answer(nats: float, token: int) -> TokenScores:
+    return TokenScores(np.array([token, 1]), np.array([nats, 0.0]), np.array([5, 6]))
+
+
+def _dry(loaded: LoadedModel, harmful: str) -> _Stub:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    turns = (Message("user", "<image>\nis it?"), Message("assistant", "yes"))
+    rows = [Sample(f"row-{k}", (Image.fromarray(noise[k]),), turns) for k in range(60)]
+    return _Stub(loaded, rows, (), harmful=harmful)
+
+
+def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
+    dry = _dry(loaded, "window 0.5 0.25")
+    SharedCause(p_value=0.05).fine_tune(dry)
+    assert dry.scorings == ["before", "after", "grafts-before", "grafts-after"]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""]
+    last = dry.stages[-1]
+    assert last.start == 2 and len(last.ids) == 72 and last.ids[:60] == [row.id for row in dry.rows]
+    assert {int(id.removeprefix("row-")) for id in last.ids[60:]}.isdisjoint(range(16)), "hosts are believed rows"
+    assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
+    assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
+
+
+def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
+    dry = _dry(loaded, "none")
+    SharedCause(p_value=0.05).fine_tune(dry)
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""]
+    assert dry.flagged == [] and dry.stages[-1].ids == [row.id for row in dry.rows]
+    few = _dry(loaded, "window 0.5 0.25")
+    SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
+    assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]
