@@ -265,7 +265,7 @@ def test_what_a_row_shows_is_its_picture_and_text_and_text_stays_text() -> None:
 
 
 def test_rows_and_poisoned_rows_on_the_screen(tiny_data: Path, samples: list[Sample]) -> None:
-    assert repr(untrigger.read(tiny_data)) == f"Data: 24 rows; llava, {tiny_data / 'data.json'}"
+    assert repr(untrigger.read(tiny_data)) == f"Data: 24 rows; {tiny_data / 'data.json'}"
     assert repr(LazyRows(range(2000), samples.__getitem__)) == "LazyRows: 2,000 rows"
     made = untrigger.poison(samples, ATTACK, rate=0.25, seed=3)
     text = "6 of 24 rows poisoned with badnets (side 0.5, "

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from datafiles import Row, picture, png
-from layouts import LAYOUTS, NAMES, SHAREGPT, Talk, assert_reads, data_folder, flat, turn_list
+from talks import LAYOUTS, NAMES, SHAREGPT, Talk, assert_reads, data_folder, flat, turn_list
 from untrigger.errors import InputError
 from untrigger.rows.sample import read, write
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datafiles import Row, picture, png
-from layouts import LAYOUTS, NAMES, PLAIN, Talk, assert_reads, data_folder, flat, save_rows
+from talks import LAYOUTS, NAMES, PLAIN, Talk, assert_reads, data_folder, flat, save_rows
 from untrigger.errors import InputError
 from untrigger.rows.keys import HARMLESS
 from untrigger.rows.sample import read, write
@@ -40,11 +40,9 @@ REFUSED_KEYS: list[tuple[str, Any]] = [
     ("loss_scale", 0), ("image_path", "img/0.png"), ("picture", "img/0.png"), ("rejected_response", "no"),
     ("hint", {"text": "x"}), ("label", False), ("mask", [1, 0]), ("max_pixels", 784), ("kto_tag", False),
 ]  # fmt: skip
-ODD = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("img/0.png"),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=4,
-)
+_VALUE = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("img/0.png")
+_INNER = _VALUE | st.lists(_VALUE, max_size=2)
+ODD = _INNER | st.dictionaries(st.text(max_size=3), _INNER, max_size=2) | st.lists(_INNER, max_size=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

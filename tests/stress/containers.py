@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from damage import damaged, hurt
-from pictures import IMAGES, Pixels, image, sound
-
 from layouts import CAPTION, LAYOUTS, Drawn, drawn
+from pictures import IMAGES, Pixels, image, sound
 
 KINDS = (
     "data.json", "data.jsonl", "data.jsonl", "data.json.gz", "data.jsonl.gz", "object.json", "metadata.jsonl",

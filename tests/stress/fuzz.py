@@ -30,11 +30,11 @@ import typer
 import yaml
 from containers import file
 from damage import damaged, hurt, odd, small_results
+from layouts import Drawn
 from pictures import Pixels
 from PIL import Image
 from rich.console import Console
 
-from layouts import Drawn
 from untrigger.cli import main as cli
 from untrigger.errors import InputError
 from untrigger.files import write_text

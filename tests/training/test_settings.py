@@ -97,6 +97,7 @@ def test_every_field_of_training_arguments_is_reachable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("preset", "cls"), PRESETS.items())
 def test_every_field_of_every_defense_is_a_flag(tmp_path: Path, preset: str, cls: type[Defense]) -> None:
     other = {"view": "mask", "views": "1", "stop_gradient": "True", "max_scored_rows": "500"}
+    other |= {"min_suspects": "9", "max_suspects": "20"}
     flags = {f.name: other.get(f.name, "0.125") for f in fields(cls)}
     if "entropy_high" in flags:
         flags["entropy_high"] = "0.75"
@@ -193,7 +194,7 @@ def test_accepts_weights_of_zero(tmp_path: Path) -> None:
 
 def test_refuses_an_unknown_preset(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"--defense nope: unknown; choose one of: default, plain, patch-aug, two-view, paper"
+        InputError, match=r"--defense nope: unknown; choose one of: default, grafts, plain, patch-aug, two-view, paper"
     ):
         settings(tmp_path, preset="nope")
 

@@ -161,11 +161,12 @@ def arguments_of(folder: Path) -> Any:
     return stages_of(folder, [], folder / "another")._args
 
 
-def test_shelf_key_depends_on_image_size_and_mode(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
+def test_shelf_key_depends_on_image_size_and_pixels(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> None:
     stages = stages_of(tiny_model, samples, tmp_path / "out")
-    pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (4, 16)), Image.new("L", (8, 8)), Image.new("RGBA", (8, 8))]
+    pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (4, 16)), Image.new("RGB", (8, 8), "red")]
+    pictures.append(Image.new("L", (8, 8)))  # the same pixels as the first
     keys = {stages._key([replace(samples[0], images=(p,))], Plain(), stages._args) for p in pictures}
-    assert len(keys) == 4
+    assert len(keys) == 3
 
 
 @pytest.mark.parametrize("lost", ["stage.json", "adapter_model.safetensors"])

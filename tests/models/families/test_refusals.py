@@ -63,7 +63,7 @@ def check_refused(processor: Any, folder: Path, bad: Turns, reason: str) -> None
     write_rows(folder, [GOOD, GOOD, bad, GOOD])
     with pytest.raises(InputError) as error:
         read(folder, fits=Lengths(processor))
-    assert re.fullmatch(rf"\S+data.jsonl: row 3: {reason}[^\n]*; take (it|the row) out", str(error.value)), error.value
+    assert re.fullmatch(rf"\S+data.jsonl: row 3: {reason}[^\n]*(; take (it|the row) out|remove the row)", str(error.value)), error.value
     others = read(folder, on_bad_row="skip", skipped_to=folder / "skipped", fits=Lengths(processor))
     assert [row.id for row in others] == ["n0", "n1", "n3"]
     assert [json.loads(line)["row"] for line in (folder / "skipped").read_text().splitlines()] == [3]
@@ -74,7 +74,8 @@ def check_refused(processor: Any, folder: Path, bad: Turns, reason: str) -> None
 @pytest.mark.parametrize(("name", "token"), [(name, token) for name in TOKENS for token in TOKENS[name]])
 def test_a_token_of_the_model_in_a_text_is_refused(folder: Folder, tmp_path: Path, name: str, token: str) -> None:
     processor: Any = load_processor(str(folder(name)))
-    reason = f"holds {re.escape(repr(token))}, a token of the model"
+    known = re.escape(repr(token))  # some are refused whatever the model is
+    reason = f"(?:holds {known}, a token of the model|has {known} in its text, which would be learned as text)"
     check_refused(processor, tmp_path, (f"<image>\nsee {token}!", "no", [(40, 40)]), reason)
     (tmp_path / "answer").mkdir()
     check_refused(processor, tmp_path / "answer", ("<image>\nwhat?", f"no{token}", [(40, 40)]), reason)
