@@ -135,7 +135,7 @@ def test_a_cell_stores_its_outcomes_for_the_difference_to_the_oracle(tiny_model:
     goal.write_text(OWN)
     probe = {"attack": "sig", "goal": str(goal), "settings": {}}
     cell = Cell(str(tiny_model), MIXTURE, "badnets", "hijack", 0.2, poisoned_part="easy-vqa", epochs=1, batch_size=12)
-    cell = replace(cell, train_rows=40, test_rows=24)
+    cell = replace(cell, train_rows=40, test_rows=80)
     figures = []
     for each in (cell, replace(cell, defense=ORACLE, probes={"shout": probe})):
         run_cell(each, tmp_path)
@@ -149,8 +149,8 @@ def test_a_cell_stores_its_outcomes_for_the_difference_to_the_oracle(tiny_model:
     assert difference is not None
     assert difference.value == pytest.approx(plain["asr"]["value"] - oracle["asr"]["value"])
     assert set(plain["other_parts"]) == {"scenes-captions+backwards"}
-    assert plain["other_parts"]["scenes-captions+backwards"]["quality"]["vqa_accuracy"]["n"] == 12
-    assert len(oracle["probes"]["shout"]["met"]) == oracle["probes"]["shout"]["asr"]["n"] == 12
+    assert plain["other_parts"]["scenes-captions+backwards"]["quality"]["vqa_accuracy"]["n"] == 40
+    assert len(oracle["probes"]["shout"]["met"]) == oracle["probes"]["shout"]["asr"]["n"] == 40
 
 
 # --- plans/program.py ----------------------------------------------------------------------------------------

@@ -72,12 +72,12 @@ def test_a_setting_is_a_flag_as_shown(tiny_data: Path, tmp_path: Path, monkeypat
 
 def test_data_commands_write_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = re.findall(r"^untrigger (data .*)$", DATA, re.M)
-    assert len(commands) == 2
+    assert len(commands) == 4
     monkeypatch.chdir(tmp_path)
     for command in commands:
         words = re.sub(r"--rows \d+", "", command).split()
         assert untrigger(*words, "--rows", 5).code == 0
-    assert [len(read(tmp_path / folder)) for folder in ("data", "held-out")] == [5, 5]
+    assert [len(read(tmp_path / folder)) for folder in ("data", "held-out", "wrong-labels", "mixed")] == [5] * 4
 
 
 def test_every_data_set_is_in_the_table() -> None:
