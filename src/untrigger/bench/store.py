@@ -38,6 +38,7 @@ _KINDS: Mapping[Any, str] = {
 }
 _CELL, _ANSWERS, _METRICS, _ERROR = "cell.json", "answers.jsonl", "metrics.json", "error.txt"
 _PACKED: Final = ".jsonl"
+_LATER: Final = frozenset({"poisoned_part"})  # fields younger than the packed results: written where they are set
 
 
 def _no_settings() -> Mapping[str, Any]:
@@ -266,7 +267,9 @@ class _Line(NamedTuple):
 
 
 def _line(result: Result) -> str:
-    entry = {"cell": asdict(result.cell), "metrics": result.metrics}
+    unset = [f.name for f in fields(Cell) if f.name in _LATER and getattr(result.cell, f.name) == _default(f)]
+    cell = {name: value for name, value in asdict(result.cell).items() if name not in unset}
+    entry = {"cell": cell, "metrics": result.metrics}
     return json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
