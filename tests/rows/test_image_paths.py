@@ -50,12 +50,12 @@ def test_plain_relative_names_stay(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *((name, "x is outside the data folder; copy the file there and use its relative path")
+        *((name, "x is outside the data folder; copy it there, or move the data file to a folder above it")
           for name in ("../other.png", "out.png", "/etc/passwd", "file:///etc/passwd", "sub/../../other.png", "{}x/a")),
         *((name, "x is a link to the network, which is not followed; download it into the data folder and use its path")
           for name in ("http://a.org/b.png", "HTTPS://a.org", "s3://a/b", "gs://a/b", "file://host/b.png")),
-        ("none.png", "x does not exist in {}; add the file or remove the row"),
-        ("a b.png/c", "x does not exist in {}; add the file or remove the row"),
+        ("none.png", "x does not exist in {}; add it, remove the row, or move the data file to where its paths start"),
+        ("a b.png/c", "x does not exist in {}; add it, remove the row, or move the data file to where its paths start"),
         ("", "x is an empty path; write the path of a file or remove the row"),
         ("sub", "x is a folder or a device, not a file; correct the path"),
         ("n" * 300, "x cannot be a file name (OSError); correct the path"),

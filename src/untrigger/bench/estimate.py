@@ -32,7 +32,8 @@ def dry_run_text(cells: Sequence[Cell], root: Path, jobs: int) -> str:
         counts = Counter(map(value_of, cells))
         lines.append(f"  {title}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     wall_clock = timedelta(seconds=round(seconds / jobs))
-    lines.append(f"about {timedelta(seconds=round(seconds))} on one core; {wall_clock} with {jobs} cells at a time")
+    at_a_time = "1 cell" if jobs == 1 else f"{jobs:,} cells"
+    lines.append(f"about {timedelta(seconds=round(seconds))} on one core; {wall_clock} with {at_a_time} at a time")
     # a warning, not an error: the model may be made before the plan is run
     lines += [f"warning: {reason}" for reason in missing_models(root, cells)]
     return "\n".join(lines)

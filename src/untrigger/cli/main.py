@@ -114,8 +114,9 @@ def scan(
 ) -> None:
     """Find the rows that teach what only an attacker would; exit code 3 if there are any, 0 if not.
 
-    Give the model and the settings that you would train with (--learning_rate 1e-4). Writes DIR/all_rows.jsonl and
-    .parquet, the most suspicious row first; DIR/scan.html, the findings; DIR/clean, the data without suspected rows.
+    Give the model and the settings that you would train with (--learning_rate 1e-4; without any: one epoch at 2e-4,
+    batches of 16). Writes DIR/all_rows.jsonl and .parquet, the most suspicious row first; DIR/scan.html, the findings;
+    DIR/clean, the data without suspected rows.
     """
     from untrigger.files import check_idle
     from untrigger.scanning.findings import p_value_text, place
@@ -156,7 +157,8 @@ def train(
     """Fine-tune a model on data you do not trust.
 
     Every field of the defense (--unlikelihood-weight 5) and of transformers.TrainingArguments (--learning_rate 1e-4,
-    --num_train_epochs 3) is a flag, or a line of the YAML file; flags win. Writes the adapter or model to DIR, and
+    --num_train_epochs 3) is a flag, or a line of the YAML file; flags win. Without any: one epoch at 2e-4, batches of
+    16. Writes the adapter or model to DIR, and
     DIR/flagged_rows.jsonl if the defense flags rows.
 
     Exit codes: 0 success, 2 bad input.

@@ -25,7 +25,8 @@ def refuse_early_setting(value: object) -> object:
 DataArgument = Annotated[
     Path,
     typer.Argument(
-        help="Data file, or a folder with one: LLaVA JSON, chat-messages JSONL, Parquet or imagefolder.",
+        help="Data file, a folder with one, or OWNER/NAME of the hub: JSON, JSONL, Parquet, WebDataset or an image "
+        "folder, in LLaVA's or another common layout. Image paths count from the file's folder.",
         show_default=False,
         callback=refuse_early_setting,
     ),

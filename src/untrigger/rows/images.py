@@ -54,11 +54,12 @@ def locate(folder: Path, name: str, label: str) -> Path:
     try:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
-            fix = "copy the file there and use its relative path"
+            fix = "copy it there, or move the data file to a folder above it"
             raise InputError(f"{label} is outside the data folder; {fix}")
         is_file = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{label} does not exist in {folder}; add the file or remove the row") from None
+        fix = "add it, remove the row, or move the data file to where its paths start"
+        raise InputError(f"{label} does not exist in {folder}; {fix}") from None
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, a NUL byte
         if isinstance(error, OSError) and error.errno not in _NAME_ERRORS:
             raise _unreadable(error, label) from None

@@ -18,7 +18,7 @@ from untrigger.scanning.cues import GRID, Cue
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_MAX_P_VALUE = 1e-3  # below it the image or the prompt counts as a part of the cue
+CUE_P_VALUE = 1e-3  # below it the image or the prompt counts as a part of the cue
 _MIN_NATS = 0.5  # mean loss below which a cell or a word is not named
 _MAX_TARGETS = 12  # targets on one screen
 
@@ -144,7 +144,7 @@ def rounded(nats: float | None) -> float | None:
 
 def in_cue(p_value: float | None) -> bool:
     """Whether the image or the prompt with this p-value (`Target`) counts as a part of the cue."""
-    return p_value is not None and p_value < _MAX_P_VALUE
+    return p_value is not None and p_value < CUE_P_VALUE
 
 
 def hot(cells: NDArray[np.floating]) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from untrigger.html import style, templates
 from untrigger.rows.images import data_uri
 from untrigger.rows.sample import Data, Sample
 from untrigger.scanning.cues import GRID, phrases
-from untrigger.scanning.findings import Findings, Target, Verdict, hot, in_cue, p_value_text, place
+from untrigger.scanning.findings import CUE_P_VALUE, Findings, Target, Verdict, hot, in_cue, p_value_text, place
 
 _CARDS = 24  # rows of a target on the page, at most
 _PIXELS = 320  # longest side of a picture on the page
@@ -61,6 +61,7 @@ def page(findings: Findings, rows: Sequence[Sample]) -> str:
             cards=cards,
             style=style(),
             grid=GRID,
+            cue_limit=CUE_P_VALUE,
             p_value_text=p_value_text,
         )
     )
