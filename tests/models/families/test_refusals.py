@@ -63,7 +63,8 @@ def check_refused(processor: Any, folder: Path, bad: Turns, reason: str) -> None
     write_rows(folder, [GOOD, GOOD, bad, GOOD])
     with pytest.raises(InputError) as error:
         read(folder, fits=Lengths(processor))
-    assert re.fullmatch(
+    line = rf"\S+data.jsonl: row 3: {reason}[^\n]*(; take (it|the row) out|remove the row)"
+    assert re.fullmatch(line, str(error.value)), error.value
         rf"\S+data.jsonl: row 3: {reason}[^\n]*(; take (it|the row) out|remove the row)", str(error.value)
     ), error.value
     others = read(folder, on_bad_row="skip", skipped_to=folder / "skipped", fits=Lengths(processor))
