@@ -28,6 +28,14 @@ def read_rows(data: Path, on_bad_row: OnBadRow, ignore_keys: str, out: Path, fit
     return rows
 
 
+def lengths_of(model: str, *, asking: bool = False) -> Lengths:
+    """The check of rows by a model's processor; ``asking``: of the questions alone."""
+    from untrigger.models.lengths import Lengths
+    from untrigger.models.loading import processor_of
+
+    return Lengths(processor_of(model), prompts_only=asking)
+
+
 def defense_and_arguments(command: Callable[..., None], preset: str, out: Path, config: Path | None, flags: list[str]):
     """The defense and the TrainingArguments of a command, from its YAML file and its flags."""
     from untrigger.training.settings import command_settings

@@ -12,7 +12,7 @@ import typer
 from untrigger import __version__
 from untrigger.cli import options
 from untrigger.cli.flags import interrupted, normalize_flags, option_names
-from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, read_rows
+from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, lengths_of, read_rows
 from untrigger.cli.process import prepare_process
 from untrigger.errors import InputError, did_you_mean
 
@@ -125,7 +125,7 @@ def scan(
 
     defense, args = defense_and_arguments(scan, "default", out, config, context.args)
     check_idle(out)  # fail before the slow reading
-    rows = read_rows(data, on_bad_row, ignore_keys, out, _fits(model))
+    rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
     findings = run(model, rows, defense, args, resume=resume)
     for target in findings.targets:
         summary = f"{len(target.rows):,} rows say {target.text!r} (chance {p_value_text(target.p_value)})"
@@ -176,7 +176,7 @@ def train(
         _refuse(f"--defense {defense}: needs rows known to be clean; add --clean-data DATA")
     if leads():
         check_idle(out)  # fail before the slow work
-    fits = _fits(model)
+    fits = lengths_of(model)
     rows = read_rows(data, on_bad_row, ignore_keys, out, fits)
     clean = read_rows(clean_data, "error", ignore_keys, out, fits) if clean_data else ()
     tuning = Tuning(
@@ -211,7 +211,7 @@ def verify(
     from untrigger.verification.verify import verify as audit
 
     check_free(out)  # fail before the slow work
-    fits = _fits(model)
+    fits = lengths_of(model)
     named = base or adapter_base(Path(model))
     if why := why_not_a_model(named):
         _refuse(why)
@@ -259,7 +259,7 @@ def evaluate(
         _refuse(f"{typed}: no such option; a trigger's settings need --attack{did_you_mean(typed, known)}")
     elif goal is not None or goal_text is not None:
         _refuse(f"--goal{'-text' * (goal is None)}: is a setting of an attack; add --attack")
-    rows = read_rows(data, on_bad_row, ignore_keys, out or Path(data.stem), _fits(model, asking=True))
+    rows = read_rows(data, on_bad_row, ignore_keys, out or Path(data.stem), lengths_of(model, asking=True))
     if out:
         check_holds_only(out, ANSWERS, METRICS)  # fail before the slow work
         out.mkdir(parents=True, exist_ok=True)
@@ -363,13 +363,6 @@ def model(
     recipe = replace(RECIPES[name], seed=seed)
     pretrain(out, FAMILIES[name], recipe)
     write_card(out, FAMILIES[name], f"`untrigger model {name} --seed {seed}`: {recipe}.")
-
-
-def _fits(model: str, *, asking: bool = False):
-    from untrigger.models.lengths import Lengths
-    from untrigger.models.loading import processor_of
-
-    return Lengths(processor_of(model), prompts_only=asking)
 
 
 def _attack(name: str, flags: list[str], goal: str | None, goal_text: str | None) -> Attack:
