@@ -38,7 +38,7 @@ def test_skipped_rows_are_listed_and_the_rest_is_trained_on(tmp_path: Path, tiny
     out = tmp_path / "out"
     ended = untrigger("train", file, "--model", tiny_model, "--out", out, "--on-bad-row", "skip", *TINY_RUN)
     listed = tmp_path / "out.skipped.jsonl"
-    assert ended.code == 0 and f"1 bad rows left out; {listed}" in ended.err
+    assert ended.code == 0 and f"1 bad row left out; listed with reasons in {listed}" in ended.err
     assert f"flagged rows: 0 of 3 in {out / 'flagged_rows.jsonl'}" in " ".join(ended.out.split())
     (line,) = listed.read_text().splitlines()
     assert json.loads(line)["row"] == 3 and "gone.png" in json.loads(line)["reason"]
@@ -81,7 +81,7 @@ def test_a_row_longer_than_the_model_reads_is_refused(tmp_path: Path, tiny_model
 def test_a_row_longer_than_the_model_reads_can_be_left_out(tmp_path: Path, tiny_model: Path, verb: str) -> None:
     data = with_a_long_row(tmp_path)
     ended = untrigger(*command_that_reads(verb, data, tiny_model, tmp_path / "out"), "--on-bad-row", "skip")
-    assert ended.code in (0, 3) and "1 bad rows left out" in ended.err, ended
+    assert ended.code in (0, 3) and "1 bad row left out" in ended.err, ended
     (line,) = map(json.loads, (tmp_path / "out.skipped.jsonl").read_text().splitlines())
     assert line["row"] == 5 and line["original"]["id"] == "no-4"
     assert re.fullmatch(r"id 'no-4' has [\d,]+ tokens, the model reads 512; shorten it or take it out", line["reason"])

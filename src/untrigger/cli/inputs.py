@@ -24,7 +24,8 @@ def read_rows(data: Path, on_bad_row: OnBadRow, ignore_keys: str, out: Path, fit
     ignored = [key for key in ignore_keys.split(",") if key]
     rows = read(data, on_bad_row=on_bad_row, skipped_to=skipped_to, fits=fits, ignore_keys=ignored)
     if rows.skipped:
-        typer.echo(f"{rows.skipped:,} bad rows left out; {skipped_to} lists them with the reasons", err=True)
+        what = "1 bad row" if rows.skipped == 1 else f"{rows.skipped:,} bad rows"
+        typer.echo(f"{what} left out; listed with reasons in {skipped_to}", err=True)
     return rows
 
 
