@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast, final
 
 from untrigger.errors import InputError
@@ -63,8 +64,7 @@ def parse(row: object, number: int, ignored: Collection[str] = ()) -> Entry:
         if elements:
             raise InputError(f"has images in {quote(key)} and in its turns; keep one of them")
         key, elements = "", turns.pictures
-    read = {"id", *PICTURE_KEYS, *SYSTEM_KEYS, *layout.keys}
-    check_keys(fields, read, (), pictures=bool(elements))
+    check_keys(fields, _read_keys(layout), (), pictures=bool(elements))
     messages = tuple(_with_system(turns.messages, fields))
     check_placeholders(messages)
     tagged = place_tags(messages, len(elements)) if layout.places_images else messages
@@ -112,6 +112,11 @@ def _renamed(value: object, names: dict[str, str], is_picture: bool) -> object:
     if isinstance(value, list):
         return [_renamed(part, names, is_picture) for part in value]
     return names.get(value, value) if is_picture and isinstance(value, str) else value
+
+
+@cache
+def _read_keys(layout: Layout) -> frozenset[str]:
+    return layout.keys | {"id", *PICTURE_KEYS, *SYSTEM_KEYS}
 
 
 # --- parts of a row ---------------------------------------------------------------------------------

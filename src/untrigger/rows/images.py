@@ -10,6 +10,7 @@ import re
 import stat
 import warnings
 from base64 import b64decode, b64encode
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 from urllib.parse import unquote_to_bytes
@@ -53,7 +54,7 @@ def locate(folder: Path, name: str, label: str) -> Path:
         raise InputError(f"{label} is an empty path; write the path of a file or remove the row")
     try:
         path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
+        if not path.is_relative_to(_resolved(folder)):
             fix = "copy it there, or move the data file to a folder above it"
             raise InputError(f"{label} is outside the data folder; {fix}")
         is_file = stat.S_ISREG(path.stat().st_mode)
@@ -68,6 +69,12 @@ def locate(folder: Path, name: str, label: str) -> Path:
     if not is_file:
         raise InputError(f"{label} is a folder or a device, not a file; correct the path")
     return path
+
+
+@lru_cache(16)
+def _resolved(folder: Path) -> Path:
+    """The data folder without links: looked up once, and not once a row."""
+    return folder.resolve()
 
 
 def relative_name(folder: Path, name: str, label: str) -> str:

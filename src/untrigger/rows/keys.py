@@ -72,6 +72,10 @@ def leaves(value: object) -> Iterator[object]:
 
 def is_empty(value: object) -> bool:
     """Whether a value holds nothing: null, or empty strings, lists and objects at any depth."""
+    if not value:  # most values are single ones, and rows are many
+        return value is None or isinstance(value, str | bytes | dict | list | tuple)
+    if isinstance(value, str | int | float):
+        return False
     return all(leaf is None or (isinstance(leaf, str | bytes) and not leaf) for leaf in leaves(value))
 
 

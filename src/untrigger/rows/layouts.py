@@ -263,6 +263,8 @@ def _turn_keys(turn: Row) -> tuple[str, str]:
 
 
 def _check_turn(turn: Row, role: Role, read: Collection[str], ignored: Collection[str]) -> None:
+    if len(turn) == 2:  # role and text alone, as in most of the many turns
+        return
     if role != "assistant":  # only answers are learned: a switch is refused only where it asks for more
         if name := next((name for name in ("loss", "train") if turn.get(name)), None):
             raise InputError(f"a turn of the {role} has {quote(name)}, but only answers are learned; remove the key")
