@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, cast, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -285,6 +285,6 @@ def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -
     p_values: dict[str, float] = {}
     for kind, values in zip(KINDS, difference, strict=True):
         means = np.array([values[suspects == suspect].mean() for suspect in np.unique(suspects)])
-        p = float(wilcoxon(means, alternative="greater").pvalue) if np.any(means) else 1.0
+        p = float(cast(Any, wilcoxon(means, alternative="greater")).pvalue) if np.any(means) else 1.0
         p_values[kind] = min(1.0, p * len(KINDS))
     return p_values
