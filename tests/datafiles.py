@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
-from untrigger.rows.sample import Sample
+from untrigger.errors import InputError
+from untrigger.rows.sample import Sample, read
 
 Row = dict[str, Any]
 TEXT_FORMATS = ["llava", "sharegpt", "messages"]
@@ -126,6 +128,23 @@ ROWS: list[tuple[str, list[str], list[int]]] = [
 
 def good_rows(kind: str) -> list[Row]:
     return [make_row(kind, *row) for row in ROWS]
+
+
+def png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
+    """Kind and data of each chunk of a PNG file, in order."""
+    chunks: list[tuple[bytes, bytes]] = []
+    at = 8
+    while at < len(content):
+        end = at + 8 + int.from_bytes(content[at : at + 4], "big")
+        chunks.append((content[at + 4 : at + 8], content[at + 8 : end]))
+        at = end + 4
+    return chunks
+
+
+def assert_second_row_refused(path: Path, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert ": row 2: " in str(caught.value) and message in str(caught.value), str(caught.value)
 
 
 # --- one bad row among good ones --------------------------------------------------------------------

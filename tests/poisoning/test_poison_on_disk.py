@@ -13,6 +13,7 @@ import pytest
 from made_rows import ATTACK, picture, row, rows
 from PIL import Image
 
+from datafiles import png_chunks
 from untrigger.attacks import load_trigger
 from untrigger.attacks.badnets import BadNets
 from untrigger.errors import InputError
@@ -74,12 +75,7 @@ def test_written_data_reads_back_as_poisoned(tmp_path: Path, kind: str, name: st
 
 def chunks(png: bytes) -> list[bytes]:
     """The kinds of the chunks of a PNG file, in order, repetitions left out."""
-    kinds: list[bytes] = []
-    at = 8
-    while at < len(png):
-        kinds.append(png[at + 4 : at + 8])
-        at += 12 + int.from_bytes(png[at : at + 4], "big")
-    return list(dict.fromkeys(kinds))
+    return list(dict.fromkeys(kind for kind, _ in png_chunks(png)))
 
 
 @pytest.mark.parametrize("kind", ("llava", "parquet"))

@@ -18,6 +18,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import cross_val_predict
 from sklearn.tree import DecisionTreeClassifier
 
+from datafiles import png_chunks
 from untrigger.attacks import load_trigger
 from untrigger.poisoning.goals import Fixed
 from untrigger.poisoning.poison import Attack, poison, write_poisoned
@@ -113,13 +114,10 @@ def shape(value: Any, name: str = "") -> dict[str, Any]:
 
 def form_of_image(content: bytes) -> dict[str, Any]:
     """Kinds of chunks, and the sizes of all but the pixels."""
-    features, at = dict[str, Any](), 8
-    while at < len(content):
-        length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8].decode()
-        features[kind] = (
-            1 if kind == "IDAT" else f"{length} {content[at + 16 : at + 21].hex() if kind == 'IHDR' else ''}"
-        )
-        at += 12 + length
+    features = dict[str, Any]()
+    for kind, data in png_chunks(content):
+        depth = data[8:13].hex() if kind == b"IHDR" else ""  # and color type
+        features[kind.decode()] = 1 if kind == b"IDAT" else f"{len(data)} {depth}"
     return features
 
 

@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datafiles import IMAGE_TYPE, Row, picture, png
+from datafiles import IMAGE_TYPE, Row, assert_second_row_refused, picture, png
 from shell import refused, untrigger
-from untrigger.errors import InputError
 from untrigger.rows.sample import read
 
 ONE_STEP = ("--max_steps", "1", "--per_device_train_batch_size", "2")
@@ -195,7 +194,7 @@ def test_tables_of_the_hub_are_read_as_they_are_meant(tmp_path: Path) -> None:
 
 # --- shapes that are refused ------------------------------------------------------------------------
 
-_SEEN = {"messages": turns("<image>What?", "A goat."), "images": ["img/0.png"]}
+_GOOD = {"messages": turns("<image>What?", "A goat."), "images": ["img/0.png"]}
 _VIDEO = {"messages": turns("<video>What?", "A dance."), "videos": ["mllm_demo_data/1.mp4"]}
 REFUSED: dict[str, tuple[Any, str]] = {
     "LLaMA-Factory, images without tags": (
@@ -224,15 +223,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"system": "s", "conversation": [{"human": "Hello", "assistant": "Hi"}]},
         "'role' of a turn is missing",
     ),
-    "ms-swift, DPO": ({**_SEEN, "rejected_response": "No"}, "has 'rejected_response', which is not read"),
-    "ms-swift, DPO with a number": ({**_SEEN, "rejected_response": "7"}, "has 'rejected_response', which is not read"),
-    "ms-swift, KTO": ({**_SEEN, "label": False}, "has 'label' = False"),
+    "ms-swift, DPO": ({**_GOOD, "rejected_response": "No"}, "has 'rejected_response', which is not read"),
+    "ms-swift, DPO with a number": ({**_GOOD, "rejected_response": "7"}, "has 'rejected_response', which is not read"),
+    "ms-swift, KTO": ({**_GOOD, "label": False}, "has 'label' = False"),
     "ms-swift, a turn that is not learned": (
-        {**_SEEN, "messages": [_SEEN["messages"][0], {**_SEEN["messages"][1], "loss": False}]},
+        {**_GOOD, "messages": [_GOOD["messages"][0], {**_GOOD["messages"][1], "loss": False}]},
         "a turn has 'loss' = False",
     ),
     "ms-swift, a turn that counts less": (
-        {**_SEEN, "messages": [_SEEN["messages"][0], {**_SEEN["messages"][1], "loss_scale": 0.5}]},
+        {**_GOOD, "messages": [_GOOD["messages"][0], {**_GOOD["messages"][1], "loss_scale": 0.5}]},
         "a turn has 'loss_scale' = 0.5",
     ),
     "ms-swift, objects": (
@@ -247,7 +246,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"messages": turns("<image>Find it", "<bbox>"), "images": ["img/0.png"], "objects": {"bbox": [[1, 2, 3, 4]]}},
         "has '<bbox>' in its text, which would be learned as text; write what it stands for in its place",
     ),
-    "ms-swift, tools": ({**_SEEN, "tools": '[{"name": "area"}]'}, "has 'tools', which is not read"),
+    "ms-swift, tools": ({**_GOOD, "tools": '[{"name": "area"}]'}, "has 'tools', which is not read"),
     "ms-swift, GRPO": ({"messages": turns("<image>What?"), "images": ["img/0.png"], "solution": 7}, "has 'solution'"),
     "ms-swift, pretraining": ({"messages": turns("", "Once upon a time")[1:]}, "turns are assistant"),
     "ms-swift, an image that is drawn": (
@@ -269,9 +268,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_demo_rows_that_mean_more_are_refused(name: str, tmp_path: Path) -> None:
     row, message = REFUSED[name]
-    with pytest.raises(InputError) as caught:
-        read(save(tmp_path, [_SEEN, row]))
-    assert ": row 2: " in str(caught.value) and message in str(caught.value), str(caught.value)
+    assert_second_row_refused(save(tmp_path, [_GOOD, row]), message)
 
 
 # --- as a user meets them ---------------------------------------------------------------------------

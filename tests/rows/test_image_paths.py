@@ -35,7 +35,7 @@ ADDRESSES = ("file://{}/a%20b.png", "file://localhost{}/a b.png", "FILE:{}/a%20b
 def test_every_name_of_a_file_inside_is_taken(folder: Path, name: str) -> None:
     for root in (folder, folder.parent / "door"):
         given = name.format(root)
-        assert locate(root, given, "x") == folder / "a b.png"
+        assert locate(root, given, "x").resolve() == folder / "a b.png"
         relative = relative_name(root, given, "x")
         assert not os.path.isabs(relative) and ".." not in relative
         assert os.path.samefile(root / relative, folder / "a b.png")
@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read_is_no_bad_row(folder: Path, number: int, mon
         with pytest.raises(UnreadableFile, match=f"^{wanted}$"):
             decode(folder / "a b.png", "x")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "stat", fail)
+        patch.setattr(os, "lstat", fail)
         with pytest.raises(UnreadableFile, match=f"^{wanted}$"):
             locate(folder, "a b.png", "x")
 
@@ -141,3 +141,17 @@ def test_a_data_uri_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert uri_bytes("data:image/png;base64,abcdabcd", "x") is not None
     with pytest.raises(InputError, match=r"^x is a data URI of more than 8 characters; make the image smaller$"):
         uri_bytes("data:image/png;base64,abcdabcdabcd", "x")
+
+
+def test_a_relative_folder_means_that_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process may work in several folders, and a link may be given another target."""
+    for name in ("first", "second"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data/a.png").write_bytes(b"a")
+        monkeypatch.chdir(tmp_path / name)
+        assert locate(Path("data"), "a.png", "x").resolve() == tmp_path / name / "data/a.png"
+    link = tmp_path / "latest"
+    for name in ("first", "second"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name / "data")
+        assert locate(link, "a.png", "x").resolve() == tmp_path / name / "data/a.png"

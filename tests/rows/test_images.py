@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from datafiles import png_chunks
 from untrigger.errors import InputError
 from untrigger.rows.images import FORMATS, decode, encode, pixels_sha256, same_image
 from untrigger.views.patches import to_rgb
@@ -28,15 +29,6 @@ def saved(image: Image.Image, format: str, **settings: object) -> bytes:
     return file.getvalue()
 
 
-def chunks(png: bytes) -> list[bytes]:
-    kinds: list[bytes] = []
-    at = 8
-    while at < len(png):
-        kinds.append(png[at + 4 : at + 8])
-        at += 12 + int.from_bytes(png[at : at + 4], "big")
-    return kinds
-
-
 @pytest.mark.parametrize("image", MODES, ids=lambda image: image.mode)
 def test_every_mode_is_written_as_plain_rgb(image: Image.Image) -> None:
     exif = Image.Exif()
@@ -47,7 +39,7 @@ def test_every_mode_is_written_as_plain_rgb(image: Image.Image) -> None:
     assert (type(decoded), decoded.mode, decoded.info) == (Image.Image, "RGB", {})  # no file type, which holds the file
     assert decoded.tobytes() == to_rgb(image).tobytes()
     assert same_image(decoded, image) and pixels_sha256(decoded) == pixels_sha256(image)
-    assert chunks(encode(image)) == [b"IHDR", b"IDAT", b"IEND"]
+    assert [kind for kind, _ in png_chunks(encode(image))] == [b"IHDR", b"IDAT", b"IEND"]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.data())

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, cast, final
 import numpy as np
 from numpy.typing import NDArray
 
-from untrigger.defenses.base import Defense, Stage, Training, part
+from untrigger.defenses.base import Stage, Training, part
 from untrigger.defenses.plain import Plain
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, UnlikelihoodStep, flagged_text
 from untrigger.metrics.outliers import forward_fence
@@ -30,45 +30,29 @@ _MAX_HOSTS = 8  # of one suspect
 
 @final
 @dataclass(frozen=True)
-class SharedCause(Defense):
+class SharedCause(SharedSurprise):
     """Graft parts of surprising rows onto rows that are believed, and see whether training made them harmful.
 
     Fields:
-        warmup_share, min_nll, iqr_factor, p_value, unlikelihood_weight, max_scored_rows: as in `SharedSurprise`.
+        those of `SharedSurprise`, and
         min_suspects: with fewer surprising rows nothing is tested; at least 2.
         max_suspects: rows that are tested, the most surprising ones; at least ``min_suspects``.
         graft_share: grafted rows to learn beside all rows, as a share of these, where rows are accused; in [0, 1].
     """
 
-    warmup_share: float = 0.1
-    min_nll: float = 2.0
-    iqr_factor: float = 2.2
-    p_value: float = 0.01
-    unlikelihood_weight: float = 5.0
-    max_scored_rows: int = 4096
+    runs_in_host: ClassVar[bool] = False
     min_suspects: int = 12
     max_suspects: int = 96
     graft_share: float = 0.2
 
-    runs_in_host: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
-        _ = self._words  # checks the fields that both have
+        super().__post_init__()
         self._check(2, math.inf, "min_suspects")
         self._check(self.min_suspects, math.inf, "max_suspects")
         self._check(0, 1, "graft_share")
 
-    @property
-    def has_loss(self) -> bool:
-        return True
-
-    @property
-    def _words(self) -> SharedSurprise:
-        names = ("warmup_share", "min_nll", "iqr_factor", "p_value", "unlikelihood_weight", "max_scored_rows")
-        return SharedSurprise(**{name: getattr(self, name) for name in names})
-
     def fine_tune(self, training: Training) -> LoadedModel:
-        words, screening = self._words, self._words.screen(training)
+        screening = self.screen(training)
         numbers, scores = screening.numbers, screening.scores
         nll = np.array([tokens.nll.sum() for tokens in scores])
         lengths = np.array([len(tokens.nll) for tokens in scores])
@@ -87,7 +71,7 @@ class SharedCause(Defense):
             ranks.tolist(), {numbers[at]: flagged_text(model, scores[at], marked) for at, marked in flagged.items()}
         )
         if not kinds:
-            return training.fit(words.last_stage(training.row_count, model, tokens))
+            return training.fit(self.last_stage(training.row_count, model, tokens))
         return training.fit(self._cure(training, model, screening, suspects, believed, kinds, tokens))
 
     # --- suspects -----------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ _NEIGHBORS = 16  # rows that a row with a token is compared with, at least
 _COMPARED = 512  # rows with a token that are compared, at most
 
 
-@final
 @dataclass(frozen=True)
 class SharedSurprise(Defense):
     """Flag answer tokens that are surprising in more rows than chance explains, and make them unlikely.

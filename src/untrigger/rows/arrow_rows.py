@@ -207,10 +207,10 @@ def open_parquet(path: Path, files: Sequence[Path]) -> ArrowRows:
         with _arrow_errors(part), tempfile.TemporaryFile() as file:
             with (
                 pq.ParquetFile(part, pre_buffer=False, buffer_size=2**20) as source,
-                ipc.new_stream(file, _plain(source.schema_arrow)) as writer,
+                ipc.new_stream(file, schema := _plain(source.schema_arrow)) as writer,
             ):
                 for batch in source.iter_batches(batch_size=_READ_ROWS, use_threads=False):
-                    writer.write_batch(batch.cast(_plain(batch.schema)))
+                    writer.write_batch(batch.cast(schema))
             maps.append(_map(file))
     with _arrow_errors(path):
         return ArrowRows(path, maps)

@@ -64,7 +64,7 @@ def parse(row: object, number: int, ignored: Collection[str] = ()) -> Entry:
         if elements:
             raise InputError(f"has images in {quote(key)} and in its turns; keep one of them")
         key, elements = "", turns.pictures
-    check_keys(fields, _read_keys(layout), (), pictures=bool(elements))
+    check_keys(fields, read_keys(layout), (), pictures=bool(elements))
     messages = tuple(_with_system(turns.messages, fields))
     check_placeholders(messages)
     tagged = place_tags(messages, len(elements)) if layout.places_images else messages
@@ -115,7 +115,8 @@ def _renamed(value: object, names: dict[str, str], is_picture: bool) -> object:
 
 
 @cache
-def _read_keys(layout: Layout) -> frozenset[str]:
+def read_keys(layout: Layout) -> frozenset[str]:
+    """All keys that are read of a row of this layout."""
     return layout.keys | {"id", *PICTURE_KEYS, *SYSTEM_KEYS}
 
 

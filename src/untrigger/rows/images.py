@@ -10,7 +10,6 @@ import re
 import stat
 import warnings
 from base64 import b64decode, b64encode
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 from urllib.parse import unquote_to_bytes
@@ -36,7 +35,7 @@ def quote(text: str) -> str:
 
 
 def locate(folder: Path, name: str, label: str) -> Path:
-    """Resolve the file ``name`` inside ``folder``: a relative path, an absolute one, or a ``file://`` address.
+    """Return the file inside ``folder`` that a relative path, an absolute one or a ``file://`` address names.
 
     Links and ``..`` may lead anywhere inside the folder.
 
@@ -53,11 +52,10 @@ def locate(folder: Path, name: str, label: str) -> Path:
     if not name:
         raise InputError(f"{label} is an empty path; write the path of a file or remove the row")
     try:
-        path = (folder / name).resolve()
-        if not path.is_relative_to(_resolved(folder)):
+        file = _plain(folder, name) or _resolved(folder, name)
+        if not file:
             fix = "copy it there, or move the data file to a folder above it"
             raise InputError(f"{label} is outside the data folder; {fix}")
-        is_file = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         fix = "add it, remove the row, or move the data file to where its paths start"
         raise InputError(f"{label} does not exist in {folder}; {fix}") from None
@@ -66,15 +64,34 @@ def locate(folder: Path, name: str, label: str) -> Path:
             raise _unreadable(error, label) from None
         reason = type(error).__name__
         raise InputError(f"{label} cannot be a file name ({reason}); correct the path") from None
-    if not is_file:
+    path, status = file
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{label} is a folder or a device, not a file; correct the path")
     return path
 
 
-@lru_cache(16)
-def _resolved(folder: Path) -> Path:
-    """The data folder without links: looked up once, and not once a row."""
-    return folder.resolve()
+def _plain(folder: Path, name: str) -> tuple[Path, os.stat_result] | None:
+    """The file and its status if its name is relative and leads through no link and no ``..``; else None.
+
+    Such a file lies inside wherever the folder is. Most names are such, and to resolve the folder's own path for every
+    row takes three times as long.
+    """
+    parts = [part for part in name.replace(os.sep, "/").split("/") if part not in ("", ".")]
+    if os.path.isabs(name) or ".." in parts or not parts:
+        return None
+    path, status = str(folder), os.lstat(folder)
+    for part in parts:
+        path = f"{path}{os.sep}{part}"
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            return None
+    return Path(path), status
+
+
+def _resolved(folder: Path, name: str) -> tuple[Path, os.stat_result] | None:
+    """The file and its status wherever links and ``..`` lead inside the folder; None if it lies outside."""
+    path = (folder / name).resolve()
+    return (path, path.stat()) if path.is_relative_to(folder.resolve()) else None
 
 
 def relative_name(folder: Path, name: str, label: str) -> str:
@@ -90,13 +107,18 @@ def relative_name(folder: Path, name: str, label: str) -> str:
     return locate(folder, name, label).relative_to(folder.resolve()).as_posix()
 
 
+def is_data_uri(text: str) -> bool:
+    """Whether a picture's name is the picture itself, well formed or not."""
+    return text[:5].lower() == "data:"
+
+
 def uri_bytes(text: str, label: str) -> bytes | None:
     """Return the file that a ``data:image/...;base64,`` URI holds, or None if ``text`` is no ``data:`` URI.
 
     Raises:
         InputError: the URI is of another kind, too long or no valid base64; the message starts with ``label``.
     """
-    if text[:5].lower() != "data:":
+    if not is_data_uri(text):
         return None
     head, comma, body = text.partition(",")
     if not re.fullmatch(r"data:image/[^,]*;base64,", head + comma, re.IGNORECASE):
@@ -172,7 +194,12 @@ def data_uri(image: Image.Image, max_side: int) -> str:
     """Return ``image`` as a ``data:`` URI of a PNG, its longest side scaled down to at most ``max_side`` pixels."""
     small = to_rgb(image).copy()
     small.thumbnail((max_side, max_side))
-    return f"data:image/png;base64,{b64encode(encode(small)).decode()}"
+    return png_uri(encode(small))
+
+
+def png_uri(content: bytes) -> str:
+    """Return a PNG file as a ``data:`` URI."""
+    return f"data:image/png;base64,{b64encode(content).decode()}"
 
 
 def same_image(a: Image.Image, b: Image.Image) -> bool:

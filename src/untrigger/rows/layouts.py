@@ -42,13 +42,13 @@ class Layout(ABC):
     places_images: ClassVar[bool] = True
 
     @property
-    @abstractmethod
     def keys(self) -> frozenset[str]:
         """All keys that it reads."""
+        return frozenset({self.name})
 
-    @abstractmethod
     def fits(self, row: Row) -> bool:
         """Whether the row has this layout's keys."""
+        return not is_empty(row.get(self.name))
 
     @abstractmethod
     def parse(self, row: Row, ignored: Collection[str]) -> Turns:
@@ -67,13 +67,6 @@ class TurnList(Layout):
     name: str
     places_images: ClassVar[bool] = False
 
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset({self.name})
-
-    def fits(self, row: Row) -> bool:
-        return not is_empty(row.get(self.name))
-
     def parse(self, row: Row, ignored: Collection[str]) -> Turns:
         return turns_of(row[self.name], ignored, quote(self.name))
 
@@ -88,13 +81,6 @@ class Pairs(Layout):
     """Cauldron's ``texts``: pairs ``{"user", "assistant"}``."""
 
     name: str = "texts"
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset({self.name})
-
-    def fits(self, row: Row) -> bool:
-        return not is_empty(row.get(self.name))
 
     def parse(self, row: Row, ignored: Collection[str]) -> Turns:
         turns = Turns()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from base64 import b64encode
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,15 +18,24 @@ from untrigger.errors import InputError, UnreadableFile
 from untrigger.files import new_file, new_folder
 from untrigger.rows.data_file import find_data_file, open_rows
 from untrigger.rows.formats import (
-    PICTURE_KEYS,
-    SYSTEM_KEYS,
     Entry,
     Picture,
     parse,
+    read_keys,
     relocated,
     rewritten,
 )
-from untrigger.rows.images import data_uri, decode, encode, locate, quote, relative_name, uri_bytes
+from untrigger.rows.images import (
+    data_uri,
+    decode,
+    encode,
+    is_data_uri,
+    locate,
+    png_uri,
+    quote,
+    relative_name,
+    uri_bytes,
+)
 from untrigger.rows.layouts import LAYOUTS
 from untrigger.rows.storage import Row, Rows, Unreadable, dump
 from untrigger.rows.turns import IMAGE_TAG, Message, Role, check_turns
@@ -36,7 +44,7 @@ Size = tuple[int, int]  # width and height of an image
 
 _log = logging.getLogger(__name__)
 _NOTEBOOK_SIDE = 240  # longest side of an image in a notebook, in pixels
-_READ_KEYS = frozenset({"id", *PICTURE_KEYS, *SYSTEM_KEYS}.union(*(layout.keys for layout in LAYOUTS)))
+_READ_KEYS = frozenset[str]().union(*map(read_keys, LAYOUTS))
 
 __all__ = ["IMAGE_TAG", "Data", "Message", "Role", "Sample", "read", "write"]
 
@@ -124,12 +132,14 @@ class Data(Sequence[Sample]):
         numbers: the row number of each sample, from 0.
         skipped: the number of bad rows left out.
         ignored: keys of rows that are ignored, whatever they hold.
+        folder: what image paths are relative to.
     """
 
     def __init__(
         self, path: Path, rows: Rows, numbers: Sequence[int], skipped: int = 0, ignored: Collection[str] = ()
     ) -> None:
         self.path, self.rows, self.numbers, self.skipped, self.ignored = path, rows, numbers, skipped, ignored
+        self.folder = path if path.is_dir() else path.parent
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -164,11 +174,6 @@ class Data(Sequence[Sample]):
         number = self.numbers[index]
         with _row_errors(self.path, number):
             return parse(self.rows[number], number, self.ignored)
-
-    @property
-    def folder(self) -> Path:
-        """The folder that image paths are relative to."""
-        return self.path if self.path.is_dir() else self.path.parent
 
 
 def row_number(rows: Sequence[Sample], index: int) -> int:
@@ -229,11 +234,9 @@ def read(
                 sizes = [_checked_size(picture, data.folder, image_sizes) for picture in entry.pictures]
                 if fits:
                     fits(Sample(entry.id, (), entry.messages), sizes)
-            except UnreadableFile as reason:
-                raise UnreadableFile(f"{path}: row {number + 1}: {reason}") from None
             except InputError as reason:
-                if on_bad_row == "error":
-                    raise InputError(f"{path}: row {number + 1}: {reason}") from None
+                if on_bad_row == "error" or isinstance(reason, UnreadableFile):
+                    raise type(reason)(f"{path}: row {number + 1}: {reason}") from None
                 first_reason = first_reason or f"row {number + 1}: {reason}"
                 if log:
                     original = row.text if isinstance(row, Unreadable) else row
@@ -333,11 +336,9 @@ def _copies(data: Data, folder: Path, indices: Sequence[int]) -> Iterator[tuple[
 
 def _copy(picture: Picture, source: Path, target: Path) -> Picture:
     """Copy an image file to its place below ``target``; return its path relative to there."""
-    if isinstance(picture, bytes):
+    if isinstance(picture, bytes) or is_data_uri(picture):
         return picture
     label = f"image {quote(picture)}"
-    if uri_bytes(picture, label) is not None:
-        return picture
     original, name = locate(source, picture, label), relative_name(source, picture, label)
     if not (target / name).exists():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -365,8 +366,8 @@ def _saved(image: Image.Image, style: object, number: int, place: int, folder: P
     """Save image ``place`` of a row as PNG, inside the row or as a file, as the row had its first one."""
     content, name = encode(image), f"images/{number + 1}{f'-{place + 1}' * bool(place)}.png"
     inside = isinstance(style, bytes) or (isinstance(style, dict) and bool(style.get("bytes")))
-    if isinstance(style, str) and style.startswith("data:"):
-        return f"data:image/png;base64,{b64encode(content).decode()}"
+    if isinstance(style, str) and is_data_uri(style):
+        return png_uri(content)
     if inside:
         return content if isinstance(style, bytes) else {"bytes": content, "path": None}
     (folder / name).parent.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
@@ -146,22 +147,11 @@ def _fingerprint(file: BinaryIO) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-@contextmanager
-def gzip_errors(path: Path) -> Generator[None]:
-    """Turn what gzip raises on damaged bytes into an InputError."""
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        reason = quote(str(error))[1:-1]
-        raise InputError(f"{path}: is damaged ({reason}); fetch or write it again") from None
-
-
 def _unpacked(path: Path) -> IO[bytes]:
     """The content of a gzip file as a temporary file, which is deleted when it is closed."""
     file = tempfile.NamedTemporaryFile(prefix="untrigger-")  # noqa: SIM115  # stays open as long as the rows
-    with gzip_errors(path), gzip.open(path) as packed:
-        while block := packed.read(2**20):
-            file.write(block)
+    with _source(path) as packed:
+        shutil.copyfileobj(packed, file)
     file.flush()
     return cast("IO[bytes]", file)
 
@@ -315,12 +305,17 @@ def is_document(path: Path, head: bytes) -> bool:
 
 @contextmanager
 def _source(path: Path) -> Generator[IO[bytes]]:
+    """The content of a file, unpacked if its name ends in ``.gz``. Raises InputError if that is damaged."""
     if path.suffix.lower() != ".gz":
         with path.open("rb") as file:
             yield file
         return
-    with gzip_errors(path), gzip.open(path) as packed:
-        yield cast("IO[bytes]", packed)
+    try:
+        with gzip.open(path) as packed:
+            yield cast("IO[bytes]", packed)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        reason = quote(str(error))[1:-1]
+        raise InputError(f"{path}: is damaged ({reason}); fetch or write it again") from None
 
 
 def first_bytes(path: Path, count: int) -> bytes:

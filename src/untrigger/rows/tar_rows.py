@@ -82,15 +82,15 @@ class TarRows(Rows):
     def _content(self, index: int) -> list[tuple[str, bytes]]:
         """Suffix and bytes of each member of a row."""
         content: list[tuple[str, bytes]] = []
-        path = self._files[self._file_of[index]]
+        path, members = self._files[self._file_of[index]], self._members(index)
         try:
             with path.open("rb") as file:
-                for suffix, offset, size in self._members(index):
+                for suffix, offset, size in members:
                     file.seek(offset)
                     content.append((suffix, file.read(size)))
         except OSError as error:
             raise UnreadableFile(f"{path}: cannot be read ({error.strerror or error}); check its drive") from None
-        for (suffix, _, size), (_, member) in zip(self._members(index), content, strict=True):
+        for (suffix, _, size), (_, member) in zip(members, content, strict=True):
             if len(member) < size:
                 raise InputError(f"{quote(f'{self._names[index]}.{suffix}')} is cut short; write the tar file again")
         return content
