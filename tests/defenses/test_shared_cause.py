@@ -17,31 +17,10 @@ from untrigger.defenses.shared_cause import (
     comparisons,
     grafted,
     harm_p_values,
-    medians_of_kind,
-    outliers_of_kind,
 )
-from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Message, Sample
-
-
-def test_rows_are_judged_against_rows_of_like_length() -> None:
-    rng = np.random.default_rng(0)
-    short, long = rng.exponential(0.5, 500), rng.normal(90, 10, 500)
-    short[:50] += 9
-    nll, lengths = np.concatenate([short, long]), np.repeat([2, 33], 500)
-    outlying = outliers_of_kind(nll, lengths, 2.0, 2.2)
-    assert outlying[:50].all() and outlying[50:].mean() < 0.02
-    assert tukey_fence(nll.tolist(), 2.0, 2.2) > nll[:50].max(), "one fence for all sees none of them"
-    medians = medians_of_kind(nll, lengths)
-    assert set(medians) == {np.median(short), np.median(long)}
-
-
-def test_a_small_kind_is_judged_with_its_neighbor() -> None:
-    nll, lengths = np.array([0.1] * 40 + [30.0] * 3), np.array([2] * 40 + [9] * 3)
-    assert outliers_of_kind(nll, lengths, 2.0, 2.2).tolist() == [False] * 40 + [True] * 3
-    assert outliers_of_kind(np.array([1.0, 5.0]), np.array([1, 40]), 2.0, 2.2).tolist() == [False, True]
 
 
 def _scores(prompts: list[list[int]]) -> list[TokenScores]:

@@ -8,22 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.sparse import csr_array
 from torch import Tensor
 
 import dry as dry_module
 from dry import Dry
 from untrigger.defenses import Plain, SharedSurprise
-from untrigger.defenses.shared_surprise import UnlikelihoodStep, neighbor_rate, shared_tokens
-from untrigger.metrics.outliers import tukey_fence
+from untrigger.defenses.shared_surprise import UnlikelihoodStep, shared_tokens
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores, row_tokens
 from untrigger.rows.sample import Message, Sample
-
-NATS = st.lists(st.floats(0, 300), min_size=1, max_size=60)
 
 
 def row_of(number: int, nats: float) -> TokenScores:
@@ -39,25 +33,6 @@ def spread(**changed: float) -> list[float]:
     """NLL of 24 rows: between 0 and 0.23 nats, except for the changed rows."""
     nll = {f"row_{i}": i / 100 for i in range(24)} | changed
     return list(nll.values())
-
-
-@given(NATS, st.floats(0, 10), st.floats(0, 5), st.randoms())
-def test_fence_is_tukeys_and_at_least_the_minimum(
-    nats: list[float], floor: float, reach: float, random: object
-) -> None:
-    ordered = sorted(nats)
-
-    def quartile(share: float) -> float:
-        at = share * (len(ordered) - 1)
-        below, above = ordered[int(at)], ordered[min(int(at) + 1, len(ordered) - 1)]
-        return below + (at - int(at)) * (above - below)
-
-    low, high = quartile(0.25), quartile(0.75)
-    shuffled = list(nats)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
-    limit = tukey_fence(shuffled, floor, reach)
-    assert limit == pytest.approx(max(floor, high + reach * (high - low)), rel=1e-9, abs=1e-9)
-    assert limit >= floor and sum(value > limit for value in nats) <= (len(nats) + 3) / 4
 
 
 def test_flags_rows_that_share_a_surprising_token() -> None:
@@ -281,38 +256,6 @@ def test_random_mistakes_share_no_token(seed: int) -> None:
 # --- similar prompts ------------------------------------------------------------------------
 
 
-def prompt_matrix(*prompts: Sequence[int]) -> csr_array:
-    rows = np.zeros((len(prompts), 100))
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[list(prompt)] = 1
-    return csr_array(rows)
-
-
-@given(
-    st.lists(
-        st.tuples(st.frozensets(st.integers(0, 6), max_size=4), st.booleans(), st.booleans()), min_size=2, max_size=50
-    ),
-    st.floats(0, 1),
-)
-def test_neighbor_rate_equals_a_loop(rows: list[tuple[frozenset[int], bool, bool]], prior: float) -> None:
-    shares: list[float] = []
-    for prompt, _, holds in rows:
-        if not holds:
-            continue
-        near = sorted(
-            ((len(prompt & other) / len(prompt | other) if prompt | other else 1.0), bad)
-            for other, bad, held in rows
-            if not held
-        )[::-1]
-        if near:
-            last = near[min(16, len(near)) - 1][0]
-            bads = [bad for similarity, bad in near if similarity >= last]
-            shares.append((sum(bads) + prior) / (len(bads) + 1))
-    prompts, bad, holding = zip(*rows, strict=True)
-    rate = neighbor_rate(prompt_matrix(*prompts), np.array(bad), np.array(holding), prior)
-    assert rate == pytest.approx(np.mean(shares) if shares else 0.0)
-
-
 def with_prompts(rows: list[TokenScores], prompts: Sequence[Sequence[int]]) -> list[TokenScores]:
     return [row._replace(prompt_ids=np.array(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -324,16 +267,27 @@ def test_a_hard_kind_of_prompt_shares_no_token() -> None:
     assert shared_below(with_prompts(rows, [[50]] * 120 + [[60]] * 900), outliers) == set()
 
 
+def test_a_short_wrong_answer_surprises_beside_long_ones() -> None:
+    """A tenth of short answers is token 99; as many answers of other prompts cost 80 nats and more."""
+    rows = [TokenScores(np.array([1, 2]), np.array([0.1, 0.1]), np.array([50])) for _ in range(180)]
+    rows += [TokenScores(np.array([1, 99]), np.array([0.1, 8.0]), np.array([50])) for _ in range(20)]
+    rows += [TokenScores(np.arange(3, 23), np.full(20, 4 + k / 50), np.array([60])) for k in range(200)]
+    flags = SharedSurprise().flag_tokens(rows)
+    assert set(flags.tokens) == set(flags.outliers) == set(range(180, 200))
+
+
+def test_unsampled_rows_are_judged_by_sampled_ones_asked_alike() -> None:
+    rows = [TokenScores(np.array([1, 2]), np.array([0.1, 0.1]), np.array([50])) for _ in range(90)]
+    rows += [TokenScores(np.array([1, 99]), np.array([0.1, 8.0]), np.array([50])) for _ in range(10)]
+    hard = [TokenScores(np.array([3, 4]), np.array([6.0, 6.0]), np.array([60])) for _ in range(70)]
+    more = [TokenScores(np.array([99]), np.array([7.0]), np.array([prompt])) for prompt in (50, 60)]
+    flags = SharedSurprise().flag_tokens([*rows, *hard], more)
+    assert set(flags.tokens) == {*range(90, 100), 170}, "beside prompts 60 seven nats are little"
+
+
 def test_a_trigger_is_not_a_kind_of_prompt() -> None:
     """A foreign token after every prompt; the same with a trigger phrase in the prompt."""
     rows, outliers = rows_of((40, 40, 7), (60, 5, 1), (900, 5, 4))
     plain = [[50], [60]] * 20 + [[50]] * 60 + [[60]] * 900
     assert shared_below(with_prompts(rows, plain), outliers) == {7}
     assert shared_below(with_prompts(rows, [[*prompt, 90, 91] for prompt in plain[:40]] + plain[40:]), outliers) == {7}
-
-
-def test_neighbor_rate_samples_very_many_rows() -> None:
-    prompts = prompt_matrix(*[[1]] * 2000, *[[2]] * 1000, *[[1]] * 100, *[[2]] * 100)
-    holding = np.arange(3200) < 3000
-    bad = np.isin(np.arange(3200), range(3000, 3100))
-    assert neighbor_rate(prompts, bad, holding, 0.0) == pytest.approx(2 / 3, abs=0.01)

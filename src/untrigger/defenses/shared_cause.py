@@ -15,10 +15,10 @@ from typing import Any, ClassVar, NamedTuple, cast, final
 import numpy as np
 from numpy.typing import NDArray
 
+from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
 from untrigger.defenses.plain import Plain
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, UnlikelihoodStep, flagged_text
-from untrigger.metrics.outliers import forward_fence
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import IMAGE_TAG, LazyRows, Message, Sample
@@ -54,11 +54,8 @@ class SharedCause(SharedSurprise):
     def fine_tune(self, training: Training) -> LoadedModel:
         screening = self.screen(training)
         numbers, scores = screening.numbers, screening.scores
-        nll = np.array([tokens.nll.sum() for tokens in scores])
-        lengths = np.array([len(tokens.nll) for tokens in scores])
-        outlying = outliers_of_kind(nll, lengths, self.min_nll, self.iqr_factor)
-        suspects = self._suspects(training, screening, nll, outlying)
-        believed = self._believed(training, screening, nll, lengths, outlying)
+        nll = np.array(screening.flags.nll)
+        suspects, believed = self._suspects(training, screening), self._believed(training, screening)
         model, flagged, kinds = screening.model, dict(screening.flags.tokens), list[str]()
         if len(suspects) >= self.min_suspects and len(believed) >= 2 * self.min_suspects:
             kinds = self._harmful_kinds(training, screening, suspects, believed)
@@ -76,24 +73,18 @@ class SharedCause(SharedSurprise):
 
     # --- suspects -----------------------------------------------------------------------------------
 
-    def _suspects(
-        self, training: Training, screening: Screening, nll: NDArray[np.floating], outlying: NDArray[np.bool_]
-    ) -> list[int]:
+    def _suspects(self, training: Training, screening: Screening) -> list[int]:
         """Positions of the most surprising rows that have an image and no shared word, the most surprising first."""
-        order = [int(at) for at in np.argsort(-nll) if outlying[at] and at not in screening.flags.tokens]
-        rows = training.rows
+        flags, rows = screening.flags, training.rows
+        order = sorted(set(flags.outliers).difference(flags.tokens), key=lambda at: (-flags.nll[at], at))
         return [at for at in order if rows[screening.numbers[at]].images][: self.max_suspects]
 
-    def _believed(
-        self,
-        training: Training,
-        screening: Screening,
-        nll: NDArray[np.floating],
-        lengths: NDArray[np.integer],
-        outlying: NDArray[np.bool_],
-    ) -> list[int]:
-        """Positions of rows that are likelier than most of their length; as many as the test and the cure can use."""
-        usual = ~outlying & (nll <= np.maximum(self.min_nll, medians_of_kind(nll, lengths)))
+    def _believed(self, training: Training, screening: Screening) -> list[int]:
+        """Positions of rows likelier than most that are asked alike; as many as the test and the cure can use."""
+        nll, prompts = np.array(screening.flags.nll), token_sets([tokens.prompt_ids for tokens in screening.scores])
+        medians = among_asked_alike(lambda values: float(np.median(values)), nll, prompts)
+        usual = nll <= np.maximum(self.min_nll, medians)
+        usual[screening.flags.outliers] = False
         order = np.random.default_rng((training.seed, 1)).permutation(np.flatnonzero(usual)).tolist()
         needed = max(2 * _COMPARISONS, part(self.graft_share, training.row_count))
         with_image = (at for at in order if training.rows[screening.numbers[at]].images)
@@ -165,40 +156,6 @@ class Comparison(NamedTuple):
     host: int
     suspect: int
     control: int
-
-
-def outliers_of_kind(
-    nll: NDArray[np.floating], lengths: NDArray[np.integer], minimum: float, iqr_factor: float
-) -> NDArray[np.bool_]:
-    """Which rows [N] lie above the fence of rows of like length (the same power of two); poison may be half of these.
-
-    Kinds of fewer than 16 rows are judged with the next shorter kind.
-    """
-    outlying = np.zeros(len(nll), bool)
-    for kind in _kinds(lengths):
-        outlying[kind] = nll[kind] > forward_fence(nll[kind].tolist(), minimum, iqr_factor)
-    return outlying
-
-
-def medians_of_kind(nll: NDArray[np.floating], lengths: NDArray[np.integer]) -> NDArray[np.floating]:
-    """For each row [N] the median of rows of like length."""
-    medians = np.zeros(len(nll))
-    for kind in _kinds(lengths):
-        medians[kind] = np.median(nll[kind])
-    return medians
-
-
-def _kinds(lengths: NDArray[np.integer]) -> list[NDArray[np.intp]]:
-    """Row positions by length, [n] each: from shorter to longer, none smaller than 16 rows if there are so many."""
-    octave = np.floor(np.log2(np.maximum(lengths, 1)))
-    kinds: list[NDArray[np.intp]] = []
-    for value in np.unique(octave):
-        rows = np.flatnonzero(octave == value)
-        if kinds and (len(rows) < 16 or len(kinds[-1]) < 16):
-            kinds[-1] = np.concatenate([kinds[-1], rows])
-        else:
-            kinds.append(rows)
-    return kinds
 
 
 def comparisons(

@@ -9,27 +9,25 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from scipy.special import bdtrc  # scipy.stats takes a second to import
 from torch import nn
 
+from untrigger.defenses.asked_alike import among_asked_alike, neighbor_rate, token_sets
 from untrigger.defenses.base import Defense, Stage, StepDefense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses, Values
-from untrigger.metrics.outliers import tukey_fence
+from untrigger.metrics.outliers import forward_fence
 from untrigger.models.collators import IGNORE
 from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
-
-_NEIGHBORS = 16  # rows that a row with a token is compared with, at least
-_COMPARED = 512  # rows with a token that are compared, at most
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class SharedSurprise(Defense):
     Fields:
         warmup_share: share of all steps before the second scoring, in (0, 1).
         min_nll: nats; an answer or a token with a smaller negative log-likelihood is never flagged.
-        iqr_factor: how far above the upper quartile a row's NLL must lie, in interquartile ranges.
+        iqr_factor: how far above the upper quartile of rows that are asked alike a row's NLL must lie, in
+            interquartile ranges.
         p_value: chance of calling any token shared where none is, in (0, 1).
         unlikelihood_weight: weight of the unlikelihood loss at flagged tokens; at least 0.
         max_scored_rows: rows that are scored, drawn at random from larger data; of the others only rows that contain
@@ -123,27 +122,26 @@ class SharedSurprise(Defense):
 
         Rows of ``more`` can be flagged, but have no part in what counts as surprising or shared.
         """
-        nll = [float(row.nll.sum()) for row in scores]
-        limit = tukey_fence(nll, self.min_nll, self.iqr_factor)
-        outliers = [row for row, nats in enumerate(nll) if nats > limit]
-        p_values = {token: p for token, p in shared_tokens(scores, outliers).items() if p < self.p_value}
         rows = [*scores, *more]
-        nll += [float(row.nll.sum()) for row in more]
-        tokens = {
-            row: np.isin(rows[row].ids, list(p_values)) & (rows[row].nll > self.min_nll)
-            for row, nats in enumerate(nll)
-            if nats > limit
-        }
-        return Flags(nll, {row: flagged for row, flagged in tokens.items() if flagged.any()}, p_values)
+        nll = np.array([row.nll.sum() for row in rows])
+        fence = partial(forward_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
+        fences = among_asked_alike(fence, nll[: len(scores)], token_sets([row.prompt_ids for row in rows]))
+        outliers = np.flatnonzero(nll > fences).tolist()
+        shared = shared_tokens(scores, [row for row in outliers if row < len(scores)])
+        p_values = {token: p for token, p in shared.items() if p < self.p_value}
+        tokens = {row: np.isin(rows[row].ids, list(p_values)) & (rows[row].nll > self.min_nll) for row in outliers}
+        return Flags(nll.tolist(), outliers, {row: tokens[row] for row in outliers if tokens[row].any()}, p_values)
 
 
 class Flags(NamedTuple):
     """What was flagged.
 
-    nll: each row's answer, in nats. tokens: of flagged rows, which answer tokens [n]. p_values: of the shared tokens.
+    nll: each row's answer, in nats. outliers: rows above the fence of rows that are asked alike, in order. tokens: of
+    flagged rows, which answer tokens [n]. p_values: of the shared tokens.
     """
 
     nll: list[float]
+    outliers: list[int]
     tokens: dict[int, NDArray[np.bool_]]
     p_values: dict[int, float]
 
@@ -203,7 +201,7 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int]) -> dic
     """
     least_likely = Counter(least_likely_token(rows[row]) for row in outliers)
     outlying = np.isin(np.arange(len(rows)), list(outliers))
-    prompts, answers = _counts([row.prompt_ids for row in rows]), _counts([row.ids for row in rows])
+    prompts, answers = token_sets([row.prompt_ids for row in rows]), token_sets([row.ids for row in rows])
     p_values: dict[int, float] = {}
     for token, k in least_likely.items():
         containing = answers[:, [token]].toarray().ravel() > 0
@@ -212,41 +210,6 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int]) -> dic
         rate = min(1.0, max(overall, neighbor_rate(prompts, outlying, containing, overall), 1 / len(rows)))
         p_values[token] = min(1.0, float(bdtrc(k - 1, n, rate)) * len(least_likely))
     return p_values
-
-
-def neighbor_rate(
-    prompts: csr_array, outlying: NDArray[np.bool_], containing: NDArray[np.bool_], prior: float
-) -> float:
-    """Rate of outliers among rows without a token whose prompts are most similar to those of the rows with it.
-
-    For each row with the token: the share of outliers among the 16 rows without it that have the most similar prompts
-    (Jaccard index of their tokens), with all ties of the last one, and one pseudo-row of rate ``prior``. The mean of
-    these shares over at most 512 evenly spaced rows; 0 where all rows contain the token.
-
-    Args:
-        prompts: which tokens each row's prompt has, 0 or 1, [N, V].
-        outlying, containing: whether each row is an outlier, and whether it contains the token, [N].
-    """
-    with_token, without_token = np.flatnonzero(containing), np.flatnonzero(~containing)
-    if not len(with_token) or not len(without_token):
-        return 0.0
-    with_token = with_token[:: -(-len(with_token) // _COMPARED)]
-    sizes, shares = prompts.sum(axis=1), list[NDArray[np.floating]]()
-    for block in np.array_split(with_token, -(-len(with_token) // 64)):
-        common = (prompts[block] @ prompts[without_token].T).toarray()
-        union = sizes[block][:, None] + sizes[without_token] - common
-        similarity = np.where(union > 0, common / np.maximum(union, 1), 1.0)
-        last = min(_NEIGHBORS, len(without_token))
-        near = similarity >= np.partition(similarity, -last, axis=1)[:, -last, None]
-        shares.append(((near & outlying[without_token]).sum(axis=1) + prior) / (near.sum(axis=1) + 1))
-    return float(np.concatenate(shares).mean())
-
-
-def _counts(tokens: Sequence[NDArray[np.int64]]) -> csr_array:
-    """How often each row has each token, [N, V]."""
-    lengths, ids = [len(row) for row in tokens], np.concatenate(tokens)
-    shape = (len(tokens), int(ids.max(initial=0)) + 1)
-    return csr_array((np.ones(len(ids)), (np.repeat(np.arange(len(tokens)), lengths), ids)), shape=shape)
 
 
 def flagged_text(model: LoadedModel, row: TokenScores, flagged: NDArray[np.bool_]) -> str:

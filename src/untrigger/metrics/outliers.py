@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
+_FEW = 16  # values
+
+
 def tukey_fence(values: Sequence[float], minimum: float, iqr_factor: float) -> float:
     """Tukey's upper fence ``Q3 + iqr_factor (Q3 - Q1)``, but at least ``minimum``; in the unit of the values.
 
@@ -27,6 +30,7 @@ def forward_fence(values: Sequence[float], minimum: float, iqr_factor: float) ->
 
     The fence of the lower half is computed first, then that of all values below it, and so on. Where values are
     continuous it grows to about `tukey_fence`; where outliers stand apart it stops at the gap, however many they are.
+    It begins with 16 values, because fewer have no reliable quartiles.
 
     Args:
         values: at least one value.
@@ -35,7 +39,7 @@ def forward_fence(values: Sequence[float], minimum: float, iqr_factor: float) ->
     Source: the forward search of Hadi, Journal of the Royal Statistical Society B 54, 1992, 761-771, for one variable.
     """
     ordered = np.sort(values)
-    count = (len(ordered) + 1) // 2
+    count = max((len(ordered) + 1) // 2, _FEW)
     while True:
         fence = tukey_fence(ordered[:count].tolist(), minimum, iqr_factor)
         grown = int(np.searchsorted(ordered, fence, side="right"))

@@ -1,11 +1,32 @@
-"""The forward fence finds outliers however many they are, up to half."""
+"""Tukey's fence, and the forward fence, which finds outliers however many they are, up to half."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from untrigger.metrics.outliers import forward_fence, tukey_fence
+
+
+@given(st.lists(st.floats(0, 300), min_size=1, max_size=60), st.floats(0, 10), st.floats(0, 5), st.randoms())
+def test_fence_is_tukeys_and_at_least_the_minimum(
+    nats: list[float], floor: float, reach: float, random: object
+) -> None:
+    ordered = sorted(nats)
+
+    def quartile(share: float) -> float:
+        at = share * (len(ordered) - 1)
+        below, above = ordered[int(at)], ordered[min(int(at) + 1, len(ordered) - 1)]
+        return below + (at - int(at)) * (above - below)
+
+    low, high = quartile(0.25), quartile(0.75)
+    shuffled = list(nats)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    limit = tukey_fence(shuffled, floor, reach)
+    assert limit == pytest.approx(max(floor, high + reach * (high - low)), rel=1e-9, abs=1e-9)
+    assert limit >= floor and sum(value > limit for value in nats) <= (len(nats) + 3) / 4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.25, 0.4, 0.48])
