@@ -30,8 +30,8 @@ def among_asked_alike(
 ) -> NDArray[np.floating]:
     """A statistic of the values of the rows that are asked as a row is, for each row.
 
-    These are the 64 rows whose prompts have the fewest tokens that the row's own prompt lacks, with all ties of the last
-    one. Tokens of its own count neither for nor against them: a trigger in a prompt does not lead to its like.
+    These are the 64 rows whose prompts have the fewest tokens that the row's own prompt lacks, with all ties of the
+    last one. Tokens of its own count neither for nor against them: a trigger in a prompt does not lead to its like.
 
     Args:
         statistic: takes the values of some rows, at least one.

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
 _FEW = 16  # values
 
 
