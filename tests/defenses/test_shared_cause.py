@@ -133,8 +133,11 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "none")
     SharedCause(p_value=0.05).fine_tune(dry)
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""]
-    assert dry.flagged == [] and dry.stages[-1].ids == [row.id for row in dry.rows]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
+    assert dry.flagged == [] and all(stage.ids == [row.id for row in dry.rows] for stage in dry.stages[1:])
+    spans = [(o.get("after", 0.0), o["share"]) for o in (stage.options for stage in dry.stages)]
+    assert spans == [(0.0, 0.1), (0.1, 0.4), (0.5, 0.5)], "the probe is a part of the training"
+    assert dry.stages[-1].start == 1
     few = _dry(loaded, "window 0.5 0.25")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
     assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
-from untrigger.defenses.plain import Plain
-from untrigger.defenses.shared_surprise import Screening, SharedSurprise, UnlikelihoodStep, flagged_text
+from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
-from untrigger.rows.sample import IMAGE_TAG, LazyRows, Message, Sample
+from untrigger.rows.sample import IMAGE_TAG, LazyRows, Message, Sample, select_rows
 from untrigger.views.grafts import IMAGE_GRAFTS, TEXT_GRAFTS, graft_image, graft_text
 
 _COMPARISONS = 128  # hosts a kind of graft, over all suspects
@@ -37,39 +36,50 @@ class SharedCause(SharedSurprise):
         those of `SharedSurprise`, and
         min_suspects: with fewer surprising rows nothing is tested; at least 2.
         max_suspects: rows that are tested, the most surprising ones; at least ``min_suspects``.
+        probe_share: share of all steps between the warm-up and the test, which is no loss where nothing is accused: the
+            training goes on from there. In (0, 1 - ``warmup_share``).
         graft_share: grafted rows to learn beside all rows, as a share of these, where rows are accused; in [0, 1].
     """
 
     runs_in_host: ClassVar[bool] = False
     min_suspects: int = 12
     max_suspects: int = 96
+    probe_share: float = 0.4
     graft_share: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(2, math.inf, "min_suspects")
         self._check(self.min_suspects, math.inf, "max_suspects")
+        self._check(1e-6, 1 - self.warmup_share - 1e-6, "probe_share")
         self._check(0, 1, "graft_share")
 
     def fine_tune(self, training: Training) -> LoadedModel:
         screening = self.screen(training)
         numbers, scores = screening.numbers, screening.scores
-        nll = np.array(screening.flags.nll)
         suspects, believed = self._suspects(training, screening), self._believed(training, screening)
         model, flagged, kinds = screening.model, dict(screening.flags.tokens), list[str]()
+        by_row = {numbers[at]: marked for at, marked in flagged.items()}
+        last = self.last_stage(training.row_count, model, by_row)
         if len(suspects) >= self.min_suspects and len(believed) >= 2 * self.min_suspects:
-            kinds = self._harmful_kinds(training, screening, suspects, believed)
-            model = training.fit(screening.warmup)  # the probe has changed the weights
+            plan = comparisons(scores, suspects, believed, np.random.default_rng((training.seed, 2)))
+            grafts = _grafts(plan, select_rows(training.rows, numbers))
+            before = training.tokens(model, range(len(grafts)), "grafts-before", grafts)
+            model = training.fit(replace(last, name="probe", share=self.probe_share))
+            after = training.tokens(model, range(len(grafts)), "grafts-after", grafts)
+            p_values = harm_p_values(damage_of(before, after), np.array([c.suspect for c in plan]))
+            kinds = [kind for kind, p in p_values.items() if p < self.p_value]
+            last = self.last_stage(training.row_count, model, by_row, self.warmup_share + self.probe_share)
         if kinds:
-            flagged |= {at: scores[at].nll > self.min_nll for at in suspects if at not in flagged}
-        ranks, tokens = np.zeros(training.row_count), {numbers[at]: marked for at, marked in flagged.items()}
+            flagged |= {at: scores[at].nll > self.min_nll for at in suspects}
+            by_row = {numbers[at]: marked for at, marked in flagged.items()}
+            model = training.fit(screening.warmup)  # the probe has changed the weights
+            last = self._cure(training, model, screening, suspects, believed, kinds, by_row)
+        nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
         ranks[numbers] = nll + nll.max() * np.isin(np.arange(len(nll)), list(flagged))
-        training.flag(
-            ranks.tolist(), {numbers[at]: flagged_text(model, scores[at], marked) for at, marked in flagged.items()}
-        )
-        if not kinds:
-            return training.fit(self.last_stage(training.row_count, model, tokens))
-        return training.fit(self._cure(training, model, screening, suspects, believed, kinds, tokens))
+        texts = {numbers[at]: flagged_text(model, scores[at], marked) for at, marked in flagged.items()}
+        training.flag(ranks.tolist(), texts)
+        return training.fit(last)
 
     # --- suspects -----------------------------------------------------------------------------------
 
@@ -89,30 +99,6 @@ class SharedCause(SharedSurprise):
         needed = max(2 * _COMPARISONS, part(self.graft_share, training.row_count))
         with_image = (at for at in order if training.rows[screening.numbers[at]].images)
         return list(islice(with_image, needed))
-
-    # --- evidence -----------------------------------------------------------------------------------
-
-    def _harmful_kinds(
-        self, training: Training, screening: Screening, suspects: Sequence[int], believed: Sequence[int]
-    ) -> list[str]:
-        """The kinds of graft by which suspects damage other rows' answers more than believed rows do."""
-        plan = comparisons(screening.scores, suspects, believed, np.random.default_rng((training.seed, 2)))
-        names, rows = screening.numbers, training.rows
-        specs = [(kind, c.host, donor) for kind in KINDS for c in plan for donor in (c.suspect, c.control)]
-        grafts = LazyRows(
-            range(len(specs)),
-            lambda i: grafted(rows[names[specs[i][1]]], rows[names[specs[i][2]]], specs[i][0]),
-        )
-        before = training.tokens(screening.model, range(len(specs)), "grafts-before", grafts)
-        probe = Stage(
-            range(training.row_count), Plain(), "probe", start=screening.model,
-            share=1 - self.warmup_share, after=self.warmup_share,
-        )  # fmt: skip
-        after = training.tokens(training.fit(probe), range(len(specs)), "grafts-after", grafts)
-        damage = np.array([token_probability(b) - token_probability(a) for b, a in zip(before, after, strict=True)])
-        damage = damage.reshape(len(KINDS), len(plan), 2)
-        groups = np.array([c.suspect for c in plan])
-        return [kind for kind, p in harm_p_values(damage, groups).items() if p < self.p_value]
 
     # --- cure ---------------------------------------------------------------------------------------
 
@@ -140,14 +126,16 @@ class SharedCause(SharedSurprise):
             host, donor, kind = specs[i - count]
             return grafted(rows[names[host]], rows[names[donor]], kind)
 
-        source = LazyRows(range(count + extra), make)
-        return Stage(
-            range(count + extra), UnlikelihoodStep(self.unlikelihood_weight), source=source, start=model,
-            flagged_tokens=flagged, share=1 - self.warmup_share, after=self.warmup_share,
-        )  # fmt: skip
+        stage = self.last_stage(count, model, flagged)
+        return replace(stage, rows=range(count + extra), source=LazyRows(range(count + extra), make))
 
 
-KINDS = (*IMAGE_GRAFTS, *TEXT_GRAFTS)
+KINDS: Mapping[str, tuple[str, str]] = {
+    **{kind: (kind, "") for kind in IMAGE_GRAFTS},
+    **{kind: ("", kind) for kind in TEXT_GRAFTS},
+    **{f"image, {kind}": ("image", kind) for kind in TEXT_GRAFTS},
+}
+"""What is grafted: a part of the image, of the prompt, or of both."""
 
 
 class Comparison(NamedTuple):
@@ -184,20 +172,32 @@ def grafted(host: Sample, donor: Sample, kind: str) -> Sample:
     An image graft goes onto each of the host's images, from the donor's image at the same place or its first one. A
     text graft goes into the last question, behind its image tags.
     """
-    if kind in IMAGE_GRAFTS:
+    images, turns = [*host.images], [*host.messages]
+    image_part, text_part = KINDS[kind]
+    if image_part:
         images = [
-            graft_image(image, donor.images[min(place, len(donor.images) - 1)], kind)
-            for place, image in enumerate(host.images)
+            graft_image(image, donor.images[min(place, len(donor.images) - 1)], image_part)
+            for place, image in enumerate(images)
         ]
-        return replace(host, images=tuple(images))
-    question = next(m.text for m in reversed(donor.messages) if m.role == "user").replace(IMAGE_TAG, " ")
-    last = max(at for at, message in enumerate(host.messages) if message.role == "user")
-    text = host.messages[last].text
-    body = text.rpartition(IMAGE_TAG)[2].lstrip()
-    opening = text[: len(text) - len(body)]
-    turns = [*host.messages]
-    turns[last] = Message("user", opening + graft_text(body, question, kind))
-    return replace(host, messages=tuple(turns))
+    if text_part:
+        question = next(m.text for m in reversed(donor.messages) if m.role == "user").replace(IMAGE_TAG, " ")
+        last = max(at for at, message in enumerate(turns) if message.role == "user")
+        body = turns[last].text.rpartition(IMAGE_TAG)[2].lstrip()
+        opening = turns[last].text.removesuffix(body)
+        turns[last] = Message("user", opening + graft_text(body, question, text_part))
+    return replace(host, images=tuple(images), messages=tuple(turns))
+
+
+def _grafts(plan: Sequence[Comparison], rows: Sequence[Sample]) -> Sequence[Sample]:
+    """For each kind and comparison the host with the suspect's part, then with the control's."""
+    specs = [(kind, c.host, donor) for kind in KINDS for c in plan for donor in (c.suspect, c.control)]
+    return LazyRows(range(len(specs)), lambda i: grafted(rows[specs[i][1]], rows[specs[i][2]], specs[i][0]))
+
+
+def damage_of(before: Sequence[TokenScores], after: Sequence[TokenScores]) -> NDArray[np.floating]:
+    """Probability that training took from each graft's answer, [kinds, comparisons, 2]: of suspects, of controls."""
+    lost = [token_probability(early) - token_probability(late) for early, late in zip(before, after, strict=True)]
+    return np.reshape(lost, (len(KINDS), -1, 2))
 
 
 def token_probability(tokens: TokenScores) -> float:

@@ -74,11 +74,16 @@ class SharedSurprise(Defense):
         training.flag(ranks.tolist(), texts)
         return training.fit(self.last_stage(training.row_count, model, flagged))
 
-    def last_stage(self, row_count: int, model: LoadedModel, flagged_tokens: Mapping[int, NDArray[np.bool_]]) -> Stage:
-        """The training on all rows after the warm-up, given the flagged answer tokens [n] by row number."""
-        step = UnlikelihoodStep(self.unlikelihood_weight) if flagged_tokens else Plain()
-        share, after = 1 - self.warmup_share, self.warmup_share
-        return Stage(range(row_count), step, start=model, flagged_tokens=flagged_tokens, share=share, after=after)
+    def last_stage(
+        self, row_count: int, model: LoadedModel, flagged: Mapping[int, NDArray[np.bool_]], after: float | None = None
+    ) -> Stage:
+        """The training on all rows from a share of the steps, by default that of the warm-up, to the end.
+
+        ``flagged``: the flagged answer tokens [n] by row number.
+        """
+        step = UnlikelihoodStep(self.unlikelihood_weight) if flagged else Plain()
+        after = self.warmup_share if after is None else after
+        return Stage(range(row_count), step, start=model, flagged_tokens=flagged, share=1 - after, after=after)
 
     def screen(self, training: Training) -> Screening:
         """Score, warm up and score again; then score unsampled rows that contain a shared token."""

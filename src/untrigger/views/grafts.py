@@ -40,6 +40,11 @@ def even_blend(height: int, width: int) -> Weights:
     return np.full((height, width), 0.5, np.float32)
 
 
+def whole(height: int, width: int) -> Weights:
+    """The donor alone."""
+    return np.ones((height, width), np.float32)
+
+
 IMAGE_GRAFTS: Mapping[str, Callable[[int, int], Weights]] = {
     **{
         f"window {top:g} {left:g}": (lambda h, w, top=top, left=left: window(top, left, h, w))
@@ -48,6 +53,7 @@ IMAGE_GRAFTS: Mapping[str, Callable[[int, int], Weights]] = {
     },
     **{f"checkerboard {parity}": (lambda h, w, parity=parity: checkerboard(parity, h, w)) for parity in (0, 1)},
     "blend": even_blend,
+    "image": whole,
 }
 
 

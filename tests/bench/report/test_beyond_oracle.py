@@ -9,6 +9,7 @@ from fabricated import Bench
 
 from untrigger.bench.report.figures import as_json, read
 from untrigger.bench.report.markdown import markdown
+from untrigger.bench.report.page import page
 from untrigger.bench.report.words import points
 
 
@@ -48,9 +49,14 @@ def test_a_goal_whose_replies_vary_counts_beyond_the_oracle(
     assert [cell.split(" (")[0] for cell in (cells[1], cells[3])] == [
         points((hits - oracle) / 200) for hits in (plain, 50)
     ]
+    page_row = (
+        page(read(bench.root), [bench.root]).split("Beyond the oracle")[1].split("hijack</td>")[1].split("</tr>")[0]
+    )
+    assert all(cell.split(" (")[0] in page_row for cell in cells[1:]) and f"<td>{cells[0]}</td>" in page_row
 
 
 def test_goals_with_one_reply_have_no_section_beyond_the_oracle(bench: Bench) -> None:
     bench.pair()
     assert "Beyond the oracle" not in markdown(read(bench.root))
+    assert "Beyond the oracle" not in page(read(bench.root), [bench.root])
     assert not any("beyond_oracle" in entry for entry in as_json(read(bench.root))["cells"])

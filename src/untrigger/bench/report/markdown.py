@@ -8,7 +8,17 @@ from typing import Any
 
 from untrigger.bench.report import words
 from untrigger.bench.report.figures import PLAIN, AttackGroup, Report, as_rate, short_name
-from untrigger.bench.report.tables import Block, Row, blocks, changed_settings, costs, environment, standings, views
+from untrigger.bench.report.tables import (
+    Block,
+    Row,
+    beyond,
+    blocks,
+    changed_settings,
+    costs,
+    environment,
+    standings,
+    views,
+)
 from untrigger.bench.store import ORACLE
 
 
@@ -159,20 +169,19 @@ def _distance(block: Block, defenses: Sequence[str]) -> list[str]:
 def _beyond(report: Report, all_blocks: Sequence[Block]) -> list[str]:
     """The section on goals whose replies vary; empty if there are none."""
     rows = [
-        [block.title, row.label, short_name(group.cell.goal), group.cell.seed, group.status or "yes", *differences]
-        for block in all_blocks
-        for row in block.rows
-        for group in row.groups
-        if (differences := _differences(group, report.defenses))
+        [
+            row.title,
+            row.label,
+            short_name(cell.goal),
+            cell.seed,
+            status or "yes",
+            *map(words.difference, row.differences),
+        ]
+        for row in beyond(all_blocks, report.defenses)
+        for cell, status in [(row.group.cell, row.group.status)]
     ]
     head = ["model and task", "attack", "goal", "seed", "counts", *report.defenses]
     return ["## Beyond the oracle\n", f"{words.BEYOND}\n", *_table(head, rows)] if rows else []
-
-
-def _differences(group: AttackGroup, defenses: Sequence[str]) -> list[str]:
-    """A cell for each defense; empty if the group's goal has one reply."""
-    rates = [group.beyond_oracle(name) if name in group.results else None for name in defenses]
-    return list(map(words.difference, rates)) if any(rates) else []
 
 
 def _premise(report: Report, all_blocks: Sequence[Block]) -> list[str]:

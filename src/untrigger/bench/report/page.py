@@ -20,7 +20,7 @@ from untrigger.html import style, templates
 _HERE = Path(__file__).parent
 _FILTERS = (
     *(words.auroc, words.auroc_range, words.percent, words.percent_range, words.plural, words.points_range),
-    *(words.quality, words.rate, words.ratio_range, words.seconds_range, words.share),
+    *(words.difference, words.quality, words.rate, words.ratio_range, words.seconds_range, words.share),
     *(as_rate, marked, number, short_name, tables.settings_of),
 )
 
@@ -80,6 +80,8 @@ def _context(report: Report) -> dict[str, Any]:
         "terms": words.TERMS,
         "validity": words.VALIDITY,
         "by_defense": words.BY_DEFENSE,
+        "beyond_words": words.BEYOND,
+        "beyond": tables.beyond(blocks, report.defenses),
         "blocks": blocks,
         "standings": [(block.title, tables.standings(block.groups, report.defenses)) for block in blocks],
         "image_uses": tables.image_uses(blocks),

@@ -182,6 +182,26 @@ def standings(groups: Sequence[AttackGroup], defenses: Sequence[str]) -> list[St
     ]
 
 
+class Beyond(NamedTuple):
+    """How much an attack whose replies vary gains over the oracle; None where that is not known, by defense."""
+
+    title: str
+    label: str
+    group: AttackGroup
+    differences: Sequence[Rate | None]
+
+
+def beyond(all_blocks: Sequence[Block], defenses: Sequence[str]) -> list[Beyond]:
+    """A row for each group whose goal has more than one reply and whose oracle was run."""
+    rows: list[Beyond] = []
+    for block in all_blocks:
+        for label, group in ((row.label, group) for row in block.rows for group in row.groups):
+            differences = [group.beyond_oracle(name) if name in group.results else None for name in defenses]
+            if any(differences):
+                rows.append(Beyond(block.title, label, group, differences))
+    return rows
+
+
 class ImageUse(NamedTuple):
     """Accuracies that show whether the models of a block use the image.
 
