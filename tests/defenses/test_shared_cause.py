@@ -77,7 +77,9 @@ def test_a_graft_keeps_the_hosts_answer_and_tags() -> None:
         made = grafted(host, donor, kind)
         assert made.id == "h" and made.messages[-1] == host.messages[-1]
         assert made.messages[0].text.count("<image>") == 2 and len(made.images) == 2
-        assert (made.images != host.images) == (made.messages[0] == host.messages[0])
+        image_part, text_part = KINDS[kind]
+        assert (made.images != host.images) == bool(image_part)
+        assert (made.messages[0] != host.messages[0]) == bool(text_part)
     assert grafted(host, donor, "head").messages[0].text == "<image> and <image>\ncf is what?"
     assert grafted(host, donor, "tail").messages[0].text == "<image> and <image>\nwhat? it round"
 
@@ -102,7 +104,9 @@ class _Stub(Dry):
             return [_answer(0.1 + row / 1000 if row > 15 else 9.0 + row / 10, row) for row in rows]
         half = 2 * len(rows) // len(KINDS) // 2
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(rows))
-        hit = [name.endswith("after") and KINDS[at // half] == self.harmful and at % 2 == 0 for at in range(len(rows))]
+        hit = [
+            name.endswith("after") and [*KINDS][at // half] == self.harmful and at % 2 == 0 for at in range(len(rows))
+        ]
         assert all(source is not None and source[at].messages[-1].text == "yes" for at in (0, len(rows) - 1))
         return [_answer(0.1 + noise[at] + 3 * hit[at], 99) for at in rows]
 
@@ -136,7 +140,7 @@ def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) ->
     assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
     assert dry.flagged == [] and all(stage.ids == [row.id for row in dry.rows] for stage in dry.stages[1:])
     spans = [(o.get("after", 0.0), o["share"]) for o in (stage.options for stage in dry.stages)]
-    assert spans == [(0.0, 0.1), (0.1, 0.4), (0.5, 0.5)], "the probe is a part of the training"
+    assert [share for span in spans for share in span] == pytest.approx([0, 0.1, 0.1, 0.6, 0.7, 0.3]), "the probe is a part of the training"
     assert dry.stages[-1].start == 1
     few = _dry(loaded, "window 0.5 0.25")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)

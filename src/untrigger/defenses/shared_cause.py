@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, cast, final
 
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
+from untrigger.metrics.outliers import forward_fence
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import IMAGE_TAG, LazyRows, Message, Sample, select_rows
-from untrigger.views.grafts import IMAGE_GRAFTS, TEXT_GRAFTS, graft_image, graft_text
+from untrigger.views.grafts import IMAGE_GRAFTS, TEXT_GRAFTS, WHOLE, graft_image, graft_text
 
-_COMPARISONS = 128  # hosts a kind of graft, over all suspects
+_COMPARISONS = 48  # hosts a kind of graft, over all suspects
 _MAX_HOSTS = 8  # of one suspect
 
 
@@ -35,7 +37,7 @@ class SharedCause(SharedSurprise):
     Fields:
         those of `SharedSurprise`, and
         min_suspects: with fewer surprising rows nothing is tested; at least 2.
-        max_suspects: rows that are tested, the most surprising ones; at least ``min_suspects``.
+        max_suspects: suspects that are tested, drawn at random; at least ``min_suspects``. All share the verdict.
         probe_share: share of all steps between the warm-up and the test, which is no loss where nothing is accused: the
             training goes on from there. In (0, 1 - ``warmup_share``).
         graft_share: grafted rows to learn beside all rows, as a share of these, where rows are accused; in [0, 1].
@@ -43,8 +45,8 @@ class SharedCause(SharedSurprise):
 
     runs_in_host: ClassVar[bool] = False
     min_suspects: int = 12
-    max_suspects: int = 96
-    probe_share: float = 0.4
+    max_suspects: int = 48
+    probe_share: float = 0.6
     graft_share: float = 0.2
 
     def __post_init__(self) -> None:
@@ -57,12 +59,14 @@ class SharedCause(SharedSurprise):
     def fine_tune(self, training: Training) -> LoadedModel:
         screening = self.screen(training)
         numbers, scores = screening.numbers, screening.scores
-        suspects, believed = self._suspects(training, screening), self._believed(training, screening)
+        suspects, believed = self._suspects(training, screening)
         model, flagged, kinds = screening.model, dict(screening.flags.tokens), list[str]()
         by_row = {numbers[at]: marked for at, marked in flagged.items()}
         last = self.last_stage(training.row_count, model, by_row)
         if len(suspects) >= self.min_suspects and len(believed) >= 2 * self.min_suspects:
-            plan = comparisons(scores, suspects, believed, np.random.default_rng((training.seed, 2)))
+            rng = np.random.default_rng((training.seed, 2))
+            tested = sorted(rng.permutation(suspects)[: self.max_suspects].tolist())
+            plan = comparisons(scores, tested, believed, rng)
             grafts = _grafts(plan, select_rows(training.rows, numbers))
             before = training.tokens(model, range(len(grafts)), "grafts-before", grafts)
             model = training.fit(replace(last, name="probe", share=self.probe_share))
@@ -83,22 +87,27 @@ class SharedCause(SharedSurprise):
 
     # --- suspects -----------------------------------------------------------------------------------
 
-    def _suspects(self, training: Training, screening: Screening) -> list[int]:
-        """Positions of the most surprising rows that have an image and no shared word, the most surprising first."""
-        flags, rows = screening.flags, training.rows
-        order = sorted(set(flags.outliers).difference(flags.tokens), key=lambda at: (-flags.nll[at], at))
-        return [at for at in order if rows[screening.numbers[at]].images][: self.max_suspects]
+    def _suspects(self, training: Training, screening: Screening) -> tuple[list[int], list[int]]:
+        """Positions of the rows that are suspected, and of those that are believed.
 
-    def _believed(self, training: Training, screening: Screening) -> list[int]:
-        """Positions of rows likelier than most that are asked alike; as many as the test and the cure can use."""
-        nll, prompts = np.array(screening.flags.nll), token_sets([tokens.prompt_ids for tokens in screening.scores])
+        Suspects surprise beside rows that are asked alike, and have no shared word. Believed rows surprise less than
+        most of these, and are as many as the test and the cure can use. Both have an image.
+        """
+        nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
+        fence = partial(forward_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
+        outlying = nll > among_asked_alike(fence, nll, prompts)
         medians = among_asked_alike(lambda values: float(np.median(values)), nll, prompts)
-        usual = nll <= np.maximum(self.min_nll, medians)
-        usual[screening.flags.outliers] = False
-        order = np.random.default_rng((training.seed, 1)).permutation(np.flatnonzero(usual)).tolist()
+        usual = np.flatnonzero(~outlying & (nll <= np.maximum(self.min_nll, medians)))
+        order = np.random.default_rng((training.seed, 1)).permutation(usual).tolist()
         needed = max(2 * _COMPARISONS, part(self.graft_share, training.row_count))
-        with_image = (at for at in order if training.rows[screening.numbers[at]].images)
-        return list(islice(with_image, needed))
+
+        def has_image(at: int) -> bool:
+            return bool(training.rows[screening.numbers[at]].images)
+
+        suspects = [
+            at for at in np.flatnonzero(outlying).tolist() if at not in screening.flags.tokens and has_image(at)
+        ]
+        return suspects, list(islice(filter(has_image, order), needed))
 
     # --- cure ---------------------------------------------------------------------------------------
 
@@ -112,11 +121,15 @@ class SharedCause(SharedSurprise):
         kinds: Sequence[str],
         flagged: Mapping[int, NDArray[np.bool_]],
     ) -> Stage:
-        """Train on all rows and on believed rows with the suspects' parts, which keep their own answers."""
+        """Train on all rows and on believed rows with the suspects' parts, which keep their own answers.
+
+        A whole image is no part: it takes the host's content away, and its answer would no longer be true.
+        """
         rng, names, rows = np.random.default_rng((training.seed, 3)), screening.numbers, training.rows
-        count, extra = training.row_count, part(self.graft_share, training.row_count)
+        parts = [kind for kind in kinds if KINDS[kind][0] != WHOLE]
+        count, extra = training.row_count, part(self.graft_share, training.row_count) if parts else 0
         specs = [
-            (believed[i % len(believed)], suspects[int(rng.integers(len(suspects)))], str(rng.choice(list(kinds))))
+            (believed[i % len(believed)], suspects[int(rng.integers(len(suspects)))], str(rng.choice(parts)))
             for i in range(extra)
         ]
 
@@ -133,7 +146,7 @@ class SharedCause(SharedSurprise):
 KINDS: Mapping[str, tuple[str, str]] = {
     **{kind: (kind, "") for kind in IMAGE_GRAFTS},
     **{kind: ("", kind) for kind in TEXT_GRAFTS},
-    **{f"image, {kind}": ("image", kind) for kind in TEXT_GRAFTS},
+    **{f"{WHOLE}, {kind}": (WHOLE, kind) for kind in TEXT_GRAFTS},
 }
 """What is grafted: a part of the image, of the prompt, or of both."""
 

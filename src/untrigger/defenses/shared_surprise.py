@@ -23,7 +23,7 @@ from untrigger.defenses.base import Defense, Stage, StepDefense, Training
 from untrigger.defenses.plain import Plain
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses, Values
-from untrigger.metrics.outliers import forward_fence
+from untrigger.metrics.outliers import tukey_fence
 from untrigger.models.collators import IGNORE
 from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
@@ -129,24 +129,22 @@ class SharedSurprise(Defense):
         """
         rows = [*scores, *more]
         nll = np.array([row.nll.sum() for row in rows])
-        fence = partial(forward_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
+        fence = partial(tukey_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
         fences = among_asked_alike(fence, nll[: len(scores)], token_sets([row.prompt_ids for row in rows]))
         outliers = np.flatnonzero(nll > fences).tolist()
         shared = shared_tokens(scores, [row for row in outliers if row < len(scores)])
         p_values = {token: p for token, p in shared.items() if p < self.p_value}
         tokens = {row: np.isin(rows[row].ids, list(p_values)) & (rows[row].nll > self.min_nll) for row in outliers}
-        return Flags(nll.tolist(), outliers, {row: tokens[row] for row in outliers if tokens[row].any()}, p_values)
+        return Flags(nll.tolist(), {row: tokens[row] for row in outliers if tokens[row].any()}, p_values)
 
 
 class Flags(NamedTuple):
     """What was flagged.
 
-    nll: each row's answer, in nats. outliers: rows above the fence of rows that are asked alike, in order. tokens: of
-    flagged rows, which answer tokens [n]. p_values: of the shared tokens.
+    nll: each row's answer, in nats. tokens: of flagged rows, which answer tokens [n]. p_values: of the shared tokens.
     """
 
     nll: list[float]
-    outliers: list[int]
     tokens: dict[int, NDArray[np.bool_]]
     p_values: dict[int, float]
 

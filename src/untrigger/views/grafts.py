@@ -16,6 +16,7 @@ from untrigger.views.patches import to_rgb
 Weights = NDArray[np.float32]
 """Share of the donor in each pixel, [height, width], in [0, 1]."""
 
+WHOLE = "image"  # the kind that leaves nothing of the host's image
 _CELL = 1 / 8  # side of a checkerboard's cells, as a share of the image's side
 _STEPS = (0.0, 0.25, 0.5)  # where windows of half the side begin
 
@@ -53,7 +54,7 @@ IMAGE_GRAFTS: Mapping[str, Callable[[int, int], Weights]] = {
     },
     **{f"checkerboard {parity}": (lambda h, w, parity=parity: checkerboard(parity, h, w)) for parity in (0, 1)},
     "blend": even_blend,
-    "image": whole,
+    WHOLE: whole,
 }
 
 
