@@ -140,7 +140,9 @@ def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) ->
     assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
     assert dry.flagged == [] and all(stage.ids == [row.id for row in dry.rows] for stage in dry.stages[1:])
     spans = [(o.get("after", 0.0), o["share"]) for o in (stage.options for stage in dry.stages)]
-    assert [share for span in spans for share in span] == pytest.approx([0, 0.1, 0.1, 0.6, 0.7, 0.3]), "the probe is a part of the training"
+    assert [share for span in spans for share in span] == pytest.approx([0, 0.1, 0.1, 0.6, 0.7, 0.3]), (
+        "the probe is a part of the training"
+    )
     assert dry.stages[-1].start == 1
     few = _dry(loaded, "window 0.5 0.25")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import TrainingArguments
 
 from untrigger import __version__
 from untrigger.attacks import load_trigger
@@ -86,7 +87,7 @@ def run_cell(cell: Cell, root: Path) -> None:
         InputError: the cell names something unknown, or its attack does not apply to its data.
     """
     defense, tuning = defense_of(cell)
-    material = _material(json.dumps(asdict(_bare(cell))))
+    material = material_of(cell)
     loaded, stages, training = _train(cell, material, defense, tuning, root / SHARED / "stages")
     attack, test, manifest = material.attack, material.test, material.poisoned.manifest
     started = clock()
@@ -127,7 +128,7 @@ def model_of(cell: Cell, root: Path) -> tuple[LoadedModel, Material]:
     Raises:
         InputError: as `run_cell`.
     """
-    material = _material(json.dumps(asdict(_bare(cell))))
+    material = material_of(cell)
     return _train(cell, material, *defense_of(cell), root / SHARED / "stages")[0], material
 
 
@@ -148,6 +149,15 @@ def defense_of(cell: Cell) -> tuple[Defense, Tuning]:
 
 
 # --- rows ------------------------------------------------------------------------------------------
+
+
+def material_of(cell: Cell) -> Material:
+    """The rows of a cell; those of the last one are stored.
+
+    Raises:
+        InputError: the cell names something unknown, or its attack does not apply to its data.
+    """
+    return _material(json.dumps(asdict(_bare(cell))))
 
 
 def _bare(cell: Cell) -> Cell:
@@ -209,6 +219,20 @@ def _examples(cell: Cell, material: Material, root: Path) -> str:
 # --- training and evaluation -----------------------------------------------------------------------
 
 
+def arguments_of(cell: Cell, out: Path) -> TrainingArguments:
+    """The host's arguments for the training of a cell in the folder ``out``."""
+    return arguments(
+        out,
+        save_strategy="no",
+        seed=cell.seed,
+        num_train_epochs=cell.epochs,
+        per_device_train_batch_size=cell.batch_size,
+        learning_rate=cell.learning_rate,
+        bf16=cell.precision == "bf16",
+        use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # or TrainingArguments refuses
+    )
+
+
 def _train(
     cell: Cell, material: Material, defense: Defense, tuning: Tuning, shelf: Path
 ) -> tuple[LoadedModel, Stages, float]:
@@ -217,16 +241,7 @@ def _train(
     if cell.defense == ORACLE:
         rows = material.clean
     with tempfile.TemporaryDirectory(prefix="untrigger-") as folder:
-        args = arguments(
-            Path(folder, "model"),
-            save_strategy="no",
-            seed=cell.seed,
-            num_train_epochs=cell.epochs,
-            per_device_train_batch_size=cell.batch_size,
-            learning_rate=cell.learning_rate,
-            bf16=cell.precision == "bf16",
-            use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # or TrainingArguments refuses
-        )
+        args = arguments_of(cell, Path(folder, "model"))
         stages = Stages(cell.model, rows, args, tuning, clean_rows=material.clean_rows, shelf=shelf)
         started = clock()
         loaded = defense.fine_tune(stages)
