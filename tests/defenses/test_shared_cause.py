@@ -92,16 +92,19 @@ def test_fields_are_checked(fields: dict[str, float]) -> None:
 
 @dataclass
 class _Stub(Dry):
-    """Rows 0 to 15 of 60 are surprising. Parts of kind ``harmful`` take probability from hosts after the probe."""
+    """Rows 0 to 15 of 80 are surprising. Parts of kind ``harmful`` take probability from hosts after the probe."""
 
     harmful: str = ""
+    words: int = 0  # so many of them share the word 77
 
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
     ) -> list[TokenScores]:
         self.scorings.append(name)
         if not name.startswith("grafts"):
-            return [_answer(0.1 + row / 1000 if row > 15 else 9.0 + row / 10, row) for row in rows]
+            words = [77 if row < self.words else row for row in rows]
+            nats = [0.1 + row / 1000 if row > 15 else 9.0 + row / 10 for row in rows]
+            return list(map(_answer, nats, words))
         half = 2 * len(rows) // len(KINDS) // 2
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(rows))
         hit = [
@@ -115,11 +118,11 @@ def _answer(nats: float, token: int) -> TokenScores:
     return TokenScores(np.array([token, 1]), np.array([nats, 0.0]), np.array([5, 6]))
 
 
-def _dry(loaded: LoadedModel, harmful: str) -> _Stub:
-    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+def _dry(loaded: LoadedModel, harmful: str, words: int = 0) -> _Stub:
+    noise = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
     turns = (Message("user", "<image>\nis it?"), Message("assistant", "yes"))
-    rows = [Sample(f"row-{k}", (Image.fromarray(noise[k]),), turns) for k in range(60)]
-    return _Stub(loaded, rows, (), harmful=harmful)
+    rows = [Sample(f"row-{k}", (Image.fromarray(noise[k]),), turns) for k in range(80)]
+    return _Stub(loaded, rows, (), harmful=harmful, words=words)
 
 
 def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
@@ -128,8 +131,8 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     assert dry.scorings == ["before", "after", "grafts-before", "grafts-after"]
     assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""]
     last = dry.stages[-1]
-    assert last.start == 2 and len(last.ids) == 72 and last.ids[:60] == [row.id for row in dry.rows]
-    assert {int(id.removeprefix("row-")) for id in last.ids[60:]}.isdisjoint(range(16)), "hosts are believed rows"
+    assert last.start == 2 and len(last.ids) == 96 and last.ids[:80] == [row.id for row in dry.rows]
+    assert {int(id.removeprefix("row-")) for id in last.ids[80:]}.isdisjoint(range(16)), "hosts are believed rows"
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
 
@@ -147,3 +150,20 @@ def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) ->
     few = _dry(loaded, "window 0.5 0.25")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
     assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]
+
+
+def test_rows_with_a_shared_word_are_accused_by_harm_too(loaded: LoadedModel) -> None:
+    """A rare honest class shares a word as well; too few rows to test are accused by their word."""
+    honest, poisoned, few = (_dry(loaded, kind, words) for kind, words in (("none", 13), ("blend", 13), ("none", 6)))
+    for dry in (honest, poisoned, few):
+        SharedCause(p_value=0.05, min_suspects=9).fine_tune(dry)
+        assert "grafts-after" in dry.scorings
+    assert (honest.flagged, poisoned.flagged, few.flagged) == ([], [*range(13)], [*range(6)])
+    assert [stage.name for stage in few.stages] == ["warmup", "probe", ""]
+    assert all(sorted(stage.options["flagged_tokens"]) == few.flagged for stage in few.stages[1:])
+
+
+def test_the_cure_grafts_no_whole_image(loaded: LoadedModel) -> None:
+    dry = _dry(loaded, "image")
+    SharedCause(p_value=0.05).fine_tune(dry)
+    assert dry.flagged == list(range(16)) and dry.stages[-1].ids == [row.id for row in dry.rows]

@@ -55,7 +55,8 @@ def test_fence_adapts_to_data_that_is_surprising_throughout() -> None:
     """A kind of data that the model does not know: NLL around 50 nats in every row."""
     nll = [40.0 + i for i in range(24)]
     nll[2], nll[4] = 74.0, 90.0
-    flags = SharedSurprise(p_value=0.999).flag_tokens(rows_of_nll(nll))
+    rows = [TokenScores(np.array([number]), np.array([nats])) for number, nats in enumerate(nll)]
+    flags = SharedSurprise(p_value=0.999).flag_tokens(rows)
     limit = float(np.quantile(nll, 0.75) * 3.2 - np.quantile(nll, 0.25) * 2.2)
     assert set(flags.tokens) == {i for i, nats in enumerate(nll) if nats > limit} == {4}
 
@@ -243,6 +244,14 @@ def test_shared_tokens_without_outliers_and_in_all_rows() -> None:
     assert shared_below(rows, []) == set()
     lone, outliers = rows_of((40, 20, 1))
     assert shared_below(lone, outliers) == {1}, "no other rows to compare with: the rate is 1 / N"
+
+
+def test_a_word_that_is_a_few_times_harder_is_not_shared() -> None:
+    """Far beyond chance, but an outlier only four times as often as the others; at six times it is."""
+    rows, outliers = rows_of((1000, 40, 1), (3000, 30, 2))
+    assert shared_below(rows, outliers) == set()
+    rows, outliers = rows_of((1000, 60, 1), (3000, 30, 2))
+    assert shared_below(rows, outliers) == {1}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -58,40 +58,33 @@ class SharedCause(SharedSurprise):
 
     def fine_tune(self, training: Training) -> LoadedModel:
         screening = self.screen(training)
-        numbers, scores = screening.numbers, screening.scores
-        suspects, believed = self._suspects(training, screening)
-        model, flagged, kinds = screening.model, dict(screening.flags.tokens), list[str]()
-        by_row = {numbers[at]: marked for at, marked in flagged.items()}
-        last = self.last_stage(training.row_count, model, by_row)
-        if len(suspects) >= self.min_suspects and len(believed) >= 2 * self.min_suspects:
-            rng = np.random.default_rng((training.seed, 2))
-            tested = sorted(rng.permutation(suspects)[: self.max_suspects].tolist())
-            plan = comparisons(scores, tested, believed, rng)
-            grafts = _grafts(plan, select_rows(training.rows, numbers))
-            before = training.tokens(model, range(len(grafts)), "grafts-before", grafts)
-            model = training.fit(replace(last, name="probe", share=self.probe_share))
-            after = training.tokens(model, range(len(grafts)), "grafts-after", grafts)
-            p_values = harm_p_values(damage_of(before, after), np.array([c.suspect for c in plan]))
-            kinds = [kind for kind, p in p_values.items() if p < self.p_value]
-            last = self.last_stage(training.row_count, model, by_row, self.warmup_share + self.probe_share)
-        if kinds:
-            flagged |= {at: scores[at].nll > self.min_nll for at in suspects}
-            by_row = {numbers[at]: marked for at, marked in flagged.items()}
-            model = training.fit(screening.warmup)  # the probe has changed the weights
-            last = self._cure(training, model, screening, suspects, believed, kinds, by_row)
+        numbers, scores, model = screening.numbers, screening.scores, screening.model
+        words, others, believed = self._groups(training, screening)
+        can_test = len(believed) >= 2 * self.min_suspects
+        tested = [rows for rows in (words, others) if can_test and len(rows) >= self.min_suspects]
+        accused = [Accused(words, [])] if words and words not in tested else []  # by their words alone
+        last = self.last_stage(training.row_count, model, self._surprising_tokens(accused, screening))
+        if tested:
+            harmful, model = self._test(training, screening, tested, believed, last)
+            accused += harmful
+            after = self.warmup_share + self.probe_share
+            last = self.last_stage(training.row_count, model, last.flagged_tokens, after)
+            if harmful:
+                model = training.fit(screening.warmup)  # the probe has changed the weights
+                last = self._cure(training, model, screening, accused, believed)
         nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
-        ranks[numbers] = nll + nll.max() * np.isin(np.arange(len(nll)), list(flagged))
-        texts = {numbers[at]: flagged_text(model, scores[at], marked) for at, marked in flagged.items()}
+        flagged = [at for group in accused for at in group.rows]
+        ranks[numbers] = nll + nll.max() * np.isin(np.arange(len(nll)), flagged)
+        tokens = last.flagged_tokens
+        texts = {numbers[at]: flagged_text(model, scores[at], tokens[numbers[at]]) for at in flagged}
         training.flag(ranks.tolist(), texts)
         return training.fit(last)
 
-    # --- suspects -----------------------------------------------------------------------------------
+    def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
+        """Positions of suspects with a shared word, of other suspects, and of rows that are believed.
 
-    def _suspects(self, training: Training, screening: Screening) -> tuple[list[int], list[int]]:
-        """Positions of the rows that are suspected, and of those that are believed.
-
-        Suspects surprise beside rows that are asked alike, and have no shared word. Believed rows surprise less than
-        most of these, and are as many as the test and the cure can use. Both have an image.
+        Suspects surprise beside rows that are asked alike. Believed rows surprise less than most of these, and are as
+        many as the test and the cure can use. Rows without an image are suspected for their words alone.
         """
         nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
         fence = partial(forward_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
@@ -104,43 +97,77 @@ class SharedCause(SharedSurprise):
         def has_image(at: int) -> bool:
             return bool(training.rows[screening.numbers[at]].images)
 
-        suspects = [
-            at for at in np.flatnonzero(outlying).tolist() if at not in screening.flags.tokens and has_image(at)
-        ]
-        return suspects, list(islice(filter(has_image, order), needed))
+        words = screening.flags.tokens
+        others = [at for at in np.flatnonzero(outlying).tolist() if at not in words and has_image(at)]
+        return list(words), others, list(islice(filter(has_image, order), needed))
 
-    # --- cure ---------------------------------------------------------------------------------------
+    def _test(
+        self,
+        training: Training,
+        screening: Screening,
+        groups: Sequence[list[int]],
+        believed: Sequence[int],
+        last: Stage,
+    ) -> tuple[list[Accused], LoadedModel]:
+        """Train up to the test; return the groups whose parts damage other rows' answers, and the model."""
+        rng = np.random.default_rng((training.seed, 2))
+        drawn = [sorted(rng.permutation(group)[: self.max_suspects].tolist()) for group in groups]
+        plans = [comparisons(screening.scores, rows, believed, rng) for rows in drawn]
+        ends = np.cumsum([0, *(2 * len(KINDS) * len(plan) for plan in plans)]).tolist()
+        grafts = _grafts(plans, select_rows(training.rows, screening.numbers))
+        before = training.tokens(screening.model, range(ends[-1]), "grafts-before", grafts)
+        model = training.fit(replace(last, name="probe", share=self.probe_share))
+        after = training.tokens(model, range(ends[-1]), "grafts-after", grafts)
+        accused: list[Accused] = []
+        for group, plan, start, end in zip(groups, plans, ends[:-1], ends[1:], strict=True):
+            damage = damage_of(before[start:end], after[start:end])
+            p_values = harm_p_values(damage, np.array([c.suspect for c in plan]))
+            if kinds := [kind for kind, p in p_values.items() if p * len(groups) < self.p_value]:
+                accused.append(Accused(group, kinds))
+        return accused, model
+
+    def _surprising_tokens(self, accused: Sequence[Accused], screening: Screening) -> dict[int, NDArray[np.bool_]]:
+        """The tokens to make unlikely, by row number: a row's shared ones, or its surprising ones if it has none."""
+        return {
+            screening.numbers[at]: screening.flags.tokens.get(at, screening.scores[at].nll > self.min_nll)
+            for group in accused
+            for at in group.rows
+        }
 
     def _cure(
         self,
         training: Training,
         model: LoadedModel,
         screening: Screening,
-        suspects: Sequence[int],
+        accused: Sequence[Accused],
         believed: Sequence[int],
-        kinds: Sequence[str],
-        flagged: Mapping[int, NDArray[np.bool_]],
     ) -> Stage:
-        """Train on all rows and on believed rows with the suspects' parts, which keep their own answers.
+        """Train on all rows and on believed rows with parts of accused ones, which keep their own answers.
 
         A whole image is no part: it takes the host's content away, and its answer would no longer be true.
         """
-        rng, names, rows = np.random.default_rng((training.seed, 3)), screening.numbers, training.rows
-        parts = [kind for kind in kinds if KINDS[kind][0] != WHOLE]
-        count, extra = training.row_count, part(self.graft_share, training.row_count) if parts else 0
-        specs = [
-            (believed[i % len(believed)], suspects[int(rng.integers(len(suspects)))], str(rng.choice(parts)))
-            for i in range(extra)
+        donors = [
+            (at, kind) for group in accused for kind in group.kinds if KINDS[kind][0] != WHOLE for at in group.rows
         ]
+        rng, names, rows = np.random.default_rng((training.seed, 3)), screening.numbers, training.rows
+        count, extra = training.row_count, part(self.graft_share, training.row_count) if donors else 0
+        chosen = [donors[at] for at in rng.integers(max(len(donors), 1), size=extra)]
 
         def make(i: int) -> Sample:
             if i < count:
                 return rows[i]
-            host, donor, kind = specs[i - count]
-            return grafted(rows[names[host]], rows[names[donor]], kind)
+            donor, kind = chosen[i - count]
+            return grafted(rows[names[believed[(i - count) % len(believed)]]], rows[names[donor]], kind)
 
-        stage = self.last_stage(count, model, flagged)
+        stage = self.last_stage(count, model, self._surprising_tokens(accused, screening))
         return replace(stage, rows=range(count + extra), source=LazyRows(range(count + extra), make))
+
+
+class Accused(NamedTuple):
+    """Suspects, positions of rows, and the kinds of graft by which they harm other rows; none if too few to test."""
+
+    rows: list[int]
+    kinds: list[str]
 
 
 KINDS: Mapping[str, tuple[str, str]] = {
@@ -201,9 +228,11 @@ def grafted(host: Sample, donor: Sample, kind: str) -> Sample:
     return replace(host, images=tuple(images), messages=tuple(turns))
 
 
-def _grafts(plan: Sequence[Comparison], rows: Sequence[Sample]) -> Sequence[Sample]:
-    """For each kind and comparison the host with the suspect's part, then with the control's."""
-    specs = [(kind, c.host, donor) for kind in KINDS for c in plan for donor in (c.suspect, c.control)]
+def _grafts(plans: Sequence[Sequence[Comparison]], rows: Sequence[Sample]) -> Sequence[Sample]:
+    """For each plan, kind and comparison the host with the suspect's part, then with the control's."""
+    specs = [
+        (kind, c.host, donor) for plan in plans for kind in KINDS for c in plan for donor in (c.suspect, c.control)
+    ]
     return LazyRows(range(len(specs)), lambda i: grafted(rows[specs[i][1]], rows[specs[i][2]], specs[i][0]))
 
 

@@ -29,6 +29,8 @@ from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 
+_TIMES = 5  # how many times as often as chance a shared token must surprise, at least
+
 
 @dataclass(frozen=True)
 class SharedSurprise(Defense):
@@ -199,8 +201,9 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int]) -> dic
     Token v is the least likely one of k outliers, and n of all N rows contain it. If its rows were outliers at the rate
     r of the other rows, then k or more would be with probability ``P(B(n, r) >= k)``. That is multiplied by the number
     of tokens tested, and at most 1. r is the outliers' share of the rows without v, or of the rows without v that have
-    similar prompts (`neighbor_rate`), whichever is larger, and at least 1 / N. An attacker needs many rows with one
-    reply; wrong labels vary, and so do rows of a hard kind.
+    similar prompts (`neighbor_rate`), whichever is larger, and at least 1 / N. Where k is less than 5 n r the p-value
+    is 1: some words are a few times harder than others. An attacker needs many rows with one reply; wrong labels vary,
+    and so do rows of a hard kind.
     """
     least_likely = Counter(least_likely_token(rows[row]) for row in outliers)
     outlying = np.isin(np.arange(len(rows)), list(outliers))
@@ -211,7 +214,8 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int]) -> dic
         n, rest = int(containing.sum()), int((~containing).sum())
         overall = (len(outliers) - k) / rest if rest else 0.0
         rate = min(1.0, max(overall, neighbor_rate(prompts, outlying, containing, overall), 1 / len(rows)))
-        p_values[token] = min(1.0, float(bdtrc(k - 1, n, rate)) * len(least_likely))
+        chance = float(bdtrc(k - 1, n, rate)) * len(least_likely)
+        p_values[token] = min(1.0, chance) if k >= _TIMES * n * rate else 1.0
     return p_values
 
 
