@@ -213,7 +213,9 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int]) -> dic
         containing = answers[:, [token]].toarray().ravel() > 0
         n, rest = int(containing.sum()), int((~containing).sum())
         overall = (len(outliers) - k) / rest if rest else 0.0
-        rate = min(1.0, max(overall, neighbor_rate(prompts, outlying, containing, overall), 1 / len(rows)))
+        rate = max(overall, 1 / len(rows))
+        if k >= _TIMES * n * rate:  # else its neighbors need not be looked up
+            rate = min(1.0, max(rate, neighbor_rate(prompts, outlying, containing, overall)))
         chance = float(bdtrc(k - 1, n, rate)) * len(least_likely)
         p_values[token] = min(1.0, chance) if k >= _TIMES * n * rate else 1.0
     return p_values
