@@ -38,12 +38,12 @@ def among_asked_alike(
         values: of the first N rows; later rows are judged by these.
         prompts: which tokens each row's prompt has, 0 or 1, [N or more, V].
     """
-    count = len(values)
+    count, rows = len(values), prompts.indptr.size - 1
     sizes = prompts[:count].sum(axis=1)
     alike: dict[bytes, list[int]] = {}
-    for row in range(prompts.shape[0]):
+    for row in range(rows):
         alike.setdefault(prompts.indices[prompts.indptr[row] : prompts.indptr[row + 1]].tobytes(), []).append(row)
-    groups, result = list(alike.values()), np.zeros(prompts.shape[0])
+    groups, result = list(alike.values()), np.zeros(rows)
     for block in _blocks(len(groups)):
         lacking = sizes - (prompts[[groups[at][0] for at in block]] @ prompts[:count].T).toarray()
         for at, near in zip(block, _nearest(-lacking, _ALIKE), strict=True):

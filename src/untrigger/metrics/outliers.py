@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
+Values = Sequence[float] | NDArray[np.floating]
 
 _FEW = 16  # values
 
 
-def tukey_fence(values: Sequence[float], minimum: float, iqr_factor: float) -> float:
+def tukey_fence(values: Values, minimum: float, iqr_factor: float) -> float:
     """Tukey's upper fence ``Q3 + iqr_factor (Q3 - Q1)``, but at least ``minimum``; in the unit of the values.
 
     Args:
@@ -24,7 +27,7 @@ def tukey_fence(values: Sequence[float], minimum: float, iqr_factor: float) -> f
     return max(minimum, float(high + iqr_factor * (high - low)))
 
 
-def forward_fence(values: Sequence[float], minimum: float, iqr_factor: float) -> float:
+def forward_fence(values: Values, minimum: float, iqr_factor: float) -> float:
     """Tukey's fence of the smaller values, grown until it takes in no more: up to half of them may be outliers.
 
     The fence of the lower half is computed first, then that of all values below it, and so on. Where values are
@@ -40,7 +43,7 @@ def forward_fence(values: Sequence[float], minimum: float, iqr_factor: float) ->
     ordered = np.sort(values)
     count = max((len(ordered) + 1) // 2, _FEW)
     while True:
-        fence = tukey_fence(ordered[:count].tolist(), minimum, iqr_factor)
+        fence = tukey_fence(ordered[:count], minimum, iqr_factor)
         grown = int(np.searchsorted(ordered, fence, side="right"))
         if grown <= count:
             return fence
