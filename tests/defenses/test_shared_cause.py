@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,12 +11,14 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from dry import Dry
+from untrigger.defenses import shared_cause
 from untrigger.defenses.shared_cause import (
     KINDS,
     SharedCause,
     comparisons,
     grafted,
     harm_p_values,
+    most_harmful,
 )
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
@@ -31,7 +33,7 @@ def _scores(prompts: list[list[int]]) -> list[TokenScores]:
 def test_controls_are_asked_alike_and_are_not_the_host() -> None:
     scores = _scores([[1, 2]] * 5 + [[1, 2], [1, 2], [1, 3], [7]] * 5)
     suspects, believed = range(5), range(5, 25)
-    plan = comparisons(scores, suspects, believed, np.random.default_rng(0))
+    plan = comparisons(scores, suspects, believed, np.random.default_rng(0), 40)
     assert {c.suspect for c in plan} == set(suspects) and len(plan) == 5 * 8
     for c in plan:
         assert c.host in believed and c.control in believed and c.host != c.control
@@ -52,9 +54,9 @@ def test_p_values_equal_those_of_all_sign_patterns() -> None:
     suspects = np.repeat(np.arange(11), 2)
     damage = rng.normal(size=(len(KINDS), 22, 2)) + np.array([0.7, 0.0])
     p_values = harm_p_values(damage, suspects)
-    for kind, values in zip(KINDS, damage[..., 0] - damage[..., 1], strict=True):
+    for p, values in zip(p_values, damage[..., 0] - damage[..., 1], strict=True):
         means = values.reshape(11, 2).mean(axis=1)
-        assert p_values[kind] == pytest.approx(min(1.0, len(KINDS) * _naive_p(means.tolist())), rel=1e-6)
+        assert p == pytest.approx(min(1.0, len(KINDS) * _naive_p(means.tolist())), rel=1e-6)
 
 
 def test_chance_accuses_no_more_often_than_it_says() -> None:
@@ -64,9 +66,9 @@ def test_chance_accuses_no_more_often_than_it_says() -> None:
     for _ in range(200):
         host = rng.exponential(3, (len(KINDS), len(suspects), 1))  # heavy tails, shared by suspect and control
         damage = host + rng.standard_t(2, (len(KINDS), len(suspects), 2))
-        accused += min(harm_p_values(damage, suspects).values()) < 0.05
+        accused += min(harm_p_values(damage, suspects)) < 0.05
     assert accused <= 20  # of 10 expected at most; P(more than 20) < 0.002
-    assert set(harm_p_values(np.zeros((len(KINDS), 24, 2)), np.arange(24)).values()) == {1.0}
+    assert harm_p_values(np.zeros((3, 24, 2)), np.arange(24)) == [1.0] * 3
 
 
 def test_a_graft_keeps_the_hosts_answer_and_tags() -> None:
@@ -101,17 +103,29 @@ class _Stub(Dry):
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
     ) -> list[TokenScores]:
         self.scorings.append(name)
-        if not name.startswith("grafts"):
+        if source is None:
             words = [77 if row < self.words else row for row in rows]
             nats = [0.1 + row / 1000 if row > 15 else 9.0 + row / 10 for row in rows]
             return list(map(_answer, nats, words))
-        half = 2 * len(rows) // len(KINDS) // 2
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(rows))
-        hit = [
-            name.endswith("after") and [*KINDS][at // half] == self.harmful and at % 2 == 0 for at in range(len(rows))
-        ]
-        assert all(source is not None and source[at].messages[-1].text == "yes" for at in (0, len(rows) - 1))
-        return [_answer(0.1 + noise[at] + 3 * hit[at], 99) for at in rows]
+        scores: list[TokenScores] = []
+        for row in rows:
+            assert source[row].messages[-1].text == "yes"
+            kind, donor, _ = source[row].id.split("|")
+            hit = name.endswith("after") and kind == self.harmful and int(donor) < 16
+            scores.append(_answer(0.1 + noise[row] + 3 * hit, 99))
+        return scores
+
+
+@pytest.fixture(autouse=True)
+def tagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graft's id tells what it was made of: kind, donor and host."""
+    make = shared_cause.grafted
+
+    def tag(host: Sample, donor: Sample, kind: str) -> Sample:
+        return replace(make(host, donor, kind), id=f"{kind}|{donor.id}|{host.id}")
+
+    monkeypatch.setattr(shared_cause, "grafted", tag)
 
 
 def _answer(nats: float, token: int) -> TokenScores:
@@ -121,18 +135,20 @@ def _answer(nats: float, token: int) -> TokenScores:
 def _dry(loaded: LoadedModel, harmful: str, words: int = 0) -> _Stub:
     noise = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
     turns = (Message("user", "<image>\nis it?"), Message("assistant", "yes"))
-    rows = [Sample(f"row-{k}", (Image.fromarray(noise[k]),), turns) for k in range(80)]
+    rows = [Sample(str(k), (Image.fromarray(noise[k]),), turns) for k in range(80)]
     return _Stub(loaded, rows, (), harmful=harmful, words=words)
 
 
 def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "window 0.5 0.25")
     SharedCause(p_value=0.05).fine_tune(dry)
-    assert dry.scorings == ["before", "after", "grafts-before", "grafts-after"]
+    assert dry.scorings == ["before", "after", "pilot-before", "pilot-after", "grafts-after", "grafts-before"]
     assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""]
     last = dry.stages[-1]
     assert last.start == 2 and len(last.ids) == 96 and last.ids[:80] == [row.id for row in dry.rows]
-    assert {int(id.removeprefix("row-")) for id in last.ids[80:]}.isdisjoint(range(16)), "hosts are believed rows"
+    kinds, donors, hosts = zip(*(id.split("|") for id in last.ids[80:]), strict=True)
+    assert set(kinds) == {"window 0.5 0.25"} and set(map(int, donors)) <= set(range(16))
+    assert set(map(int, hosts)).isdisjoint(range(16)), "hosts are believed rows"
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
 
@@ -140,13 +156,11 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "none")
     SharedCause(p_value=0.05).fine_tune(dry)
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
-    assert dry.flagged == [] and all(stage.ids == [row.id for row in dry.rows] for stage in dry.stages[1:])
-    spans = [(o.get("after", 0.0), o["share"]) for o in (stage.options for stage in dry.stages)]
-    assert [share for span in spans for share in span] == pytest.approx([0, 0.1, 0.1, 0.6, 0.7, 0.3]), (
-        "the probe is a part of the training"
-    )
-    assert dry.stages[-1].start == 1
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""], "the second one is loaded"
+    assert dry.flagged == [] and all(dry.stages[at].ids == [row.id for row in dry.rows] for at in (1, 3))
+    spans = [dry.stages[at].options for at in (1, 3)]
+    assert [span[name] for span in spans for name in ("after", "share")] == pytest.approx([0.1, 0.6, 0.7, 0.3])
+    assert dry.stages[-1].start == 1, "the probe is a part of the training"
     few = _dry(loaded, "window 0.5 0.25")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
     assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]
@@ -159,8 +173,15 @@ def test_rows_with_a_shared_word_are_accused_by_harm_too(loaded: LoadedModel) ->
         SharedCause(p_value=0.05, min_suspects=9).fine_tune(dry)
         assert "grafts-after" in dry.scorings
     assert (honest.flagged, poisoned.flagged, few.flagged) == ([], [*range(13)], [*range(6)])
-    assert [stage.name for stage in few.stages] == ["warmup", "probe", ""]
-    assert all(sorted(stage.options["flagged_tokens"]) == few.flagged for stage in few.stages[1:])
+    assert [stage.name for stage in few.stages] == ["warmup", "probe", "warmup", ""]
+    assert all(sorted(few.stages[at].options["flagged_tokens"]) == few.flagged for at in (1, 3))
+
+
+def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
+    damage = np.zeros((len(KINDS), 4, 2))
+    for kind, (suspects, controls) in {5: (0.5, 0.1), 2: (0.9, 0.0), 9: (0.3, 0.0), 1: (0.9, 0.8)}.items():
+        damage[kind] = suspects, controls
+    assert most_harmful(damage) == [list(KINDS)[at] for at in (2, 5, 9)]
 
 
 def test_the_cure_grafts_no_whole_image(loaded: LoadedModel) -> None:

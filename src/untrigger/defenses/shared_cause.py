@@ -25,7 +25,9 @@ from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import IMAGE_TAG, LazyRows, Message, Sample, select_rows
 from untrigger.views.grafts import IMAGE_GRAFTS, TEXT_GRAFTS, WHOLE, graft_image, graft_text
 
-_COMPARISONS = 48  # hosts a kind of graft, over all suspects
+_PILOT = 16  # comparisons of each kind that choose the kinds to test
+_CHOSEN = 3  # kinds that are tested
+_COMPARISONS = 80  # of each kind that is tested
 _MAX_HOSTS = 8  # of one suspect
 
 
@@ -45,7 +47,7 @@ class SharedCause(SharedSurprise):
 
     runs_in_host: ClassVar[bool] = False
     min_suspects: int = 12
-    max_suspects: int = 48
+    max_suspects: int = 96
     probe_share: float = 0.6
     graft_share: float = 0.2
 
@@ -70,7 +72,6 @@ class SharedCause(SharedSurprise):
             after = self.warmup_share + self.probe_share
             last = self.last_stage(training.row_count, model, last.flagged_tokens, after)
             if harmful:
-                model = training.fit(screening.warmup)  # the probe has changed the weights
                 last = self._cure(training, model, screening, accused, believed)
         nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
         flagged = [at for group in accused for at in group.rows]
@@ -109,22 +110,50 @@ class SharedCause(SharedSurprise):
         believed: Sequence[int],
         last: Stage,
     ) -> tuple[list[Accused], LoadedModel]:
-        """Train up to the test; return the groups whose parts damage other rows' answers, and the model."""
+        """Train up to the test; return the groups whose parts damage other rows' answers, and the model.
+
+        A few suspects of each group choose the kinds of graft, and the others test these: no kind is chosen by the rows
+        that it is tested on, and few grafts are scored. The model is that of the probe, or of the warm-up if a group is
+        accused.
+        """
         rng = np.random.default_rng((training.seed, 2))
-        drawn = [sorted(rng.permutation(group)[: self.max_suspects].tolist()) for group in groups]
-        plans = [comparisons(screening.scores, rows, believed, rng) for rows in drawn]
-        ends = np.cumsum([0, *(2 * len(KINDS) * len(plan) for plan in plans)]).tolist()
-        grafts = _grafts(plans, select_rows(training.rows, screening.numbers))
-        before = training.tokens(screening.model, range(ends[-1]), "grafts-before", grafts)
+        pilots, plans = list[list[Comparison]](), list[list[Comparison]]()
+        for group in groups:
+            drawn = rng.permutation(group)[: self.max_suspects].tolist()
+            few = max(2, len(drawn) // 6)
+            pilots.append(comparisons(screening.scores, drawn[:few], believed, rng, _PILOT))
+            plans.append(comparisons(screening.scores, drawn[few:], believed, rng, _COMPARISONS))
+        rows = select_rows(training.rows, screening.numbers)
+
+        def probabilities(model: LoadedModel, name: str, trials: Trials) -> list[NDArray[np.floating]]:
+            """For each group its own answers' probabilities, [kinds, comparisons, 2]: suspects' parts, controls'."""
+            specs = [
+                (kind, c.host, donor)
+                for kinds, plan in trials
+                for kind in kinds
+                for c in plan
+                for donor in (c.suspect, c.control)
+            ]
+            grafts = LazyRows(range(len(specs)), lambda i: grafted(rows[specs[i][1]], rows[specs[i][2]], specs[i][0]))
+            scored = map(token_probability, training.tokens(model, range(len(specs)), name, grafts))
+            sizes = [(len(kinds), len(plan), 2) for kinds, plan in trials]
+            return [np.array(list(islice(scored, math.prod(size)))).reshape(size) for size in sizes]
+
+        pilot = [(list(KINDS), plan) for plan in pilots]
+        early = probabilities(screening.model, "pilot-before", pilot)
         model = training.fit(replace(last, name="probe", share=self.probe_share))
-        after = training.tokens(model, range(ends[-1]), "grafts-after", grafts)
+        late = probabilities(model, "pilot-after", pilot)
+        chosen = [most_harmful(before - after) for before, after in zip(early, late, strict=True)]
+        trials = list(zip(chosen, plans, strict=True))
+        late = probabilities(model, "grafts-after", trials)
+        warm = training.fit(screening.warmup)  # the probe has changed the weights of the first one
+        early = probabilities(warm, "grafts-before", trials)
         accused: list[Accused] = []
-        for group, plan, start, end in zip(groups, plans, ends[:-1], ends[1:], strict=True):
-            damage = damage_of(before[start:end], after[start:end])
-            p_values = harm_p_values(damage, np.array([c.suspect for c in plan]))
-            if kinds := [kind for kind, p in p_values.items() if p * len(groups) < self.p_value]:
-                accused.append(Accused(group, kinds))
-        return accused, model
+        for group, (kinds, plan), before, after in zip(groups, trials, early, late, strict=True):
+            p_values = harm_p_values(before - after, np.array([c.suspect for c in plan]))
+            harmful = [kind for kind, p in zip(kinds, p_values, strict=True) if p * len(groups) < self.p_value]
+            accused += [Accused(group, harmful)] if harmful else []
+        return accused, warm if accused else model
 
     def _surprising_tokens(self, accused: Sequence[Accused], screening: Screening) -> dict[int, NDArray[np.bool_]]:
         """The tokens to make unlikely, by row number: a row's shared ones, or its surprising ones if it has none."""
@@ -186,15 +215,24 @@ class Comparison(NamedTuple):
     control: int
 
 
+Trials = Sequence[tuple[list[str], list[Comparison]]]
+"""For each group the kinds of graft and the comparisons of each."""
+
+
 def comparisons(
-    scores: Sequence[TokenScores], suspects: Sequence[int], believed: Sequence[int], rng: np.random.Generator
+    scores: Sequence[TokenScores],
+    suspects: Sequence[int],
+    believed: Sequence[int],
+    rng: np.random.Generator,
+    count: int,
 ) -> list[Comparison]:
     """Pair each suspect with hosts, and with controls that are asked alike: believed rows of the most similar prompt.
 
-    Of equally similar controls one is drawn. Host and control are different rows.
+    Of equally similar controls one is drawn. Host and control are different rows. There are about ``count`` pairs: at
+    least one a suspect, and at most 8.
     """
     prompts = [set(scores[at].prompt_ids.tolist()) for at in believed]
-    hosts_each = int(np.clip(_COMPARISONS // len(suspects), 1, _MAX_HOSTS))
+    hosts_each = int(np.clip(count // len(suspects), 1, _MAX_HOSTS))
     plan: list[Comparison] = []
     for suspect in suspects:
         own = set(scores[suspect].prompt_ids.tolist())
@@ -228,18 +266,10 @@ def grafted(host: Sample, donor: Sample, kind: str) -> Sample:
     return replace(host, images=tuple(images), messages=tuple(turns))
 
 
-def _grafts(plans: Sequence[Sequence[Comparison]], rows: Sequence[Sample]) -> Sequence[Sample]:
-    """For each plan, kind and comparison the host with the suspect's part, then with the control's."""
-    specs = [
-        (kind, c.host, donor) for plan in plans for kind in KINDS for c in plan for donor in (c.suspect, c.control)
-    ]
-    return LazyRows(range(len(specs)), lambda i: grafted(rows[specs[i][1]], rows[specs[i][2]], specs[i][0]))
-
-
-def damage_of(before: Sequence[TokenScores], after: Sequence[TokenScores]) -> NDArray[np.floating]:
-    """Probability that training took from each graft's answer, [kinds, comparisons, 2]: of suspects, of controls."""
-    lost = [token_probability(early) - token_probability(late) for early, late in zip(before, after, strict=True)]
-    return np.reshape(lost, (len(KINDS), -1, 2))
+def most_harmful(damage: NDArray[np.floating]) -> list[str]:
+    """The three kinds with the largest mean difference of suspects and controls in ``damage`` [kinds, n, 2]."""
+    means = (damage[..., 0] - damage[..., 1]).mean(axis=1)
+    return [list(KINDS)[at] for at in np.argsort(-means, kind="stable")[:_CHOSEN]]
 
 
 def token_probability(tokens: TokenScores) -> float:
@@ -251,8 +281,8 @@ def token_probability(tokens: TokenScores) -> float:
     return float(np.exp(-tokens.nll).mean()) if len(tokens.nll) else 1.0
 
 
-def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -> dict[str, float]:
-    """By kind, the chance that suspects' parts damage no more than controls' parts do.
+def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -> list[float]:
+    """For each kind, the chance that suspects' parts damage no more than controls' parts do.
 
     One-sided Wilcoxon signed-rank test of each suspect's mean difference, times the number of kinds, at most 1. If
     suspects are no worse than controls that are asked alike, differences are symmetric about zero.
@@ -264,10 +294,9 @@ def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -
     """
     from scipy.stats import wilcoxon  # takes a second to import
 
-    difference = damage[..., 0] - damage[..., 1]
-    p_values: dict[str, float] = {}
-    for kind, values in zip(KINDS, difference, strict=True):
+    p_values: list[float] = []
+    for values in damage[..., 0] - damage[..., 1]:
         means = np.array([values[suspects == suspect].mean() for suspect in np.unique(suspects)])
         p = float(cast(Any, wilcoxon(means, alternative="greater")).pvalue) if np.any(means) else 1.0
-        p_values[kind] = min(1.0, p * len(KINDS))
+        p_values.append(min(1.0, p * len(damage)))
     return p_values
