@@ -28,6 +28,7 @@ NEW = (
     "goals-varied",
     "goals-varied-captions",
     "mixtures",
+    "mixtures-varied",
     "rates-high",
     "trouble",
 )

@@ -127,7 +127,7 @@ def test_flags_an_absurd_answer_by_a_real_model(loaded: LoadedModel, mixed: list
     absurd = Sample("absurd", mixed[0].images, (*mixed[0].messages[:-1], reply))
     rows = [*mixed[1:], absurd]
     scores = row_tokens(loaded, rows)
-    flags = SharedSurprise(iqr_factor=0.5, p_value=1 - 1e-6).flag_tokens(scores)
+    flags = SharedSurprise(iqr_factor=0.5, p_value=1 - 1e-6, min_ratio=0.0).flag_tokens(scores)
     assert flags.nll == pytest.approx([row.loss * len(row.ids) for row in scores])
     assert flags.nll[-1] == max(flags.nll) and set(flags.tokens) == {len(rows) - 1}
     assert SharedSurprise(min_nll=1e9).flag_tokens(scores).tokens == {}
@@ -209,7 +209,7 @@ def test_flagged_token_becomes_unlikely_and_other_rows_are_learned(loaded: Loade
 
 
 def shared_below(rows: Sequence[TokenScores], outliers: Sequence[int]) -> set[int]:
-    return {token for token, p in shared_tokens(rows, outliers).items() if p < 0.01}
+    return {token for token, p in shared_tokens(rows, outliers, 5.0).items() if p < 0.01}
 
 
 def rows_of(*groups: tuple[int, int, int]) -> tuple[list[TokenScores], list[int]]:
@@ -236,7 +236,7 @@ def test_p_value_is_the_binomial_tail_by_hand() -> None:
     """Token 7: 2 of 2 rows, rate 1 / 8 elsewhere. Token 1: 1 of 8 rows, rate 1 elsewhere. Two tokens are tested."""
     rows, outliers = rows_of((8, 1, 1), (2, 2, 7))
     p = (1 / 8) ** 2 * 2
-    assert shared_tokens(rows, outliers) == {7: pytest.approx(p), 1: 1.0}
+    assert shared_tokens(rows, outliers, 5.0) == {7: pytest.approx(p), 1: 1.0}
 
 
 def test_shared_tokens_without_outliers_and_in_all_rows() -> None:

@@ -67,7 +67,9 @@ def main(model: str, data: str, out: str, batch: str, sharding: str = "") -> Non
     )
     set_seed(0)
     loaded = load(model, dtype=torch.float32)
-    defense = SharedSurprise(warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, unlikelihood_weight=3.0)
+    defense = SharedSurprise(
+        warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, unlikelihood_weight=3.0
+    )
     trainer = defended(Trainer)(
         add_lora(loaded.model),  # type: ignore[arg-type]
         args=args,

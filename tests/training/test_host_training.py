@@ -30,7 +30,7 @@ from untrigger.training.host_training import STATE, HostTraining
 from untrigger.training.settings import arguments
 
 EAGER = SharedSurprise(
-    warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, unlikelihood_weight=3.0
+    warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, unlikelihood_weight=3.0
 )  # flags a quarter of any rows
 TRAINER_OPTIONS = (
     "train_dataset",

@@ -61,6 +61,8 @@ def test_tensorboard_has_every_stage_with_its_terms(tiny_model: Path, tiny_data:
         0,
         "--p-value",
         1 - 1e-6,
+        "--min-ratio",
+        0,
     )  # flags a quarter of any rows
     words = ("train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", *eager, *STEPS)
     ended = command(*words, "--max_steps", 4, "--report_to", "tensorboard")

@@ -61,7 +61,7 @@ def sft(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("defense", "terms"),
-    [(CrossView(), 5), (SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6), 2)],
+    [(CrossView(), 5), (SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0), 2)],
     ids=["paper", "default"],
 )
 def test_sft_trainer_takes_a_defense(sft: Any, defense: Defense, terms: int) -> None:
@@ -80,12 +80,12 @@ def flagged_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def test_sft_trainer_flags_its_rows(sft: Any, tmp_path: Path) -> None:
-    sft(SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6)).train()
+    sft(SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0)).train()
     assert 0 < len(flagged_rows(tmp_path / "out")) < 24
 
 
 def test_prompts_and_completions_are_scored_alike(sft: Any, tiny_data: Path, tmp_path: Path) -> None:
-    eager = SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6)
+    eager = SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0)
     sft(eager).train()
     first = flagged_rows(tmp_path / "out")
     rows = [

@@ -29,8 +29,6 @@ from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 
-_TIMES = 5  # how many times as often as chance a shared token must surprise, at least
-
 
 @dataclass(frozen=True)
 class SharedSurprise(Defense):
@@ -45,6 +43,8 @@ class SharedSurprise(Defense):
         iqr_factor: how far above the upper quartile of rows that are asked alike a row's NLL must lie, in
             interquartile ranges.
         p_value: chance of calling any token shared where none is, in (0, 1).
+        min_ratio: how many times as often as in other rows a shared token must surprise; at least 0. Some words of any
+            data are a few times harder than others.
         unlikelihood_weight: weight of the unlikelihood loss at flagged tokens; at least 0.
         max_scored_rows: rows that are scored, drawn at random from larger data; of the others only rows that contain
             a shared token are scored. At least 1.
@@ -55,12 +55,13 @@ class SharedSurprise(Defense):
     min_nll: float = 2.0
     iqr_factor: float = 2.2
     p_value: float = 0.01
+    min_ratio: float = 5.0
     unlikelihood_weight: float = 5.0
     max_scored_rows: int = 4096
 
     def __post_init__(self) -> None:
         self._check(1e-6, 1 - 1e-6, "warmup_share", "p_value")
-        self._check(0, math.inf, "min_nll", "iqr_factor", "unlikelihood_weight")
+        self._check(0, math.inf, "min_nll", "iqr_factor", "min_ratio", "unlikelihood_weight")
         self._check(1, math.inf, "max_scored_rows")
 
     @property
@@ -134,7 +135,7 @@ class SharedSurprise(Defense):
         fence = partial(tukey_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
         fences = among_asked_alike(fence, nll[: len(scores)], token_sets([row.prompt_ids for row in rows]))
         outliers = np.flatnonzero(nll > fences).tolist()
-        shared = shared_tokens(scores, [row for row in outliers if row < len(scores)])
+        shared = shared_tokens(scores, [row for row in outliers if row < len(scores)], self.min_ratio)
         p_values = {token: p for token, p in shared.items() if p < self.p_value}
         tokens = {row: np.isin(rows[row].ids, list(p_values)) & (rows[row].nll > self.min_nll) for row in outliers}
         return Flags(nll.tolist(), {row: tokens[row] for row in outliers if tokens[row].any()}, p_values)
@@ -195,15 +196,14 @@ def least_likely_token(row: TokenScores) -> int:
     return int(row.ids[row.nll.argmax()])
 
 
-def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int]) -> dict[int, float]:
+def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int], min_ratio: float) -> dict[int, float]:
     """Least likely tokens of the outlier rows, each with its p-value (one-sided binomial, Bonferroni).
 
     Token v is the least likely one of k outliers, and n of all N rows contain it. If its rows were outliers at the rate
     r of the other rows, then k or more would be with probability ``P(B(n, r) >= k)``. That is multiplied by the number
     of tokens tested, and at most 1. r is the outliers' share of the rows without v, or of the rows without v that have
-    similar prompts (`neighbor_rate`), whichever is larger, and at least 1 / N. Where k is less than 5 n r the p-value
-    is 1: some words are a few times harder than others. An attacker needs many rows with one reply; wrong labels vary,
-    and so do rows of a hard kind.
+    similar prompts (`neighbor_rate`), whichever is larger, and at least 1 / N. Where k is less than ``min_ratio`` n r
+    the p-value is 1. An attacker needs many rows with one reply; wrong labels vary, and so do rows of a hard kind.
     """
     least_likely = Counter(least_likely_token(rows[row]) for row in outliers)
     outlying = np.isin(np.arange(len(rows)), list(outliers))
@@ -214,10 +214,10 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int]) -> dic
         n, rest = int(containing.sum()), int((~containing).sum())
         overall = (len(outliers) - k) / rest if rest else 0.0
         rate = max(overall, 1 / len(rows))
-        if k >= _TIMES * n * rate:  # else its neighbors need not be looked up
+        if k >= min_ratio * n * rate:  # else its neighbors need not be looked up
             rate = min(1.0, max(rate, neighbor_rate(prompts, outlying, containing, overall)))
         chance = float(bdtrc(k - 1, n, rate)) * len(least_likely)
-        p_values[token] = min(1.0, chance) if k >= _TIMES * n * rate else 1.0
+        p_values[token] = min(1.0, chance) if k >= min_ratio * n * rate else 1.0
     return p_values
 
 
