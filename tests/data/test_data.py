@@ -54,7 +54,7 @@ def test_rows_are_reproducible_and_depend_on_the_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_splits_and_parts_share_no_image(name: str) -> None:
-    images = [pixels(load(name, split, part, rows=80)) for split, part in CELLS]
+    images = [pixels(load(name, split, part, rows=200)) for split, part in CELLS]
     assert all(a.isdisjoint(b) for a, b in combinations(images, 2))
 
 
@@ -64,7 +64,7 @@ def test_easy_vqa_splits_by_the_parity_of_the_image_number() -> None:
         for split, parity in (("dev", 0), ("report", 1)):
             count = sum(int(Path(path).stem) % 2 == parity for _, _, path in questions)
             assert count > 0.45 * len(questions)
-            drawn = [int(row.id.removeprefix(f"{part}-")) for row in easy_vqa_rows(part, 80, 0, split)]
+            drawn = [int(row.id.removeprefix(f"{part}-")) for row in easy_vqa_rows(part, 200, 0, split)]
             assert all(int(Path(questions[i][2]).stem) % 2 == parity for i in drawn)
             with pytest.raises(InputError, match=f"ask for at most {count:,}"):
                 easy_vqa_rows(part, count + 1, 0, split)

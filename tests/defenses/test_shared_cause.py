@@ -177,6 +177,13 @@ def test_rows_with_a_shared_word_are_accused_by_harm_too(loaded: LoadedModel) ->
     assert all(sorted(few.stages[at].options["flagged_tokens"]) == few.flagged for at in (1, 3))
 
 
+def test_rows_without_an_image_are_accused_by_their_words(loaded: LoadedModel) -> None:
+    dry = _dry(loaded, "none", 13)
+    dry.rows = [replace(row, images=()) if int(row.id) < 13 else row for row in dry.rows]
+    SharedCause(p_value=0.05, min_suspects=3).fine_tune(dry)
+    assert "grafts-after" in dry.scorings and dry.flagged == list(range(13)), "the three others are tested"
+
+
 def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
     damage = np.zeros((len(KINDS), 4, 2))
     for kind, (suspects, controls) in {5: (0.5, 0.1), 2: (0.9, 0.0), 9: (0.3, 0.0), 1: (0.9, 0.8)}.items():

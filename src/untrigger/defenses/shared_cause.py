@@ -64,7 +64,8 @@ class SharedCause(SharedSurprise):
         words, others, believed = self._groups(training, screening)
         can_test = len(believed) >= 2 * self.min_suspects
         tested = [rows for rows in (words, others) if can_test and len(rows) >= self.min_suspects]
-        accused = [Accused(words, [])] if words and words not in tested else []  # by their words alone
+        untested = [at for at in screening.flags.tokens if not any(at in rows for rows in tested)]
+        accused = [Accused(untested, [])] if untested else []  # by their words alone
         last = self.last_stage(training.row_count, model, self._surprising_tokens(accused, screening))
         if tested:
             harmful, model = self._test(training, screening, tested, believed, last)
@@ -85,7 +86,7 @@ class SharedCause(SharedSurprise):
         """Positions of suspects with a shared word, of other suspects, and of rows that are believed.
 
         Suspects surprise beside rows that are asked alike. Believed rows surprise less than most of these, and are as
-        many as the test and the cure can use. Rows without an image are suspected for their words alone.
+        many as the test and the cure can use. All have an image: without one a row has no part of each kind.
         """
         nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
         fence = partial(forward_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
@@ -98,9 +99,10 @@ class SharedCause(SharedSurprise):
         def has_image(at: int) -> bool:
             return bool(training.rows[screening.numbers[at]].images)
 
-        words = screening.flags.tokens
-        others = [at for at in np.flatnonzero(outlying).tolist() if at not in words and has_image(at)]
-        return list(words), others, list(islice(filter(has_image, order), needed))
+        flagged = screening.flags.tokens
+        words = list(filter(has_image, flagged))
+        others = [at for at in np.flatnonzero(outlying).tolist() if at not in flagged and has_image(at)]
+        return words, others, list(islice(filter(has_image, order), needed))
 
     def _test(
         self,
@@ -193,7 +195,7 @@ class SharedCause(SharedSurprise):
 
 
 class Accused(NamedTuple):
-    """Suspects, positions of rows, and the kinds of graft by which they harm other rows; none if too few to test."""
+    """Suspects, positions of rows, and the kinds of graft by which they harm other rows; none if not tested."""
 
     rows: list[int]
     kinds: list[str]

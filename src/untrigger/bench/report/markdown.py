@@ -170,15 +170,14 @@ def _beyond(report: Report, all_blocks: Sequence[Block]) -> list[str]:
     """The section on goals whose replies vary; empty if there are none."""
     rows = [
         [
-            row.title,
-            row.label,
-            short_name(cell.goal),
-            cell.seed,
-            status or "yes",
-            *map(words.difference, row.differences),
+            title,
+            label,
+            short_name(group.cell.goal),
+            group.cell.seed,
+            group.status or "yes",
+            *map(words.difference, rates),
         ]
-        for row in beyond(all_blocks, report.defenses)
-        for cell, status in [(row.group.cell, row.group.status)]
+        for title, label, group, rates in beyond(all_blocks, report.defenses)
     ]
     head = ["model and task", "attack", "goal", "seed", "counts", *report.defenses]
     return ["## Beyond the oracle\n", f"{words.BEYOND}\n", *_table(head, rows)] if rows else []
