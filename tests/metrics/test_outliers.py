@@ -50,3 +50,8 @@ def test_it_grows_to_tukeys_fence_where_nothing_stands_apart(draw: str) -> None:
 
 def test_equal_values_have_no_outlier() -> None:
     assert forward_fence([3.0] * 9, 2.0, 2.2) == 3.0 and forward_fence([0.1], 2.0, 2.2) == 2.0
+
+
+@given(st.lists(st.floats(0, 300), min_size=1, max_size=16))
+def test_few_values_have_tukeys_fence(values: list[float]) -> None:
+    assert forward_fence(values, 2.0, 2.2) == tukey_fence(values, 2.0, 2.2)

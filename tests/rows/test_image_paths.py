@@ -41,6 +41,16 @@ def test_every_name_of_a_file_inside_is_taken(folder: Path, name: str) -> None:
         assert os.path.samefile(root / relative, folder / "a b.png")
 
 
+def test_a_folder_that_is_a_link_may_not_lead_out(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere/a.png").write_bytes(b"a")
+    (folder / "away").symlink_to("../elsewhere")
+    (folder / "near").symlink_to(".")
+    with pytest.raises(InputError, match="outside the data folder"):
+        locate(folder, "away/a.png", "x")
+    assert locate(folder, "near/a b.png", "x") == folder / "a b.png"
+
+
 def test_plain_relative_names_stay(folder: Path) -> None:
     assert relative_name(folder, "link.png", "x") == "link.png"
     assert relative_name(folder, "./a b.png", "x") == "./a b.png"
