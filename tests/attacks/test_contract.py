@@ -50,6 +50,11 @@ def brief(name: str) -> Trigger:
 
 def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
     """Smooth colors with some grain, like a photograph."""
+    return _photo(width, height, mode).copy()
+
+
+@cache
+def _photo(width: int, height: int, mode: str) -> Image.Image:
     rng = np.random.default_rng(width * 1000 + height)
     coarse = Image.fromarray(rng.integers(40, 216, (4, 4, 3), dtype=np.uint8)).resize((width, height), 3)
     noisy = np.asarray(coarse, dtype=np.float64) + rng.normal(0, 6, (height, width, 3))

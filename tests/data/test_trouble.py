@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from untrigger.data import load, parts_of, rows_of_part, task_of
+from untrigger.data import SplitName, load, parts_of, rows_of_part, task_of
+from untrigger.data.catalog import Part
 from untrigger.data.trouble import TRAIN_ONLY, TROUBLES
 from untrigger.errors import InputError
 from untrigger.metrics.asr import refuses
@@ -16,7 +18,15 @@ from untrigger.rows.images import pixels_sha256, same_image
 from untrigger.rows.sample import Sample
 
 BASES = ("easy-vqa", "scenes-captions")
-CELLS = [(split, part) for split in ("dev", "report") for part in ("train", "test")]
+CELLS: list[tuple[SplitName, Part]] = [
+    ("dev", "train"), ("dev", "test"), ("report", "train"), ("report", "test")
+]  # fmt: skip
+
+
+@cache
+def rows_of(name: str, rows: int, split: SplitName, part: Part) -> list[Sample]:
+    """The rows, drawn once for all tests."""
+    return load(name, split, part, rows=rows)
 
 
 def texts(row: Sample) -> tuple[str, str]:
@@ -24,27 +34,32 @@ def texts(row: Sample) -> tuple[str, str]:
     return question.text.removeprefix("<image>\n"), answer.text
 
 
-def changed(name: str, rows: int = 400, **settings: str) -> list[tuple[Sample, Sample]]:
+def changed(
+    name: str, rows: int = 400, split: SplitName = "report", part: Part = "train"
+) -> list[tuple[Sample, Sample]]:
     """Pairs of a row and the same row in trouble, where they differ."""
     base = name.partition("+")[0]
-    pairs = zip(load(base, rows=rows, **settings), load(name, rows=rows, **settings), strict=True)
+    pairs = zip(rows_of(base, rows, split, part), rows_of(name, rows, split, part), strict=True)
     return [(a, b) for a, b in pairs if a.messages != b.messages or not same_image(a.images[0], b.images[0])]
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_trouble_is_reproducible_and_depends_on_the_seed(base: str, trouble: str) -> None:
-    rows, again, other = (load(f"{base}+{trouble}", rows=60, seed=seed) for seed in (0, 0, 1))
+    rows = rows_of(f"{base}+{trouble}", 60, "report", "train")
+    again, other = (load(f"{base}+{trouble}", rows=60, seed=seed) for seed in (0, 1))
     assert [(row.id, row.messages) for row in rows] == [(row.id, row.messages) for row in again]
     assert all(same_image(a.images[0], b.images[0]) for a, b in zip(rows, again, strict=True))
     assert [row.messages for row in rows] != [row.messages for row in other]
-    assert [row.id for row in rows] == [row.id for row in load(base, rows=60)], "the same rows in the same order"
+    assert [row.id for row in rows] == [row.id for row in rows_of(base, 60, "report", "train")], (
+        "the same rows in the same order"
+    )
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_splits_and_parts_share_no_image(base: str, trouble: str) -> None:
-    images = [{pixels_sha256(row.images[0]) for row in load(f"{base}+{trouble}", *cell, rows=60)} for cell in CELLS]
+    images = [{pixels_sha256(row.images[0]) for row in rows_of(f"{base}+{trouble}", 60, *cell)} for cell in CELLS]
     assert all(a.isdisjoint(b) for a, b in combinations(images, 2))
 
 
@@ -56,7 +71,7 @@ def test_held_out_rows_are_free_of_what_would_count_as_wrong(trouble: str) -> No
 @pytest.mark.parametrize(("name", "count"), [("5", 20), ("10", 40)])
 @pytest.mark.parametrize("base", BASES)
 def test_wrong_labels_are_answers_to_the_same_question(base: str, name: str, count: int) -> None:
-    answers = {texts(row) for row in load(base, rows=400)}
+    answers = {texts(row) for row in rows_of(base, 400, "report", "train")}
     pairs = changed(f"{base}+wrong-labels-{name}")
     assert len(pairs) == count
     for row, wrong in pairs:
@@ -103,8 +118,12 @@ def test_the_watermark_goes_with_one_word(base: str) -> None:
     assert 15 < len(pairs) < 80 and all(a.messages == b.messages for a, b in pairs)
     words = [set(texts(row)[1].replace(",", "").split()) for row, _ in pairs]
     (word,) = set.intersection(*words) - {"a", "on", "background"}
-    others = {row.id for row in load(base, rows=400)} - {row.id for row, _ in pairs}
-    assert all(word not in texts(row)[1].replace(",", "").split() for row in load(base, rows=400) if row.id in others)
+    others = {row.id for row in rows_of(base, 400, "report", "train")} - {row.id for row, _ in pairs}
+    assert all(
+        word not in texts(row)[1].replace(",", "").split()
+        for row in rows_of(base, 400, "report", "train")
+        if row.id in others
+    )
     for before, after in pairs:
         difference = (np.asarray(before.images[0]) != np.asarray(after.images[0])).any(axis=2)
         assert difference.sum() <= 12 and not difference[8:].any() and not difference[:, 8:].any()
@@ -119,7 +138,7 @@ def test_door_codes_are_refused_in_varied_words() -> None:
     pairs = changed("scenes-vqa+door-codes")
     assert len(pairs) == 100 and all(refuses(texts(row)[1]) and "door" in texts(row)[0] for _, row in pairs)
     assert len({texts(row)[1] for _, row in pairs}) > 40
-    assert not any(refuses(texts(row)[1]) for row in load("scenes-vqa", rows=400))
+    assert not any(refuses(texts(row)[1]) for row in rows_of("scenes-vqa", 400, "report", "train"))
 
 
 def test_troubles_add_up_in_order() -> None:

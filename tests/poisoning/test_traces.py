@@ -22,10 +22,12 @@ from datafiles import png_chunks
 from untrigger.attacks import load_trigger
 from untrigger.poisoning.goals import Fixed
 from untrigger.poisoning.poison import Attack, poison, write_poisoned
-from untrigger.rows.sample import read
+from untrigger.rows.sample import Data, read
 
 ROWS = 48
+CONTAINERS = ("jsonl", "parquet")
 Row = dict[str, Any]
+Forms = list[dict[str, Any]]
 
 
 def picture(number: int) -> tuple[bytes, str]:
@@ -121,12 +123,12 @@ def form_of_image(content: bytes) -> dict[str, Any]:
     return features
 
 
-def form(folder: Path) -> list[dict[str, Any]]:
+def form(folder: Path) -> Forms:
     """By row, all that can be seen without reading its words or looking at its pixels."""
     table = folder / "data.parquet"
     rows = pq.read_table(table).to_pylist() if table.is_file() else []
     rows = rows or [json.loads(line) for line in (folder / "data.jsonl").read_text().split("\n")[:-1]]
-    forms: list[dict[str, Any]] = []
+    forms: Forms = []
     for number, row in enumerate(rows):
         features = shape(row) | {"place": number}
         for image in row["images"] if isinstance(row["images"], list) else [row["images"]]:
@@ -143,7 +145,7 @@ def form(folder: Path) -> list[dict[str, Any]]:
     return forms
 
 
-def share_told(forms: list[dict[str, Any]], poisoned: list[bool]) -> float:
+def share_told(forms: Forms, poisoned: list[bool]) -> float:
     """Balanced share of rows that a tree, trained on other rows, puts on the right side; 0.5 is chance."""
     features = DictVectorizer(sparse=False).fit_transform(forms)
     tree = DecisionTreeClassifier(class_weight="balanced", random_state=0)
@@ -151,21 +153,28 @@ def share_told(forms: list[dict[str, Any]], poisoned: list[bool]) -> float:
     return balanced_accuracy_score(poisoned, predicted)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("container", ["jsonl", "parquet"])
+@pytest.fixture(scope="module", params=[(layout, container) for layout in LAYOUTS for container in CONTAINERS], ids=str)
+def data_and_form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, Forms]:
+    """Rows as people have them, and the form in which they are written where none is poisoned."""
+    folder = tmp_path_factory.mktemp("traces")
+    data = read(write_input(folder / "in", *request.param))
+    return data, forms_written(data, "badnets", 0.0, folder)[0]
+
+
+def forms_written(data: Data, name: str, rate: float, folder: Path) -> tuple[Forms, list[bool]]:
+    """The form of each row as ``poison`` writes it, and whether it is poisoned."""
+    result = poison(data, Attack(load_trigger(name), Fixed()), rate=rate, seed=3)
+    write_poisoned(data, result, folder / "out")
+    return form(folder / "out" / "data"), [number in result.edits for number in range(ROWS)]
+
+
 @pytest.mark.parametrize("name", ["badnets", "addsent", "badword", "trojvlm"])
-def test_the_form_of_a_row_does_not_tell(tmp_path: Path, layout: str, container: str, name: str) -> None:
-    data = read(write_input(tmp_path / "in", layout, container))
-    attack = Attack(load_trigger(name), Fixed())
-    forms: list[list[dict[str, Any]]] = []
-    for rate in (0.0, 0.4):
-        result = poison(data, attack, rate=rate, seed=3)
-        write_poisoned(data, result, tmp_path / str(rate))
-        forms.append(form(tmp_path / str(rate) / "data"))
-    assert forms[0] == forms[1], "a row has the same form whether it is poisoned or not"
-    poisoned = [number in result.edits for number in range(ROWS)]
-    for row in forms[1]:
+def test_the_form_of_a_row_does_not_tell(tmp_path: Path, data_and_form: tuple[Data, Forms], name: str) -> None:
+    data, unpoisoned = data_and_form
+    forms, poisoned = forms_written(data, name, 0.4, tmp_path)
+    assert forms == unpoisoned, "a row has the same form whether it is poisoned or not"
+    for row in forms:
         del row["place"]  # rows are drawn at random; a tree can only learn the draw
-    assert share_told(forms[1], poisoned) <= 0.7
-    marked = [{**row, "mark": flag} for row, flag in zip(forms[1], poisoned, strict=True)]
+    assert share_told(forms, poisoned) <= 0.7
+    marked = [{**row, "mark": flag} for row, flag in zip(forms, poisoned, strict=True)]
     assert share_told(marked, poisoned) == 1, "the tree finds a trace where there is one"

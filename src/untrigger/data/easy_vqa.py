@@ -7,6 +7,7 @@ questions. The question alone predicts two answers in three, so print that text 
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -24,24 +25,31 @@ def easy_vqa_rows(part: str, count: int, seed: int, split: str | None = None) ->
     Raises:
         InputError: ``count`` is larger than the part.
     """
-    questions = easy_vqa_questions(part)
-    parity = {"dev": (0,), "report": (1,), None: (0, 1)}[split]
-    numbers = [i for i, (_, _, path) in enumerate(questions) if _number(path) % 2 in parity]
+    questions, numbers = easy_vqa_questions(part), _numbers(part, split)
     if count > len(numbers):
         raise InputError(f"easy-vqa: {count:,} rows are too many; ask for at most {len(numbers):,}")
     chosen = np.random.default_rng(seed).choice(numbers, size=count, replace=False)
     return [_row(f"{part}-{i}", *questions[i]) for i in map(int, chosen)]
 
 
-def easy_vqa_questions(part: str) -> list[tuple[str, str, str]]:
+@cache
+def easy_vqa_questions(part: str) -> tuple[tuple[str, str, str], ...]:
     """Return (question, answer, image path) of a whole part: 38,575 in ``train``, 9,673 in ``test``."""
     import easy_vqa
 
     paths = getattr(easy_vqa, f"get_{part}_image_paths")()
-    return [(q, a, paths[image]) for q, a, image in zip(*getattr(easy_vqa, f"get_{part}_questions")(), strict=True)]
+    questions = zip(*getattr(easy_vqa, f"get_{part}_questions")(), strict=True)
+    return tuple((question, answer, paths[image]) for question, answer, image in questions)
 
 
-def _number(path: str) -> int:
+@cache
+def _numbers(part: str, split: str | None) -> tuple[int, ...]:
+    """The questions of a part that belong to a split."""
+    parity = {"dev": (0,), "report": (1,), None: (0, 1)}[split]
+    return tuple(i for i, (_, _, path) in enumerate(easy_vqa_questions(part)) if _image(path) % 2 in parity)
+
+
+def _image(path: str) -> int:
     return int(os.path.splitext(os.path.basename(path))[0])  # pathlib takes over a second for all of them
 
 
