@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from untrigger.defenses import Stage, StepDefense
+from untrigger.models.collators import Rows
+from untrigger.models.grafted_rows import Graft, GraftedRows
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.rows.sample import Sample, select_rows
 
-_OPTIONS = ("flagged_tokens", "share", "after", "passes", "rate", "callbacks")
+_OPTIONS = ("flagged_tokens", "grafts", "share", "after", "passes", "rate", "callbacks")
 
 
 class Fitted(NamedTuple):
@@ -64,6 +66,13 @@ class Dry:
     ) -> list[TokenScores]:
         self.scorings.append(name)
         return row_tokens(model, select_rows(self.rows if source is None else source, rows))
+
+    def can_be_grafted(self, row: int) -> bool:
+        return bool(self.rows[row].images)
+
+    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+        self.scorings.append(name)
+        return row_tokens(model, GraftedRows(Rows(self.rows), grafts))
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
         return row_answers(self.loaded.processor, select_rows(self.rows, rows))

@@ -66,7 +66,7 @@ def test_presets_are_those_of_the_command_line() -> None:
     assert [cls().replaced is not None for cls in IN_A_STEP.values()] == [False, True, False, False]
     assert [cls().has_loss for cls in IN_A_STEP.values()] == [False, False, True, True]
     assert not any(issubclass(cls, StepDefense) for cls in STAGED.values())
-    assert [name for name, cls in PRESETS.items() if cls.runs_in_host] == ["default", *IN_A_STEP]
+    assert [name for name, cls in PRESETS.items() if cls.runs_in_host] == ["default", "grafts", *IN_A_STEP]
     assert [name for name, cls in PRESETS.items() if cls.needs_clean_rows] == ["crow", "clean-tuning", "fine-pruning"]
     assert [preset_of(cls()) for cls in PRESETS.values()] == list(PRESETS)
 

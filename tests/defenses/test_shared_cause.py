@@ -11,18 +11,12 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from dry import Dry
-from untrigger.defenses import shared_cause
-from untrigger.defenses.shared_cause import (
-    KINDS,
-    SharedCause,
-    comparisons,
-    grafted,
-    harm_p_values,
-    most_harmful,
-)
+from untrigger.defenses.shared_cause import SharedCause, comparisons, harm_p_values, most_harmful
+from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Message, Sample
+from untrigger.views.grafts import KINDS
 
 
 def _scores(prompts: list[list[int]]) -> list[TokenScores]:
@@ -71,21 +65,6 @@ def test_chance_accuses_no_more_often_than_it_says() -> None:
     assert harm_p_values(np.zeros((3, 24, 2)), np.arange(24)) == [1.0] * 3
 
 
-def test_a_graft_keeps_the_hosts_answer_and_tags() -> None:
-    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
-    host = Sample("h", (red, red), (Message("user", "<image> and <image>\nwhat?"), Message("assistant", "yes")))
-    donor = Sample("d", (blue,), (Message("user", "<image>\ncf is it round"), Message("assistant", "no")))
-    for kind in KINDS:
-        made = grafted(host, donor, kind)
-        assert made.id == "h" and made.messages[-1] == host.messages[-1]
-        assert made.messages[0].text.count("<image>") == 2 and len(made.images) == 2
-        image_part, text_part = KINDS[kind]
-        assert (made.images != host.images) == bool(image_part)
-        assert (made.messages[0] != host.messages[0]) == bool(text_part)
-    assert grafted(host, donor, "head").messages[0].text == "<image> and <image>\ncf is what?"
-    assert grafted(host, donor, "tail").messages[0].text == "<image> and <image>\nwhat? it round"
-
-
 @pytest.mark.parametrize("fields", [{"min_suspects": 1}, {"max_suspects": 3}, {"graft_share": 1.5}, {"p_value": 0.0}])
 def test_fields_are_checked(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
@@ -103,29 +82,16 @@ class _Stub(Dry):
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
     ) -> list[TokenScores]:
         self.scorings.append(name)
-        if source is None:
-            words = [77 if row < self.words else row for row in rows]
-            nats = [0.1 + row / 1000 if row > 15 else 9.0 + row / 10 for row in rows]
-            return list(map(_answer, nats, words))
-        noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(rows))
-        scores: list[TokenScores] = []
-        for row in rows:
-            assert source[row].messages[-1].text == "yes"
-            kind, donor, _ = source[row].id.split("|")
-            hit = name.endswith("after") and kind == self.harmful and int(donor) < 16
-            scores.append(_answer(0.1 + noise[row] + 3 * hit, 99))
-        return scores
+        words = [77 if row < self.words else row for row in rows]
+        nats = [0.1 + row / 1000 if row > 15 else 9.0 + row / 10 for row in rows]
+        return list(map(_answer, nats, words))
 
-
-@pytest.fixture(autouse=True)
-def tagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graft's id tells what it was made of: kind, donor and host."""
-    make = shared_cause.grafted
-
-    def tag(host: Sample, donor: Sample, kind: str) -> Sample:
-        return replace(make(host, donor, kind), id=f"{kind}|{donor.id}|{host.id}")
-
-    monkeypatch.setattr(shared_cause, "grafted", tag)
+    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+        self.scorings.append(name)
+        noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts))
+        is_after = name.endswith("after")
+        hits = [is_after and graft.kind == self.harmful and graft.donor < 16 for graft in grafts]
+        return [_answer(0.1 + random + 3 * hit, 99) for random, hit in zip(noise, hits, strict=True)]
 
 
 def _answer(nats: float, token: int) -> TokenScores:
@@ -143,12 +109,13 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "window 0.5 0.25")
     SharedCause(p_value=0.05).fine_tune(dry)
     assert dry.scorings == ["before", "after", "pilot-before", "pilot-after", "grafts-after", "grafts-before"]
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
     last = dry.stages[-1]
-    assert last.start == 2 and len(last.ids) == 96 and last.ids[:80] == [row.id for row in dry.rows]
-    kinds, donors, hosts = zip(*(id.split("|") for id in last.ids[80:]), strict=True)
-    assert set(kinds) == {"window 0.5 0.25"} and set(map(int, donors)) <= set(range(16))
-    assert set(map(int, hosts)).isdisjoint(range(16)), "hosts are believed rows"
+    assert last.start == 0 and last.ids == [row.id for row in dry.rows]
+    assert (last.options["after"], last.options["share"]) == pytest.approx((0.1, 0.9)), "from the warm-up on"
+    grafts = last.options["grafts"]
+    assert len(grafts) == 16 and {graft.kind for graft in grafts} == {"window 0.5 0.25"}
+    assert all(graft.donor < 16 <= graft.host for graft in grafts), "hosts are believed rows"
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
 
@@ -156,11 +123,10 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "none")
     SharedCause(p_value=0.05).fine_tune(dry)
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe", "warmup", ""], "the second one is loaded"
-    assert dry.flagged == [] and all(dry.stages[at].ids == [row.id for row in dry.rows] for at in (1, 3))
-    spans = [dry.stages[at].options for at in (1, 3)]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
+    assert dry.flagged == [] and all(stage.ids == [row.id for row in dry.rows] for stage in dry.stages[1:])
+    spans = [stage.options for stage in dry.stages[1:]]
     assert [span[name] for span in spans for name in ("after", "share")] == pytest.approx([0.1, 0.6, 0.7, 0.3])
-    assert dry.stages[-1].start == 1, "the probe is a part of the training"
     few = _dry(loaded, "window 0.5 0.25")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
     assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]
@@ -173,8 +139,8 @@ def test_rows_with_a_shared_word_are_accused_by_harm_too(loaded: LoadedModel) ->
         SharedCause(p_value=0.05, min_suspects=9).fine_tune(dry)
         assert "grafts-after" in dry.scorings
     assert (honest.flagged, poisoned.flagged, few.flagged) == ([], [*range(13)], [*range(6)])
-    assert [stage.name for stage in few.stages] == ["warmup", "probe", "warmup", ""]
-    assert all(sorted(few.stages[at].options["flagged_tokens"]) == few.flagged for at in (1, 3))
+    assert [stage.name for stage in few.stages] == ["warmup", "probe", ""]
+    assert all(sorted(stage.options["flagged_tokens"]) == few.flagged for stage in few.stages[1:])
 
 
 def test_rows_without_an_image_are_accused_by_their_words(loaded: LoadedModel) -> None:
@@ -194,4 +160,4 @@ def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
 def test_the_cure_grafts_no_whole_image(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "image")
     SharedCause(p_value=0.05).fine_tune(dry)
-    assert dry.flagged == list(range(16)) and dry.stages[-1].ids == [row.id for row in dry.rows]
+    assert dry.flagged == list(range(16)) and dry.stages[-1].options["grafts"] == []

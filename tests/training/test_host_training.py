@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
@@ -18,9 +17,10 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from untrigger import defended
-from untrigger.defenses import BYORN, Plain, SharedSurprise, Stage
+from untrigger.defenses import BYORN, Plain, SharedCause, SharedSurprise, Stage, shared_cause
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, FlaggedTokensCollator, Rows, row_key
+from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import add_lora, load
 from untrigger.rows.sample import Message, Sample
 from untrigger.training.finetune import fine_tune
@@ -32,6 +32,9 @@ from untrigger.training.settings import arguments
 EAGER = SharedSurprise(
     warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, unlikelihood_weight=3.0
 )  # flags a quarter of any rows
+CAUSE = SharedCause(
+    warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, min_suspects=2, probe_share=0.5
+)  # tests the parts of these rows
 TRAINER_OPTIONS = (
     "train_dataset",
     "eval_dataset",
@@ -87,6 +90,19 @@ def host(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> Callable[..
     return make
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few grafts are scored: what is tested here does not depend on their number."""
+    monkeypatch.setattr(shared_cause, "_PILOT", 2)
+    monkeypatch.setattr(shared_cause, "_COMPARISONS", 4)
+
+
+@pytest.fixture
+def harmful(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part counts as harmful: nobody has poisoned these rows."""
+    monkeypatch.setattr(shared_cause, "harm_p_values", lambda damage, suspects: [0.0] * len(damage))
+
+
 def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -120,6 +136,30 @@ def test_host_trains_as_the_command_does_to_the_bit(
     assert sorted(json.loads(line)["row"] for line in flagged.splitlines()) == [row["row"] for row in state["flagged"]]
 
 
+def test_grafts_are_tested_and_learned_as_the_command_does_to_the_bit(
+    host: Callable[..., Any], tiny_model: Path, samples: list[Sample], tmp_path: Path, harmful: None
+) -> None:
+    trainer = host(CAUSE)
+    trainer.train()
+    state = json.loads((tmp_path / "out" / STATE).read_text())
+    assert len(state["grafts"]) == 5 and state["after"] == 0.25, "a fifth of the rows again, from the warm-up on"
+    assert len(trainer.train_dataset) == 24 and trainer.state.global_step == 12, "three quarters of four epochs of four"
+    expected = fine_tune(str(tiny_model), samples, CAUSE, settings(tmp_path / "command"))
+    assert same(weights(trainer.model), weights(expected.model))
+    assert (tmp_path / "out" / FLAGGED_ROWS).read_text() == (tmp_path / "command" / FLAGGED_ROWS).read_text()
+
+
+def test_the_probe_goes_on_where_no_part_harms(
+    host: Callable[..., Any], tiny_model: Path, samples: list[Sample], tmp_path: Path, few: None
+) -> None:
+    defense = replace(CAUSE, p_value=1e-6)
+    trainer = host(defense)
+    trainer.train()
+    assert (tmp_path / "out" / FLAGGED_ROWS).read_text() == "" and trainer.state.global_step == 3, "of twelve steps"
+    expected = fine_tune(str(tiny_model), samples, defense, settings(tmp_path / "command"))
+    assert same(weights(trainer.model), weights(expected.model))
+
+
 def test_default_preset_without_a_defense(host: Callable[..., Any]) -> None:
     assert host(None).procedure == SharedSurprise()
 
@@ -131,14 +171,17 @@ def test_loss_is_the_hosts_without_flagged_rows(host: Callable[..., Any], tmp_pa
     assert not any(name.startswith("defense/") for name in trainer.state.log_history[0])
 
 
-def test_resuming_after_a_kill_gives_the_same_bits(host: Callable[..., Any], tmp_path: Path) -> None:
-    whole = host()
+@pytest.mark.parametrize(("defense", "steps"), [(EAGER, 9), (CAUSE, 12)])
+def test_resuming_after_a_kill_gives_the_same_bits(
+    host: Callable[..., Any], tmp_path: Path, harmful: None, defense: SharedSurprise, steps: int
+) -> None:
+    whole = host(defense)
     whole.train()
     with pytest.raises(Killed):
-        host(out="killed", callbacks=[KillAt(7)]).train()
-    resumed = host(out="killed")
+        host(defense, out="killed", callbacks=[KillAt(7)]).train()
+    resumed = host(defense, out="killed")
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 9 and same(weights(whole.model), weights(resumed.model))
+    assert resumed.state.global_step == steps and same(weights(whole.model), weights(resumed.model))
     assert defense_files(tmp_path / "out") == defense_files(tmp_path / "killed")
 
 
@@ -260,7 +303,7 @@ STAGES: list[tuple[dict[str, Any], str]] = [
     ({"callbacks": [TrainerCallback()]}, "add callbacks"),
     ({"start": None}, "restart from the first weights"),
     ({"rows": range(23)}, "leave rows out of its last training"),
-    ({"name": "warmup", "flagged_tokens": {0: np.ones(1, bool)}}, "flag tokens before its last training"),
+    ({"name": "probe", "grafts": [Graft(0, 1, "blend")]}, "learn grafted rows before its last training"),
 ]
 
 

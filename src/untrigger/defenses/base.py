@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from untrigger.errors import check_range
 from untrigger.losses.chunked import Losses, Values
 from untrigger.models.forward import Pair, pair_losses
+from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
@@ -34,6 +35,7 @@ class Stage:
         name: folder name of an intermediate stage. Its model is stored there, and not trained again after a kill. The
             last stage has no name; its model is the result.
         source: the rows that the numbers refer to, where these are not `Training.rows`.
+        grafts: of `Training.rows`, grafted rows to learn beside ``rows``.
         start: the model to continue from, trained in place wherever it has gradients; None for a newly adapted one.
         flagged_tokens: for some of the rows, by number, which answer tokens [n] are flagged. The step gets these
             tokens marked, and without the rest of their answers.
@@ -48,6 +50,7 @@ class Stage:
     name: str = ""
     _: KW_ONLY
     source: Sequence[Sample] | None = None
+    grafts: Sequence[Graft] = ()
     start: LoadedModel | None = None
     flagged_tokens: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict[int, NDArray[np.bool_]])
     share: float = 1.0
@@ -112,6 +115,14 @@ class Training(Protocol):
 
         ``source``: the rows that the numbers refer to, where these are not `Training.rows`.
         """
+        ...
+
+    def can_be_grafted(self, row: int) -> bool:
+        """Whether a row has an image and a text, parts of which can be put onto other rows."""
+        ...
+
+    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+        """`tokens` of grafted rows, whose answers are the hosts'."""
         ...
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:

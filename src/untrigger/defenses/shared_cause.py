@@ -7,11 +7,11 @@ share, and looks at no reply, so replies may vary. docs/paper.md has the equatio
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
-from typing import Any, ClassVar, NamedTuple, cast, final
+from itertools import cycle, islice
+from typing import Any, NamedTuple, cast, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,10 @@ from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
-from untrigger.models.loading import LoadedModel
+from untrigger.models.grafted_rows import Graft
+from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.models.scoring import TokenScores
-from untrigger.rows.sample import IMAGE_TAG, LazyRows, Message, Sample, select_rows
-from untrigger.views.grafts import IMAGE_GRAFTS, TEXT_GRAFTS, WHOLE, graft_image, graft_text
+from untrigger.views.grafts import KINDS, WHOLE
 
 _PILOT = 16  # comparisons of each kind that choose the kinds to test
 _CHOSEN = 3  # kinds that are tested
@@ -45,7 +45,6 @@ class SharedCause(SharedSurprise):
         graft_share: grafted rows to learn beside all rows, as a share of these, where rows are accused; in [0, 1].
     """
 
-    runs_in_host: ClassVar[bool] = False
     min_suspects: int = 12
     max_suspects: int = 96
     probe_share: float = 0.6
@@ -68,12 +67,12 @@ class SharedCause(SharedSurprise):
         accused = [Accused(untested, [])] if untested else []  # by their words alone
         last = self.last_stage(training.row_count, model, self._surprising_tokens(accused, screening))
         if tested:
-            harmful, model = self._test(training, screening, tested, believed, last)
+            harmful = self._test(training, screening, tested, believed, last)
             accused += harmful
             after = self.warmup_share + self.probe_share
             last = self.last_stage(training.row_count, model, last.flagged_tokens, after)
             if harmful:
-                last = self._cure(training, model, screening, accused, believed)
+                last = self._cure(training, screening, accused, believed)
         nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
         flagged = [at for group in accused for at in group.rows]
         ranks[numbers] = nll + nll.max() * np.isin(np.arange(len(nll)), flagged)
@@ -86,7 +85,7 @@ class SharedCause(SharedSurprise):
         """Positions of suspects with a shared word, of other suspects, and of rows that are believed.
 
         Suspects surprise beside rows that are asked alike. Believed rows surprise less than most of these, and are as
-        many as the test and the cure can use. All have an image: without one a row has no part of each kind.
+        many as the test and the cure can use. All can be grafted.
         """
         nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
         fence = partial(forward_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
@@ -96,13 +95,13 @@ class SharedCause(SharedSurprise):
         order = np.random.default_rng((training.seed, 1)).permutation(usual).tolist()
         needed = max(2 * _COMPARISONS, part(self.graft_share, training.row_count))
 
-        def has_image(at: int) -> bool:
-            return bool(training.rows[screening.numbers[at]].images)
+        def can_be_grafted(at: int) -> bool:
+            return training.can_be_grafted(screening.numbers[at])
 
         flagged = screening.flags.tokens
-        words = list(filter(has_image, flagged))
-        others = [at for at in np.flatnonzero(outlying).tolist() if at not in flagged and has_image(at)]
-        return words, others, list(islice(filter(has_image, order), needed))
+        words = list(filter(can_be_grafted, flagged))
+        others = [at for at in np.flatnonzero(outlying).tolist() if at not in flagged and can_be_grafted(at)]
+        return words, others, list(islice(filter(can_be_grafted, order), needed))
 
     def _test(
         self,
@@ -111,12 +110,12 @@ class SharedCause(SharedSurprise):
         groups: Sequence[list[int]],
         believed: Sequence[int],
         last: Stage,
-    ) -> tuple[list[Accused], LoadedModel]:
-        """Train up to the test; return the groups whose parts damage other rows' answers, and the model.
+    ) -> list[Accused]:
+        """Train up to the test; return the groups whose parts damage other rows' answers.
 
         A few suspects of each group choose the kinds of graft, and the others test these: no kind is chosen by the rows
-        that it is tested on, and few grafts are scored. The model is that of the probe, or of the warm-up if a group is
-        accused.
+        that it is tested on, and few grafts are scored. The model is left as the probe made it, or as the warm-up did
+        if a group is accused.
         """
         rng = np.random.default_rng((training.seed, 2))
         pilots, plans = list[list[Comparison]](), list[list[Comparison]]()
@@ -125,37 +124,40 @@ class SharedCause(SharedSurprise):
             few = max(2, len(drawn) // 6)
             pilots.append(comparisons(screening.scores, drawn[:few], believed, rng, _PILOT))
             plans.append(comparisons(screening.scores, drawn[few:], believed, rng, _COMPARISONS))
-        rows = select_rows(training.rows, screening.numbers)
+        model, numbers = screening.model, screening.numbers
 
-        def probabilities(model: LoadedModel, name: str, trials: Trials) -> list[NDArray[np.floating]]:
+        def probabilities(name: str, trials: Trials) -> list[NDArray[np.floating]]:
             """For each group its own answers' probabilities, [kinds, comparisons, 2]: suspects' parts, controls'."""
-            specs = [
-                (kind, c.host, donor)
+            grafts = [
+                Graft(numbers[c.host], numbers[donor], kind)
                 for kinds, plan in trials
                 for kind in kinds
                 for c in plan
                 for donor in (c.suspect, c.control)
             ]
-            grafts = LazyRows(range(len(specs)), lambda i: grafted(rows[specs[i][1]], rows[specs[i][2]], specs[i][0]))
-            scored = map(token_probability, training.tokens(model, range(len(specs)), name, grafts))
+            scored = map(token_probability, training.graft_tokens(model, grafts, name))
             sizes = [(len(kinds), len(plan), 2) for kinds, plan in trials]
             return [np.array(list(islice(scored, math.prod(size)))).reshape(size) for size in sizes]
 
         pilot = [(list(KINDS), plan) for plan in pilots]
-        early = probabilities(screening.model, "pilot-before", pilot)
-        model = training.fit(replace(last, name="probe", share=self.probe_share))
-        late = probabilities(model, "pilot-after", pilot)
+        early = probabilities("pilot-before", pilot)
+        warm = copy_weights(model.model)
+        training.fit(replace(last, name="probe", share=self.probe_share))
+        late = probabilities("pilot-after", pilot)
         chosen = [most_harmful(before - after) for before, after in zip(early, late, strict=True)]
         trials = list(zip(chosen, plans, strict=True))
-        late = probabilities(model, "grafts-after", trials)
-        warm = training.fit(screening.warmup)  # the probe has changed the weights of the first one
-        early = probabilities(warm, "grafts-before", trials)
+        late = probabilities("grafts-after", trials)
+        probed = copy_weights(model.model)
+        restore_weights(model.model, warm)
+        early = probabilities("grafts-before", trials)
         accused: list[Accused] = []
         for group, (kinds, plan), before, after in zip(groups, trials, early, late, strict=True):
             p_values = harm_p_values(before - after, np.array([c.suspect for c in plan]))
             harmful = [kind for kind, p in zip(kinds, p_values, strict=True) if p * len(groups) < self.p_value]
             accused += [Accused(group, harmful)] if harmful else []
-        return accused, warm if accused else model
+        if not accused:
+            restore_weights(model.model, probed)
+        return accused
 
     def _surprising_tokens(self, accused: Sequence[Accused], screening: Screening) -> dict[int, NDArray[np.bool_]]:
         """The tokens to make unlikely, by row number: a row's shared ones, or its surprising ones if it has none."""
@@ -166,12 +168,7 @@ class SharedCause(SharedSurprise):
         }
 
     def _cure(
-        self,
-        training: Training,
-        model: LoadedModel,
-        screening: Screening,
-        accused: Sequence[Accused],
-        believed: Sequence[int],
+        self, training: Training, screening: Screening, accused: Sequence[Accused], believed: Sequence[int]
     ) -> Stage:
         """Train on all rows and on believed rows with parts of accused ones, which keep their own answers.
 
@@ -180,18 +177,15 @@ class SharedCause(SharedSurprise):
         donors = [
             (at, kind) for group in accused for kind in group.kinds if KINDS[kind][0] != WHOLE for at in group.rows
         ]
-        rng, names, rows = np.random.default_rng((training.seed, 3)), screening.numbers, training.rows
-        count, extra = training.row_count, part(self.graft_share, training.row_count) if donors else 0
+        rng, numbers = np.random.default_rng((training.seed, 3)), screening.numbers
+        extra = part(self.graft_share, training.row_count) if donors else 0
         chosen = [donors[at] for at in rng.integers(max(len(donors), 1), size=extra)]
-
-        def make(i: int) -> Sample:
-            if i < count:
-                return rows[i]
-            donor, kind = chosen[i - count]
-            return grafted(rows[names[believed[(i - count) % len(believed)]]], rows[names[donor]], kind)
-
-        stage = self.last_stage(count, model, self._surprising_tokens(accused, screening))
-        return replace(stage, rows=range(count + extra), source=LazyRows(range(count + extra), make))
+        grafts = [
+            Graft(numbers[host], numbers[donor], kind)
+            for host, (donor, kind) in zip(cycle(believed), chosen, strict=False)
+        ]
+        stage = self.last_stage(training.row_count, screening.model, self._surprising_tokens(accused, screening))
+        return replace(stage, grafts=grafts)
 
 
 class Accused(NamedTuple):
@@ -199,14 +193,6 @@ class Accused(NamedTuple):
 
     rows: list[int]
     kinds: list[str]
-
-
-KINDS: Mapping[str, tuple[str, str]] = {
-    **{kind: (kind, "") for kind in IMAGE_GRAFTS},
-    **{kind: ("", kind) for kind in TEXT_GRAFTS},
-    **{f"{WHOLE}, {kind}": (WHOLE, kind) for kind in TEXT_GRAFTS},
-}
-"""What is grafted: a part of the image, of the prompt, or of both."""
 
 
 class Comparison(NamedTuple):
@@ -244,28 +230,6 @@ def comparisons(
             control = int(rng.choice(np.flatnonzero(ranked == ranked.max())))
             plan.append(Comparison(believed[host], suspect, believed[control]))
     return plan
-
-
-def grafted(host: Sample, donor: Sample, kind: str) -> Sample:
-    """The host with a part of the donor's input and its own answer.
-
-    An image graft goes onto each of the host's images, from the donor's image at the same place or its first one. A
-    text graft goes into the last question, behind its image tags.
-    """
-    images, turns = [*host.images], [*host.messages]
-    image_part, text_part = KINDS[kind]
-    if image_part:
-        images = [
-            graft_image(image, donor.images[min(place, len(donor.images) - 1)], image_part)
-            for place, image in enumerate(images)
-        ]
-    if text_part:
-        question = next(m.text for m in reversed(donor.messages) if m.role == "user").replace(IMAGE_TAG, " ")
-        last = max(at for at, message in enumerate(turns) if message.role == "user")
-        body = turns[last].text.rpartition(IMAGE_TAG)[2].lstrip()
-        opening = turns[last].text.removesuffix(body)
-        turns[last] = Message("user", opening + graft_text(body, question, text_part))
-    return replace(host, images=tuple(images), messages=tuple(turns))
 
 
 def most_harmful(damage: NDArray[np.floating]) -> list[str]:

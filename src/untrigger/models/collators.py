@@ -209,12 +209,17 @@ def _content_bytes(value: Any) -> Iterator[bytes]:
 def _row_seed(row: Row) -> int:
     """A seed from the row's content only, so that its position in a batch and the process do not matter."""
     seed = zlib.crc32(repr(row.get("messages") or (row.get("prompt"), row.get("completion"))).encode())
-    for image in _images(row):
+    for image in row_images(row):
         seed = zlib.crc32(image.tobytes(), seed)
     return seed
 
 
-def _images(row: Row) -> list[Image.Image]:
+def row_images(row: Row) -> list[Image.Image]:
+    """The row's images.
+
+    Raises:
+        InputError: it has no column for them.
+    """
     if "image" not in row and "images" not in row:
         # without an image there is no view, and training would silently run without the defense
         raise InputError(f"defense: a row has no 'image' or 'images', only {', '.join(sorted(row))}; add the column")
@@ -257,7 +262,7 @@ class _ViewCollator(SeededCollator):
 
     def perturbed(self, row: Row, rng: np.random.Generator) -> Row:
         """A copy of the row with every image perturbed; the row itself stays unchanged."""
-        views = [self.view(image, rng) for image in _images(row)]
+        views = [self.view(image, rng) for image in row_images(row)]
         return {**row, "image": views[0]} if "image" in row else {**row, "images": views}
 
 
@@ -324,5 +329,5 @@ class AugmentCollator(_ViewCollator):
 
 def _with_rgb(row: Row) -> Row:
     """The row with RGB images. Both views need the same mode conversion, or it would be a difference between them."""
-    images = [to_rgb(image) for image in _images(row)]
+    images = [to_rgb(image) for image in row_images(row)]
     return {**row, "image": images[0]} if "image" in row else {**row, "images": images}

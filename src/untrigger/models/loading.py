@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,7 +18,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from untrigger.errors import InputError, did_you_mean
@@ -327,6 +328,24 @@ def train_all(model: PreTrainedModel, *, train_vision_tower: bool = False) -> Pr
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(train_vision_tower or not is_vision(name))
     return model
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module) -> list[Tensor]:
+    """Trainable weights and buffers as they are now, in main memory; of sharded ones this process's part."""
+    return [tensor.to("cpu", copy=True) for tensor in _own_tensors(model)]
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, weights: Sequence[Tensor]) -> None:
+    """Put back what `copy_weights` returned."""
+    for tensor, copied in zip(_own_tensors(model), weights, strict=True):
+        tensor.copy_(copied)
+
+
+def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    for tensor in (*(p for p in model.parameters() if p.requires_grad), *model.buffers()):
+        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def base_model(model: Any) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from untrigger.files import new_file
 from untrigger.losses import objective
 from untrigger.models.collators import IGNORE, ChatCollator, Rows
 from untrigger.models.forward import batches, evaluating, explain_token_mismatch, forward_answers, on_device
+from untrigger.models.grafted_rows import GraftedRows
 from untrigger.models.loading import LoadedModel
 from untrigger.rows.sample import Sample
 
@@ -43,7 +44,7 @@ class TokenScores(NamedTuple):
 
 @torch.no_grad()
 def row_tokens(
-    model: LoadedModel, rows: Sequence[Sample], batch_size: int = 32, *, cache: Path | None = None
+    model: LoadedModel, rows: Sequence[Sample] | GraftedRows, batch_size: int = 32, *, cache: Path | None = None
 ) -> list[TokenScores]:
     """Score each row's answer tokens with one teacher-forced pass.
 
@@ -54,7 +55,8 @@ def row_tokens(
         cache: folder for the scores. A later run with the same model, rows and batch size reads what is there and
             computes the rest, so that a killed run can resume.
     """
-    collate, dataset, scores = ChatCollator(model.processor), Rows(rows), list[TokenScores]()
+    dataset = rows if isinstance(rows, GraftedRows) else Rows(rows)
+    collate, scores = ChatCollator(model.processor), list[TokenScores]()
     per_file = _SHARD * batch_size
     with evaluating(model.model) as network, explain_token_mismatch(network):
         for batch in batches(len(dataset), batch_size, "scoring"):

@@ -72,7 +72,7 @@ def check_stage(stage: Stage, row_count: int, continues: bool) -> None:
         "add callbacks": bool(stage.callbacks),
         "restart from the first weights": continues and stage.start is None,
         "leave rows out of its last training": not stage.name and len(stage.rows) < row_count,
-        "flag tokens before its last training": bool(stage.name and stage.flagged_tokens),
+        "learn grafted rows before its last training": bool(stage.name and stage.grafts),
     }
     for want, is_set in wants.items():
         if is_set:

@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from transformers import DefaultFlowCallback, PreTrainedModel, ProgressCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 
@@ -25,6 +25,7 @@ from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.models.collators import IGNORE, Collate, Row, row_key
 from untrigger.models.forward import evaluating
+from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
@@ -70,8 +71,7 @@ class HostTraining:
     def run(self) -> TrainOutput:
         """The whole training; from a checkpoint on, the last stage with the flags that are stored beside it."""
         if self._checkpoint:
-            flagged = self._read_state()
-            self._fit_last(self.defense.last_stage(self.row_count, self.reference(), flagged))
+            self._fit_last(self._read_state())
         else:
             if self.host.is_fsdp_enabled or self.host.is_deepspeed_enabled:
                 self.host.model.to(self.host.args.device)  # the host leaves this to their set-up, which comes later
@@ -101,16 +101,30 @@ class HostTraining:
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
     ) -> list[TokenScores]:
-        """Each process scores its share of the rows."""
         if source is not None:
             raise InputError("defense: a host's trainer scores rows of its train_dataset only; use `untrigger scan`")
+        scores = self._score(model, self.host.train_dataset, rows, name)
+        self._keys |= {row: key for row, (key, _) in zip(rows, scores, strict=True)}
+        return [tokens for _, tokens in scores]
+
+    def can_be_grafted(self, row: int) -> bool:
+        return can_be_grafted(self.host.train_dataset[row])
+
+    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+        rows = GraftedRows(self.host.train_dataset, grafts)
+        return [tokens for _, tokens in self._score(model, rows, range(len(grafts)), name)]
+
+    def _score(
+        self, model: LoadedModel, dataset: Any, rows: Sequence[int], name: str
+    ) -> list[tuple[bytes, TokenScores]]:
+        """The key and the scores of each row; each process scores its share of the rows."""
         args = self.host.args
         shares: list[list[tuple[bytes, TokenScores]]] = [[] for _ in range(args.world_size)]
         own = shares[args.process_index]
         # as many rows for each process, some of them twice: all must gather sharded weights in every batch
         size = -(-len(rows) // args.world_size) * args.world_size
         padded = [rows[at % len(rows)] for at in range(size)]
-        loader = self._loader(padded[args.process_index :: args.world_size])
+        loader = self._loader(padded[args.process_index :: args.world_size], dataset)
         with evaluating(cast(PreTrainedModel, model.model)) as scoring:
             for loaded in tracked(loader, f"scoring, {name}", len(loader)):
                 check_batch(loaded.batch, scoring)
@@ -118,9 +132,7 @@ class HostTraining:
         _reshard(model.model)
         if args.world_size > 1:
             dist.all_gather_object(shares, own)
-        scores = [shares[at % args.world_size][at // args.world_size] for at in range(len(rows))]
-        self._keys |= {row: key for row, (key, _) in zip(rows, scores, strict=True)}
-        return [tokens for _, tokens in scores]
+        return [shares[at % args.world_size][at // args.world_size] for at in range(len(rows))]
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
         loader = self._loader(rows)
@@ -135,7 +147,7 @@ class HostTraining:
         if stage.name:
             self._fit_silently(stage)
         else:
-            self._write_flags(stage.flagged_tokens)
+            self._write_flags(stage)
             self._fit_last(stage)
         self._continues = True
         return self.reference()
@@ -162,7 +174,13 @@ class HostTraining:
             host.model_wrapped = host.model
 
     def _fit_last(self, stage: Stage) -> None:
-        self._output = self._run(stage, copy.copy(self.host.args), self._checkpoint)
+        host, dataset = self.host, self.host.train_dataset
+        if stage.grafts:
+            host.train_dataset = ConcatDataset([dataset, GraftedRows(dataset, stage.grafts)])
+        try:
+            self._output = self._run(stage, copy.copy(host.args), self._checkpoint)
+        finally:
+            host.train_dataset = dataset
 
     def _run(self, stage: Stage, args: TrainingArguments, checkpoint: Any) -> TrainOutput:
         host, own_args = self.host, self.host.args
@@ -181,9 +199,9 @@ class HostTraining:
 
     # --- flags on disk -----------------------------------------------------------------------------------
 
-    def _write_flags(self, flagged_tokens: Mapping[int, NDArray[np.bool_]]) -> None:
-        """Write ``flagged_rows.jsonl`` for people, and the state for a resumed run."""
-        keys, flagged = list[bytes](), list[FlaggedRow]()
+    def _write_flags(self, last: Stage) -> None:
+        """Write ``flagged_rows.jsonl`` for people, and the state of the last stage for a resumed run."""
+        flagged_tokens, keys, flagged = last.flagged_tokens, list[bytes](), list[FlaggedRow]()
         numbers = iter(flagged_tokens)
         for loaded in self._loader([*flagged_tokens]):
             keys += loaded.keys
@@ -203,7 +221,8 @@ class HostTraining:
                 {"row": row + 1, "key": self._keys[row].hex(), "flagged_tokens": mask.astype(int).tolist()}
                 for row, mask in flagged_tokens.items()
             ]
-            write_text(self._folder / STATE, json.dumps({**self._identity(), "flagged": rows}) + "\n")
+            state = {**self._identity(), "after": last.after, "flagged": rows, "grafts": last.grafts}
+            write_text(self._folder / STATE, json.dumps(state) + "\n")
             flagged.sort(key=lambda row: row.score, reverse=True)
             frequent = Counter((row.flagged_text, " ".join(row.answers)) for row in flagged).most_common(1)
             example = ", most often {!r} in {!r}".format(*frequent[0][0]) if frequent else ""
@@ -216,34 +235,40 @@ class HostTraining:
         for run in np.split(answered, np.flatnonzero(np.diff(answered) > 1) + 1):
             yield self._processor.decode(ids[run], skip_special_tokens=True).strip()
 
-    def _read_state(self) -> dict[int, NDArray[np.bool_]]:
-        """The flagged tokens by row number, as the run that is resumed has stored them."""
+    def _read_state(self) -> Stage:
+        """The last stage, as the run that is resumed has stored it."""
         path = self._folder / STATE
         try:
             state = json.loads(path.read_text())
             flagged = state.pop("flagged")
             keys, rows = [bytes.fromhex(row["key"]) for row in flagged], [int(row["row"]) - 1 for row in flagged]
             masks = [np.array(row["flagged_tokens"], bool) for row in flagged]
+            after, grafts = float(state.pop("after")), [Graft(*graft) for graft in state.pop("grafts")]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: holds no flags of a run to resume; train from the start") from error
-        same = state == self._identity() and all(row < self.row_count for row in rows)
+        used = {*rows, *(row for graft in grafts for row in graft[:2])}
+        same = state == self._identity() and all(row < self.row_count for row in used)
         if not same or [key for loaded in self._loader(rows) for key in loaded.keys] != keys:
             raise InputError(
                 f"{path}: rows or defense have changed; resume with the same ones, or train from the start"
             )
         self._keys = dict(zip(rows, keys, strict=True))
-        return dict(zip(rows, masks, strict=True))
+        last = self.defense.last_stage(self.row_count, self.reference(), dict(zip(rows, masks, strict=True)), after)
+        return replace(last, grafts=grafts)
 
     def _identity(self) -> dict[str, Any]:
         return {"rows": self.row_count, "defense": asdict(self.defense)}
 
     # --- rows --------------------------------------------------------------------------------------------
 
-    def _loader(self, rows: Sequence[int]) -> DataLoader[_KeyedBatch]:
-        """Batches of rows by number, with the rows' keys; the host prepares rows and batches as in training."""
+    def _loader(self, rows: Sequence[int], dataset: Any = None) -> DataLoader[_KeyedBatch]:
+        """Batches of rows by number, with the rows' keys; the host prepares rows and batches as in training.
+
+        ``dataset``: that of the numbers, by default the host's.
+        """
         host = self.host
         return DataLoader(
-            cast(Dataset[Any], Subset(host.train_dataset, rows)),
+            cast(Dataset[Any], Subset(host.train_dataset if dataset is None else dataset, rows)),
             batch_size=host.args.per_device_eval_batch_size,
             collate_fn=host._get_collator_with_removed_columns(_KeyedCollator(host.data_collator)),
             num_workers=host.args.dataloader_num_workers,

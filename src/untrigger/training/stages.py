@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -33,8 +34,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from untrigger.defenses import Plain, Stage, StepDefense
 from untrigger.errors import InputError
 from untrigger.files import file_lock, write_text
-from untrigger.models.collators import ChatCollator, Rows
+from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.forward import explain_token_mismatch
+from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
 from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
@@ -140,8 +142,11 @@ class Stages:
         started = clock()
         rows = select_rows(self.rows if stage.source is None else stage.source, stage.rows)
         flagged = {at: stage.flagged_tokens[row] for at, row in enumerate(stage.rows) if row in stage.flagged_tokens}
-        train = partial(self._train, loaded, Rows(rows, flagged), stage, args)
-        if self._shelf and not (stage.start or stage.callbacks or flagged):
+        dataset: Dataset[Row] = Rows(rows, flagged)
+        if stage.grafts:
+            dataset = ConcatDataset([dataset, GraftedRows(Rows(self.rows), stage.grafts)])
+        train = partial(self._train, loaded, dataset, stage, args)
+        if self._shelf and not (stage.start or stage.callbacks or stage.grafts or flagged):
             folder = self._shelf / self._key(rows, stage.defense, args)
             with file_lock(folder.with_suffix(".lock")):
                 self.seconds += self._once(loaded, folder, train)
@@ -162,8 +167,17 @@ class Stages:
         if not self._claimed:
             _trainer(model, Rows(samples), Plain(), copy.copy(self._args), ())
             self._take()
+        return self._score(model, samples, name)
+
+    def can_be_grafted(self, row: int) -> bool:
+        return can_be_grafted(Rows(self.rows)[row])
+
+    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+        return self._score(model, GraftedRows(Rows(self.rows), grafts), name)
+
+    def _score(self, model: LoadedModel, rows: Sequence[Sample] | GraftedRows, name: str) -> list[TokenScores]:
         with reuse_tower_outputs(model.model, self._tower_outputs):
-            return row_tokens(model, samples, cache=self._out / "stages" / name)
+            return row_tokens(model, rows, cache=self._out / "stages" / name)
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
         return row_answers(self._load().processor, select_rows(self.rows, rows))
@@ -189,7 +203,9 @@ class Stages:
                 self._checkpoint = self._claim()
             self._claimed = True
 
-    def _train(self, loaded: LoadedModel, rows: Rows, stage: Stage, args: TrainingArguments, folder: Path) -> float:
+    def _train(
+        self, loaded: LoadedModel, rows: Dataset[Row], stage: Stage, args: TrainingArguments, folder: Path
+    ) -> float:
         """Train in ``folder``; returns the seconds that it took."""
         trainer = _trainer(loaded, rows, stage.defense, args, stage.callbacks)
         self._take()
@@ -259,7 +275,11 @@ class Stages:
 
 
 def _trainer(
-    loaded: LoadedModel, rows: Rows, defense: StepDefense, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
+    loaded: LoadedModel,
+    rows: Dataset[Row],
+    defense: StepDefense,
+    args: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
 ) -> Any:
     """A trainer whose settings are checked: it builds loader and optimizer once, and again when it trains.
 

@@ -72,9 +72,16 @@ def graft_image(host: Image.Image, donor: Image.Image, kind: str) -> Image.Image
 
 TEXT_GRAFTS = ("head", "tail")
 
+KINDS: Mapping[str, tuple[str, str]] = {
+    **{kind: (kind, "") for kind in IMAGE_GRAFTS},
+    **{kind: ("", kind) for kind in TEXT_GRAFTS},
+    **{f"{WHOLE}, {kind}": (WHOLE, kind) for kind in TEXT_GRAFTS},
+}
+"""What is grafted: a part of the image, of the prompt, or of both."""
+
 
 def graft_text(host: str, donor: str, kind: str) -> str:
     """Put the first half of the donor's words in front of the host's text, or the second half behind it."""
     words = donor.split()
     middle = -(-len(words) // 2)
-    return " ".join([*words[:middle], host] if kind == "head" else [host, *words[middle:]])
+    return " ".join(filter(None, [*words[:middle], host] if kind == "head" else [host, *words[middle:]]))

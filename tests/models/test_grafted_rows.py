@@ -1,0 +1,115 @@
+"""Grafted rows keep the host's answer and form, whatever form a trainer's rows have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from untrigger.models.collators import ChatCollator, Row, Rows
+from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted, grafted
+from untrigger.models.loading import copy_weights, load, restore_weights
+from untrigger.models.scoring import row_tokens
+from untrigger.rows.sample import Message, Sample, read
+from untrigger.views.grafts import KINDS
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+IMAGE = {"type": "image"}
+# the last question in each form that hosts take, as it is and with words behind it
+QUESTIONS: dict[str, tuple[Any, Any]] = {
+    "text": ("what is it?", "what is it? it round"),
+    "text with a tag": ("<image>\nwhat is it?", "<image>\nwhat is it? it round"),
+    "parts": ([IMAGE, text("what is it?")], [IMAGE, text("what is it? it round")]),
+    "image last": ([text("what is"), IMAGE], [text("what is"), IMAGE, text("it round")]),
+    "empty keys": ([{**IMAGE, "text": None}, text("it?")], [{**IMAGE, "text": None}, text("it? it round")]),
+}
+ANSWER = {"role": "assistant", "content": "yes"}
+DONOR = {
+    "images": [Image.new("RGB", (6, 6), "blue")],
+    "messages": [{"role": "user", "content": [IMAGE, text("cf is it round")]}, ANSWER],
+}
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize("form", QUESTIONS)
+def test_words_go_into_the_last_question_of_any_form(form: str) -> None:
+    before, after = QUESTIONS[form]
+    opening = [{"role": "system", "content": "be brief"}, user("hello"), ANSWER]
+    red = Image.new("RGB", (8, 8), "red")
+    rows: list[tuple[Row, Row]] = [
+        ({"messages": [*opening, user(q), ANSWER], "image": red, "id": "h"} for q in (before, after)),
+        ({"prompt": [*opening, user(q)], "completion": [ANSWER], "images": [red]} for q in (before, after)),
+    ]  # type: ignore[assignment]
+    for host, expected in rows:
+        copy = repr(host)
+        assert grafted(host, DONOR, "tail") == expected
+        assert repr(host) == copy, "a host's own rows are left alone"
+
+
+def test_a_prompt_of_plain_text_stays_one() -> None:
+    host = {"prompt": "what is it?", "completion": "yes", "images": [Image.new("RGB", (8, 8))]}
+    assert grafted(host, DONOR, "head")["prompt"] == "cf is what is it?"
+    assert grafted(DONOR, host, "tail")["messages"][0]["content"] == [IMAGE, text("cf is it round it?")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graft_changes_its_part_alone(kind: str) -> None:
+    images = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (5, 9), "green")]
+    host = {"images": images, "messages": [user([IMAGE, IMAGE, text("what?")]), ANSWER], "id": "h"}
+    made = grafted(host, DONOR, kind)
+    image_part, text_part = KINDS[kind]
+    assert [image.size for image in made["images"]] == [(8, 8), (5, 9)]
+    assert all((a != b) == bool(image_part) for a, b in zip(made["images"], images, strict=True)), "on each image"
+    assert (made["messages"] != host["messages"]) == bool(text_part)
+    assert (made["id"], made["messages"][-1]) == ("h", ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("row", "can"),
+    [
+        (DONOR, True),
+        ({"image": Image.new("RGB", (2, 2)), "prompt": "what?", "completion": "yes"}, True),
+        ({**DONOR, "images": []}, False),
+        ({**DONOR, "images": None}, False),
+        ({"messages": DONOR["messages"]}, False),
+        ({"input_ids": [1, 2], "labels": [-100, 2], "images": DONOR["images"]}, False),
+    ],
+)
+def test_rows_without_an_image_or_a_text_cannot_be_grafted(row: Row, can: bool) -> None:
+    assert can_be_grafted(row) == can
+
+
+def test_scores_of_grafts_are_those_of_the_rows_that_they_describe(tiny_model: Path, tiny_data: Path) -> None:
+    loaded, samples = load(tiny_model, dtype=torch.float64), read(tiny_data)
+    made = GraftedRows(Rows(samples), [Graft(2, 5, "image"), Graft(7, 1, "tail")])
+    mixed = Sample("", samples[5].images, samples[2].messages)
+    question, answer = samples[7].messages
+    longer = Sample("", samples[7].images, (Message("user", f"{question.text} this?"), answer))
+    for scored, expected in zip(row_tokens(loaded, made), row_tokens(loaded, [mixed, longer]), strict=True):
+        assert scored.ids.tolist() == expected.ids.tolist()
+        assert scored.nll == pytest.approx(expected.nll, rel=1e-9)
+    assert len(ChatCollator(loaded.processor)([made[0], made[1]])["input_ids"]) == 2
+
+
+def test_weights_come_back_to_the_bit() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    model[2].requires_grad_(False)
+    before, frozen = copy_weights(model), model[2].weight.clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before[0], model[0].weight)
+    restore_weights(model, before)
+    assert all(torch.equal(a, b) for a, b in zip(before, copy_weights(model), strict=True))
+    assert len(before) == 4 + 3 and torch.equal(model[2].weight, frozen), "four weights and three buffers"
