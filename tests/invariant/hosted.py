@@ -1,4 +1,4 @@
-"""Run alone and by `torchrun`: the preset `default` in a host trainer.
+"""Run alone and by `torchrun`: the preset `grafts`, and so `default`, in a host trainer.
 
     hosted.py MODEL DATA OUT BATCH [fsdp|zero2]
 
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
 from untrigger import defended, read
-from untrigger.defenses import SharedSurprise
+from untrigger.defenses import SharedCause, shared_cause
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.loading import add_lora, load
 from untrigger.training.host_training import HostTraining
@@ -67,9 +67,18 @@ def main(model: str, data: str, out: str, batch: str, sharding: str = "") -> Non
     )
     set_seed(0)
     loaded = load(model, dtype=torch.float32)
-    defense = SharedSurprise(
-        warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, unlikelihood_weight=3.0
+    defense = SharedCause(
+        warmup_share=0.25,
+        min_nll=0.1,
+        iqr_factor=0.0,
+        p_value=1 - 1e-6,
+        min_ratio=0.0,
+        unlikelihood_weight=3.0,
+        min_suspects=2,
+        probe_share=0.5,
     )
+    shared_cause.harm_p_values = lambda damage, suspects: [0.0] * len(damage)  # nobody has poisoned these rows
+    shared_cause._PILOT, shared_cause._COMPARISONS = 2, 4
     trainer = defended(Trainer)(
         add_lora(loaded.model),  # type: ignore[arg-type]
         args=args,

@@ -209,7 +209,7 @@ def test_weights_parted_over_two_processes_have_the_gradients_of_one(
         assert count > 10 and gap < 1e-10
 
 
-Doubted = list[tuple[int, list[int]]]  # rows, and which of their answer tokens
+Doubted = list[Any]  # flagged rows with their flagged tokens, then the grafts that are learned
 
 
 def hosted(model: Path, data: Path, out: Path, batch: int, way: str, *launch: str) -> Doubted:
@@ -218,8 +218,9 @@ def hosted(model: Path, data: Path, out: Path, batch: int, way: str, *launch: st
     command = [sys.executable, *launch, *map(str, words)]
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]
-    flagged = json.loads((out / "defense_state.json").read_text())["flagged"]
-    return [(row["row"], row["flagged_tokens"]) for row in flagged]
+    state = json.loads((out / "defense_state.json").read_text())
+    assert state["grafts"]
+    return [*((row["row"], row["flagged_tokens"]) for row in state["flagged"]), *state["grafts"]]
 
 
 @pytest.fixture(scope="module")

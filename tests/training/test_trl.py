@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from untrigger import CrossView, InputError, SharedSurprise, defended, read
-from untrigger.defenses import Defense
+from untrigger.defenses import Defense, SharedCause, shared_cause
 from untrigger.models.loading import load
 
 warnings.simplefilter("ignore")  # at import: TRL and its dependencies warn about each other
@@ -75,6 +75,17 @@ def test_sft_trainer_takes_a_defense(sft: Any, defense: Defense, terms: int) -> 
     assert logged.get("defense/js", 1) > 0
 
 
+def prompts_and_completions(data: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "images": list(sample.images),
+            "prompt": [{"role": "user", "content": sample.messages[0].text.removeprefix("<image>\n")}],
+            "completion": [{"role": "assistant", "content": sample.messages[1].text}],
+        }
+        for sample in read(data)
+    ]
+
+
 def flagged_rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "flagged_rows.jsonl").read_text().splitlines()]
 
@@ -88,15 +99,9 @@ def test_prompts_and_completions_are_scored_alike(sft: Any, tiny_data: Path, tmp
     eager = SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0)
     sft(eager).train()
     first = flagged_rows(tmp_path / "out")
-    rows = [
-        {
-            "images": list(sample.images),
-            "prompt": [{"role": "user", "content": sample.messages[0].text.removeprefix("<image>\n")}],
-            "completion": [{"role": "assistant", "content": sample.messages[1].text}],
-        }
-        for sample in read(tiny_data)
-    ]
-    sft(eager, rows, assistant_only_loss=False).train()  # TRL then learns the completions alone
+    sft(
+        eager, prompts_and_completions(tiny_data), assistant_only_loss=False
+    ).train()  # TRL then learns the completions alone
     second = flagged_rows(tmp_path / "out")
     assert first and [row["row"] for row in second] == [row["row"] for row in first]
 
@@ -106,3 +111,19 @@ def test_refuses_labels_on_all_tokens_and_other_losses(sft: Any) -> None:
         sft(SharedSurprise(), assistant_only_loss=False).train()
     with pytest.raises(InputError, match="loss_type='nll'"):
         sft(SharedSurprise(), loss_type="dft")
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_sft_trainer_learns_grafted_rows(
+    sft: Any, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conversational: bool
+) -> None:
+    monkeypatch.setattr(shared_cause, "_PILOT", 2)
+    monkeypatch.setattr(shared_cause, "_COMPARISONS", 4)
+    monkeypatch.setattr(shared_cause, "harm_p_values", lambda damage, suspects: [0.0] * len(damage))
+    cause = SharedCause(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, min_suspects=2)
+    changed = {} if conversational else {"rows": prompts_and_completions(tiny_data), "assistant_only_loss": False}
+    trainer = sft(cause, max_steps=8, **changed)
+    trainer.train()
+    assert 0 < len(flagged_rows(tmp_path / "out")) < 24 and len(trainer.train_dataset) == 24
+    assert len(json.loads((tmp_path / "out/defense_state.json").read_text())["grafts"]) == 5
+    assert trainer.state.global_step == 7, "all but the warm-up"

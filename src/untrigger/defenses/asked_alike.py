@@ -26,9 +26,11 @@ def token_sets(rows: Sequence[NDArray[np.int64]]) -> csr_array:
 
 
 def among_asked_alike(
-    statistic: Callable[[NDArray[np.floating]], float], values: NDArray[np.floating], prompts: csr_array
+    statistic: Callable[[NDArray[np.floating]], float | tuple[float, ...]],
+    values: NDArray[np.floating],
+    prompts: csr_array,
 ) -> NDArray[np.floating]:
-    """A statistic of the values of the rows that are asked as a row is, for each row.
+    """A statistic of the values of the rows that are asked as a row is, for each row; or several, [N or more, k].
 
     These are the 64 rows whose prompts have the fewest tokens that the row's own prompt lacks, with all ties of the
     last one. Tokens of its own count neither for nor against them: a trigger in a prompt does not lead to its like.
@@ -40,15 +42,15 @@ def among_asked_alike(
     """
     count, rows = len(values), prompts.indptr.size - 1
     sizes = prompts[:count].sum(axis=1)
-    alike: dict[bytes, list[int]] = {}
-    for row in range(rows):
-        alike.setdefault(prompts.indices[prompts.indptr[row] : prompts.indptr[row + 1]].tobytes(), []).append(row)
-    groups, result = list(alike.values()), np.zeros(rows)
-    for block in _blocks(len(groups)):
-        lacking = sizes - (prompts[[groups[at][0] for at in block]] @ prompts[:count].T).toarray()
-        for at, near in zip(block, _nearest(-lacking, _ALIKE), strict=True):
-            result[groups[at]] = statistic(values[near])
-    return result
+    alike: dict[bytes, int] = {}  # the first row with each prompt
+    keys = [prompts.indices[prompts.indptr[row] : prompts.indptr[row + 1]].tobytes() for row in range(rows)]
+    firsts = [alike.setdefault(key, row) for row, key in enumerate(keys)]
+    different, statistics = list(alike.values()), dict[int, float | tuple[float, ...]]()
+    for block in _blocks(len(different)):
+        own = [different[at] for at in block]
+        lacking = sizes - (prompts[own] @ prompts[:count].T).toarray()
+        statistics |= {row: statistic(values[near]) for row, near in zip(own, _nearest(-lacking, _ALIKE), strict=True)}
+    return np.array([statistics[row] for row in firsts])
 
 
 def neighbor_rate(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import cycle, islice
 from typing import Any, NamedTuple, cast, final
 
@@ -29,6 +28,7 @@ _PILOT = 16  # comparisons of each kind that choose the kinds to test
 _CHOSEN = 3  # kinds that are tested
 _COMPARISONS = 80  # of each kind that is tested
 _MAX_HOSTS = 8  # of one suspect
+_UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
 
 @final
@@ -60,7 +60,7 @@ class SharedCause(SharedSurprise):
     def fine_tune(self, training: Training) -> LoadedModel:
         screening = self.screen(training)
         numbers, scores, model = screening.numbers, screening.scores, screening.model
-        words, others, believed = self._groups(training, screening)
+        words, others, doubtful, believed = self._groups(training, screening)
         can_test = len(believed) >= 2 * self.min_suspects
         tested = [rows for rows in (words, others) if can_test and len(rows) >= self.min_suspects]
         untested = [at for at in screening.flags.tokens if not any(at in rows for rows in tested)]
@@ -72,27 +72,33 @@ class SharedCause(SharedSurprise):
             after = self.warmup_share + self.probe_share
             last = self.last_stage(training.row_count, model, last.flagged_tokens, after)
             if harmful:
-                last = self._cure(training, screening, accused, believed)
-        nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
-        flagged = [at for group in accused for at in group.rows]
-        ranks[numbers] = nll + nll.max() * np.isin(np.arange(len(nll)), flagged)
-        tokens = last.flagged_tokens
-        texts = {numbers[at]: flagged_text(model, scores[at], tokens[numbers[at]]) for at in flagged}
+                last = self._cure(training, screening, accused, doubtful, believed)
+        nll, ranks, tokens = np.array(screening.flags.nll), np.zeros(training.row_count), last.flagged_tokens
+        ranks[numbers] = nll + nll.max() * np.isin(numbers, [*tokens])
+        texts = {
+            row: flagged_text(model, tokens_of, tokens[row])
+            for row, tokens_of in zip(numbers, scores, strict=True)
+            if row in tokens
+        }
         training.flag(ranks.tolist(), texts)
         return training.fit(last)
 
-    def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
-        """Positions of suspects with a shared word, of other suspects, and of rows that are believed.
+    def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Positions of suspects with a shared word, of other suspects, of doubtful rows, and of rows to believe.
 
-        Suspects surprise beside rows that are asked alike. Believed rows surprise less than most of these, and are as
-        many as the test and the cure can use. All can be grafted.
+        Suspects surprise beside rows that are asked alike. Doubtful rows do so too, but by less than ``min_nll``: they
+        accuse nobody, and are not learned if others are accused. Believed rows surprise less than most rows that are
+        asked alike, and are as many as the test and the cure can use. All but doubtful ones can be grafted.
         """
         nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
-        fence = partial(forward_fence, minimum=self.min_nll, iqr_factor=self.iqr_factor)
-        outlying = nll > among_asked_alike(fence, nll, prompts)
-        medians = among_asked_alike(lambda values: float(np.median(values)), nll, prompts)
-        usual = np.flatnonzero(~outlying & (nll <= np.maximum(self.min_nll, medians)))
-        order = np.random.default_rng((training.seed, 1)).permutation(usual).tolist()
+        lowest = min(_UNLIKELY, self.min_nll)
+
+        def limits(values: NDArray[np.floating]) -> tuple[float, float, float]:
+            fences = [forward_fence(values, minimum, self.iqr_factor) for minimum in (self.min_nll, lowest)]
+            return fences[0], fences[1], max(lowest, float(np.median(values)))
+
+        suspected, doubted, usual = among_asked_alike(limits, nll, prompts).T
+        order = np.random.default_rng((training.seed, 1)).permutation(np.flatnonzero(nll <= np.minimum(usual, doubted)))
         needed = max(2 * _COMPARISONS, part(self.graft_share, training.row_count))
 
         def can_be_grafted(at: int) -> bool:
@@ -100,8 +106,10 @@ class SharedCause(SharedSurprise):
 
         flagged = screening.flags.tokens
         words = list(filter(can_be_grafted, flagged))
-        others = [at for at in np.flatnonzero(outlying).tolist() if at not in flagged and can_be_grafted(at)]
-        return words, others, list(islice(filter(can_be_grafted, order), needed))
+        others = [at for at in np.flatnonzero(nll > suspected).tolist() if at not in flagged and can_be_grafted(at)]
+        known = {*flagged, *others}
+        doubtful = [at for at in np.flatnonzero(nll > doubted).tolist() if at not in known]
+        return words, others, doubtful, list(islice(filter(can_be_grafted, order.tolist()), needed))
 
     def _test(
         self,
@@ -168,9 +176,14 @@ class SharedCause(SharedSurprise):
         }
 
     def _cure(
-        self, training: Training, screening: Screening, accused: Sequence[Accused], believed: Sequence[int]
+        self,
+        training: Training,
+        screening: Screening,
+        accused: Sequence[Accused],
+        doubtful: Sequence[int],
+        believed: Sequence[int],
     ) -> Stage:
-        """Train on all rows and on believed rows with parts of accused ones, which keep their own answers.
+        """Train on all rows but the doubtful, and on believed rows with parts of accused ones and their own answers.
 
         A whole image is no part: it takes the host's content away, and its answer would no longer be true.
         """
@@ -184,7 +197,9 @@ class SharedCause(SharedSurprise):
             Graft(numbers[host], numbers[donor], kind)
             for host, (donor, kind) in zip(cycle(believed), chosen, strict=False)
         ]
-        stage = self.last_stage(training.row_count, screening.model, self._surprising_tokens(accused, screening))
+        tokens = self._surprising_tokens(accused, screening)
+        tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in doubtful}  # nothing to learn
+        stage = self.last_stage(training.row_count, screening.model, tokens)
         return replace(stage, grafts=grafts)
 
 
