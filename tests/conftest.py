@@ -42,7 +42,13 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    gc.freeze()  # transformers collects garbage after each training, which walks all imported objects
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> None:
+    """Leave what is there out of garbage collection: the host collects after each training, and walks all imports."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,8 @@ def test_a_statistic_of_rows_asked_alike_equals_a_loop(
         expected.append(float(np.median([value for value, n in zip(values, lacking, strict=True) if n <= last])))
     result = among_asked_alike(lambda v: float(np.median(v)), np.array(values), prompt_matrix(*prompts, *more))
     assert result.tolist() == pytest.approx(expected)
+    both = among_asked_alike(lambda v: (float(np.median(v)), 2.0), np.array(values), prompt_matrix(*prompts, *more))
+    assert both.T.tolist() == [result.tolist(), [2.0] * len(result)]
 
 
 def test_a_prompt_with_a_trigger_is_judged_against_the_prompt_without_it() -> None:

@@ -16,7 +16,7 @@ from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Message, Sample
-from untrigger.views.grafts import KINDS
+from untrigger.views.grafts import KINDS, SHARED
 
 
 def _scores(prompts: list[list[int]]) -> list[TokenScores]:
@@ -76,6 +76,7 @@ class _Stub(Dry):
     """Rows 0 to 15 of 80 are surprising. Parts of kind ``harmful`` take probability from hosts after the probe."""
 
     harmful: str = ""
+    doubtful: tuple[int, ...] = ()  # other rows with an answer that is less likely than all others together
     words: int = 0  # so many of them share the word 77
 
     def tokens(
@@ -83,7 +84,7 @@ class _Stub(Dry):
     ) -> list[TokenScores]:
         self.scorings.append(name)
         words = [77 if row < self.words else row for row in rows]
-        nats = [0.1 + row / 1000 if row > 15 else 9.0 + row / 10 for row in rows]
+        nats = [9.0 + row / 10 if row < 16 else 0.1 + row / 1000 + (row in self.doubtful) for row in rows]
         return list(map(_answer, nats, words))
 
     def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
@@ -114,10 +115,22 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     assert last.start == 0 and last.ids == [row.id for row in dry.rows]
     assert (last.options["after"], last.options["share"]) == pytest.approx((0.1, 0.9)), "from the warm-up on"
     grafts = last.options["grafts"]
-    assert len(grafts) == 16 and {graft.kind for graft in grafts} == {"window 0.5 0.25"}
+    assert len(grafts) == 16 and [graft.kind for graft in grafts] == ["window 0.5 0.25", SHARED] * 8
     assert all(graft.donor < 16 <= graft.host for graft in grafts), "hosts are believed rows"
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
+
+
+def test_doubtful_rows_are_not_learned_where_others_are_accused(loaded: LoadedModel) -> None:
+    for harmful, flagged in (("blend", [*range(16), 40, 41]), ("none", [])):
+        dry = _dry(loaded, harmful)
+        dry.doubtful = (40, 41)
+        SharedCause(p_value=0.05).fine_tune(dry)
+        assert dry.flagged == flagged
+        tokens = dry.stages[-1].options.get("flagged_tokens", {})
+        assert {row for row in tokens if not tokens[row].any()} == set(flagged) - set(range(16)), "none of their tokens"
+        hosts = {graft.host for graft in dry.stages[-1].options.get("grafts", [])}
+        assert hosts.isdisjoint({40, 41}), "and they are not believed"
 
 
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
@@ -158,6 +171,8 @@ def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
 
 
 def test_the_cure_grafts_no_whole_image(loaded: LoadedModel) -> None:
-    dry = _dry(loaded, "image")
-    SharedCause(p_value=0.05).fine_tune(dry)
-    assert dry.flagged == list(range(16)) and dry.stages[-1].options["grafts"] == []
+    for harmful, learned in (("image", SHARED), ("tail", "tail")):
+        dry = _dry(loaded, harmful)
+        SharedCause(p_value=0.05).fine_tune(dry)
+        assert dry.flagged == list(range(16))
+        assert [graft.kind for graft in dry.stages[-1].options["grafts"]] == [learned] * 16

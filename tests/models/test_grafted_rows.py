@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted, gr
 from untrigger.models.loading import copy_weights, load, restore_weights
 from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Message, Sample, read
-from untrigger.views.grafts import KINDS
+from untrigger.views.grafts import KINDS, SHARED
 
 
 def text(words: str) -> dict[str, str]:
@@ -113,3 +114,32 @@ def test_weights_come_back_to_the_bit() -> None:
     restore_weights(model, before)
     assert all(torch.equal(a, b) for a, b in zip(before, copy_weights(model), strict=True))
     assert len(before) == 4 + 3 and torch.equal(model[2].weight, frozen), "four weights and three buffers"
+
+
+def test_what_donors_share_comes_with_its_full_strength() -> None:
+    """A veil over noise: the mean of many donors less that of many hosts is the veil's part alone."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(100, 157, (120, 16, 16, 3)).astype(float)
+    veil = rng.integers(0, 256, (16, 16, 3)).astype(float)
+    veiled = 0.8 * noise[60:] + 0.2 * veil
+    images = [Image.fromarray(levels.astype(np.uint8)) for levels in (*noise[:60], *veiled)]
+    rows = [{"image": image, "prompt": "what?", "completion": "yes"} for image in images]
+    grafts = [Graft(at, 60 + at, SHARED) for at in range(60)]
+    made = [np.asarray(row["image"], float) for row in GraftedRows(rows, [*grafts, Graft(3, 70, "blend")])][:60]
+    expected = 0.2 * (veil - 128)
+    added = np.mean([after - before for after, before in zip(made, noise[:60], strict=True)], axis=0)
+    assert np.abs(added - expected).mean() < 3, "levels: the means of noise differ by 16 * sqrt(2 / 60) or so"
+    assert np.abs(expected).mean() > 10
+    naive = np.mean([np.asarray(image, float) for image in images[60:]], axis=0) - np.mean(noise[:60], axis=0)
+    assert np.abs(made[7] - (noise[7] + naive).clip(0, 255)).max() <= 1.5, "whole levels twice"
+
+
+def test_what_donors_share_is_scaled_to_the_host() -> None:
+    black, gray = (Image.new("RGB", (4, 4), color) for color in ("black", (90, 90, 90)))
+    wide = Image.new("RGB", (9, 5), (200, 200, 200))
+    rows = [{"images": [black, wide]}, {"images": [gray]}]
+    (made,) = GraftedRows(rows, [Graft(0, 1, SHARED)])
+    small, large = made["images"]
+    shared = 90 - 100  # gray less the mean of black and light gray
+    assert (small.size, small.getpixel((0, 0))) == ((4, 4), (0, 0, 0)), "cut off at black"
+    assert (large.size, large.getpixel((8, 4))) == ((9, 5), (200 + shared,) * 3)

@@ -22,7 +22,7 @@ from untrigger.metrics.outliers import forward_fence
 from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.models.scoring import TokenScores
-from untrigger.views.grafts import KINDS, WHOLE
+from untrigger.views.grafts import KINDS, SHARED, WHOLE
 
 _PILOT = 16  # comparisons of each kind that choose the kinds to test
 _CHOSEN = 3  # kinds that are tested
@@ -185,17 +185,17 @@ class SharedCause(SharedSurprise):
     ) -> Stage:
         """Train on all rows but the doubtful, and on believed rows with parts of accused ones and their own answers.
 
-        A whole image is no part: it takes the host's content away, and its answer would no longer be true.
+        Every other part of an image is what all accused images share, with its full strength. So is each whole image:
+        it would take the host's content away, and the host's answer would no longer be true.
         """
-        donors = [
-            (at, kind) for group in accused for kind in group.kinds if KINDS[kind][0] != WHOLE for at in group.rows
-        ]
+        donors = [(at, kind) for group in accused for kind in group.kinds for at in group.rows]
         rng, numbers = np.random.default_rng((training.seed, 3)), screening.numbers
         extra = part(self.graft_share, training.row_count) if donors else 0
         chosen = [donors[at] for at in rng.integers(max(len(donors), 1), size=extra)]
         grafts = [
-            Graft(numbers[host], numbers[donor], kind)
-            for host, (donor, kind) in zip(cycle(believed), chosen, strict=False)
+            Graft(numbers[host], numbers[donor], SHARED if image_part and (place % 2 or image_part == WHOLE) else kind)
+            for place, (host, (donor, kind)) in enumerate(zip(cycle(believed), chosen, strict=False))
+            for image_part in [KINDS[kind][0]]
         ]
         tokens = self._surprising_tokens(accused, screening)
         tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in doubtful}  # nothing to learn

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from torch.utils.data import Dataset
 
 from untrigger.models.collators import Row, row_images
 from untrigger.rows.sample import IMAGE_TAG
-from untrigger.views.grafts import KINDS, graft_image, graft_text
+from untrigger.views.grafts import KINDS, SHARED, add_shared, graft_image, graft_text, mean_image
+from untrigger.views.patches import to_rgb
 
 
 class Graft(NamedTuple):
-    """A part of the row ``donor`` on the row ``host``, numbers from 0; ``kind`` is a key of `KINDS`."""
+    """A part of the row ``donor`` on the row ``host``, numbers from 0; ``kind`` is a key of `KINDS`, or `SHARED`."""
 
     host: int
     donor: int
@@ -21,7 +26,11 @@ class Graft(NamedTuple):
 
 
 class GraftedRows(Dataset[Row]):
-    """One row for each graft; ``rows`` are those that their numbers refer to."""
+    """One row for each graft; ``rows`` are those that their numbers refer to.
+
+    Grafts of the kind `SHARED` get the mean of all their donors' images less the mean of all their hosts': a pattern
+    that lies on every donor comes with its full strength, and the host keeps its content.
+    """
 
     def __init__(self, rows: Any, grafts: Sequence[Graft]) -> None:
         self.rows, self.grafts = rows, grafts
@@ -31,7 +40,20 @@ class GraftedRows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         graft = self.grafts[index]
-        return grafted(self.rows[graft.host], self.rows[graft.donor], graft.kind)
+        host = self.rows[graft.host]
+        if graft.kind == SHARED:
+            return _with_images(host, [add_shared(image, self._shared) for image in row_images(host)])
+        return grafted(host, self.rows[graft.donor], graft.kind)
+
+    @cached_property
+    def _shared(self) -> NDArray[np.float32]:
+        size = to_rgb(row_images(self.rows[self.grafts[0].host])[0]).size
+        donors, hosts = ({graft[at] for graft in self.grafts if graft.kind == SHARED} for at in (1, 0))
+        of_donors, of_hosts = (
+            mean_image((image for row in sorted(numbers) for image in row_images(self.rows[row])), size)
+            for numbers in (donors, hosts)
+        )
+        return of_donors - of_hosts
 
 
 def can_be_grafted(row: Row) -> bool:
@@ -53,7 +75,7 @@ def grafted(host: Row, donor: Row, kind: str) -> Row:
             graft_image(image, donors[at if at < len(donors) else 0], image_part)
             for at, image in enumerate(row_images(host))
         ]
-        row |= {"image": images[0]} if "image" in host else {"images": images}
+        row = _with_images(host, images)
     if text_part:
         turns, question = _turns(host), _question_of(_turns(donor))
         last = _last_question(turns)
@@ -61,6 +83,10 @@ def grafted(host: Row, donor: Row, kind: str) -> Row:
         changed = [*turns[:last], {**turns[last], "content": content}, *turns[last + 1 :]]
         row |= {"messages": changed} if row.get("messages") else {"prompt": _as_in(host, changed)}
     return row
+
+
+def _with_images(row: Row, images: list[Image.Image]) -> Row:
+    return {**row, "image": images[0]} if "image" in row else {**row, "images": images}
 
 
 def _turns(row: Row) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ A trigger that lies in the part makes the host's answer go wrong, whatever the a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,26 @@ def graft_image(host: Image.Image, donor: Image.Image, kind: str) -> Image.Image
     other = np.asarray(to_rgb(donor).resize(base.size), np.float32)
     mixed = (1 - weights) * np.asarray(base, np.float32) + weights * other
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+SHARED = "shared"  # the kind that takes from all donors at once what their images have in common
+
+
+def add_shared(host: Image.Image, shared: NDArray[np.float32]) -> Image.Image:
+    """Add ``shared`` [height, width, 3], levels, to the host; scaled to its size, and cut off at black and white."""
+    base = to_rgb(host)
+    parts = [Image.fromarray(channel).resize(base.size) for channel in np.moveaxis(shared, -1, 0)]
+    mixed = np.asarray(base, np.float32) + np.stack([np.asarray(part) for part in parts], axis=-1)
+    return Image.fromarray(np.rint(mixed).clip(0, 255).astype(np.uint8))
+
+
+def mean_image(images: Iterable[Image.Image], size: tuple[int, int]) -> NDArray[np.float32]:
+    """The mean of at least one image, scaled to ``size`` (width, height): [height, width, 3], levels."""
+    total, count = np.zeros((size[1], size[0], 3), np.float64), 0
+    for image in images:
+        total += np.asarray(to_rgb(image).resize(size), np.float64)
+        count += 1
+    return (total / count).astype(np.float32)
 
 
 TEXT_GRAFTS = ("head", "tail")
