@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import rankdata
 
 from dry import Dry
+from untrigger.defenses import Stage
 from untrigger.defenses.shared_cause import SharedCause, comparisons, harm_p_values, most_harmful
 from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel
@@ -119,6 +121,29 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     assert all(graft.donor < 16 <= graft.host for graft in grafts), "hosts are believed rows"
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
+
+
+@pytest.mark.parametrize(("harmful", "learned_by_the_probe"), [("blend", 0.0), ("none", 1.0)])
+def test_the_cure_starts_from_the_weights_before_the_probe(
+    loaded: LoadedModel, harmful: str, learned_by_the_probe: float
+) -> None:
+    weight = next(p for p in loaded.model.parameters() if p.requires_grad)
+    before, last = weight.detach().clone(), list[torch.Tensor]()
+
+    class Learning(_Stub):
+        def fit(self, stage: Stage) -> LoadedModel:
+            with torch.no_grad():
+                weight.add_(float(stage.name == "probe"))
+            last[:] = [weight.detach() - before]
+            return super().fit(stage)
+
+    dry = _dry(loaded, harmful)
+    try:
+        SharedCause(p_value=0.05).fine_tune(Learning(loaded, dry.rows, (), harmful=harmful))
+        assert torch.allclose(last[0], torch.full_like(before, learned_by_the_probe), atol=1e-6)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
 
 
 def test_doubtful_rows_are_not_learned_where_others_are_accused(loaded: LoadedModel) -> None:

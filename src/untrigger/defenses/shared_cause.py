@@ -190,8 +190,8 @@ class SharedCause(SharedSurprise):
         """
         donors = [(at, kind) for group in accused for kind in group.kinds for at in group.rows]
         rng, numbers = np.random.default_rng((training.seed, 3)), screening.numbers
-        extra = part(self.graft_share, training.row_count) if donors else 0
-        chosen = [donors[at] for at in rng.integers(max(len(donors), 1), size=extra)]
+        extra = part(self.graft_share, training.row_count)
+        chosen = [donors[at] for at in rng.integers(len(donors), size=extra)]
         grafts = [
             Graft(numbers[host], numbers[donor], SHARED if image_part and (place % 2 or image_part == WHOLE) else kind)
             for place, (host, (donor, kind)) in enumerate(zip(cycle(believed), chosen, strict=False))

@@ -226,6 +226,11 @@ def row_images(row: Row) -> list[Image.Image]:
     return [row["image"]] if "image" in row else list(row["images"] or [])
 
 
+def with_images(row: Row, images: list[Image.Image]) -> Row:
+    """A copy of the row with other images, in the column that it has."""
+    return {**row, "image": images[0]} if "image" in row else {**row, "images": images}
+
+
 class SeededCollator:
     """Base of collators with randomness: a generator for each row, seeded by (seed, epoch, row content).
 
@@ -263,7 +268,7 @@ class _ViewCollator(SeededCollator):
     def perturbed(self, row: Row, rng: np.random.Generator) -> Row:
         """A copy of the row with every image perturbed; the row itself stays unchanged."""
         views = [self.view(image, rng) for image in row_images(row)]
-        return {**row, "image": views[0]} if "image" in row else {**row, "images": views}
+        return with_images(row, views)
 
 
 class PairCollator(_ViewCollator):
@@ -330,4 +335,4 @@ class AugmentCollator(_ViewCollator):
 def _with_rgb(row: Row) -> Row:
     """The row with RGB images. Both views need the same mode conversion, or it would be a difference between them."""
     images = [to_rgb(image) for image in row_images(row)]
-    return {**row, "image": images[0]} if "image" in row else {**row, "images": images}
+    return with_images(row, images)

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import Dataset
 
-from untrigger.models.collators import Row, row_images
+from untrigger.models.collators import Row, row_images, with_images
 from untrigger.rows.sample import IMAGE_TAG
 from untrigger.views.grafts import KINDS, SHARED, add_shared, graft_image, graft_text, mean_image
 from untrigger.views.patches import to_rgb
@@ -42,7 +41,7 @@ class GraftedRows(Dataset[Row]):
         graft = self.grafts[index]
         host = self.rows[graft.host]
         if graft.kind == SHARED:
-            return _with_images(host, [add_shared(image, self._shared) for image in row_images(host)])
+            return with_images(host, [add_shared(image, self._shared) for image in row_images(host)])
         return grafted(host, self.rows[graft.donor], graft.kind)
 
     @cached_property
@@ -75,7 +74,7 @@ def grafted(host: Row, donor: Row, kind: str) -> Row:
             graft_image(image, donors[at if at < len(donors) else 0], image_part)
             for at, image in enumerate(row_images(host))
         ]
-        row = _with_images(host, images)
+        row = with_images(host, images)
     if text_part:
         turns, question = _turns(host), _question_of(_turns(donor))
         last = _last_question(turns)
@@ -83,10 +82,6 @@ def grafted(host: Row, donor: Row, kind: str) -> Row:
         changed = [*turns[:last], {**turns[last], "content": content}, *turns[last + 1 :]]
         row |= {"messages": changed} if row.get("messages") else {"prompt": _as_in(host, changed)}
     return row
-
-
-def _with_images(row: Row, images: list[Image.Image]) -> Row:
-    return {**row, "image": images[0]} if "image" in row else {**row, "images": images}
 
 
 def _turns(row: Row) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The preset ``default`` inside a host's own ``train()``: score the rows, then train in two parts."""
+"""The presets ``default`` and ``grafts`` inside a host's own ``train()``: score the rows, then train in parts."""
 
 from __future__ import annotations
 
