@@ -13,7 +13,8 @@ from scipy.stats import rankdata
 
 from dry import Dry
 from untrigger.defenses import Stage
-from untrigger.defenses.shared_cause import SharedCause, comparisons, harm_p_values, most_harmful
+from untrigger.defenses.harm import comparisons, harm_p_values, most_harmful
+from untrigger.defenses.shared_cause import SharedCause
 from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
@@ -177,6 +178,8 @@ def test_rows_with_a_shared_word_are_accused_by_harm_too(loaded: LoadedModel) ->
         SharedCause(p_value=0.05, min_suspects=9).fine_tune(dry)
         assert "grafts-after" in dry.scorings
     assert (honest.flagged, poisoned.flagged, few.flagged) == ([], [*range(13)], [*range(6)])
+    last = poisoned.stages[-1].options
+    assert "grafts" not in last and last["after"] == pytest.approx(0.1), "unlikelihood of the word is all they need"
     assert [stage.name for stage in few.stages] == ["warmup", "probe", ""]
     assert all(sorted(stage.options["flagged_tokens"]) == few.flagged for stage in few.stages[1:])
 
