@@ -17,7 +17,7 @@ import torch
 import typer
 
 from untrigger.data import load
-from untrigger.defenses import SharedSurprise
+from untrigger.defenses import SharedCause
 from untrigger.files import write_text
 from untrigger.metrics.rates import Rate
 from untrigger.scanning.targets import find
@@ -32,7 +32,7 @@ def scanned(name: str, model: str, seed: int, rows: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(Path(folder), num_train_epochs=3, learning_rate=3e-3, save_strategy="no", seed=seed)
         stages = Stages(model, load(name, "report", "train", rows, seed), args, Tuning())
-        findings = find(stages, SharedSurprise())
+        findings = find(stages, SharedCause())
     targets = [{"text": each.text, "rows": len(each.rows), "p_value": each.p_value} for each in findings.targets]
     return {"targets": targets, "flagged_rows": sum(bool(verdict.flagged_text) for verdict in findings.verdicts)}
 

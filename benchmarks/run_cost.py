@@ -22,7 +22,7 @@ from rich.table import Table
 
 from untrigger.attacks import load_trigger
 from untrigger.data import load as load_data
-from untrigger.defenses import Plain, SharedSurprise, Stage
+from untrigger.defenses import Plain, SharedCause, Stage
 from untrigger.files import write_text
 from untrigger.models.generate import answers
 from untrigger.models.loading import load
@@ -52,7 +52,7 @@ def epoch_seconds(rows: Sequence[Sample]) -> float:
 
 
 def scan_seconds(rows: Sequence[Sample]) -> float:
-    return seconds(lambda folder: find(stages(folder, rows), SharedSurprise()))
+    return seconds(lambda folder: find(stages(folder, rows), SharedCause()))
 
 
 def stages(folder: Path, rows: Sequence[Sample]) -> Stages:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import dry as dry_module
 from dry import Dry
-from untrigger.defenses import SharedSurprise
+from untrigger.defenses import SharedCause
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
@@ -78,7 +78,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_find_suspects_the_bad_rows(dry: Dry, samples: list[Sample], scored: list[list[str]]) -> None:
-    findings = find(dry, SharedSurprise())
+    findings = find(dry, SharedCause())
     (target,) = findings.targets
     assert sorted(target.rows) == list(BAD) == sorted(findings.suspected) and target.p_value < 1e-6
     assert target.text == dry.loaded.processor.decode(REPLY, skip_special_tokens=True).strip()
@@ -94,9 +94,9 @@ def test_find_suspects_the_bad_rows(dry: Dry, samples: list[Sample], scored: lis
 def test_the_probe_scores_no_row_that_it_was_trained_on(
     dry: Dry, samples: list[Sample], scored: list[list[str]]
 ) -> None:
-    findings = find(dry, SharedSurprise())
+    findings = find(dry, SharedCause())
     _, probe = dry.stages
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe"]
+    assert [stage.name for stage in dry.stages] == ["warmup", "cue-probe"]
     probed = {row for row in BAD if findings.verdicts[row].cue}
     learned = {row for row in BAD if f"row-{row}" in probe.ids}
     assert probed and learned and probed | learned == {*BAD} and not probed & learned
@@ -110,7 +110,7 @@ def test_no_probe_without_suspected_rows(dry: Dry, samples: list[Sample], monkey
         return [TokenScores(np.array([i]), np.array([0.1])) for i in range(len(rows))]
 
     monkeypatch.setattr(dry_module, "row_tokens", tokens)
-    findings = find(dry, SharedSurprise())
+    findings = find(dry, SharedCause())
     assert not findings.targets and not findings.suspected and [stage.name for stage in dry.stages] == ["warmup"]
 
 
@@ -118,7 +118,7 @@ def test_a_few_rows_that_share_a_token_are_flagged_but_not_suspected(
     dry: Dry, samples: list[Sample], scored: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("test_scan.BAD", BAD[:3])
-    findings = find(dry, SharedSurprise())
+    findings = find(dry, SharedCause())
     assert not findings.targets and [row for row, verdict in enumerate(findings.verdicts) if verdict.flagged_text] == [
         *BAD
     ]
@@ -130,7 +130,7 @@ def test_large_data_is_sampled_and_other_rows_with_a_shared_token_are_scored(
     """Row 4 contains the token too, and does not surprise."""
     answers = {row: np.array(REPLY if row in (*BAD, 4) else [row]) for row in range(24)}
     monkeypatch.setattr(dry_module, "row_answers", lambda _, rows: [answers[int(row.id.split("-")[1])] for row in rows])
-    defense = SharedSurprise(max_scored_rows=16)
+    defense = SharedCause(max_scored_rows=16)
     dry.seed = 1  # draws some of BAD, and not all
     findings = find(dry, defense)
     drawn = {int(name.split("-")[1]) for name in scored[0]}

@@ -123,13 +123,14 @@ def scan(
     from untrigger.scanning.scan import scan as run
     from untrigger.scanning.write import CLEAN
 
-    defense, args = defense_and_arguments(scan, "default", out, config, context.args)
+    defense, args = defense_and_arguments(scan, "grafts", out, config, context.args)
     check_idle(out)  # fail before the slow reading
     rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
     findings = run(model, rows, defense, args, resume=resume)
     for target in findings.targets:
-        summary = f"{len(target.rows):,} rows say {target.text!r} (chance {p_value_text(target.p_value)})"
-        typer.echo(f"{summary}: {place(findings, target)}")
+        teaches = f"say {target.text!r}" if target.text else "share no text, but parts of them harm other rows"
+        chance = f"(chance {p_value_text(target.p_value)})"
+        typer.echo(f"{len(target.rows):,} rows {teaches} {chance}: {place(findings, target)}")
     typer.echo(f"{out / 'all_rows.jsonl'}: {len(findings.suspected):,} of {len(rows):,} rows are suspected")
     typer.echo(f"{out / 'scan.html'}: {'what was found' if findings.targets else 'nothing found'}")
     if findings.targets:

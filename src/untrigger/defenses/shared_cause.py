@@ -27,7 +27,7 @@ from untrigger.views.grafts import KINDS, SHARED, WHOLE
 
 _PILOT = 16  # comparisons of each kind that choose the kinds to test
 _COMPARISONS = 80  # of each kind that is tested
-_UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
+UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
 
 @final
@@ -57,9 +57,9 @@ class SharedCause(SharedSurprise):
         self._check(0, 1, "graft_share")
 
     def fine_tune(self, training: Training) -> LoadedModel:
-        judgment = self.judge(training)
-        screening, accused = judgment.screening, judgment.accused
-        numbers, model = screening.numbers, screening.model
+        screening = self.screen(training)
+        judgment = self.judge(training, screening, range(training.row_count))
+        numbers, model, accused = screening.numbers, screening.model, judgment.accused
         flagged = self._surprising_tokens(accused, screening)
         last = self.last_stage(training.row_count, model, flagged)
         if judgment.causes:
@@ -77,20 +77,22 @@ class SharedCause(SharedSurprise):
         training.flag(ranks.tolist(), texts)
         return training.fit(last)
 
-    def judge(self, training: Training) -> Judgment:
-        """Score the rows, form groups of suspects, and accuse those whose parts harm other rows.
+    def judge(self, training: Training, screening: Screening, rows: Sequence[int]) -> Judgment:
+        """Form groups of suspects, and accuse those whose parts harm other rows.
 
         Groups that are too small to be tested, and rows without an image, are accused by their words alone. The model
         is left as the warm-up made it.
+
+        Args:
+            rows: numbers of the rows that the probe learns.
         """
-        screening = self.screen(training)
         words, others, doubtful, believed = self._groups(training, screening)
         can_test = len(believed) >= 2 * self.min_suspects
         tested = [rows for rows in (words, others) if can_test and len(rows) >= self.min_suspects]
         untested = [at for at in screening.flags.tokens if not any(at in rows for rows in tested)]
         accused = [Accused(untested)] if untested else []
         judgment = Judgment(screening, accused, doubtful, believed)
-        return self._test(training, judgment, tested) if tested else judgment
+        return self._test(training, judgment, tested, rows) if tested else judgment
 
     def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int], list[int]]:
         """Positions of suspects with a shared word, of other suspects, of doubtful rows, and of rows to believe.
@@ -100,7 +102,7 @@ class SharedCause(SharedSurprise):
         asked alike, and are as many as the test and the cure can use. All but doubtful ones can be grafted.
         """
         nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
-        lowest = min(_UNLIKELY, self.min_nll)
+        lowest = min(UNLIKELY, self.min_nll)
 
         def limits(values: NDArray[np.floating]) -> tuple[float, float, float]:
             fences = [forward_fence(values, minimum, self.iqr_factor) for minimum in (self.min_nll, lowest)]
@@ -120,7 +122,9 @@ class SharedCause(SharedSurprise):
         doubtful = [at for at in np.flatnonzero(nll > doubted).tolist() if at not in known]
         return words, others, doubtful, list(islice(filter(can_be_grafted, order.tolist()), needed))
 
-    def _test(self, training: Training, judgment: Judgment, groups: Sequence[list[int]]) -> Judgment:
+    def _test(
+        self, training: Training, judgment: Judgment, groups: Sequence[list[int]], rows: Sequence[int]
+    ) -> Judgment:
         """Probe, and accuse the groups whose parts damage other rows' answers.
 
         A few suspects of each group choose the kinds of graft, and the others test these: no kind is chosen by the rows
@@ -154,7 +158,7 @@ class SharedCause(SharedSurprise):
         warm = copy_weights(model.model)
         flagged = self._surprising_tokens(judgment.accused, screening)
         stage = self.last_stage(training.row_count, model, flagged)
-        training.fit(replace(stage, name="probe", share=self.probe_share))
+        training.fit(replace(stage, rows=rows, name="probe", share=self.probe_share))
         late = probabilities("pilot-after", pilot)
         chosen = [most_harmful(before - after) for before, after in zip(early, late, strict=True)]
         trials = list(zip(chosen, plans, strict=True))

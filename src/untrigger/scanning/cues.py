@@ -97,8 +97,8 @@ def _views(row: Sample, donors: Sequence[Sample], number: int) -> Iterator[_View
     if prompt:
         yield _View("prompt", (), lambda: prompt)
     if images:
-        for key in product(range(len(row.images)), _windows(), _windows()):
-            yield _View("window", key, partial(_covered, row, images, *key))
+        for at, (top, left) in product(range(len(row.images)), windows()):
+            yield _View("window", (at, top, left), partial(covered, row, images, at, top, left))
     parts = phrases(row)
     kinds: dict[_Kind, int] = {"phrase": 1, "half": _half(len(parts))}
     for kind, size in kinds.items():
@@ -111,8 +111,8 @@ def _cue(row: Sample, odds: Mapping[_Kind, Mapping[_Key, float]]) -> Cue:
     own = odds["row"][()]
     losses = {kind: {key: own - value for key, value in views.items()} for kind, views in odds.items()}
     image, prompt = (losses[kind][()] if kind in losses else None for kind in ("image", "prompt"))
-    windows = losses.get("window", {})
-    cells = [_cell_losses(windows, at) for at in range(len(row.images) if windows else 0)]
+    covers = losses.get("window", {})
+    cells = [cell_losses(covers, at) for at in range(len(row.images) if covers else 0)]
     parts = phrases(row)
     single, halves = ([*losses.get(kind, {}).values()] for kind in ("phrase", "half"))
     values = single if max(single, default=0) >= (prompt or 0) / 2 else _window_means(halves, len(parts))
@@ -123,16 +123,18 @@ def _cue(row: Sample, odds: Mapping[_Kind, Mapping[_Key, float]]) -> Cue:
 # --- images -----------------------------------------------------------------------------------------
 
 
-def _windows() -> range:
-    return range(GRID - _SIDE + 1)
+def windows() -> Iterator[tuple[int, int]]:
+    """Top and left cell of each window."""
+    places = range(GRID - _SIDE + 1)
+    return product(places, places)
 
 
-def _cell_losses(windows: Mapping[_Key, float], image: int) -> NDArray[np.floating]:
+def cell_losses(losses: Mapping[_Key, float], image: int) -> NDArray[np.floating]:
     """For each cell of an image the smallest loss over the windows that cover it, [GRID, GRID]."""
     cells = np.full((GRID, GRID), np.inf)
-    for top, left in product(_windows(), _windows()):
+    for top, left in windows():
         part = cells[top : top + _SIDE, left : left + _SIDE]
-        np.minimum(part, windows[image, top, left], out=part)
+        np.minimum(part, losses[image, top, left], out=part)
     return cells
 
 
@@ -145,7 +147,7 @@ def _donor_images(row: Sample, donors: Sequence[Sample], number: int) -> tuple[I
     return tuple(to_rgb(cover).resize(image.size) for image, cover in zip(row.images, covers, strict=True))
 
 
-def _covered(row: Sample, covers: Sequence[Image.Image], at: int, top: int, left: int) -> Sample:
+def covered(row: Sample, covers: Sequence[Image.Image], at: int, top: int, left: int) -> Sample:
     """The row with one window of image ``at`` taken from ``covers``."""
     image = to_rgb(row.images[at]).copy()
     width, height = image.size

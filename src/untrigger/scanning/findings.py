@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +26,16 @@ _MAX_TARGETS = 12  # targets on one screen
 @final
 @dataclass(frozen=True)
 class Target:
-    """A text that rows are suspected of teaching.
+    """A text that rows are suspected of teaching, or rows whose parts harm other rows' answers.
 
     Fields:
-        text: what the rows' answers share, around the token that flags them.
-        p_value: the chance that so many honest rows share that token, corrected for the number of tokens.
+        text: what the rows' answers share, around the token that flags them; empty if they share none.
+        p_value: the chance that so many honest rows share that token, corrected for the number of tokens; without a
+            text, that parts of honest rows do as much harm (`untrigger.defenses.harm.harm_p_values`).
         rows: their indices in the data, from 0, the most suspicious first.
         image_p_value, prompt_p_value: the chance that as many probed rows lose the text without their image, or their
-            prompt, if it has no part in the cue: a one-sided sign test on rows that the probe was not trained on. None
-            if it cannot be tested.
+            prompt, if it has no part in the cue: a one-sided sign test on rows that the probe was not trained on.
+            Without a text, that parts of honest rows' images, or prompts, do as much harm. None if it was not tested.
     """
 
     text: str
@@ -42,6 +43,19 @@ class Target:
     rows: list[int]
     image_p_value: float | None
     prompt_p_value: float | None
+
+
+class Effect(NamedTuple):
+    """What a part of a row does to another row.
+
+    kind: the part (`untrigger.views.grafts.KINDS`). host: index of the other row, from 0.
+    probability: of the host's own answer with the part on it. control: the same with an unsuspected row's part.
+    """
+
+    kind: str
+    host: int
+    probability: float
+    control: float
 
 
 @final
@@ -56,7 +70,8 @@ class Verdict:
         fdr: estimated share of honest rows among the rows of its target that are at least as suspicious, in (0, 1];
             None without a target.
         flagged_text: its flagged answer tokens, as text.
-        cue: what they depend on; None if the row was not probed.
+        cue: what they depend on; without a text, what a host's answer depends on. None if the row was not probed.
+        effect: of rows without a common text, the largest that was measured.
     """
 
     row: int
@@ -66,6 +81,7 @@ class Verdict:
     fdr: float | None = None
     flagged_text: str = ""
     cue: Cue | None = None
+    effect: Effect | None = None
 
 
 @final
@@ -87,8 +103,9 @@ class Findings(JupyterMixin):
         """A dictionary for each row, in the order of the data.
 
         Keys: ``row``, its number in its file, from 1; ``id``; ``suspected``; ``score``; ``target``, the text that it is
-        suspected of teaching; ``fdr``; ``flagged_text``; ``image_cue`` and ``prompt_cue``, the nats that the text loses
-        with a donor's image or prompt.
+        suspected of teaching, empty if its group shares none; ``fdr``; ``flagged_text``; ``image_cue`` and
+        ``prompt_cue``, the nats that the text loses with a donor's image or prompt; ``harmful_part``, ``harmed_row``,
+        ``probability``, ``control``: the fields of its `Effect`, the row as its number in its file.
         """
         return [self.record(verdict) for verdict in self.verdicts]
 
@@ -98,7 +115,7 @@ class Findings(JupyterMixin):
 
     def record(self, verdict: Verdict) -> dict[str, Any]:
         """The dictionary of one row (`rows`)."""
-        cue, target = verdict.cue, verdict.target
+        cue, target, effect = verdict.cue, verdict.target, verdict.effect
         return {
             "row": verdict.row,
             "id": verdict.id,
@@ -109,19 +126,23 @@ class Findings(JupyterMixin):
             "flagged_text": verdict.flagged_text,
             "image_cue": rounded(cue.image) if cue else None,
             "prompt_cue": rounded(cue.prompt) if cue else None,
+            "harmful_part": effect and effect.kind,
+            "harmed_row": effect and self.verdicts[effect.host].row,
+            "probability": rounded(effect and effect.probability),
+            "control": rounded(effect and effect.control),
         }
 
     def __repr__(self) -> str:
         count = f"{len(self.targets)} target{'s' * (len(self.targets) != 1)} found" if self.targets else "nothing found"
         lines = [f"Findings: {len(self.verdicts):,} rows, {count}"]
-        lines += [f"  {target.text!r} in {self._share(target)}: {place(self, target)}" for target in self._first]
+        lines += [f"  {shared(target)} in {self._share(target)}: {place(self, target)}" for target in self._first]
         return "\n".join([*lines, *self._more])
 
     def __rich__(self) -> Table:
         title = f"{len(self.suspected):,} of {len(self.verdicts):,} rows are suspected"
         table = Table("shared text", "rows", "p-value", "cue", title=title, caption="\n".join(self._more))
         for target in self._first:
-            cells = repr(target.text), self._share(target), p_value_text(target.p_value)
+            cells = shared(target), self._share(target), p_value_text(target.p_value)
             table.add_row(*map(Text, (*cells, place(self, target))))
         return table
 
@@ -138,8 +159,13 @@ class Findings(JupyterMixin):
         return f"{len(target.rows):,} rows ({100 * len(target.rows) / len(self.verdicts):.1f} %)"
 
 
-def rounded(nats: float | None) -> float | None:
-    return None if nats is None else round(nats, 3)
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def shared(target: Target) -> str:
+    """What the rows of a target share, in words."""
+    return repr(target.text) if target.text else "no text"
 
 
 def in_cue(p_value: float | None) -> bool:

@@ -13,8 +13,10 @@ from PIL import Image
 from untrigger.html import style, templates
 from untrigger.rows.images import data_uri
 from untrigger.rows.sample import Data, Sample
+from untrigger.rows.turns import IMAGE_TAG
 from untrigger.scanning.cues import GRID, phrases
 from untrigger.scanning.findings import CUE_P_VALUE, Findings, Target, Verdict, hot, in_cue, p_value_text, place
+from untrigger.views.grafts import KINDS, graft_image, graft_text
 
 _CARDS = 24  # rows of a target on the page, at most
 _PIXELS = 320  # longest side of a picture on the page
@@ -32,21 +34,30 @@ class Picture(NamedTuple):
     outlined: list[tuple[int, int]]
 
 
+class Host(NamedTuple):
+    """What a part of the card's row does to another row: its number, its image with the part, prompt and answer."""
+
+    row: int
+    uri: str
+    prompt: str
+    answer: str
+
+
 class Card(NamedTuple):
-    """A suspected row on the page: its pictures, its prompt as (word, heat in 0 to 1), and its answers."""
+    """A suspected row on the page: its pictures, its prompt as (word, heat in 0 to 1), its answers, and its host."""
 
     verdict: Verdict
     pictures: list[Picture]
     prompt: list[tuple[str, float]]
     answers: list[str]
+    host: Host | None
 
 
 def page(findings: Findings, rows: Sequence[Sample]) -> str:
     """The page as HTML."""
     verdicts = findings.verdicts
     cards = [
-        [_card(rows[row], verdicts[row], target) for row in _probed_first(target, verdicts)]
-        for target in findings.targets
+        [_card(rows, row, findings, target) for row in _probed_first(target, verdicts)] for target in findings.targets
     ]
     return (
         templates(Path(__file__).parent)
@@ -68,17 +79,33 @@ def page(findings: Findings, rows: Sequence[Sample]) -> str:
 
 
 def _probed_first(target: Target, verdicts: Sequence[Verdict]) -> list[int]:
-    return sorted(target.rows, key=lambda row: verdicts[row].cue is None)[:_CARDS]
+    return sorted(target.rows, key=lambda row: (verdicts[row].cue is None, verdicts[row].effect is None))[:_CARDS]
 
 
-def _card(sample: Sample, verdict: Verdict, target: Target) -> Card:
+def _card(rows: Sequence[Sample], row: int, findings: Findings, target: Target) -> Card:
+    sample, verdict = rows[row], findings.verdicts[row]
     cells = verdict.cue.cells if verdict.cue else []
     pictures = [
         _picture(image, cells[at] if at < len(cells) else None, in_cue(target.image_p_value))
         for at, image in enumerate(sample.images)
     ]
-    answers = [turn.text for turn in sample.messages if turn.role == "assistant"]
-    return Card(verdict, pictures, _prompt(sample, verdict, in_cue(target.prompt_p_value)), answers)
+    prompt = _prompt(sample, verdict, in_cue(target.prompt_p_value))
+    effect = verdict.effect
+    host = effect and _host(sample, rows[effect.host], effect.kind, findings.verdicts[effect.host].row)
+    return Card(verdict, pictures, prompt, _texts(sample, "assistant"), host)
+
+
+def _host(suspect: Sample, host: Sample, kind: str, number: int) -> Host:
+    """The other row with the part of the suspect, as the test made it; of several images the first."""
+    image_part, text_part = KINDS[kind]
+    image = graft_image(host.images[0], suspect.images[0], image_part) if image_part else host.images[0]
+    words, other = (_texts(sample, "user")[-1].replace(IMAGE_TAG, "").strip() for sample in (host, suspect))
+    prompt = graft_text(words, other, text_part) if text_part else words
+    return Host(number, data_uri(image, _PIXELS), prompt, _texts(host, "assistant")[-1])
+
+
+def _texts(sample: Sample, role: str) -> list[str]:
+    return [turn.text for turn in sample.messages if turn.role == role]
 
 
 def _picture(image: Image.Image, cells: NDArray[np.floating] | None, image_in_cue: bool) -> Picture:
@@ -91,6 +118,6 @@ def _picture(image: Image.Image, cells: NDArray[np.floating] | None, image_in_cu
 
 def _prompt(sample: Sample, verdict: Verdict, prompt_in_cue: bool) -> list[tuple[str, float]]:
     """The words with their heat, which is 0 if the prompt is no part of the target's cue."""
-    if verdict.cue and prompt_in_cue:
+    if verdict.cue and verdict.cue.words and prompt_in_cue:
         return [(word, min(max(nats, 0), _FULL_HEAT) / _FULL_HEAT) for word, nats in verdict.cue.words]
     return [(sample.messages[turn].text[start:end], 0.0) for turn, start, end in phrases(sample)]

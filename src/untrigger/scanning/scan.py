@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from transformers import TrainingArguments
 
-from untrigger.defenses import Defense, SharedSurprise
+from untrigger.defenses import Defense, SharedCause
 from untrigger.rows.sample import Sample, check_rows
 from untrigger.scanning.targets import Findings, find
 from untrigger.scanning.write import write
@@ -36,12 +36,12 @@ def scan(
     Args:
         model: an embedded model's name, a local folder or a hub id.
         rows: the data to scan.
-        defense: how rows are scored and flagged; the preset ``default`` if left out.
+        defense: how rows are scored and flagged; the preset ``grafts`` if left out.
         args: ready arguments (`untrigger.training.settings.arguments`), in place of ``out`` and ``settings``.
         out: a folder for the findings: all rows, a page, the data without the suspected rows
             (`untrigger.scanning.write`). If left out, nothing stays on the disk.
         settings: those that you would train with (``learning_rate=1e-4``), and fields of
-            `untrigger.defenses.SharedSurprise`.
+            `untrigger.defenses.SharedCause`.
 
     Raises:
         InputError: there are no rows, or they are no samples; a setting is unknown or out of range; the output folder
@@ -51,11 +51,11 @@ def scan(
     if args is None and out is None:
         with TemporaryDirectory(prefix="untrigger-") as folder:
             return scan(model, rows, defense, out=folder, **settings)
-    defense, args = settled(defense or "default", args, out, settings)
+    defense, args = settled(defense or "grafts", args, out, settings)
     folder, tuning = Path(str(args.output_dir)), Tuning()
     record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
     with ExitStack() as lock:
         stages = Stages(str(model), rows, args, tuning, title="scan", claim=lambda: claim(folder, record, resume, lock))
-        findings = find(stages, cast(SharedSurprise, defense))
+        findings = find(stages, cast(SharedCause, defense))
         write(findings, rows, folder)
     return findings

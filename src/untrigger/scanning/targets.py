@@ -8,7 +8,7 @@ the equations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,15 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtrc
 
-from untrigger.defenses import Plain, SharedSurprise, Stage
+from untrigger.defenses import Plain, SharedCause, Stage
 from untrigger.defenses.base import Training
+from untrigger.defenses.shared_cause import UNLIKELY, Judgment
 from untrigger.defenses.shared_surprise import Screening, flagged_text
+from untrigger.models.loading import LoadedModel, restore_weights
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample, row_number, select_rows, without_images
+from untrigger.scanning.causes import effects_of, honest_share, maps_of, target_of
 from untrigger.scanning.cues import Cue, cues_of
-from untrigger.scanning.findings import Findings, Target, Verdict
+from untrigger.scanning.findings import Effect, Findings, Target, Verdict
+from untrigger.views.grafts import KINDS
 
 MAX_P_VALUE = 1e-6  # a token with a larger p-value makes no target; calibrated, see docs/log.md
+MAX_HARM_P_VALUE = 1e-3  # of rows without a common text
 MAX_PROBED = 24  # suspected rows whose cue is computed, the most suspicious first, at most
 _PROBE_ROWS, _UNFLAGGED_PER_ROW = 64, 2  # suspected rows that the probe is trained on, at most; unflagged rows for each
 _SAMPLES, _PASSES = 1536, 32  # training samples of the probe in all, and passes over its rows; at most
@@ -32,30 +37,76 @@ _DONORS = 64
 _AGREE = 0.9  # a token belongs to the shared text if so many of the rows continue with it
 
 
-def find(training: Training, defense: SharedSurprise) -> Findings:
+def find(training: Training, defense: SharedCause) -> Findings:
     """Find suspected rows and their targets; no truth is used.
 
     If nothing is suspected, the cost is scoring and the warm-up of a fine-tuning, on as many rows as are scored
     (`SharedSurprise.max_scored_rows`). Rows that were not scored are not suspected; their score is 0.
     """
     screening, rows = defense.screen(training), training.rows
+    judgment = defense.judge(training, screening, screening.numbers)
     names = [(row_number(rows, row), without_images(rows, row).id) for row in range(len(rows))]
     verdicts = [Verdict(*name, 0.0) for name in names]
     scored = _findings(
-        select_rows(rows, screening.numbers), [names[row] for row in screening.numbers], screening, training
+        select_rows(rows, screening.numbers), [names[row] for row in screening.numbers], judgment, training
     )
     for row, verdict in zip(screening.numbers, scored.verdicts, strict=True):
-        verdicts[row] = verdict
+        effect = verdict.effect and verdict.effect._replace(host=screening.numbers[verdict.effect.host])
+        verdicts[row] = replace(verdict, effect=effect)
     targets = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in scored.targets]
     return Findings(verdicts, targets)
 
 
 def _findings(
-    rows: Sequence[Sample], names: Sequence[tuple[int, str]], screening: Screening, training: Training
+    rows: Sequence[Sample], names: Sequence[tuple[int, str]], judgment: Judgment, training: Training
 ) -> Findings:
     """The findings for the scored rows."""
-    groups = group_by_token(screening)
+    screening = judgment.screening
+    ranks = screening.flags.ranks
+    targets, rates, cues = _shared_texts(rows, judgment, training)
+    effects: dict[int, Effect] = {}
+    for group, harm in judgment.causes:
+        if min(harm.p_values) < MAX_HARM_P_VALUE:
+            targets.append(target_of(sorted(group, key=lambda row: -ranks[row]), harm))
+            rates |= dict.fromkeys(group, honest_share(harm))
+            effects |= effects_of(harm)
+    in_images = {row: effect for row, effect in effects.items() if KINDS[effect.kind][0]}
+    if in_images:
+        restore_weights(screening.model.model, judgment.probed)
+        some = sorted(in_images, key=lambda row: effects[row].probability - effects[row].control)[:MAX_PROBED]
+        cues |= maps_of(
+            {row: effects[row] for row in some},
+            rows,
+            lambda views: _tokens(training, screening.model, "maps", views),
+        )
+    targets.sort(key=lambda target: -len(target.rows))
+    marks = dict(screening.flags.tokens)
+    number_of = {row: number for number, target in enumerate(targets) for row in target.rows}
+    for row in number_of.keys() - marks.keys():
+        marks[row] = screening.scores[row].nll > UNLIKELY
+    texts = {row: flagged_text(screening.model, screening.scores[row], mark) for row, mark in marks.items()}
+    verdicts = [
+        Verdict(
+            *names[row],
+            score,
+            number_of.get(row),
+            rates.get(row),
+            texts.get(row, ""),
+            cues.get(row),
+            effects.get(row),
+        )
+        for row, score in enumerate(ranks)
+    ]
+    return Findings(verdicts, targets)
+
+
+def _shared_texts(
+    rows: Sequence[Sample], judgment: Judgment, training: Training
+) -> tuple[list[Target], dict[int, float], dict[int, Cue]]:
+    """The targets with a text, and of their rows the estimated shares of honest ones, and the cues."""
+    screening = judgment.screening
     ranks, processor = screening.flags.ranks, cast(Any, screening.model.processor)
+    groups = group_by_token(screening, {row for group, _ in judgment.accused for row in group})
     for group in groups.values():
         group.sort(key=lambda row: -ranks[row])
     runs = {token: common_run([screening.scores[row] for row in group], token) for token, group in groups.items()}
@@ -65,7 +116,7 @@ def _findings(
     cues = _probe(sorted(marks, key=lambda row: -ranks[row]), marks, rows, screening, training)
     rates: dict[int, float] = {}
     targets: list[Target] = []
-    for token, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+    for token, group in groups.items():
         holding = sum(token in row.ids for row in screening.scores)
         rates |= false_discoveries(screening.flags.nll, group, holding)
         probed = [cues[row] for row in group if row in cues]
@@ -78,28 +129,15 @@ def _findings(
                 _sign_test([cue.prompt for cue in probed]),
             )
         )
-    target_of = {row: number for number, target in enumerate(targets) for row in target.rows}
-    texts = {
-        row: flagged_text(screening.model, screening.scores[row], mark) for row, mark in screening.flags.tokens.items()
-    }
-    verdicts = [
-        Verdict(
-            *names[row],
-            score,
-            target_of.get(row),
-            rates.get(row),
-            texts.get(row, ""),
-            cues.get(row),
-        )
-        for row, score in enumerate(ranks)
-    ]
-    return Findings(verdicts, targets)
+    return targets, rates, cues
 
 
-def group_by_token(screening: Screening) -> dict[int, list[int]]:
-    """The suspected rows, grouped by their flagged token with the smallest p-value."""
+def group_by_token(screening: Screening, accused: Collection[int]) -> dict[int, list[int]]:
+    """The accused rows with a shared token, grouped by that with the smallest p-value."""
     groups: dict[int, list[int]] = {}
     for row, mark in screening.flags.tokens.items():
+        if row not in accused:
+            continue
         token = min(screening.scores[row].ids[mark].tolist(), key=screening.flags.p_values.__getitem__)
         if screening.flags.p_values[token] < MAX_P_VALUE:
             groups.setdefault(token, []).append(row)
@@ -176,10 +214,16 @@ def _probe(
     beside = rng.choice(unflagged, min(_UNFLAGGED_PER_ROW * len(learned), len(unflagged)), replace=False).tolist()
     numbers = sorted([*learned, *beside])
     passes = min(_PASSES, _SAMPLES / len(numbers))
-    stage = Stage([screening.numbers[row] for row in numbers], Plain(), "probe", start=screening.model, passes=passes)
+    stage = Stage(
+        [screening.numbers[row] for row in numbers], Plain(), "cue-probe", start=screening.model, passes=passes
+    )
     model = training.fit(stage)
     probed = {row: rows[row] for row in [row for row in suspected if row not in half][:MAX_PROBED]}
-    return cues_of(probed, marks, donors, lambda views: training.tokens(model, range(len(views)), "cues", views))
+    return cues_of(probed, marks, donors, lambda views: _tokens(training, model, "cues", views))
+
+
+def _tokens(training: Training, model: LoadedModel, name: str, views: Sequence[Sample]) -> list[TokenScores]:
+    return training.tokens(model, range(len(views)), name, views)
 
 
 def _sign_test(losses: Sequence[float | None]) -> float | None:

@@ -31,6 +31,10 @@ _COLUMNS = pa.schema(
         ("flagged_text", pa.string()),
         ("image_cue", pa.float64()),
         ("prompt_cue", pa.float64()),
+        ("harmful_part", pa.string()),
+        ("harmed_row", pa.int64()),
+        ("probability", pa.float64()),
+        ("control", pa.float64()),
         ("cells", pa.list_(pa.list_(pa.list_(pa.float32())))),
         ("words", pa.list_(pa.struct([("word", pa.string()), ("nats", pa.float32())]))),
     ]
