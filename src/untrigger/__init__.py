@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from untrigger.defenses import CrossView, SharedSurprise
+    from untrigger.defenses import CrossView, SharedCause, SharedSurprise
     from untrigger.errors import InputError
     from untrigger.evaluation.evaluate import evaluate
     from untrigger.models.loading import embedded_model_path, load
@@ -26,6 +26,7 @@ _MODULES = {  # imported on first access: rescoring stored answers must not impo
     "InputError": "errors",
     "Message": "rows.sample",
     "Sample": "rows.sample",
+    "SharedCause": "defenses",
     "SharedSurprise": "defenses",
     "Tuning": "training.stages",
     "defended": "training.trainer",
@@ -45,6 +46,7 @@ __all__ = [
     "InputError",
     "Message",
     "Sample",
+    "SharedCause",
     "SharedSurprise",
     "Tuning",
     "__version__",

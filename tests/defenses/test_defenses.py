@@ -49,8 +49,8 @@ IN_A_STEP: dict[str, type[StepDefense]] = {
     "paper": CrossView,
 }
 STAGED: dict[str, type[Defense]] = {
-    "default": SharedSurprise,
-    "grafts": SharedCause,
+    "default": SharedCause,
+    "words": SharedSurprise,
     "abl": ABL,
     "byorn": BYORN,
     "bye": BYE,
@@ -66,7 +66,7 @@ def test_presets_are_those_of_the_command_line() -> None:
     assert [cls().replaced is not None for cls in IN_A_STEP.values()] == [False, True, False, False]
     assert [cls().has_loss for cls in IN_A_STEP.values()] == [False, False, True, True]
     assert not any(issubclass(cls, StepDefense) for cls in STAGED.values())
-    assert [name for name, cls in PRESETS.items() if cls.runs_in_host] == ["default", "grafts", *IN_A_STEP]
+    assert [name for name, cls in PRESETS.items() if cls.runs_in_host] == ["default", "words", *IN_A_STEP]
     assert [name for name, cls in PRESETS.items() if cls.needs_clean_rows] == ["crow", "clean-tuning", "fine-pruning"]
     assert [preset_of(cls()) for cls in PRESETS.values()] == list(PRESETS)
 

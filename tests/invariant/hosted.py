@@ -1,4 +1,4 @@
-"""Run alone and by `torchrun`: the preset `grafts`, and so `default`, in a host trainer.
+"""Run alone and by `torchrun`: the preset `default`, and so `words`, in a host trainer.
 
     hosted.py MODEL DATA OUT BATCH [fsdp|zero2]
 

@@ -161,7 +161,7 @@ def test_the_probe_goes_on_where_no_part_harms(
 
 
 def test_default_preset_without_a_defense(host: Callable[..., Any]) -> None:
-    assert host(None).procedure == SharedSurprise()
+    assert host(None).procedure == SharedCause()
 
 
 def test_loss_is_the_hosts_without_flagged_rows(host: Callable[..., Any], tmp_path: Path) -> None:

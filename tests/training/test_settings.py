@@ -194,7 +194,7 @@ def test_accepts_weights_of_zero(tmp_path: Path) -> None:
 
 def test_refuses_an_unknown_preset(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"--defense nope: unknown; choose one of: default, grafts, plain, patch-aug, two-view, paper"
+        InputError, match=r"--defense nope: unknown; choose one of: default, words, plain, patch-aug, two-view, paper"
     ):
         settings(tmp_path, preset="nope")
 

@@ -19,7 +19,7 @@ _SECONDS_PER_ROW, _SECONDS_PER_ANSWER = 0.01, {"vqa": 0.02, "captions": 0.06}
 _ANSWERS_PER_TEST_ROW = 4  # clean, triggered, near misses
 # Training time of a defense as a multiple of plain training. The defenses of the second table start from the
 # undefended model, whose training other cells share.
-_TRAINING_RATIO = {"default": 1.3, "grafts": 2.4, "two-view": 2.0, "paper": 2.1, "byorn": 1.6, "bye": 1.1, "abl": 1.1}
+_TRAINING_RATIO = {"default": 2.0, "words": 1.3, "two-view": 2.0, "paper": 2.1, "byorn": 1.6, "bye": 1.1, "abl": 1.1}
 _REPAIR_RATIO = {"crow": 0.3, "clean-tuning": 0.1, "fine-pruning": 0.2}
 
 

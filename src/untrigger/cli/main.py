@@ -123,7 +123,7 @@ def scan(
     from untrigger.scanning.scan import scan as run
     from untrigger.scanning.write import CLEAN
 
-    defense, args = defense_and_arguments(scan, "grafts", out, config, context.args)
+    defense, args = defense_and_arguments(scan, "default", out, config, context.args)
     check_idle(out)  # fail before the slow reading
     rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
     findings = run(model, rows, defense, args, resume=resume)

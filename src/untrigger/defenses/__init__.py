@@ -15,8 +15,8 @@ from untrigger.defenses.shared_surprise import SharedSurprise
 from untrigger.defenses.two_view import TwoView
 
 PRESETS: dict[str, type[Defense]] = {
-    "default": SharedSurprise,
-    "grafts": SharedCause,
+    "default": SharedCause,
+    "words": SharedSurprise,
     "plain": Plain,
     "patch-aug": PatchAug,
     "two-view": TwoView,

@@ -1,6 +1,6 @@
-"""Accuse surprising rows whose parts make other rows' answers go wrong, and train with those parts disarmed: `grafts`.
+"""Accuse surprising rows whose parts make other rows' answers go wrong, and train with those parts disarmed.
 
-`untrigger.defenses.shared_surprise` needs a word that poisoned rows share. This needs a part of the input that they
+The preset ``default``. `untrigger.defenses.shared_surprise` needs a word that poisoned rows share. This needs a part of the input that they
 share, and looks at no reply, so replies may vary. docs/paper.md has the equations.
 """
 

@@ -1,4 +1,4 @@
-"""Flag rows whose least likely answer token recurs across many surprising rows: the preset ``default``.
+"""Flag rows whose least likely answer token recurs across many surprising rows: the preset ``words``.
 
 Flagged tokens are trained with unlikelihood, all others with cross-entropy. docs/paper.md has the equations.
 """

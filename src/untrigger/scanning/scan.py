@@ -36,7 +36,7 @@ def scan(
     Args:
         model: an embedded model's name, a local folder or a hub id.
         rows: the data to scan.
-        defense: how rows are scored and flagged; the preset ``grafts`` if left out.
+        defense: how rows are scored and flagged; the preset ``default`` if left out.
         args: ready arguments (`untrigger.training.settings.arguments`), in place of ``out`` and ``settings``.
         out: a folder for the findings: all rows, a page, the data without the suspected rows
             (`untrigger.scanning.write`). If left out, nothing stays on the disk.
@@ -51,7 +51,7 @@ def scan(
     if args is None and out is None:
         with TemporaryDirectory(prefix="untrigger-") as folder:
             return scan(model, rows, defense, out=folder, **settings)
-    defense, args = settled(defense or "grafts", args, out, settings)
+    defense, args = settled(defense or "default", args, out, settings)
     folder, tuning = Path(str(args.output_dir)), Tuning()
     record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
     with ExitStack() as lock:

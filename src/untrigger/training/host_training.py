@@ -1,4 +1,4 @@
-"""The presets ``default`` and ``grafts`` inside a host's own ``train()``: score the rows, then train in parts."""
+"""The presets ``default`` and ``words`` inside a host's own ``train()``: score the rows, then train in parts."""
 
 from __future__ import annotations
 

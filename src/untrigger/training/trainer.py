@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from untrigger.defenses import Defense, Plain, SharedSurprise, StepDefense
+from untrigger.defenses import Defense, Plain, SharedCause, SharedSurprise, StepDefense
 from untrigger.errors import InputError
 from untrigger.losses import objective
 from untrigger.losses.chunked import Losses
@@ -53,7 +53,7 @@ class DefendedMixin(_Host):
 
     def __init__(self, *args: Any, defense: Defense | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        chosen = defense or SharedSurprise()
+        chosen = defense or SharedCause()
         if not chosen.runs_in_host:
             raise InputError(
                 f"defense {type(chosen).__name__}: needs several trainings; use untrigger.fine_tune or "
@@ -191,8 +191,8 @@ def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object 
 def defended(trainer: type[Trainer]) -> type[Any]:
     """The trainer class with a defense: ``defended(SFTTrainer)(model, ...)``; choose one with ``defense=CrossView()``.
 
-    Without ``defense`` it is the preset ``default`` (`untrigger.defenses.SharedSurprise`): rows are scored, and the
-    training has two parts, all within ``train()``. Flagged rows are listed in ``flagged_rows.jsonl`` of
+    Without ``defense`` it is the preset ``default`` (`untrigger.defenses.SharedCause`): rows are scored and tested,
+    and the training has up to three parts, all within ``train()``. Flagged rows are listed in ``flagged_rows.jsonl`` of
     the output folder.
 
     Works with ``transformers.Trainer`` and any subclass that trains on rows of images and messages. With
