@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 
 from dry import Dry
 from untrigger.defenses import Stage
-from untrigger.defenses.harm import comparisons, harm_p_values, most_harmful
+from untrigger.defenses.harm import Comparison, Harm, comparisons, harm_p_values, most_harmful
 from untrigger.defenses.shared_cause import SharedCause
 from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel
@@ -74,6 +74,9 @@ def test_fields_are_checked(fields: dict[str, float]) -> None:
         SharedCause(**fields)  # type: ignore[arg-type]
 
 
+CAUSE = SharedCause(p_value=0.05, min_suspects=12)
+
+
 @dataclass
 class _Stub(Dry):
     """Rows 0 to 15 of 80 are surprising. Parts of kind ``harmful`` take probability from hosts after the probe."""
@@ -81,6 +84,7 @@ class _Stub(Dry):
     harmful: str = ""
     doubtful: tuple[int, ...] = ()  # other rows with an answer that is less likely than all others together
     words: int = 0  # so many of them share the word 77
+    is_late: bool = False  # parts are harmful at the second look only
 
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
@@ -93,7 +97,7 @@ class _Stub(Dry):
     def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
         self.scorings.append(name)
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts))
-        is_after = name.endswith("after")
+        is_after = name.startswith(("pilot-0", "pilot-1", "after-")) and not (self.is_late and name.endswith("0"))
         hits = [is_after and graft.kind == self.harmful and graft.donor < 16 for graft in grafts]
         return [_answer(0.1 + random + 3 * hit, 99) for random, hit in zip(noise, hits, strict=True)]
 
@@ -111,9 +115,9 @@ def _dry(loaded: LoadedModel, harmful: str, words: int = 0) -> _Stub:
 
 def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "window 0.5 0.25")
-    SharedCause(p_value=0.05).fine_tune(dry)
-    assert dry.scorings == ["before", "after", "pilot-before", "pilot-after", "grafts-after", "grafts-before"]
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
+    CAUSE.fine_tune(dry)
+    assert dry.scorings == ["before", "after", "pilot-before", "pilot-0", "after-0", "before-0"]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe-0", ""]
     last = dry.stages[-1]
     assert last.start == 0 and last.ids == [row.id for row in dry.rows]
     assert (last.options["after"], last.options["share"]) == pytest.approx((0.1, 0.9)), "from the warm-up on"
@@ -124,7 +128,7 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
 
 
-@pytest.mark.parametrize(("harmful", "learned_by_the_probe"), [("blend", 0.0), ("none", 1.0)])
+@pytest.mark.parametrize(("harmful", "learned_by_the_probe"), [("blend", 0.0), ("none", 2.0)])
 def test_the_cure_starts_from_the_weights_before_the_probe(
     loaded: LoadedModel, harmful: str, learned_by_the_probe: float
 ) -> None:
@@ -134,13 +138,13 @@ def test_the_cure_starts_from_the_weights_before_the_probe(
     class Learning(_Stub):
         def fit(self, stage: Stage) -> LoadedModel:
             with torch.no_grad():
-                weight.add_(float(stage.name == "probe"))
+                weight.add_(float(stage.name.startswith("probe")))
             last[:] = [weight.detach() - before]
             return super().fit(stage)
 
     dry = _dry(loaded, harmful)
     try:
-        SharedCause(p_value=0.05).fine_tune(Learning(loaded, dry.rows, (), harmful=harmful))
+        CAUSE.fine_tune(Learning(loaded, dry.rows, (), harmful=harmful))
         assert torch.allclose(last[0], torch.full_like(before, learned_by_the_probe), atol=1e-6)
     finally:
         with torch.no_grad():
@@ -151,7 +155,7 @@ def test_doubtful_rows_are_not_learned_where_others_are_accused(loaded: LoadedMo
     for harmful, flagged in (("blend", [*range(16), 40, 41]), ("none", [])):
         dry = _dry(loaded, harmful)
         dry.doubtful = (40, 41)
-        SharedCause(p_value=0.05).fine_tune(dry)
+        CAUSE.fine_tune(dry)
         assert dry.flagged == flagged
         tokens = dry.stages[-1].options.get("flagged_tokens", {})
         assert {row for row in tokens if not tokens[row].any()} == set(flagged) - set(range(16)), "none of their tokens"
@@ -161,11 +165,11 @@ def test_doubtful_rows_are_not_learned_where_others_are_accused(loaded: LoadedMo
 
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "none")
-    SharedCause(p_value=0.05).fine_tune(dry)
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
+    CAUSE.fine_tune(dry)
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe-0", "probe-1", ""]
     assert dry.flagged == [] and all(stage.ids == [row.id for row in dry.rows] for stage in dry.stages[1:])
-    spans = [stage.options for stage in dry.stages[1:]]
-    assert [span[name] for span in spans for name in ("after", "share")] == pytest.approx([0.1, 0.6, 0.7, 0.3])
+    spans = [stage.options[name] for stage in dry.stages[1:] for name in ("after", "share")]
+    assert spans == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.7, 0.3])
     few = _dry(loaded, "window 0.5 0.25")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
     assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]
@@ -173,14 +177,14 @@ def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) ->
 
 def test_rows_with_a_shared_word_are_accused_by_harm_too(loaded: LoadedModel) -> None:
     """A rare honest class shares a word as well; too few rows to test are accused by their word."""
-    honest, poisoned, few = (_dry(loaded, kind, words) for kind, words in (("none", 13), ("blend", 13), ("none", 6)))
+    honest, poisoned, few = (_dry(loaded, kind, words) for kind, words in (("none", 15), ("blend", 15), ("none", 4)))
     for dry in (honest, poisoned, few):
-        SharedCause(p_value=0.05, min_suspects=9).fine_tune(dry)
-        assert "grafts-after" in dry.scorings
-    assert (honest.flagged, poisoned.flagged, few.flagged) == ([], [*range(13)], [*range(6)])
+        CAUSE.fine_tune(dry)
+        assert "after-0" in dry.scorings
+    assert (honest.flagged, poisoned.flagged, few.flagged) == ([], [*range(15)], [*range(4)])
     last = poisoned.stages[-1].options
     assert "grafts" not in last and last["after"] == pytest.approx(0.1), "unlikelihood of the word is all they need"
-    assert [stage.name for stage in few.stages] == ["warmup", "probe", ""]
+    assert [stage.name for stage in few.stages] == ["warmup", "probe-0", "probe-1", ""]
     assert all(sorted(stage.options["flagged_tokens"]) == few.flagged for stage in few.stages[1:])
 
 
@@ -188,7 +192,26 @@ def test_rows_without_an_image_are_accused_by_their_words(loaded: LoadedModel) -
     dry = _dry(loaded, "none", 13)
     dry.rows = [replace(row, images=()) if int(row.id) < 13 else row for row in dry.rows]
     SharedCause(p_value=0.05, min_suspects=3).fine_tune(dry)
-    assert "grafts-after" in dry.scorings and dry.flagged == list(range(13)), "the three others are tested"
+    assert "after-0" in dry.scorings and dry.flagged == list(range(13)), "the three others are tested"
+
+
+def test_what_is_learned_late_is_found_at_the_second_look(loaded: LoadedModel) -> None:
+    dry = _dry(loaded, "blend")
+    dry.is_late = True
+    CAUSE.fine_tune(dry)
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe-0", "probe-1", ""]
+    assert dry.flagged == list(range(16)) and dry.stages[-1].options["after"] == pytest.approx(0.1)
+
+
+def test_harm_counts_if_it_is_large_and_not_by_chance() -> None:
+    before, after = np.full((3, 4, 2), 0.9), np.full((3, 4, 2), 0.8)
+    after[0, :, 0] -= 0.2
+    after[1, :, 0] -= 0.01
+    plan = [Comparison(9, suspect, 8) for suspect in range(4)]
+    harm = Harm(["blend", "image", "tail"], [1e-6, 1e-6, 0.5], plan, before, after)
+    assert harm.above(0.05, 1e-3, 4).kinds == ["blend"] and harm.above(0.05, 1e-3, 4).p_values == [4e-6]
+    assert harm.above(0.0, 1e-3, 4).kinds == ["blend", "image"] and harm.above(0.05, 1e-6, 4).kinds == []
+    assert harm.above(0.0, 1.0, 1).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0])
 
 
 def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
@@ -201,6 +224,6 @@ def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
 def test_the_cure_grafts_no_whole_image(loaded: LoadedModel) -> None:
     for harmful, learned in (("image", SHARED), ("tail", "tail")):
         dry = _dry(loaded, harmful)
-        SharedCause(p_value=0.05).fine_tune(dry)
+        CAUSE.fine_tune(dry)
         assert dry.flagged == list(range(16))
         assert [graft.kind for graft in dry.stages[-1].options["grafts"]] == [learned] * 16

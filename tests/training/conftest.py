@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
+from untrigger.defenses import harm
+from untrigger.defenses.harm import Harm
+
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -18,3 +21,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Trainer, "train", counted)
     return folders
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few grafts are scored: what is tested here does not depend on their number."""
+    monkeypatch.setattr(harm, "PILOT", 2)
+    monkeypatch.setattr(harm, "COMPARISONS", 4)
+
+
+@pytest.fixture
+def harmful(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part counts as harmful: nobody has poisoned these rows."""
+    monkeypatch.setattr(Harm, "above", lambda harm, *_: harm)

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from untrigger import defended
-from untrigger.defenses import BYORN, Plain, SharedCause, SharedSurprise, Stage, shared_cause
+from untrigger.defenses import BYORN, Plain, SharedCause, SharedSurprise, Stage
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, FlaggedTokensCollator, Rows, row_key
 from untrigger.models.grafted_rows import Graft
@@ -88,19 +88,6 @@ def host(tiny_model: Path, samples: list[Sample], tmp_path: Path) -> Callable[..
         )
 
     return make
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few grafts are scored: what is tested here does not depend on their number."""
-    monkeypatch.setattr(shared_cause, "_PILOT", 2)
-    monkeypatch.setattr(shared_cause, "_COMPARISONS", 4)
-
-
-@pytest.fixture
-def harmful(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every part counts as harmful: nobody has poisoned these rows."""
-    monkeypatch.setattr(shared_cause, "harm_p_values", lambda damage, suspects: [0.0] * len(damage))
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

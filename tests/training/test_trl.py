@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from untrigger import CrossView, InputError, SharedSurprise, defended, read
-from untrigger.defenses import Defense, SharedCause, shared_cause
+from untrigger.defenses import Defense, SharedCause
 from untrigger.models.loading import load
 
 warnings.simplefilter("ignore")  # at import: TRL and its dependencies warn about each other
@@ -115,11 +115,8 @@ def test_refuses_labels_on_all_tokens_and_other_losses(sft: Any) -> None:
 
 @pytest.mark.parametrize("conversational", [True, False])
 def test_sft_trainer_learns_grafted_rows(
-    sft: Any, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conversational: bool
+    sft: Any, tiny_data: Path, tmp_path: Path, harmful: None, conversational: bool
 ) -> None:
-    monkeypatch.setattr(shared_cause, "_PILOT", 2)
-    monkeypatch.setattr(shared_cause, "_COMPARISONS", 4)
-    monkeypatch.setattr(shared_cause, "harm_p_values", lambda damage, suspects: [0.0] * len(damage))
     cause = SharedCause(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, min_suspects=2)
     changed = {} if conversational else {"rows": prompts_and_completions(tiny_data), "assistant_only_loss": False}
     trainer = sft(cause, max_steps=8, **changed)

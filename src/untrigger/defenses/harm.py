@@ -5,15 +5,24 @@ docs/paper.md has the equations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from untrigger.defenses.base import Training
+from untrigger.defenses.shared_surprise import Screening
+from untrigger.models.grafted_rows import Graft
+from untrigger.models.loading import copy_weights, restore_weights
 from untrigger.models.scoring import TokenScores
 from untrigger.views.grafts import KINDS
 
+PILOT = 16  # comparisons of each kind that choose the kinds to test
+COMPARISONS = 192  # of each kind that is tested
 _CHOSEN = 3  # kinds that are tested
 _MAX_HOSTS = 8  # of one suspect
 
@@ -29,7 +38,7 @@ class Comparison(NamedTuple):
 class Harm(NamedTuple):
     """What parts of suspects, and those of controls, did to other rows' own answers.
 
-    kinds: of graft [k]. p_values: of each [k] (`harm_p_values`). comparisons: [n].
+    kinds: of graft [k]. p_values: of each (`harm_p_values`). comparisons: [n].
     before, after: probability of the host's own answer before and after the probe, with the suspect's and with the
         control's part on it, [k, n, 2].
     """
@@ -39,6 +48,78 @@ class Harm(NamedTuple):
     comparisons: list[Comparison]
     before: NDArray[np.floating]
     after: NDArray[np.floating]
+
+    @property
+    def excess(self) -> NDArray[np.floating]:
+        """Probability that training took from the host's own answer, beyond what it took with the control, [k, n]."""
+        damage = self.before - self.after
+        return damage[..., 0] - damage[..., 1]
+
+    def above(self, least: float, p_value: float, tests: int) -> Harm:
+        """The kinds with a mean excess of ``least`` and a smaller p-value, corrected for so many tests."""
+        means, corrected = self.excess.mean(axis=1), [min(1.0, tests * p) for p in self.p_values]
+        at = [k for k, p in enumerate(corrected) if p < p_value and means[k] >= least]
+        kinds, p_values = [self.kinds[k] for k in at], [corrected[k] for k in at]
+        return Harm(kinds, p_values, self.comparisons, self.before[at], self.after[at])
+
+
+class HarmTest:
+    """Puts parts of suspects and of controls onto other rows, and scores these before and after a training.
+
+    A few suspects of each group choose the kinds of graft, and the others test these: no kind is chosen by the rows
+    that it is tested on, and few grafts are scored.
+
+    Args:
+        groups: of suspects, positions in the screening's order, in random order. believed: rows.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        screening: Screening,
+        groups: Sequence[list[int]],
+        believed: Sequence[int],
+        rng: np.random.Generator,
+    ) -> None:
+        self._training, self._screening = training, screening
+        self._pilots, self._plans = list[list[Comparison]](), list[list[Comparison]]()
+        for group in groups:
+            few = max(2, len(group) // 6)
+            self._pilots.append(comparisons(screening.scores, group[:few], believed, rng, PILOT))
+            self._plans.append(comparisons(screening.scores, group[few:], believed, rng, COMPARISONS))
+        self._untrained = self._probabilities("pilot-before", [(list(KINDS), pilot) for pilot in self._pilots])
+
+    def look(self, number: int, groups: Sequence[int], warm: Sequence[Tensor]) -> list[Harm]:
+        """The harm by each of these groups, numbered as given, since the model had the weights ``warm``."""
+        network = self._screening.model.model
+        trained = self._probabilities(f"pilot-{number}", [(list(KINDS), self._pilots[group]) for group in groups])
+        lost = [self._untrained[group] - now for group, now in zip(groups, trained, strict=True)]
+        trials = [(most_harmful(damage), self._plans[group]) for group, damage in zip(groups, lost, strict=True)]
+        after = self._probabilities(f"after-{number}", trials)
+        now = copy_weights(network)
+        restore_weights(network, warm)
+        before = self._probabilities(f"before-{number}", trials)
+        restore_weights(network, now)
+        return [
+            Harm(kinds, harm_p_values(old - new, np.array([c.suspect for c in plan])), plan, old, new)
+            for (kinds, plan), old, new in zip(trials, before, after, strict=True)
+        ]
+
+    def _probabilities(
+        self, name: str, trials: Sequence[tuple[list[str], list[Comparison]]]
+    ) -> list[NDArray[np.floating]]:
+        """For each group its hosts' answers' probabilities, [kinds, comparisons, 2]: suspects' parts, controls'."""
+        numbers = self._screening.numbers
+        grafts = [
+            Graft(numbers[c.host], numbers[donor], kind)
+            for kinds, plan in trials
+            for kind in kinds
+            for c in plan
+            for donor in (c.suspect, c.control)
+        ]
+        scored = map(token_probability, self._training.graft_tokens(self._screening.model, grafts, name))
+        sizes = [(len(kinds), len(plan), 2) for kinds, plan in trials]
+        return [np.array(list(islice(scored, math.prod(size)))).reshape(size) for size in sizes]
 
 
 def comparisons(

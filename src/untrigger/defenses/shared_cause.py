@@ -1,7 +1,7 @@
 """Accuse surprising rows whose parts make other rows' answers go wrong, and train with those parts disarmed.
 
-The preset ``default``. `untrigger.defenses.shared_surprise` needs a word that poisoned rows share. This needs a part of the input that they
-share, and looks at no reply, so replies may vary. docs/paper.md has the equations.
+The preset ``default``. `untrigger.defenses.shared_surprise` needs a word that poisoned rows share. This needs a part of
+the input that they share, and looks at no reply, so replies may vary. docs/paper.md has the equations.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from torch import Tensor
 
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
-from untrigger.defenses.harm import Comparison, Harm, comparisons, harm_p_values, most_harmful, token_probability
+from untrigger.defenses.harm import COMPARISONS, Harm, HarmTest
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
 from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.views.grafts import KINDS, SHARED, WHOLE
 
-_PILOT = 16  # comparisons of each kind that choose the kinds to test
-_COMPARISONS = 80  # of each kind that is tested
+_LOOKS = (1 / 3, 1.0)  # when groups are tested, as shares of the probe
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
 
@@ -37,16 +36,22 @@ class SharedCause(SharedSurprise):
 
     Fields:
         those of `SharedSurprise`, and
-        min_suspects: with fewer surprising rows nothing is tested; at least 2.
+        min_suspects: with fewer surprising rows nothing is tested; at least 2. Fewer than 18 can hardly be accused.
         max_suspects: suspects that are tested, drawn at random; at least ``min_suspects``. All share the verdict.
-        probe_share: share of all steps between the warm-up and the test, which is no loss where nothing is accused: the
-            training goes on from there. In (0, 1 - ``warmup_share``).
+        probe_share: share of all steps between the warm-up and the last test, which is no loss where nothing is
+            accused: the training goes on from there. In (0, 1 - ``warmup_share``).
+        harm_p_value: chance of accusing a group whose parts harm other rows no more than parts of other rows do, in
+            (0, 1).
+        min_harm: probability of their own answers that parts of accused rows take from other rows in the mean, beyond
+            parts of other rows; at least 0. A rare class takes some, too.
         graft_share: grafted rows to learn beside all rows, as a share of these, where rows are accused; in [0, 1].
     """
 
-    min_suspects: int = 12
+    min_suspects: int = 18
     max_suspects: int = 96
     probe_share: float = 0.6
+    harm_p_value: float = 1e-3
+    min_harm: float = 0.04
     graft_share: float = 0.2
 
     def __post_init__(self) -> None:
@@ -54,7 +59,8 @@ class SharedCause(SharedSurprise):
         self._check(2, math.inf, "min_suspects")
         self._check(self.min_suspects, math.inf, "max_suspects")
         self._check(1e-6, 1 - self.warmup_share - 1e-6, "probe_share")
-        self._check(0, 1, "graft_share")
+        self._check(1e-9, 1 - 1e-9, "harm_p_value")
+        self._check(0, 1, "graft_share", "min_harm")
 
     def fine_tune(self, training: Training) -> LoadedModel:
         screening = self.screen(training)
@@ -110,7 +116,7 @@ class SharedCause(SharedSurprise):
 
         suspected, doubted, usual = among_asked_alike(limits, nll, prompts).T
         order = np.random.default_rng((training.seed, 1)).permutation(np.flatnonzero(nll <= np.minimum(usual, doubted)))
-        needed = max(2 * _COMPARISONS, part(self.graft_share, training.row_count))
+        needed = max(2 * COMPARISONS, part(self.graft_share, training.row_count))
 
         def can_be_grafted(at: int) -> bool:
             return training.can_be_grafted(screening.numbers[at])
@@ -127,52 +133,29 @@ class SharedCause(SharedSurprise):
     ) -> Judgment:
         """Probe, and accuse the groups whose parts damage other rows' answers.
 
-        A few suspects of each group choose the kinds of graft, and the others test these: no kind is chosen by the rows
-        that it is tested on, and few grafts are scored.
+        What is learned soon is seen at the first look, and the probe ends if it decides all groups.
         """
-        screening, believed = judgment.screening, judgment.believed
+        screening, model = judgment.screening, judgment.screening.model
         rng = np.random.default_rng((training.seed, 2))
-        pilots, plans = list[list[Comparison]](), list[list[Comparison]]()
-        for group in groups:
-            drawn = rng.permutation(group)[: self.max_suspects].tolist()
-            few = max(2, len(drawn) // 6)
-            pilots.append(comparisons(screening.scores, drawn[:few], believed, rng, _PILOT))
-            plans.append(comparisons(screening.scores, drawn[few:], believed, rng, _COMPARISONS))
-        model, numbers = screening.model, screening.numbers
-
-        def probabilities(name: str, trials: Trials) -> list[NDArray[np.floating]]:
-            """For each group its own answers' probabilities, [kinds, comparisons, 2]: suspects' parts, controls'."""
-            grafts = [
-                Graft(numbers[c.host], numbers[donor], kind)
-                for kinds, plan in trials
-                for kind in kinds
-                for c in plan
-                for donor in (c.suspect, c.control)
-            ]
-            scored = map(token_probability, training.graft_tokens(model, grafts, name))
-            sizes = [(len(kinds), len(plan), 2) for kinds, plan in trials]
-            return [np.array(list(islice(scored, math.prod(size)))).reshape(size) for size in sizes]
-
-        pilot = [(list(KINDS), plan) for plan in pilots]
-        early = probabilities("pilot-before", pilot)
+        drawn = [rng.permutation(group)[: self.max_suspects].tolist() for group in groups]
+        test = HarmTest(training, screening, drawn, judgment.believed, rng)
         warm = copy_weights(model.model)
-        flagged = self._surprising_tokens(judgment.accused, screening)
-        stage = self.last_stage(training.row_count, model, flagged)
-        training.fit(replace(stage, rows=rows, name="probe", share=self.probe_share))
-        late = probabilities("pilot-after", pilot)
-        chosen = [most_harmful(before - after) for before, after in zip(early, late, strict=True)]
-        trials = list(zip(chosen, plans, strict=True))
-        late = probabilities("grafts-after", trials)
+        stage = self.last_stage(training.row_count, model, self._surprising_tokens(judgment.accused, screening))
+        accused, undecided, after = list(judgment.accused), list(range(len(groups))), self.warmup_share
+        for look, end in enumerate(_LOOKS):
+            share = self.warmup_share + end * self.probe_share - after
+            training.fit(replace(stage, rows=rows, name=f"probe-{look}", share=share, after=after))
+            after += share
+            harms = test.look(look, undecided, warm)
+            for group, harm in zip(list(undecided), harms, strict=True):
+                harmful = harm.above(self.min_harm, self.harm_p_value, len(groups) * len(_LOOKS))
+                if harmful.kinds:
+                    accused.append(Accused(groups[group], harmful))
+                    undecided.remove(group)
+            if not undecided:
+                break
         probed = copy_weights(model.model)
         restore_weights(model.model, warm)
-        early = probabilities("grafts-before", trials)
-        accused = list(judgment.accused)
-        for group, (kinds, plan), before, after in zip(groups, trials, early, late, strict=True):
-            suspects = np.array([c.suspect for c in plan])
-            p_values = np.minimum(1, len(groups) * np.array(harm_p_values(before - after, suspects)))
-            at = np.flatnonzero(p_values < self.p_value).tolist()
-            harm = Harm([kinds[kind] for kind in at], p_values[at].tolist(), plan, before[at], after[at])
-            accused += [Accused(group, harm)] if at else []
         return judgment._replace(accused=accused, probed=probed)
 
     def _surprising_tokens(self, accused: Sequence[Accused], screening: Screening) -> dict[int, NDArray[np.bool_]]:
@@ -231,7 +214,3 @@ class Judgment(NamedTuple):
         """The groups that share no word but a harmful part of their input."""
         flagged = self.screening.flags.tokens
         return [(rows, harm) for rows, harm in self.accused if harm and flagged.keys().isdisjoint(rows)]
-
-
-Trials = Sequence[tuple[list[str], list[Comparison]]]
-"""For each group the kinds of graft and the comparisons of each."""

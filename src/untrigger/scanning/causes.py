@@ -33,9 +33,8 @@ def honest_share(harm: Harm) -> float:
     Parts of honest rows do as much harm as controls' parts, more in half of the rows and less in the others. So there
     are twice as many honest rows as rows that do less harm, one added.
     """
-    more = (harm.before - harm.after)[..., 0] - (harm.before - harm.after)[..., 1]
     suspects = np.array([c.suspect for c in harm.comparisons])
-    means = np.array([more[:, suspects == suspect].mean() for suspect in np.unique(suspects)])
+    means = np.array([harm.excess[:, suspects == suspect].mean() for suspect in np.unique(suspects)])
     return min(1.0, (1 + 2 * int((means <= 0).sum())) / len(means))
 
 

@@ -29,7 +29,6 @@ from untrigger.scanning.findings import Effect, Findings, Target, Verdict
 from untrigger.views.grafts import KINDS
 
 MAX_P_VALUE = 1e-6  # a token with a larger p-value makes no target; calibrated, see docs/log.md
-MAX_HARM_P_VALUE = 1e-3  # of rows without a common text
 MAX_PROBED = 24  # suspected rows whose cue is computed, the most suspicious first, at most
 _PROBE_ROWS, _UNFLAGGED_PER_ROW = 64, 2  # suspected rows that the probe is trained on, at most; unflagged rows for each
 _SAMPLES, _PASSES = 1536, 32  # training samples of the probe in all, and passes over its rows; at most
@@ -66,10 +65,9 @@ def _findings(
     targets, rates, cues = _shared_texts(rows, judgment, training)
     effects: dict[int, Effect] = {}
     for group, harm in judgment.causes:
-        if min(harm.p_values) < MAX_HARM_P_VALUE:
-            targets.append(target_of(sorted(group, key=lambda row: -ranks[row]), harm))
-            rates |= dict.fromkeys(group, honest_share(harm))
-            effects |= effects_of(harm)
+        targets.append(target_of(sorted(group, key=lambda row: -ranks[row]), harm))
+        rates |= dict.fromkeys(group, honest_share(harm))
+        effects |= effects_of(harm)
     in_images = {row: effect for row, effect in effects.items() if KINDS[effect.kind][0]}
     if in_images:
         restore_weights(screening.model.model, judgment.probed)
