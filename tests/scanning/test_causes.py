@@ -1,0 +1,95 @@
+"""Rows that share no text: how many of them are honest, what they do to other rows, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from untrigger.defenses.harm import Comparison, Harm
+from untrigger.models.scoring import TokenScores
+from untrigger.rows.sample import Sample
+from untrigger.scanning.causes import effects_of, honest_share, maps_of, target_of
+from untrigger.scanning.findings import Effect, Findings, Target, Verdict, hot, place
+from untrigger.scanning.page import page
+
+RED = (255, 0, 0)
+
+
+def harm_of(excess: Sequence[float], kinds: Sequence[str] = ("blend",)) -> Harm:
+    """One comparison for each suspect, 0, 1, ...; the hosts are 100, 101, ..."""
+    plan = [Comparison(100 + at, at, 50) for at in range(len(excess))]
+    before = np.full((len(kinds), len(excess), 2), 0.9)
+    after = before.copy()
+    after[..., 0] -= np.array(excess)
+    return Harm(list(kinds), [1e-5] * len(kinds), plan, before, after)
+
+
+def test_half_of_the_honest_rows_do_less_harm_than_their_controls() -> None:
+    rng = np.random.default_rng(0)
+    poisoned, honest = rng.uniform(0.3, 0.5, 60), rng.normal(0, 0.1, 40)
+    share = honest_share(harm_of([*poisoned, *honest]))
+    assert share == pytest.approx((1 + 2 * (honest <= 0).sum()) / 100) and 0.25 < share < 0.55
+    assert honest_share(harm_of([0.4] * 20)) == pytest.approx(1 / 20)
+    assert honest_share(harm_of([-0.4] * 20)) == 1.0
+
+
+def test_the_largest_effect_of_each_row_is_reported() -> None:
+    harm = harm_of([0.1, 0.4], ("blend", "tail"))
+    harm.after[1, 0, 0] -= 0.3
+    effects = effects_of(harm)
+    assert effects[0] == ("tail", 100, pytest.approx(0.5), pytest.approx(0.9))
+    assert effects[1][1:] == (101, pytest.approx(0.5), pytest.approx(0.9))
+
+
+def test_image_and_prompt_count_where_a_part_of_them_does_harm() -> None:
+    harm = harm_of([0.4, 0.4], ("image, head", "blend"))._replace(p_values=[1e-4, 1e-6])
+    assert target_of([1, 0], harm) == Target("", 1e-6, [1, 0], 1e-6, 1e-4)
+    assert target_of([0], harm_of([0.4])).prompt_p_value is None
+
+
+@pytest.fixture
+def suspect(row: Callable[..., Sample], paint: Callable[..., Sample]) -> Sample:
+    return paint(row("<image>what?", "a cat", id="bad"), (24, 18, 32, 24))
+
+
+def fooled(rows: Sequence[Sample]) -> list[TokenScores]:
+    """A model that doubts the answer of any image with some red in it."""
+    images = (np.asarray(rows[at].images[0]).reshape(-1, 3) for at in range(len(rows)))
+    nats = [5.0 if (image == RED).all(axis=1).sum() > 8 else 0.1 for image in images]
+    return [TokenScores(np.array([5]), np.array([value])) for value in nats]
+
+
+def test_the_map_shows_where_the_part_of_a_suspect_lies(row: Callable[..., Sample], suspect: Sample) -> None:
+    rows = [suspect, row("<image>and this?", "a dog")]
+    cue = maps_of({0: Effect("blend", 1, 0.1, 0.9)}, rows, fooled)[0]
+    assert np.argwhere(hot(cue.cells[0])).tolist() == [[3, 3]] and cue.image is None and cue.words == []
+
+
+def test_the_page_shows_the_other_row_with_the_part(row: Callable[..., Sample], suspect: Sample) -> None:
+    host = row("<image>and this?", "a dog", id="good")
+    effect = Effect("head", 1, 0.1, 0.93)
+    cue = maps_of({0: effect}, [suspect, host], fooled)[0]
+    target = Target("", 1e-5, [0], 1e-5, None)
+    findings = Findings([Verdict(1, "bad", 9.0, 0, 0.2, "cat", cue, effect), Verdict(2, "good", 0.1)], [target])
+    html = page(findings, [suspect, host])
+    for text in ("Rows without a common text", "what? and this?", "a dog", "0.10", "0.93", 'class="edge" x="3" y="3"'):
+        assert text in html
+    assert html.count("<img") == 2 and "“”" not in html
+    assert place(findings, target) == "the image, middle center (1 of 64 cells)"
+    assert findings.rows[0] | {"score": 0} == {
+        **{"row": 1, "id": "bad", "suspected": True, "score": 0, "target": "", "fdr": 0.2, "flagged_text": "cat"},
+        **{"image_cue": None, "prompt_cue": None},
+        **{"harmful_part": "head", "harmed_row": 2, "probability": 0.1, "control": 0.93},
+    }
+    assert "no text in 1 rows" in repr(findings)
+
+
+def test_a_row_keeps_its_size_on_the_map(row: Callable[..., Sample], suspect: Sample) -> None:
+    """The host's image may be of another size; the suspect's is scaled to it, as in a graft."""
+    host = row("<image>and this?", "a dog")
+    small = Sample(host.id, (Image.new("L", (32, 24), 90),), host.messages)
+    cue = maps_of({0: Effect("blend", 1, 0.1, 0.9)}, [suspect, small], fooled)[0]
+    assert cue.cells[0].shape == (8, 8) and hot(cue.cells[0]).sum() <= 4
