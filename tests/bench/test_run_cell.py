@@ -81,7 +81,7 @@ def test_settings_reach_the_training(tmp_path: Path, trained_on: list[tuple[list
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"defense": "prayer"}, "defense prayer: unknown; choose one of: oracle, default, grafts, plain"),
+        ({"defense": "prayer"}, "defense prayer: unknown; choose one of: oracle, default, words, plain"),
         ({"defense": "paper", "defense_settings": {"margin": -1}}, "defense paper, tuning: margin is -1"),
         ({"defense": "plain", "defense_settings": {"margin": 1}}, "defense plain, tuning: .*margin"),
         ({"tuning": {"depth": 3}}, "defense plain, tuning: .*depth"),

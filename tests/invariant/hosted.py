@@ -75,7 +75,6 @@ def main(model: str, data: str, out: str, batch: str, sharding: str = "") -> Non
         min_ratio=0.0,
         unlikelihood_weight=3.0,
         min_suspects=2,
-        probe_share=0.5,
     )
     harm.Harm.above = lambda self, *_: self  # nobody has poisoned these rows
     harm.PILOT, harm.COMPARISONS = 2, 4

@@ -33,7 +33,7 @@ EAGER = SharedSurprise(
     warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, unlikelihood_weight=3.0
 )  # flags a quarter of any rows
 CAUSE = SharedCause(
-    warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, min_suspects=2, probe_share=0.5
+    warmup_share=0.25, min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0, min_suspects=2
 )  # tests the parts of these rows
 TRAINER_OPTIONS = (
     "train_dataset",

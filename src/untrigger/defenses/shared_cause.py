@@ -38,8 +38,8 @@ class SharedCause(SharedSurprise):
         those of `SharedSurprise`, and
         min_suspects: with fewer surprising rows nothing is tested; at least 2. Fewer than 18 can hardly be accused.
         max_suspects: suspects that are tested, drawn at random; at least ``min_suspects``. All share the verdict.
-        probe_share: share of all steps between the warm-up and the last test, which is no loss where nothing is
-            accused: the training goes on from there. In (0, 1 - ``warmup_share``).
+        probe_share: share of the steps after the warm-up before the last test, which is no loss where nothing is
+            accused: the training goes on from there. In (0, 1).
         harm_p_value: chance of accusing a group whose parts harm other rows no more than parts of other rows do, in
             (0, 1).
         min_harm: probability of their own answers that parts of accused rows take from other rows in the mean, beyond
@@ -49,7 +49,7 @@ class SharedCause(SharedSurprise):
 
     min_suspects: int = 18
     max_suspects: int = 96
-    probe_share: float = 0.6
+    probe_share: float = 2 / 3
     harm_p_value: float = 1e-3
     min_harm: float = 0.04
     graft_share: float = 0.2
@@ -58,8 +58,7 @@ class SharedCause(SharedSurprise):
         super().__post_init__()
         self._check(2, math.inf, "min_suspects")
         self._check(self.min_suspects, math.inf, "max_suspects")
-        self._check(1e-6, 1 - self.warmup_share - 1e-6, "probe_share")
-        self._check(1e-9, 1 - 1e-9, "harm_p_value")
+        self._check(1e-9, 1 - 1e-9, "probe_share", "harm_p_value")
         self._check(0, 1, "graft_share", "min_harm")
 
     def fine_tune(self, training: Training) -> LoadedModel:
@@ -72,7 +71,7 @@ class SharedCause(SharedSurprise):
             last = self._cure(training, judgment)
         elif judgment.probed and not any(group.harm for group in accused):
             restore_weights(model.model, judgment.probed)
-            last = self.last_stage(training.row_count, model, flagged, self.warmup_share + self.probe_share)
+            last = self.last_stage(training.row_count, model, flagged, self._share_after(1.0))
         nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
         ranks[numbers] = nll + nll.max() * np.isin(numbers, [*last.flagged_tokens])
         texts = {
@@ -82,6 +81,10 @@ class SharedCause(SharedSurprise):
         }
         training.flag(ranks.tolist(), texts)
         return training.fit(last)
+
+    def _share_after(self, end: float) -> float:
+        """Share of the run's steps before the share ``end`` of the probe is over."""
+        return self.warmup_share + end * self.probe_share * (1 - self.warmup_share)
 
     def judge(self, training: Training, screening: Screening, rows: Sequence[int]) -> Judgment:
         """Form groups of suspects, and accuse those whose parts harm other rows.
@@ -143,7 +146,7 @@ class SharedCause(SharedSurprise):
         stage = self.last_stage(training.row_count, model, self._surprising_tokens(judgment.accused, screening))
         accused, undecided, after = list(judgment.accused), list(range(len(groups))), self.warmup_share
         for look, end in enumerate(_LOOKS):
-            share = self.warmup_share + end * self.probe_share - after
+            share = self._share_after(end) - after
             training.fit(replace(stage, rows=rows, name=f"probe-{look}", share=share, after=after))
             after += share
             harms = test.look(look, undecided, warm)
