@@ -125,7 +125,8 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     assert len(grafts) == 16 and [graft.kind for graft in grafts] == ["window 0.5 0.25", SHARED] * 8
     assert all(graft.donor < 16 <= graft.host for graft in grafts), "hosts are believed rows"
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
-    assert all(mask.tolist() == [True, False] for mask in last.options["flagged_tokens"].values())
+    assert not any(mask.any() for mask in last.options["flagged_tokens"].values()), "they are not learned"
+    assert sorted(dry.texts) == dry.flagged and all(dry.texts.values()), "the surprising tokens, as text"
 
 
 @pytest.mark.parametrize(("harmful", "learned_by_the_probe"), [("blend", 0.0), ("none", 2.0)])
@@ -158,7 +159,7 @@ def test_doubtful_rows_are_not_learned_where_others_are_accused(loaded: LoadedMo
         CAUSE.fine_tune(dry)
         assert dry.flagged == flagged
         tokens = dry.stages[-1].options.get("flagged_tokens", {})
-        assert {row for row in tokens if not tokens[row].any()} == set(flagged) - set(range(16)), "none of their tokens"
+        assert sorted(tokens) == flagged and not any(mask.any() for mask in tokens.values()), "none of their tokens"
         hosts = {graft.host for graft in dry.stages[-1].options.get("grafts", [])}
         assert hosts.isdisjoint({40, 41}), "and they are not believed"
 

@@ -65,7 +65,7 @@ class SharedCause(SharedSurprise):
         screening = self.screen(training)
         judgment = self.judge(training, screening, range(training.row_count))
         numbers, model, accused = screening.numbers, screening.model, judgment.accused
-        flagged = self._surprising_tokens(accused, screening)
+        flagged = _shared_tokens(accused, screening)
         last = self.last_stage(training.row_count, model, flagged)
         if judgment.causes:
             last = self._cure(training, judgment)
@@ -75,9 +75,9 @@ class SharedCause(SharedSurprise):
         nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
         ranks[numbers] = nll + nll.max() * np.isin(numbers, [*last.flagged_tokens])
         texts = {
-            row: flagged_text(model, tokens_of, last.flagged_tokens[row])
-            for row, tokens_of in zip(numbers, screening.scores, strict=True)
-            if row in last.flagged_tokens
+            row: flagged_text(model, tokens, marks if marks.any() else tokens.nll > UNLIKELY)
+            for row, tokens in zip(numbers, screening.scores, strict=True)
+            if (marks := last.flagged_tokens.get(row)) is not None
         }
         training.flag(ranks.tolist(), texts)
         return training.fit(last)
@@ -143,7 +143,7 @@ class SharedCause(SharedSurprise):
         drawn = [rng.permutation(group)[: self.max_suspects].tolist() for group in groups]
         test = HarmTest(training, screening, drawn, judgment.believed, rng)
         warm = copy_weights(model.model)
-        stage = self.last_stage(training.row_count, model, self._surprising_tokens(judgment.accused, screening))
+        stage = self.last_stage(training.row_count, model, _shared_tokens(judgment.accused, screening))
         accused, undecided, after = list(judgment.accused), list(range(len(groups))), self.warmup_share
         for look, end in enumerate(_LOOKS):
             share = self._share_after(end) - after
@@ -161,16 +161,10 @@ class SharedCause(SharedSurprise):
         restore_weights(model.model, warm)
         return judgment._replace(accused=accused, probed=probed)
 
-    def _surprising_tokens(self, accused: Sequence[Accused], screening: Screening) -> dict[int, NDArray[np.bool_]]:
-        """The tokens to make unlikely, by row number: a row's shared ones, or its surprising ones if it has none."""
-        return {
-            screening.numbers[at]: screening.flags.tokens.get(at, screening.scores[at].nll > self.min_nll)
-            for group in accused
-            for at in group.rows
-        }
-
     def _cure(self, training: Training, judgment: Judgment) -> Stage:
-        """Train on all rows but the doubtful, and on believed rows with parts of accused ones and their own answers.
+        """Train on believed rows with parts of accused ones and their own answers, beside all other rows.
+
+        Accused rows without a shared word and doubtful rows are not learned.
 
         Every other part of an image is what all accused images share, with its full strength. So is each whole image:
         it would take the host's content away, and the host's answer would no longer be true.
@@ -185,9 +179,9 @@ class SharedCause(SharedSurprise):
             for place, (host, (donor, kind)) in enumerate(zip(cycle(judgment.believed), chosen, strict=False))
             for image_part in [KINDS[kind][0]]
         ]
-        tokens = self._surprising_tokens(judgment.accused, screening)
-        doubtful = judgment.doubtful
-        tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in doubtful}  # nothing to learn
+        left_out = [*judgment.doubtful, *(at for rows, _ in judgment.causes for at in rows)]
+        tokens = _shared_tokens(judgment.accused, screening)
+        tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in left_out}
         stage = self.last_stage(training.row_count, screening.model, tokens)
         return replace(stage, grafts=grafts)
 
@@ -217,3 +211,9 @@ class Judgment(NamedTuple):
         """The groups that share no word but a harmful part of their input."""
         flagged = self.screening.flags.tokens
         return [(rows, harm) for rows, harm in self.accused if harm and flagged.keys().isdisjoint(rows)]
+
+
+def _shared_tokens(accused: Sequence[Accused], screening: Screening) -> dict[int, NDArray[np.bool_]]:
+    """The tokens to make unlikely, by row number: those that accused rows share with others."""
+    flagged = screening.flags.tokens
+    return {screening.numbers[at]: flagged[at] for group in accused for at in group.rows if at in flagged}
