@@ -209,9 +209,9 @@ def test_harm_counts_if_it_is_large_and_not_by_chance() -> None:
     after[0, :, 0] -= 0.2
     after[1, :, 0] -= 0.01
     plan = [Comparison(9, suspect, 8) for suspect in range(4)]
-    harm = Harm(["blend", "image", "tail"], [1e-6, 1e-6, 0.5], plan, before, after)
+    harm = Harm(["blend", "head", "tail"], [1e-6, 1e-6, 0.5], plan, before, after)
     assert harm.above(0.05, 1e-3, 4).kinds == ["blend"] and harm.above(0.05, 1e-3, 4).p_values == [4e-6]
-    assert harm.above(0.0, 1e-3, 4).kinds == ["blend", "image"] and harm.above(0.05, 1e-6, 4).kinds == []
+    assert harm.above(0.0, 1e-3, 4).kinds == ["blend", "head"] and harm.above(0.05, 1e-6, 4).kinds == []
     assert harm.above(0.0, 1.0, 1).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0])
 
 
@@ -222,9 +222,13 @@ def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
     assert most_harmful(damage) == [list(KINDS)[at] for at in (2, 5, 9)]
 
 
-def test_the_cure_grafts_no_whole_image(loaded: LoadedModel) -> None:
-    for harmful, learned in (("image", SHARED), ("tail", "tail")):
+def test_what_the_accused_share_replaces_every_other_part_of_an_image_alone(loaded: LoadedModel) -> None:
+    for harmful, learned in (
+        ("blend", ["blend", SHARED] * 8),
+        ("tail", ["tail"] * 16),
+        ("checkerboard 1, head", ["checkerboard 1, head"] * 16),
+    ):
         dry = _dry(loaded, harmful)
         CAUSE.fine_tune(dry)
         assert dry.flagged == list(range(16))
-        assert [graft.kind for graft in dry.stages[-1].options["grafts"]] == [learned] * 16
+        assert [graft.kind for graft in dry.stages[-1].options["grafts"]] == learned

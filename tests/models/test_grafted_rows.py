@@ -16,7 +16,7 @@ from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted, gr
 from untrigger.models.loading import copy_weights, load, restore_weights
 from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Message, Sample, read
-from untrigger.views.grafts import KINDS, SHARED
+from untrigger.views.grafts import KINDS, SHARED, graft_image
 
 
 def text(words: str) -> dict[str, str]:
@@ -93,8 +93,8 @@ def test_rows_without_an_image_or_a_text_cannot_be_grafted(row: Row, can: bool) 
 
 def test_scores_of_grafts_are_those_of_the_rows_that_they_describe(tiny_model: Path, tiny_data: Path) -> None:
     loaded, samples = load(tiny_model, dtype=torch.float64), read(tiny_data)
-    made = GraftedRows(Rows(samples), [Graft(2, 5, "image"), Graft(7, 1, "tail")])
-    mixed = Sample("", samples[5].images, samples[2].messages)
+    made = GraftedRows(Rows(samples), [Graft(2, 5, "blend"), Graft(7, 1, "tail")])
+    mixed = Sample("", (graft_image(samples[2].images[0], samples[5].images[0], "blend"),), samples[2].messages)
     question, answer = samples[7].messages
     longer = Sample("", samples[7].images, (Message("user", f"{question.text} this?"), answer))
     for scored, expected in zip(row_tokens(loaded, made), row_tokens(loaded, [mixed, longer]), strict=True):

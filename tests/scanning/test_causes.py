@@ -45,7 +45,7 @@ def test_the_largest_effect_of_each_row_is_reported() -> None:
 
 
 def test_image_and_prompt_count_where_a_part_of_them_does_harm() -> None:
-    harm = harm_of([0.4, 0.4], ("image, head", "blend"))._replace(p_values=[1e-4, 1e-6])
+    harm = harm_of([0.4, 0.4], ("checkerboard 0, head", "blend"))._replace(p_values=[1e-4, 1e-6])
     assert target_of([1, 0], harm) == Target("", 1e-6, [1, 0], 1e-6, 1e-4)
     assert target_of([0], harm_of([0.4])).prompt_p_value is None
 

@@ -23,7 +23,7 @@ from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagge
 from untrigger.metrics.outliers import forward_fence
 from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
-from untrigger.views.grafts import KINDS, SHARED, WHOLE
+from untrigger.views.grafts import IMAGE_GRAFTS, SHARED
 
 _LOOKS = (1 / 3, 1.0)  # when groups are tested, as shares of the probe
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
@@ -97,8 +97,8 @@ class SharedCause(SharedSurprise):
         """
         words, others, doubtful, believed = self._groups(training, screening)
         can_test = len(believed) >= 2 * self.min_suspects
-        tested = [rows for rows in (words, others) if can_test and len(rows) >= self.min_suspects]
-        untested = [at for at in screening.flags.tokens if not any(at in rows for rows in tested)]
+        tested = [group for group in (words, others) if can_test and len(group) >= self.min_suspects]
+        untested = [at for at in screening.flags.tokens if not any(at in group for group in tested)]
         accused = [Accused(untested)] if untested else []
         judgment = Judgment(screening, accused, doubtful, believed)
         return self._test(training, judgment, tested, rows) if tested else judgment
@@ -175,9 +175,8 @@ class SharedCause(SharedSurprise):
         extra = part(self.graft_share, training.row_count)
         chosen = [donors[at] for at in rng.integers(len(donors), size=extra)]
         grafts = [
-            Graft(numbers[host], numbers[donor], SHARED if image_part and (place % 2 or image_part == WHOLE) else kind)
+            Graft(numbers[host], numbers[donor], SHARED if place % 2 and kind in IMAGE_GRAFTS else kind)
             for place, (host, (donor, kind)) in enumerate(zip(cycle(judgment.believed), chosen, strict=False))
-            for image_part in [KINDS[kind][0]]
         ]
         left_out = [*judgment.doubtful, *(at for rows, _ in judgment.causes for at in rows)]
         tokens = _shared_tokens(judgment.accused, screening)

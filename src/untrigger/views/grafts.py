@@ -16,7 +16,6 @@ from untrigger.views.patches import to_rgb
 Weights = NDArray[np.float32]
 """Share of the donor in each pixel, [height, width], in [0, 1]."""
 
-WHOLE = "image"  # the kind that leaves nothing of the host's image
 _CELL = 1 / 8  # side of a checkerboard's cells, as a share of the image's side
 _STEPS = (0.0, 0.25, 0.5)  # where windows of half the side begin
 
@@ -41,11 +40,6 @@ def even_blend(height: int, width: int) -> Weights:
     return np.full((height, width), 0.5, np.float32)
 
 
-def whole(height: int, width: int) -> Weights:
-    """The donor alone."""
-    return np.ones((height, width), np.float32)
-
-
 IMAGE_GRAFTS: Mapping[str, Callable[[int, int], Weights]] = {
     **{
         f"window {top:g} {left:g}": (lambda h, w, top=top, left=left: window(top, left, h, w))
@@ -54,8 +48,8 @@ IMAGE_GRAFTS: Mapping[str, Callable[[int, int], Weights]] = {
     },
     **{f"checkerboard {parity}": (lambda h, w, parity=parity: checkerboard(parity, h, w)) for parity in (0, 1)},
     "blend": even_blend,
-    WHOLE: whole,
 }
+"""No graft is a whole image: the host's answer would no longer be true, and content alone would look harmful."""
 
 
 def graft_image(host: Image.Image, donor: Image.Image, kind: str) -> Image.Image:
@@ -95,7 +89,7 @@ TEXT_GRAFTS = ("head", "tail")
 KINDS: Mapping[str, tuple[str, str]] = {
     **{kind: (kind, "") for kind in IMAGE_GRAFTS},
     **{kind: ("", kind) for kind in TEXT_GRAFTS},
-    **{f"{WHOLE}, {kind}": (WHOLE, kind) for kind in TEXT_GRAFTS},
+    **{f"checkerboard {parity}, {kind}": (f"checkerboard {parity}", kind) for parity in (0, 1) for kind in TEXT_GRAFTS},
 }
 """What is grafted: a part of the image, of the prompt, or of both."""
 
