@@ -25,7 +25,8 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 # The site, build/site, of the pages as they lie in the repository: so a link is the same link here and there.
-PAGES := README.md CHANGELOG.md CONTRIBUTING.md NOTICE docs results/*.md examples plans src/untrigger/embedded/*/README.md
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md NOTICE docs results/*.md examples plans src/untrigger/embedded/*/README.md \
+	src/untrigger/schemas
 docs: $(VENV)/installed-docs
 	rm -rf build/pages && mkdir -p build/pages
 	tar cf - $(PAGES) | tar xf - -C build/pages
