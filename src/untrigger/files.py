@@ -187,9 +187,9 @@ def folder_lock(folder: Path) -> Generator[None]:
     except Timeout:
         raise InputError(f"{folder}: another run is using it; wait for that run or name another folder") from None
     except OSError as error:
-        path.unlink(missing_ok=True)
         if error.errno not in _NO_LOCKS:
-            raise
+            raise  # its file stays: another run may hold it
+        path.unlink(missing_ok=True)
     try:
         yield
     finally:
