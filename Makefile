@@ -25,7 +25,8 @@ lint: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 # The site, build/site, of the pages as they lie in the repository: so a link is the same link here and there.
-PAGES := README.md CHANGELOG.md CONTRIBUTING.md NOTICE docs results/*.md examples plans src/untrigger/embedded/*/README.md
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md NOTICE docs results/*.md examples plans src/untrigger/embedded/*/README.md \
+	src/untrigger/schemas
 docs: $(VENV)/installed-docs
 	rm -rf build/pages && mkdir -p build/pages
 	tar cf - $(PAGES) | tar xf - -C build/pages
@@ -50,11 +51,11 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[captions]"
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,pandas,ray,report,trl]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[captions,dev,pandas,ray,report,trl]"
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from untrigger.errors import InputError
-from untrigger.files import check_free, new_file, new_folder
+from untrigger.files import LOCK, check_free, check_idle, file_lock, folder_lock, has_content, new_file, new_folder
 
 
 def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +46,8 @@ def test_files_and_folders_appear_whole_or_not_at_all(tmp_path: Path, monkeypatc
         pass
 
 
-def test_two_runs_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second is refused at once, or at the end where folders cannot be locked; no hidden folder is named."""
+def test_two_runs_into_one_folder(tmp_path: Path) -> None:
+    """The second is refused at once, or at the end where nothing can be locked; no hidden folder is named."""
     out = tmp_path / "out"
     (tmp_path / f".out.{os.getpid() + 1}").mkdir()  # of a run that was killed
     with new_folder(out) as folder:
@@ -61,13 +63,67 @@ def test_two_runs_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             (late / "y").write_text("faster")
     assert not folder.exists() and (late / "y").read_text() == "faster"
 
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are used unlocked; where one must wait for another, it stops in a line, as at any other failure."""
+
     def cannot(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", cannot)
-    with new_folder(tmp_path / "unlocked") as folder:
-        (folder / "x").write_text("x")
-    assert (tmp_path / "unlocked/x").is_file()
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)), folder_lock(tmp_path):
+            pytest.fail("unlocked")
+    else:
+        with new_folder(tmp_path / "unlocked") as folder, folder_lock(folder):
+            (folder / "x").write_text("x")
+        assert [path.name for path in (tmp_path / "unlocked").iterdir()] == ["x"]
+    line = rf"^{tmp_path}/a.lock: cannot be locked \({os.strerror(number)}\); check it$"
+    with pytest.raises(InputError, match=line), file_lock(tmp_path / "a.lock"):
+        pytest.fail("unlocked")
+
+
+def test_the_lock_of_a_folder_is_no_content_and_leaves_no_file(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with folder_lock(folder):
+        assert not has_content(folder) and not has_content(folder, "x")
+        with pytest.raises(InputError, match="another run is using it"):
+            check_free(folder)
+        (folder / "x").touch()
+        assert has_content(folder) and not has_content(folder, "x")
+    assert [path.name for path in folder.iterdir()] == ["x"]
+
+
+def test_a_lock_file_that_nobody_holds_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    stale = tmp_path / "out" / LOCK
+    stale.touch()
+    check_idle(tmp_path / "out")
+    assert not stale.exists()
+    stale.touch()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "x").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+
+
+def test_one_waits_for_the_other(tmp_path: Path) -> None:
+    """Eight threads add to a number that each reads and writes back later: with the lock none is lost."""
+    number = tmp_path / "number"
+    number.write_text("0")
+
+    def add() -> None:
+        for _ in range(5):
+            with file_lock(tmp_path / "number.lock"):
+                value = int(number.read_text())
+                time.sleep(0.001)
+                number.write_text(str(value + 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(add) for _ in range(8)]:
+            done.result(timeout=60)
+    assert number.read_text() == "40"
 
 
 def test_errors_name_what_the_user_gave_not_the_hidden_folder(tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from untrigger.errors import InputError
 
+LOCK = ".untrigger.lock"  # in a folder that a run uses; hidden, so that it is no content
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 _LONGEST = 200  # bytes of a name that a temporary name adds to; file systems take 255
 
 
@@ -25,7 +28,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def file_errors(path: Path, action: str) -> Generator[None]:
-    """Turn an OSError into an InputError "cannot be ACTION"; ``action`` is ``read`` or ``written``."""
+    """Turn an OSError into an InputError "cannot be ACTION"; ``action`` is ``read``, ``written`` or ``locked``."""
     try:
         yield
     except OSError as error:
@@ -69,12 +72,11 @@ def new_folder(path: Path) -> Generator[Path]:
         check_free(path)
         temporary.mkdir(parents=True)
         try:
-            with ExitStack() as lock:
-                with suppress(OSError):  # some file systems have no locks
-                    lock.enter_context(folder_lock(temporary))  # others see that it is being written
+            with folder_lock(temporary):  # others see that it is being written
                 yield temporary
-                _check_empty(path)  # without locks another run may have been faster
-                os.replace(temporary, target)
+            _check_empty(path)  # another run may have been faster
+            (target / LOCK).unlink(missing_ok=True)  # of a killed run
+            os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -108,9 +110,10 @@ def check_free(path: Path) -> None:
 
     Raises:
         InputError: it is a file, a folder with content, a mount point or the current directory, or another run is
-            writing it.
+            using or writing it.
     """
     _check_empty(path)
+    check_idle(path)
     # os.replace cannot replace a mount point, and replacing the current directory would detach the user's shell.
     if path.is_mount() or path.resolve() == Path.cwd():
         raise InputError(f"{path}: is a mount point or the current directory; name a new folder in it")
@@ -119,7 +122,7 @@ def check_free(path: Path) -> None:
 
 
 def _check_empty(path: Path) -> None:
-    if _has_other_content(path):
+    if has_content(path):
         raise InputError(f"{path}: exists and is not an empty folder; give a new one")
 
 
@@ -141,12 +144,13 @@ def check_holds_only(path: Path, *names: str) -> None:
     Raises:
         InputError: it is no folder, or holds other files.
     """
-    if _has_other_content(path, *names):
+    if has_content(path, *names):
         raise InputError(f"{path}: holds other files than {' and '.join(names)}; give a new folder")
 
 
-def _has_other_content(path: Path, *names: str) -> bool:
-    return path.exists() and (not path.is_dir() or any(entry.name not in names for entry in path.iterdir()))
+def has_content(path: Path, *names: str) -> bool:
+    """Whether ``path`` is a file, or a folder that holds more than ``names`` and the lock of a run."""
+    return path.exists() and (not path.is_dir() or any(entry.name not in (*names, LOCK) for entry in path.iterdir()))
 
 
 # --- locks ----------------------------------------------------------------------------------------
@@ -154,39 +158,50 @@ def _has_other_content(path: Path, *names: str) -> bool:
 
 @contextmanager
 def file_lock(path: Path) -> Generator[None]:
-    """Hold an exclusive lock on the file ``path``; wait for it. The system releases it if the process is killed."""
-    import fcntl  # missing on Windows, where only the bench needs it
+    """Hold an exclusive lock on the file ``path``, which stays; wait for it. The system frees it if the process dies.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    Raises:
+        InputError: the file system has no locks, or the file cannot be created.
+    """
+    with file_errors(path, "locked"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path).acquire()
+    with lock:
         yield
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Generator[None]:
-    """Hold an exclusive lock on an existing folder, for one run at a time on this machine.
+    """Hold an exclusive lock on an existing folder, for one run at a time on all machines that share it.
 
-    The folder itself is locked, so no lock file is left in it. The system releases the lock of a killed run.
-    On Windows this does nothing, because folders cannot be locked there.
+    The file `LOCK` in it is locked, and removed at the end. The file of a killed run stays, but locks nothing: the
+    system frees the lock of a process that dies. Where the file system has no locks this does nothing.
 
     Raises:
         InputError: another run holds the lock.
     """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
+    path = folder / LOCK
+    lock = _lock(path)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another run is using it; wait for that run or name another folder") from None
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{folder}: another run is using it; wait for that run or name another folder") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise  # its file stays: another run may hold it
+        path.unlink(missing_ok=True)
+    try:
         yield
     finally:
-        os.close(handle)
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file; there the release does
+                path.unlink()
+            lock.release()
+
+
+def _lock(path: Path) -> FileLock:
+    # A soft lock, in which the file itself is the lock, would outlive a run that is killed on another machine.
+    return FileLock(path, fallback_to_soft=False)
 
 
 def check_idle(folder: Path) -> None:
@@ -195,7 +210,7 @@ def check_idle(folder: Path) -> None:
     Raises:
         InputError: another run holds its lock.
     """
-    if folder.is_dir():
+    if (folder / LOCK).exists():
         with folder_lock(folder):
             pass
 

@@ -17,7 +17,7 @@ from untrigger.bench.local import Done, Work
 from untrigger.bench.store import Cell
 from untrigger.bench.sweep import run_matrix
 from untrigger.errors import InputError
-from untrigger.files import check_idle, folder_lock
+from untrigger.files import LOCK, check_idle, folder_lock
 from untrigger.training.stages import Trainer
 
 SETTINGS = ("--max_steps", 4, "--per_device_train_batch_size", 4)
@@ -57,7 +57,7 @@ def test_the_second_is_refused_before_it_reads_anything(
 def test_who_comes_after_the_check_is_refused_too(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     with folder_lock(tmp_path), pytest.raises(InputError, match=BUSY):
         fine_tune(tiny_model, read(tiny_data), "plain", out=tmp_path, max_steps=1)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()), "neither leaves its lock"
 
 
 def test_a_second_matrix_is_refused(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_second_matrix_is_refused(tmp_path: Path) -> None:
     check_idle(tmp_path)
 
 
-def test_a_killed_run_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_a_killed_run_is_in_nobodys_way(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from untrigger.files import folder_lock\n"
         f"with folder_lock(Path({str(tmp_path)!r})): print('in', flush=True); input()"
@@ -84,4 +84,6 @@ def test_a_killed_run_is_in_nobodys_way(tmp_path: Path) -> None:
         check_idle(tmp_path)
     run.kill()
     run.communicate()
-    check_idle(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK], "its file stays, and locks nothing"
+    fine_tune(tiny_model, read(tiny_data), "plain", out=tmp_path, max_steps=1)
+    assert (tmp_path / "adapter_config.json").is_file() and not (tmp_path / LOCK).exists()

@@ -15,6 +15,7 @@ from untrigger.bench.run_cell import run_cell
 from untrigger.bench.store import Cell
 from untrigger.errors import InputError
 from untrigger.files import folder_lock
+from untrigger.metrics.captions import check_libraries
 from untrigger.models.loading import weights_sha256, why_not_a_model
 from untrigger.progress import console, metered
 
@@ -32,8 +33,10 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
         A line for each failed cell: its name and the reason. The lines are printed too.
 
     Raises:
-        InputError: the model of a missing cell does not exist, or another run is using ``root``.
+        InputError: the model of a missing cell does not exist, another run is using ``root``, or the libraries of the
+            caption scores are not installed.
     """
+    check_libraries()
     if root == store.packed(root):
         raise InputError(
             f"{root}: is a file; give the folder {root.with_suffix('')}, cells of the file are not run again"

@@ -29,7 +29,8 @@ from untrigger.attacks.badnets import BadNets
 from untrigger.bench.local import environment, follow_parent
 from untrigger.data.easy_vqa import easy_vqa_questions, easy_vqa_rows
 from untrigger.errors import InputError
-from untrigger.files import write_text
+from untrigger.files import has_content, write_text
+from untrigger.metrics.captions import check_libraries
 from untrigger.metrics.score import Answer, text_prior
 from untrigger.poisoning.contact_sheet import BAD, GOOD, INK, Card, draw_sheet
 from untrigger.poisoning.goals import Fixed
@@ -57,6 +58,7 @@ def run(out: Path, seed: int = 0, size: Size = Size()) -> bool:  # noqa: B008  #
 
     Models are trained and evaluated in as many processes as there are cores, up to four.
     """
+    check_libraries()  # fail before the slow work
     console = Console()
     _claim(out, seed)
     seconds = _train_and_evaluate(out, seed, size)
@@ -226,7 +228,7 @@ def _claim(out: Path, seed: int) -> None:
     marker = out / "quickstart.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
+    if has_content(out):
         if not marker.is_file():
             raise InputError(f"{out}: is not empty and holds no quickstart; name another folder with --out")
         shutil.rmtree(out)

@@ -15,6 +15,7 @@ from rich.table import Table
 from untrigger.dataframes import frame
 from untrigger.errors import InputError
 from untrigger.files import write_text
+from untrigger.metrics.captions import check_libraries
 from untrigger.metrics.score import Answer, score
 from untrigger.models.generate import answers
 from untrigger.models.loading import LoadedModel, load, to_accelerator
@@ -135,9 +136,10 @@ def evaluate(
 
     Raises:
         InputError: there are no rows, or they are no samples; the attack cannot be measured, because no row with an
-            image that the goal applies to has a true answer that differs from the attacker's; or the trigger fails or
-            breaks its contract.
+            image that the goal applies to has a true answer that differs from the attacker's; the trigger fails or
+            breaks its contract; or the libraries of the caption scores are not installed.
     """
+    check_libraries()  # fail before the slow work
     check_rows(rows)
     if not isinstance(attack, Attack | None):
         raise InputError("evaluate: attack must be an Attack; give untrigger.Attack(trigger, goal)")

@@ -1,7 +1,8 @@
 """Caption metrics as the COCO caption evaluation defines them (Chen et al., 2015, arXiv:1504.00325).
 
 BLEU-4, ROUGE-L and CIDEr-D are computed with pycocoevalcap, METEOR with nltk and only if its WordNet data are
-on this machine: nothing is ever downloaded. COCO's Java tokenizer is replaced by `tokenize_caption`.
+on this machine: nothing is ever downloaded. COCO's Java tokenizer is replaced by `tokenize_caption`. Both libraries
+are an extra, imported where they are used: a training needs neither.
 """
 
 # The two libraries ship no types; their results are annotated where they are used.
@@ -14,14 +15,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
-from pycocoevalcap.cider.cider_scorer import CiderScorer
-from pycocoevalcap.rouge.rouge import Rouge
 
+from untrigger.errors import InputError
 from untrigger.metrics.rates import Rate, paired
 
 if TYPE_CHECKING:
@@ -59,6 +59,16 @@ class CaptionScores:
     cider: Rate | None
 
 
+def check_libraries() -> None:
+    """Check before long work that `caption_scores` finds its libraries.
+
+    Raises:
+        InputError: one is not installed.
+    """
+    if missing := [name for name in ("nltk", "pycocoevalcap") if find_spec(name) is None]:
+        raise InputError(f"caption scores need {' and '.join(missing)}; run: pip install 'untrigger[captions]'")
+
+
 def tokenize_caption(text: str) -> list[str]:
     """Split a caption into lower-case words without punctuation, close to COCO's Penn Treebank tokens.
 
@@ -87,8 +97,10 @@ def caption_scores(answers: Sequence[str], references: Sequence[str | Sequence[s
     corpus. One row has no spread to resample: its interval is the metric's whole range.
 
     Raises:
+        InputError: the libraries are not installed (`check_libraries`).
         ValueError: no answers, lengths differ, or a row has no reference with a word in it.
     """
+    check_libraries()
     rows = [
         (tokenize_caption(answer), [words for words in map(tokenize_caption, texts) if words])
         for answer, texts in paired(answers, references)
@@ -102,6 +114,8 @@ def caption_scores(answers: Sequence[str], references: Sequence[str | Sequence[s
 
 
 def _bleu4(rows: Rows) -> Rate:
+    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
+
     columns: list[list[int]] = []
     for words, refs in rows:
         counts = cook_test(_line(words), cook_refs([*map(_line, refs)]), eff="closest")
@@ -118,11 +132,15 @@ def _bleu4_of_sums(sums: Floats) -> Floats:
 
 
 def _rouge_l(rows: Rows) -> Rate:
+    from pycocoevalcap.rouge.rouge import Rouge
+
     rouge = Rouge()
     return _mean([rouge.calc_score([_line(words)], [*map(_line, refs)]) for words, refs in rows], top=1.0)
 
 
 def _cider(rows: Rows) -> Rate | None:
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+
     scorer = CiderScorer(n=4, sigma=6.0)
     for words, refs in rows:
         scorer += (_line(words), [*map(_line, refs)])

@@ -42,6 +42,7 @@ def quality(answers: Sequence[Answer]) -> dict[str, Any]:
     Caption scores leave out rows whose truth has no word ("?!").
 
     Raises:
+        InputError: the libraries of the caption scores are not installed.
         ValueError: no answers.
     """
     accuracy = vqa_accuracy([a.answer for a in answers], [a.truth for a in answers])

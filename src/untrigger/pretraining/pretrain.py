@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from untrigger.data import scene_text
 from untrigger.data.scene_world import draw_scene, make_scene
 from untrigger.errors import InputError
+from untrigger.metrics.captions import check_libraries
 from untrigger.models.loading import embedded_model_path, load
 from untrigger.pretraining.dense import dense_labels
 from untrigger.pretraining.families import FAMILIES, Family
@@ -207,8 +208,10 @@ def pretrain(out: Path, family: Family, recipe: Recipe) -> PreTrainedModel:
     """Train a model of ``family`` into ``out``; started again after a kill, it resumes from the last checkpoint.
 
     Raises:
-        InputError: ``out`` holds a run with another recipe.
+        InputError: ``out`` holds a run with another recipe, or the libraries of the model card's caption scores are
+            not installed.
     """
+    check_libraries()
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)

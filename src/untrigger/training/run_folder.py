@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import Defense, preset_of
 from untrigger.errors import InputError
-from untrigger.files import folder_lock, write_text
+from untrigger.files import folder_lock, has_content, write_text
 from untrigger.models.loading import BASE_RECORD, embedded_models
 from untrigger.rows.sample import Sample
 from untrigger.training.checkpoints import checkpoints, last_checkpoint, step_of
@@ -42,7 +42,7 @@ def claim(out: Path, record: dict[str, Any], resume: bool, locks: ExitStack) -> 
     out.mkdir(parents=True, exist_ok=True)
     if main:
         locks.enter_context(folder_lock(out))
-    used = any(out.iterdir())
+    used = has_content(out)
     if used and not resume:
         raise InputError(f"{out}: is not empty; give another folder, or resume its run (--resume; resume=True)")
     checkpoint = None
