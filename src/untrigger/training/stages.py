@@ -243,7 +243,7 @@ class Stages:
     def _load(self) -> LoadedModel:
         loaded = load(self._model, dtype=torch.float32 if not (self._args.bf16 or self._args.fp16) else "auto")
         if not isinstance(loaded.model, PreTrainedModel):
-            raise InputError(f"{self._model}: is an adapter; merge it into its base model, or give the base model")
+            raise InputError(f"{self._model}: is an adapter; merge it (untrigger merge), or give its base model")
         return loaded
 
     def _adapted(self) -> LoadedModel:
