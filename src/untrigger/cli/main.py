@@ -149,6 +149,9 @@ def train(
     train_vision_tower: options.VisionTowerOption = False,
     lora_rank: options.LoraRankOption = 16,
     lora_alpha: options.LoraAlphaOption = 32,
+    lora_dropout: options.LoraDropoutOption = 0.0,
+    target_modules: options.TargetModulesOption = "all-linear",
+    use_dora: options.UseDoraOption = False,
     config: options.ConfigOption = None,
     resume: options.ResumeOption = False,
     on_bad_row: options.BadRowOption = "error",
@@ -174,14 +177,20 @@ def train(
         _refuse(f"--clean-data: defense {defense} needs no clean rows; remove the flag")
     if chosen.needs_clean_rows and not clean_data:
         _refuse(f"--defense {defense}: needs rows known to be clean; add --clean-data DATA")
+    tuning = Tuning(
+        full_finetune=full_finetune,
+        rank=lora_rank,
+        alpha=lora_alpha,
+        dropout=lora_dropout,
+        target_modules=target_modules.split(","),
+        use_dora=use_dora,
+        train_vision_tower=train_vision_tower,
+    )
     if leads():
         check_idle(out)  # fail before the slow work
     fits = lengths_of(model)
     rows = read_rows(data, on_bad_row, ignore_keys, out, fits)
     clean = read_rows(clean_data, "error", ignore_keys, out, fits) if clean_data else ()
-    tuning = Tuning(
-        full_finetune=full_finetune, rank=lora_rank, alpha=lora_alpha, train_vision_tower=train_vision_tower
-    )
     fine_tune(model, rows, chosen, args, tuning=tuning, clean_rows=clean, resume=resume)
     if leads():
         adapter, flagged = (out / "adapter_config.json").is_file(), out / FLAGGED_ROWS

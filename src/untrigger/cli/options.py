@@ -139,6 +139,16 @@ FullFinetuneOption = Annotated[
 VisionTowerOption = Annotated[bool, typer.Option("--train-vision-tower", help="Train the vision tower too.")]
 LoraRankOption = Annotated[int, typer.Option(help="Rank of the LoRA adapter.", min=1)]
 LoraAlphaOption = Annotated[int, typer.Option(help="Scale of the LoRA adapter: alpha / rank.", min=1)]
+LoraDropoutOption = Annotated[float, typer.Option(help="Dropout before the LoRA adapter.", min=0, max=0.99)]
+TargetModulesOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME,NAME",
+        help="Layers that the LoRA adapter reaches, by the ends of their names (q_proj,v_proj). all-linear: all but "
+        "the vocabulary head. Those of the vision tower count only with --train-vision-tower.",
+    ),
+]
+UseDoraOption = Annotated[bool, typer.Option("--use-dora", help="Train a DoRA adapter in place of plain LoRA.")]
 
 # --- verify ----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import Defense
 from untrigger.files import write_text
-from untrigger.models.loading import BASE_RECORD, LoadedModel
+from untrigger.models.loading import ALL_LINEAR, BASE_RECORD, LoadedModel
 from untrigger.rows.sample import Sample, check_rows, row_number
 from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
 from untrigger.training.run_folder import claim, record_of
@@ -97,9 +97,6 @@ def _card(record: dict[str, Any], adapter: bool, history: list[dict[str, float]]
     ]
     # a run shorter than `logging_steps` has no log
     table = "".join(["| at the last log | value |\n|---|---|\n", *lines, "\n"]) if lines else ""
-    tuning = record["tuning"]
-    tuned = "all weights" if tuning["full_finetune"] else f"LoRA of rank {tuning['rank']}"
-    tuned += "" if tuning["train_vision_tower"] else ", the vision tower frozen"
     return f"""---
 base_model: {record["base"]}
 library_name: {"peft" if adapter else "transformers"}
@@ -107,7 +104,7 @@ tags: [untrigger, image-text-to-text]
 ---
 # Fine-tuned with untrigger
 
-Base model `{record["base"]}`, {tuned}; {record["rows"]:,} untrusted rows.
+Base model `{record["base"]}`, {_tuned(**record["tuning"])}; {record["rows"]:,} untrusted rows.
 Defense: `{json.dumps(record["defense"])}`.
 
 A defense lowers the odds of a backdoor; it does not prove that there is none. Evaluate the model before you rely on it.
@@ -116,3 +113,12 @@ A defense lowers the odds of a backdoor; it does not prove that there is none. E
 batch {record["batch"]} x {record["accumulation"]}; `{BASE_RECORD}` holds every setting.
 Versions: {", ".join(f"{k} {v}" for k, v in record["versions"].items())}.
 """
+
+
+def _tuned(
+    full_finetune: bool, rank: int, target_modules: Sequence[str], use_dora: bool, train_vision_tower: bool, **_: Any
+) -> str:
+    """What was trained, in the words of the model card."""
+    kind, on = "DoRA" if use_dora else "LoRA", ", ".join(target_modules)
+    tuned = f"{kind} of rank {rank}" + (f" on {on}" if on != ALL_LINEAR else "")
+    return ("all weights" if full_finetune else tuned) + ("" if train_vision_tower else ", the vision tower frozen")

@@ -32,12 +32,21 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from untrigger.defenses import Plain, Stage, StepDefense
-from untrigger.errors import InputError
+from untrigger.errors import InputError, check_range
 from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
-from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
+from untrigger.models.loading import (
+    ALL_LINEAR,
+    LoadedModel,
+    add_lora,
+    embedded_model_path,
+    embedded_models,
+    load,
+    lora_layers,
+    train_all,
+)
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
@@ -59,14 +68,52 @@ class Tuning:
 
     Fields:
         full_finetune: all weights, in place of LoRA adapters.
-        rank, alpha: of LoRA.
+        rank, alpha, dropout: of LoRA; the dropout is from 0 to 0.99.
+        target_modules: names of the layers that LoRA reaches, as peft's; by default all linear ones but the head.
+            Those of the vision tower count only with ``train_vision_tower``.
+        use_dora: whether LoRA's matrices change directions only, and the lengths are trained apart (DoRA).
         train_vision_tower: whether the vision tower is trained too.
+
+    Raises:
+        InputError: a setting of LoRA with ``full_finetune``; ``target_modules`` is no list of names.
+        ValueError: ``dropout`` is out of range.
     """
 
     full_finetune: bool = False
     rank: int = 16
     alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Sequence[str] = (ALL_LINEAR,)
+    use_dora: bool = False
     train_vision_tower: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(0, 0.99, dropout=self.dropout)
+        if isinstance(self.target_modules, str) or not self.target_modules:
+            raise InputError(f"target_modules: is {self.target_modules!r}; give a list of names, or [{ALL_LINEAR}]")
+        if self.full_finetune and (self.dropout or self.use_dora or list(self.target_modules) != [ALL_LINEAR]):
+            raise InputError(
+                "full_finetune: trains all weights, without LoRA; leave out its dropout, target_modules and use_dora"
+            )
+
+    def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """The model with an adapter to train, or with its own weights to train."""
+        if self.full_finetune:
+            return train_all(model, train_vision_tower=self.train_vision_tower)
+        return add_lora(
+            model,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=self.target_modules,
+            use_dora=self.use_dora,
+            train_vision_tower=self.train_vision_tower,
+        )
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise an InputError if the model lacks one of ``target_modules``."""
+        if not self.full_finetune:
+            lora_layers(model, self.target_modules, train_vision_tower=self.train_vision_tower)
 
 
 class Stages:
@@ -244,17 +291,12 @@ class Stages:
         loaded = load(self._model, dtype=torch.float32 if not (self._args.bf16 or self._args.fp16) else "auto")
         if not isinstance(loaded.model, PreTrainedModel):
             raise InputError(f"{self._model}: is an adapter; merge it (untrigger merge), or give its base model")
+        self._tuning.check(loaded.model)  # here too, for a defense that scores rows before it trains
         return loaded
 
     def _adapted(self) -> LoadedModel:
-        loaded, tuning = self._load(), self._tuning
-        model = cast(PreTrainedModel, loaded.model)
-        if tuning.full_finetune:
-            return replace(loaded, model=train_all(model, train_vision_tower=tuning.train_vision_tower))
-        return replace(
-            loaded,
-            model=add_lora(model, rank=tuning.rank, alpha=tuning.alpha, train_vision_tower=tuning.train_vision_tower),
-        )
+        loaded = self._load()
+        return replace(loaded, model=self._tuning.adapt(cast(PreTrainedModel, loaded.model)))
 
     def _key(self, rows: Sequence[Sample], defense: StepDefense, args: TrainingArguments) -> str:
         """A digest of everything that the weights depend on, the rows' pixels included."""
