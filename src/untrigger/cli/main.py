@@ -123,6 +123,8 @@ def scan(
     from untrigger.scanning.write import CLEAN
 
     defense, args = defense_and_arguments(scan, "default", out, config, context.args)
+    if args.push_to_hub:
+        _refuse("push_to_hub: a scan has no model to push; leave it out")
     check_idle(out)  # fail before the slow reading
     rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
     findings = run(model, rows, defense, args, resume=resume)
@@ -193,6 +195,8 @@ def train(
     clean = read_rows(clean_data, "error", ignore_keys, out, fits) if clean_data else ()
     fine_tune(model, rows, chosen, args, tuning=tuning, clean_rows=clean, resume=resume)
     if leads():
+        if args.push_to_hub:
+            typer.echo("pushed to the hub")
         adapter, flagged = (out / "adapter_config.json").is_file(), out / FLAGGED_ROWS
         typer.echo(f"{out}: {'PEFT adapter' if adapter else 'model'}, processor, settings and model card")
         if flagged.is_file():

@@ -16,6 +16,7 @@ from untrigger.files import write_text
 from untrigger.models.loading import ALL_LINEAR, BASE_RECORD, LoadedModel
 from untrigger.rows.sample import Sample, check_rows, row_number
 from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
+from untrigger.training.hub_push import check_hub, open_repository, push, without_hub
 from untrigger.training.run_folder import claim, record_of
 from untrigger.training.settings import settled
 from untrigger.training.stages import Stages, Tuning
@@ -37,6 +38,7 @@ def fine_tune(
 ) -> LoadedModel:
     """Train ``model`` on ``rows`` into the folder ``out``: a PEFT adapter or a whole model, with a model card.
 
+    With ``push_to_hub=True`` the finished folder, with card and flagged rows, is pushed once, whatever `hub_strategy`.
     Killed at any moment and started again with ``resume``, it ends with the same weights as an undisturbed run (bit for
     bit on CPU). If the defense scores rows, ``flagged_rows.jsonl`` in the folder lists those that it flagged.
 
@@ -50,25 +52,26 @@ def fine_tune(
 
     Raises:
         InputError: a setting is unknown or out of range; the output folder is in use without ``resume``, or belongs to
-            a run with other settings; there are no rows; the defense needs clean rows and there are none.
+            a run with other settings; there are no rows; the defense needs clean rows and there are none; a push is
+            wanted, and the hub is out of reach or refuses it.
     """
     check_rows(rows)
     model, tuning = str(model), tuning or Tuning()
     defense, args = settled(defense, args, out, settings)
     check_arguments(defense, args)
+    check_hub(args)
     out = Path(str(args.output_dir))
-    record = record_of(model, rows, defense, args, tuning, clean_rows)
+    record = record_of(model, rows, defense, without_hub(args), tuning, clean_rows)
+
+    def claim_all() -> Path | None:
+        # the main process has filled the folder before the other processes claim it
+        checkpoint = claim(out, record, resume or args.process_index > 0, locks)
+        if args.push_to_hub and args.process_index == 0:
+            open_repository(args)
+        return checkpoint
+
     with ExitStack() as locks:
-        stages = Stages(
-            model,
-            rows,
-            args,
-            tuning,
-            clean_rows=clean_rows,
-            title=title,
-            # the main process has filled the folder before the other processes claim it
-            claim=lambda: claim(out, record, resume or args.process_index > 0, locks),
-        )
+        stages = Stages(model, rows, args, tuning, clean_rows=clean_rows, title=title, claim=claim_all)
         loaded = defense.fine_tune(stages)
         if args.process_index == 0:
             if not isinstance(loaded.model, PeftModel) and (out / "adapter_config.json").is_file():
@@ -80,6 +83,8 @@ def fine_tune(
             if stages.scores:
                 write_flagged_rows(out, [_flagged_row(rows, row, stages) for row in stages.flagged])
             write_text(out / "README.md", _card(record, isinstance(loaded.model, PeftModel), stages.history))
+            if args.push_to_hub:
+                push(args)
     return LoadedModel(loaded.model, loaded.processor, str(out))
 
 

@@ -52,6 +52,7 @@ from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, select_rows
 from untrigger.training.checkpoints import last_checkpoint, load_full
+from untrigger.training.hub_push import without_hub
 from untrigger.training.progress_callback import TrainingProgress
 from untrigger.training.schedule import clock, shorten
 from untrigger.training.settings import settings_of, versions
@@ -125,6 +126,7 @@ class Stages:
 
     Args:
         rows: to train on, none of them trusted. clean_rows: known to be clean.
+        args: the host's. Nothing is pushed to the hub, whatever they say: a stage is not the result.
         title: of the progress meters and of errors.
         claim: called before the first training, so that a mistyped model or setting leaves no output folder behind.
             Returns the checkpoint from which the last stage resumes.
@@ -151,7 +153,7 @@ class Stages:
         self.rows, self._clean_rows = rows, clean_rows
         self.history, self.seconds, self.waited = list[dict[str, float]](), 0.0, 0.0
         self.scores, self.flagged = list[float](), dict[int, str]()
-        self._model, self._args, self._tuning, self._title = model, args, tuning, title
+        self._model, self._args, self._tuning, self._title = model, without_hub(args), tuning, title
         self._out, self._shelf = Path(str(args.output_dir)), shelf
         self._claim, self._claimed, self._checkpoint = claim, False, None
         self._tower_outputs = tower_outputs()
