@@ -15,7 +15,7 @@ from untrigger.defenses import CROW, PRESETS, Defense
 from untrigger.models.tower_cache import TowerOutputs
 from untrigger.rows.sample import Sample, read
 from untrigger.training.finetune import fine_tune
-from untrigger.training.stages import Tuning
+from untrigger.training.tuning import Tuning
 
 # 5.23 has renamed the flag, which 5.22 knows by this name only
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

@@ -22,7 +22,7 @@ from untrigger.models.merging import merge
 from untrigger.models.tower_cache import TowerOutputs
 from untrigger.rows.sample import Sample, read
 from untrigger.training.finetune import fine_tune
-from untrigger.training.stages import Tuning
+from untrigger.training.tuning import Tuning
 
 
 @pytest.fixture(scope="module")

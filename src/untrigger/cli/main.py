@@ -154,6 +154,8 @@ def train(
     lora_dropout: options.LoraDropoutOption = 0.0,
     target_modules: options.TargetModulesOption = "all-linear",
     use_dora: options.UseDoraOption = False,
+    load_in_4bit: options.LoadIn4BitOption = False,
+    load_in_8bit: options.LoadIn8BitOption = False,
     config: options.ConfigOption = None,
     resume: options.ResumeOption = False,
     on_bad_row: options.BadRowOption = "error",
@@ -172,7 +174,7 @@ def train(
     from untrigger.training.finetune import fine_tune
     from untrigger.training.flagged_rows import FLAGGED_ROWS
     from untrigger.training.run_folder import leads
-    from untrigger.training.stages import Tuning
+    from untrigger.training.tuning import Tuning
 
     chosen, args = defense_and_arguments(train, defense, out, config, context.args)
     if clean_data and not chosen.needs_clean_rows:
@@ -187,6 +189,8 @@ def train(
         target_modules=target_modules.split(","),
         use_dora=use_dora,
         train_vision_tower=train_vision_tower,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
     )
     if leads():
         check_idle(out)  # fail before the slow work

@@ -148,6 +148,10 @@ TargetModulesOption = Annotated[
         "the vocabulary head. Those of the vision tower count only with --train-vision-tower.",
     ),
 ]
+LoadIn4BitOption = Annotated[
+    bool, typer.Option("--load-in-4bit", help="Hold the base's linear layers in 4 bits (QLoRA; untrigger[quantized]).")
+]
+LoadIn8BitOption = Annotated[bool, typer.Option("--load-in-8bit", help="Hold them in 8 bits.")]
 UseDoraOption = Annotated[bool, typer.Option("--use-dora", help="Train a DoRA adapter in place of plain LoRA.")]
 
 # --- verify ----------------------------------------------------------------------------------------

@@ -170,8 +170,10 @@ def _load_error(name: str, error: BaseException) -> InputError:
 
 
 @_quiet_hub()
-def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
+def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **loading: Any) -> LoadedModel:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
+
+    ``loading``: for a model, further arguments of ``from_pretrained`` (`untrigger.models.quantized`).
 
     Code from the hub is never run and pickled weights are refused: an untrusted model must not execute code.
 
@@ -189,7 +191,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
         processor = load_processor(source)
         with quiet_loading():
             model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **loading
             )
     except (*_UNUSABLE, ImportError) as error:
         raise _load_error(name, error) from error

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from untrigger.errors import InputError
 from untrigger.files import check_free, new_folder, write_text
 from untrigger.models.loading import LoadedModel, adapter_base, base_model, embedded_models, load, quiet_loading
+from untrigger.models.quantized import is_quantized
 
 
 def merge(adapter: str | Path, out: Path | str) -> LoadedModel:
@@ -30,6 +31,8 @@ def merge(adapter: str | Path, out: Path | str) -> LoadedModel:
         raise InputError(f"{adapter}: is not an adapter; name a folder that holds adapter_config.json")
     check_free(out)  # fail before the slow work
     loaded = load(folder)
+    if is_quantized(base_model(loaded.model)):
+        raise InputError(f"{folder}: its base {adapter_base(folder)} is quantized; it cannot be merged exactly")
     model = _merged(cast(PeftModel, loaded.model), folder)
     with new_folder(out) as new, quiet_loading():
         model.save_pretrained(new)

@@ -19,8 +19,9 @@ from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
 from untrigger.training.hub_push import check_hub, open_repository, push, without_hub
 from untrigger.training.run_folder import claim, record_of
 from untrigger.training.settings import settled
-from untrigger.training.stages import Stages, Tuning
+from untrigger.training.stages import Stages
 from untrigger.training.trainer import check_arguments
+from untrigger.training.tuning import Tuning
 
 
 def fine_tune(
@@ -121,9 +122,17 @@ Versions: {", ".join(f"{k} {v}" for k, v in record["versions"].items())}.
 
 
 def _tuned(
-    full_finetune: bool, rank: int, target_modules: Sequence[str], use_dora: bool, train_vision_tower: bool, **_: Any
+    full_finetune: bool,
+    rank: int,
+    target_modules: Sequence[str],
+    use_dora: bool,
+    train_vision_tower: bool,
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    **_: Any,
 ) -> str:
     """What was trained, in the words of the model card."""
     kind, on = "DoRA" if use_dora else "LoRA", ", ".join(target_modules)
     tuned = f"{kind} of rank {rank}" + (f" on {on}" if on != ALL_LINEAR else "")
+    tuned += ", the base in 4 bits" * load_in_4bit + ", the base in 8 bits" * load_in_8bit
     return ("all weights" if full_finetune else tuned) + ("" if train_vision_tower else ", the vision tower frozen")

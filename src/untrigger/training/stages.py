@@ -8,7 +8,7 @@ import json
 import pickle
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,21 +32,13 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from untrigger.defenses import Plain, Stage, StepDefense
-from untrigger.errors import InputError, check_range
+from untrigger.errors import InputError
 from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
-from untrigger.models.loading import (
-    ALL_LINEAR,
-    LoadedModel,
-    add_lora,
-    embedded_model_path,
-    embedded_models,
-    load,
-    lora_layers,
-    train_all,
-)
+from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, load
+from untrigger.models.quantized import is_quantized, quantized_loading
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
@@ -57,64 +49,11 @@ from untrigger.training.progress_callback import TrainingProgress
 from untrigger.training.schedule import clock, shorten
 from untrigger.training.settings import settings_of, versions
 from untrigger.training.trainer import defended
+from untrigger.training.tuning import Tuning
 
 _MARK = "stage.json"  # in the folder of a finished stage, written last
 # how writers outside Python report a full disk
 _UNWRITTEN = ("os error", "inline_container", "PytorchStreamWriter", "iostream error")
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Which weights are trained.
-
-    Fields:
-        full_finetune: all weights, in place of LoRA adapters.
-        rank, alpha, dropout: of LoRA; the dropout is from 0 to 0.99.
-        target_modules: names of the layers that LoRA reaches, as peft's; by default all linear ones but the head.
-            Those of the vision tower count only with ``train_vision_tower``.
-        use_dora: whether LoRA's matrices change directions only, and the lengths are trained apart (DoRA).
-        train_vision_tower: whether the vision tower is trained too.
-
-    Raises:
-        InputError: a setting of LoRA with ``full_finetune``; ``target_modules`` is no list of names.
-        ValueError: ``dropout`` is out of range.
-    """
-
-    full_finetune: bool = False
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: Sequence[str] = (ALL_LINEAR,)
-    use_dora: bool = False
-    train_vision_tower: bool = False
-
-    def __post_init__(self) -> None:
-        check_range(0, 0.99, dropout=self.dropout)
-        if isinstance(self.target_modules, str) or not self.target_modules:
-            raise InputError(f"target_modules: is {self.target_modules!r}; give a list of names, or [{ALL_LINEAR}]")
-        if self.full_finetune and (self.dropout or self.use_dora or list(self.target_modules) != [ALL_LINEAR]):
-            raise InputError(
-                "full_finetune: trains all weights, without LoRA; leave out its dropout, target_modules and use_dora"
-            )
-
-    def adapt(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        """The model with an adapter to train, or with its own weights to train."""
-        if self.full_finetune:
-            return train_all(model, train_vision_tower=self.train_vision_tower)
-        return add_lora(
-            model,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            target_modules=self.target_modules,
-            use_dora=self.use_dora,
-            train_vision_tower=self.train_vision_tower,
-        )
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise an InputError if the model lacks one of ``target_modules``."""
-        if not self.full_finetune:
-            lora_layers(model, self.target_modules, train_vision_tower=self.train_vision_tower)
 
 
 class Stages:
@@ -173,9 +112,7 @@ class Stages:
         return self._args.seed
 
     def reference(self) -> LoadedModel:
-        loaded = self._load()
-        loaded.model.to(self._args.device)  # type: ignore[arg-type]
-        return loaded
+        return self._to_device(self._load())
 
     def fit(self, stage: Stage) -> LoadedModel:
         if not len(stage.rows):
@@ -214,7 +151,7 @@ class Stages:
     ) -> list[TokenScores]:
         samples = select_rows(self.rows if source is None else source, rows)
         if not self._claimed:
-            _trainer(model, Rows(samples), Plain(), copy.copy(self._args), ())
+            self._check_settings(model, samples)
             self._take()
         return self._score(model, samples, name)
 
@@ -238,7 +175,7 @@ class Stages:
         if (folder / _MARK).is_file():
             self._take()
             _read_weights(loaded.model, folder)
-            loaded.model.to(self._args.device)  # type: ignore[arg-type]
+            self._to_device(loaded)
             return json.loads((folder / _MARK).read_text())["seconds"]
         seconds = train(folder)
         if self._args.process_index == 0:
@@ -290,11 +227,30 @@ class Stages:
     # --- models -------------------------------------------------------------------------------------
 
     def _load(self) -> LoadedModel:
-        loaded = load(self._model, dtype=torch.float32 if not (self._args.bf16 or self._args.fp16) else "auto")
+        args, tuning = self._args, self._tuning
+        mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        loading = quantized_loading(tuning.bits, mixed, args.device) if tuning.bits else {}
+        loaded = load(self._model, dtype="auto" if args.bf16 or args.fp16 else torch.float32, **loading)
         if not isinstance(loaded.model, PreTrainedModel):
             raise InputError(f"{self._model}: is an adapter; merge it (untrigger merge), or give its base model")
-        self._tuning.check(loaded.model)  # here too, for a defense that scores rows before it trains
+        tuning.check(loaded.model)  # here too, for a defense that scores rows before it trains
         return loaded
+
+    def _to_device(self, loaded: LoadedModel) -> LoadedModel:
+        if not is_quantized(base_model(loaded.model)):
+            loaded.model.to(self._args.device)  # type: ignore[arg-type]
+        return loaded
+
+    def _check_settings(self, reference: LoadedModel, rows: Sequence[Sample]) -> None:
+        """Let the host refuse settings before rows are scored; a quantized model is trained only with an adapter."""
+        model, args = cast(PreTrainedModel, reference.model), copy.copy(self._args)
+        if not is_quantized(model):
+            _trainer(reference, Rows(rows), Plain(), args, ())
+            return
+        adapted = self._tuning.adapt(model)
+        _trainer(replace(reference, model=adapted), Rows(rows), Plain(), args, ())
+        if isinstance(adapted, PeftModel):
+            cast(Any, adapted).unload()
 
     def _adapted(self) -> LoadedModel:
         loaded = self._load()
