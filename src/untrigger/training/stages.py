@@ -47,7 +47,7 @@ from untrigger.training.checkpoints import last_checkpoint, load_full
 from untrigger.training.hub_push import without_hub
 from untrigger.training.progress_callback import TrainingProgress
 from untrigger.training.schedule import clock, shorten
-from untrigger.training.settings import settings_of, versions
+from untrigger.training.settings import NO_DEEPSPEED, settings_of, versions
 from untrigger.training.trainer import defended
 from untrigger.training.tuning import Tuning
 
@@ -75,6 +75,9 @@ class Stages:
         seconds: time that the stages took where they were trained. ``waited``: time that they took in this run.
         scores: how suspicious each row is. flagged: of the flagged rows, by number from 0, a text that says why. Both
             are empty if the defense scores no rows.
+
+    Raises:
+        InputError: the arguments set DeepSpeed, which serves one trainer in a process.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class Stages:
         claim: Callable[[], Path | None] = lambda: None,
         shelf: Path | None = None,
     ) -> None:
+        if args.deepspeed or args.deepspeed_plugin:  # accelerate's launcher sets the second alone
+            raise InputError(NO_DEEPSPEED)
         self.rows, self._clean_rows = rows, clean_rows
         self.history, self.seconds, self.waited = list[dict[str, float]](), 0.0, 0.0
         self.scores, self.flagged = list[float](), dict[int, str]()
@@ -201,7 +206,7 @@ class Stages:
         progress = TrainingProgress(f"{self._title}, {stage.name}" if stage.name else self._title)
         trainer.add_callback(progress)
         # a sharded tower must run in all processes at once, and a compiled one has no place for stored outputs
-        is_apart = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.torch_compile
+        is_apart = trainer.is_fsdp_enabled or args.torch_compile
         reuse = nullcontext() if is_apart else reuse_tower_outputs(loaded.model, self._tower_outputs)
         started = clock()
         try:
@@ -296,7 +301,7 @@ def _trainer(
             callbacks=list(callbacks),
         )
         Trainer.get_train_dataloader(trainer)  # the host's own loader: the defense's adds a callback
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these build it from wrapped weights
+        if not trainer.is_fsdp_enabled:  # it builds it from wrapped weights
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
             trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
