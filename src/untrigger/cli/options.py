@@ -128,7 +128,7 @@ FiguresOption = Annotated[
 DefenseOption = Annotated[
     str,
     typer.Option(
-        help="Defense: default, grafts, plain (none), patch-aug, two-view, paper, abl, byorn, bye; with --clean-data: "
+        help="Defense: default, words, plain (none), patch-aug, two-view, paper, abl, byorn, bye; with --clean-data: "
         "crow, clean-tuning, fine-pruning."
     ),
 ]

@@ -45,4 +45,4 @@ def keep_layout(model: nn.Module) -> None:
     """
     for part in model.modules():
         if hasattr(part, "support_avx512bf16_for_cpu"):
-            part.support_avx512bf16_for_cpu = False  # noqa: B010: no attribute of nn.Module
+            cast(Any, part).support_avx512bf16_for_cpu = False
