@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from untrigger.rows.sample import Message, Sample, read, write
     from untrigger.scanning.scan import scan
     from untrigger.training.finetune import fine_tune
-    from untrigger.training.stages import Tuning
     from untrigger.training.trainer import defended
+    from untrigger.training.tuning import Tuning
     from untrigger.verification.verify import verify
 
 _MODULES = {  # imported on first access: rescoring stored answers must not import torch
@@ -28,7 +28,7 @@ _MODULES = {  # imported on first access: rescoring stored answers must not impo
     "Sample": "rows.sample",
     "SharedCause": "defenses",
     "SharedSurprise": "defenses",
-    "Tuning": "training.stages",
+    "Tuning": "training.tuning",
     "defended": "training.trainer",
     "embedded_model_path": "models.loading",
     "evaluate": "evaluation.evaluate",

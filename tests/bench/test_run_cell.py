@@ -69,12 +69,13 @@ def test_the_oracle_sees_no_tampered_row(
 def test_settings_reach_the_training(tmp_path: Path, trained_on: list[tuple[list[Sample], Any]]) -> None:
     cell = Cell("some/model", "scenes-captions", "badnets", "fixed", defense="paper", train_rows=20, test_rows=2)
     cell = replace(cell, defense_settings={"margin": 0.2}, epochs=3, batch_size=5, learning_rate=1e-3, seed=7)
-    cell = replace(cell, tuning={"rank": 4}, precision="bf16")
+    cell = replace(cell, tuning={"rank": 4, "target_modules": ["q_proj"], "use_dora": True}, precision="bf16")
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell, tmp_path)
     model, defense, args, tuning = trained_on[0][1]
     assert (model, defense.margin, type(defense).__name__) == ("some/model", 0.2, "CrossView")
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (3, 5)
+    assert (tuning.target_modules, tuning.use_dora) == (["q_proj"], True)
     assert (args.learning_rate, args.seed, tuning.rank, tuning.full_finetune, args.bf16) == (1e-3, 7, 4, False, True)
 
 
@@ -85,6 +86,8 @@ def test_settings_reach_the_training(tmp_path: Path, trained_on: list[tuple[list
         ({"defense": "paper", "defense_settings": {"margin": -1}}, "defense paper, tuning: margin is -1"),
         ({"defense": "plain", "defense_settings": {"margin": 1}}, "defense plain, tuning: .*margin"),
         ({"tuning": {"depth": 3}}, "defense plain, tuning: .*depth"),
+        ({"tuning": {"dropout": 2}}, "defense plain, tuning: dropout is 2"),
+        ({"tuning": {"target_modules": "q_proj"}}, "target_modules: is 'q_proj'; give a list of names"),
         ({"data": "imagenet"}, "imagenet"),
         ({"attack": "curse"}, "curse"),
         ({"goal": "world peace"}, "world peace"),

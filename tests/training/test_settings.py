@@ -245,3 +245,16 @@ def test_defenses_check_their_fields() -> None:
 def test_refuses_output_dir_beside_out(tmp_path: Path, flag: str) -> None:
     with pytest.raises(InputError, match="--out"):
         settings(tmp_path, flag)
+
+
+@pytest.mark.parametrize("form", ["flag", "two words", "file"])
+def test_refuses_deepspeed_in_one_line(tmp_path: Path, form: str) -> None:
+    """Whether or not it is installed."""
+    given: dict[str, tuple[tuple[str, ...], str | None]] = {
+        "flag": (("--deepspeed=zero2.json",), None),
+        "two words": (("--deepspeed", "zero2.json"), None),
+        "file": ((), "deepspeed: zero2.json\n"),
+    }
+    flags, config = given[form]
+    with pytest.raises(InputError, match=r"deepspeed: it serves one trainer.*; use defended\(Trainer\) in your own sc"):
+        settings(tmp_path, *flags, config=config) if config else settings(tmp_path, *flags)

@@ -329,3 +329,14 @@ def test_scoring_claims_the_output_folder_and_is_stored_there(
     args = arguments(tmp_path, use_cpu=True)
     with pytest.raises(InputError, match="in use"):
         Stages(str(tiny_model), samples, args, Tuning(), claim=refuse).tokens(model, ALL, "before")
+
+
+@pytest.mark.parametrize("field", ["deepspeed", "deepspeed_plugin"])
+def test_deepspeed_is_refused_also_if_a_launcher_sets_it(
+    field: str, tiny_model: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    args = arguments(tmp_path / "out", use_cpu=True)
+    setattr(args, field, {"zero_optimization": {"stage": 2}})
+    with pytest.raises(InputError, match=r"^deepspeed: it serves one trainer in a process"):
+        fine_tune(tiny_model, samples, Plain(), args)
+    assert not (tmp_path / "out").exists()

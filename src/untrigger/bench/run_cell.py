@@ -42,7 +42,8 @@ from untrigger.poisoning.poison import Attack, Poisoned, poison, stamped
 from untrigger.rows.sample import Sample
 from untrigger.training.schedule import clock
 from untrigger.training.settings import arguments
-from untrigger.training.stages import Stages, Tuning
+from untrigger.training.stages import Stages
+from untrigger.training.tuning import Tuning
 
 SHARED = "shared"
 _PAIRS = 32  # attacked images that are compared with their clean originals

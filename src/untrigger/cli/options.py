@@ -139,6 +139,20 @@ FullFinetuneOption = Annotated[
 VisionTowerOption = Annotated[bool, typer.Option("--train-vision-tower", help="Train the vision tower too.")]
 LoraRankOption = Annotated[int, typer.Option(help="Rank of the LoRA adapter.", min=1)]
 LoraAlphaOption = Annotated[int, typer.Option(help="Scale of the LoRA adapter: alpha / rank.", min=1)]
+LoraDropoutOption = Annotated[float, typer.Option(help="Dropout before the LoRA adapter.", min=0, max=0.99)]
+TargetModulesOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME,NAME",
+        help="Layers that the LoRA adapter reaches, by the ends of their names (q_proj,v_proj). all-linear: all but "
+        "the vocabulary head. Those of the vision tower count only with --train-vision-tower.",
+    ),
+]
+LoadIn4BitOption = Annotated[
+    bool, typer.Option("--load-in-4bit", help="Hold the base's linear layers in 4 bits (QLoRA; untrigger[quantized]).")
+]
+LoadIn8BitOption = Annotated[bool, typer.Option("--load-in-8bit", help="Hold them in 8 bits.")]
+UseDoraOption = Annotated[bool, typer.Option("--use-dora", help="Train a DoRA adapter in place of plain LoRA.")]
 
 # --- verify ----------------------------------------------------------------------------------------
 
@@ -187,9 +201,12 @@ ReportOption = Annotated[
     ),
 ]
 
-# --- quickstart, model -----------------------------------------------------------------------------
+# --- quickstart, merge, model ----------------------------------------------------------------------
 
 QuickstartOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Write to this folder.")]
+MergedModelArgument = Annotated[
+    str, typer.Argument(help="Folder of an adapter, as train writes it.", show_default=False)
+]
 FamilyArgument = Annotated[str, typer.Argument(help="Model to build: llava, blip2, qwen2_5_vl or smol.")]
 AlignOption = Annotated[
     bool, typer.Option("--align", help="For smol: train the alignment again, about an hour on one core.")

@@ -18,6 +18,7 @@ from untrigger.errors import InputError
 from untrigger.losses.chunked import Compared, Head, Loss, Losses, Values, compare, losses_at_head
 from untrigger.models.collators import IGNORE
 from untrigger.models.loading import base_model
+from untrigger.models.quantized import keep_layout
 from untrigger.models.token_drop import image_token_id, keep_positions, positions_after_drop, with_image_features
 from untrigger.progress import tracked
 
@@ -292,6 +293,7 @@ def on_device(batch: Mapping[str, Any], model: PreTrainedModel | PeftModel) -> d
 def evaluating(model: PreTrainedModel | PeftModel) -> Generator[PreTrainedModel | PeftModel]:
     """Put the model in evaluation mode within the block; restore its mode after it."""
     was_training = model.training
+    keep_layout(model)
     model.eval()
     try:
         yield model

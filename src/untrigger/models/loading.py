@@ -26,6 +26,7 @@ from untrigger.errors import InputError, did_you_mean
 from untrigger.models.processors import load_processor
 
 BASE_RECORD = "untrigger.json"  # lies next to an adapter; holds the name of its base model, as the user gave it
+ALL_LINEAR = "all-linear"  # the name that peft gives to all linear layers but the head
 _LITE_TOWER = b'"untrigger-lite"'  # in a config.json: `lite_tower.LiteConfig.model_type`
 # what transformers, peft and safetensors raise on damaged folders
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
@@ -169,8 +170,10 @@ def _load_error(name: str, error: BaseException) -> InputError:
 
 
 @_quiet_hub()
-def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
+def load(name: str | Path, *, dtype: torch.dtype | str = "auto", **loading: Any) -> LoadedModel:
     """Load a model by embedded name, local folder (a model's or an adapter's), or hub id.
+
+    ``loading``: for a model, further arguments of ``from_pretrained`` (`untrigger.models.quantized`).
 
     Code from the hub is never run and pickled weights are refused: an untrusted model must not execute code.
 
@@ -188,7 +191,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
         processor = load_processor(source)
         with quiet_loading():
             model, report = cast(Any, AutoModelForImageTextToText).from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **loading
             )
     except (*_UNUSABLE, ImportError) as error:
         raise _load_error(name, error) from error
@@ -236,7 +239,7 @@ def _loadable_base(folder: Path) -> str:
         )
     base = adapter_base(folder)
     if Path(str(base), "adapter_config.json").is_file():
-        raise InputError(f"{folder}: its base {base} is an adapter as well; merge that adapter into its base first")
+        raise InputError(f"{folder}: its base {base} is an adapter as well; merge that one first (untrigger merge)")
     if reason := why_not_a_model(base):
         raise InputError(f"{folder}: its base {reason}")
     return base
@@ -292,26 +295,66 @@ def is_vision(name: str) -> bool:
 
 
 def add_lora(
-    model: PreTrainedModel, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, train_vision_tower: bool = False
+    model: PreTrainedModel,
+    *,
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = (ALL_LINEAR,),
+    use_dora: bool = False,
+    train_vision_tower: bool = False,
 ) -> PeftModel:
-    """Add LoRA to every linear layer except the vocabulary head, and except the vision tower unless it is trained.
+    """Add LoRA, or DoRA, to the layers that `lora_layers` names.
 
     A frozen tower is the usual recipe for VLMs (LLaVA's own), and lets later stages reuse image features.
+
+    Raises:
+        InputError: as `lora_layers`.
     """
-    head = model.get_output_embeddings()
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and (train_vision_tower or not is_vision(name))
-    ]
     # a pattern instead of the list: short in adapter_config.json, and independent of the number of layers
-    leaves = "|".join(sorted({_leaf(name) for name in names}))
+    layers = "|".join(lora_layers(model, target_modules, train_vision_tower=train_vision_tower))
     excluded = "" if train_vision_tower else rf"(?!(?:.*\.)?{_TOWERS}\.(?!(?:.*\.)?merger\.))"  # same as is_vision
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf"{excluded}(?:.*\.)?({leaves})"
-    )
+    pattern = rf"{excluded}(?:.*\.)?({layers})"
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, use_dora=use_dora)
     adapted = get_peft_model(model, config)
     return adapted  # type: ignore[return-value]
+
+
+def lora_layers(
+    model: PreTrainedModel, target_modules: Sequence[str] = (ALL_LINEAR,), *, train_vision_tower: bool = False
+) -> list[str]:
+    """Patterns for the ends of the names of the linear layers that LoRA reaches.
+
+    ``target_modules``, as PEFT's, are ends of dotted names, such as ``q_proj``, or ``all-linear``. Never reached are
+    the vocabulary head, and the vision tower unless it is trained.
+
+    Raises:
+        InputError: no linear layer that LoRA may reach has one of these names.
+    """
+    head = model.get_output_embeddings()
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
+    names = [name for name in linear if train_vision_tower or not is_vision(name)]
+    ends = sorted({_leaf(name) for name in names})
+    if list(target_modules) == [ALL_LINEAR]:
+        return ends
+    for target in target_modules:
+        if _named(target, names):
+            continue
+        if _named(target, linear):
+            raise InputError(
+                f"target_modules: {target} lies in the frozen vision tower only; add --train-vision-tower "
+                "(train_vision_tower=True)"
+            )
+        known = [ALL_LINEAR, *(end.replace("\\", "") for end in ends)]
+        raise InputError(
+            f"target_modules: no layer that LoRA can reach is named {target!r}; give {ALL_LINEAR} alone, or some of "
+            f"{', '.join(known[1:])}{did_you_mean(target, known)}"
+        )
+    return sorted(map(re.escape, target_modules))
+
+
+def _named(end: str, names: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for name in names)
 
 
 def _leaf(name: str) -> str:

@@ -44,9 +44,13 @@ class TowerOutputs:
     layouts: dict[bytes, _Layout] = field(default_factory=dict[bytes, _Layout])
 
     def store(self, key: bytes, tensors: list[Tensor]) -> None:
-        """Store a copy of one image's tensors, if there is room."""
+        """Store a copy of one image's tensors, if there is room, and if they belong to no graph.
+
+        With gradient checkpointing the host lets the inputs of a frozen tower require gradients too. A stored graph
+        would be passed through backwards twice.
+        """
         size = sum(tensor.nbytes for tensor in tensors)
-        if size <= self.free:
+        if size <= self.free and not any(tensor.requires_grad for tensor in tensors):
             self.free -= size
             self.images[key] = [tensor.clone() for tensor in tensors]
 

@@ -35,7 +35,13 @@ from untrigger.training.host_checks import check_batch, check_host, check_stage
 from untrigger.training.schedule import shorten
 
 STATE = "defense_state.json"  # in the host's output folder: what a resumed run needs in order not to score again
-_SILENT = {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+_SILENT = {
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "load_best_model_at_end": False,
+    "push_to_hub": False,
+}
 _log = logging.getLogger(__name__)
 
 

@@ -21,7 +21,7 @@ from untrigger.models.loading import BASE_RECORD, embedded_models
 from untrigger.rows.sample import Sample
 from untrigger.training.checkpoints import checkpoints, last_checkpoint, step_of
 from untrigger.training.settings import settings_of, versions
-from untrigger.training.stages import Tuning
+from untrigger.training.tuning import Tuning
 
 
 def leads() -> bool:

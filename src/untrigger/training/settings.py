@@ -45,6 +45,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "num_train_epochs": (1e-6, 1e6),
     "dataloader_num_workers": (0, math.inf),
 }
+# accelerate ties DeepSpeed's settings to the first trainer of a process, and refuses them to a second one
+NO_DEEPSPEED = (
+    "deepspeed: it serves one trainer in a process, and a run here may have several; use defended(Trainer) in your own "
+    "script (docs/hosts.md)"
+)
 _PLACES = ("output_dir", "logging_dir", "run_name")  # paths and names do not change the weights
 
 
@@ -92,8 +97,11 @@ def training_settings(
     else:
         preset = _known(defense)
     words = [word for name, value in (DEFAULTS | dict(given)).items() for word in _words(name, value)]
-    if any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in [*words, *flags]):
+    names = {word.split("=")[0].replace("-", "_") for word in [*words, *flags]}
+    if "__output_dir" in names:
         raise InputError("settings: output_dir is set by --out; remove it from flags and file")
+    if "__deepspeed" in names:
+        raise InputError(NO_DEEPSPEED)
     parser = _Parser([PRESETS[preset], TrainingArguments], allow_abbrev=False)  # type: ignore[arg-type]
     try:
         chosen, args, *rest = parser.parse_args_into_dataclasses(

@@ -8,7 +8,7 @@ import json
 import pickle
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -37,36 +37,23 @@ from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
-from untrigger.models.loading import LoadedModel, add_lora, embedded_model_path, embedded_models, load, train_all
+from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, load
+from untrigger.models.quantized import is_quantized, quantized_loading
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, select_rows
 from untrigger.training.checkpoints import last_checkpoint, load_full
+from untrigger.training.hub_push import without_hub
 from untrigger.training.progress_callback import TrainingProgress
 from untrigger.training.schedule import clock, shorten
-from untrigger.training.settings import settings_of, versions
+from untrigger.training.settings import NO_DEEPSPEED, settings_of, versions
 from untrigger.training.trainer import defended
+from untrigger.training.tuning import Tuning
 
 _MARK = "stage.json"  # in the folder of a finished stage, written last
 # how writers outside Python report a full disk
 _UNWRITTEN = ("os error", "inline_container", "PytorchStreamWriter", "iostream error")
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Which weights are trained.
-
-    Fields:
-        full_finetune: all weights, in place of LoRA adapters.
-        rank, alpha: of LoRA.
-        train_vision_tower: whether the vision tower is trained too.
-    """
-
-    full_finetune: bool = False
-    rank: int = 16
-    alpha: int = 32
-    train_vision_tower: bool = False
 
 
 class Stages:
@@ -78,6 +65,7 @@ class Stages:
 
     Args:
         rows: to train on, none of them trusted. clean_rows: known to be clean.
+        args: the host's. Nothing is pushed to the hub, whatever they say: a stage is not the result.
         title: of the progress meters and of errors.
         claim: called before the first training, so that a mistyped model or setting leaves no output folder behind.
             Returns the checkpoint from which the last stage resumes.
@@ -87,6 +75,9 @@ class Stages:
         seconds: time that the stages took where they were trained. ``waited``: time that they took in this run.
         scores: how suspicious each row is. flagged: of the flagged rows, by number from 0, a text that says why. Both
             are empty if the defense scores no rows.
+
+    Raises:
+        InputError: the arguments set DeepSpeed, which serves one trainer in a process.
     """
 
     def __init__(
@@ -101,10 +92,12 @@ class Stages:
         claim: Callable[[], Path | None] = lambda: None,
         shelf: Path | None = None,
     ) -> None:
+        if args.deepspeed or args.deepspeed_plugin:  # accelerate's launcher sets the second alone
+            raise InputError(NO_DEEPSPEED)
         self.rows, self._clean_rows = rows, clean_rows
         self.history, self.seconds, self.waited = list[dict[str, float]](), 0.0, 0.0
         self.scores, self.flagged = list[float](), dict[int, str]()
-        self._model, self._args, self._tuning, self._title = model, args, tuning, title
+        self._model, self._args, self._tuning, self._title = model, without_hub(args), tuning, title
         self._out, self._shelf = Path(str(args.output_dir)), shelf
         self._claim, self._claimed, self._checkpoint = claim, False, None
         self._tower_outputs = tower_outputs()
@@ -124,9 +117,7 @@ class Stages:
         return self._args.seed
 
     def reference(self) -> LoadedModel:
-        loaded = self._load()
-        loaded.model.to(self._args.device)  # type: ignore[arg-type]
-        return loaded
+        return self._to_device(self._load())
 
     def fit(self, stage: Stage) -> LoadedModel:
         if not len(stage.rows):
@@ -165,7 +156,7 @@ class Stages:
     ) -> list[TokenScores]:
         samples = select_rows(self.rows if source is None else source, rows)
         if not self._claimed:
-            _trainer(model, Rows(samples), Plain(), copy.copy(self._args), ())
+            self._check_settings(model, samples)
             self._take()
         return self._score(model, samples, name)
 
@@ -189,7 +180,7 @@ class Stages:
         if (folder / _MARK).is_file():
             self._take()
             _read_weights(loaded.model, folder)
-            loaded.model.to(self._args.device)  # type: ignore[arg-type]
+            self._to_device(loaded)
             return json.loads((folder / _MARK).read_text())["seconds"]
         seconds = train(folder)
         if self._args.process_index == 0:
@@ -215,7 +206,7 @@ class Stages:
         progress = TrainingProgress(f"{self._title}, {stage.name}" if stage.name else self._title)
         trainer.add_callback(progress)
         # a sharded tower must run in all processes at once, and a compiled one has no place for stored outputs
-        is_apart = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.torch_compile
+        is_apart = trainer.is_fsdp_enabled or args.torch_compile
         reuse = nullcontext() if is_apart else reuse_tower_outputs(loaded.model, self._tower_outputs)
         started = clock()
         try:
@@ -241,20 +232,34 @@ class Stages:
     # --- models -------------------------------------------------------------------------------------
 
     def _load(self) -> LoadedModel:
-        loaded = load(self._model, dtype=torch.float32 if not (self._args.bf16 or self._args.fp16) else "auto")
+        args, tuning = self._args, self._tuning
+        mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        loading = quantized_loading(tuning.bits, mixed, args.device) if tuning.bits else {}
+        loaded = load(self._model, dtype="auto" if args.bf16 or args.fp16 else torch.float32, **loading)
         if not isinstance(loaded.model, PreTrainedModel):
-            raise InputError(f"{self._model}: is an adapter; merge it into its base model, or give the base model")
+            raise InputError(f"{self._model}: is an adapter; merge it (untrigger merge), or give its base model")
+        tuning.check(loaded.model)  # here too, for a defense that scores rows before it trains
         return loaded
 
+    def _to_device(self, loaded: LoadedModel) -> LoadedModel:
+        if not is_quantized(base_model(loaded.model)):
+            loaded.model.to(self._args.device)  # type: ignore[arg-type]
+        return loaded
+
+    def _check_settings(self, reference: LoadedModel, rows: Sequence[Sample]) -> None:
+        """Let the host refuse settings before rows are scored; a quantized model is trained only with an adapter."""
+        model, args = cast(PreTrainedModel, reference.model), copy.copy(self._args)
+        if not is_quantized(model):
+            _trainer(reference, Rows(rows), Plain(), args, ())
+            return
+        adapted = self._tuning.adapt(model)
+        _trainer(replace(reference, model=adapted), Rows(rows), Plain(), args, ())
+        if isinstance(adapted, PeftModel):
+            cast(Any, adapted).unload()
+
     def _adapted(self) -> LoadedModel:
-        loaded, tuning = self._load(), self._tuning
-        model = cast(PreTrainedModel, loaded.model)
-        if tuning.full_finetune:
-            return replace(loaded, model=train_all(model, train_vision_tower=tuning.train_vision_tower))
-        return replace(
-            loaded,
-            model=add_lora(model, rank=tuning.rank, alpha=tuning.alpha, train_vision_tower=tuning.train_vision_tower),
-        )
+        loaded = self._load()
+        return replace(loaded, model=self._tuning.adapt(cast(PreTrainedModel, loaded.model)))
 
     def _key(self, rows: Sequence[Sample], defense: StepDefense, args: TrainingArguments) -> str:
         """A digest of everything that the weights depend on, the rows' pixels included."""
@@ -296,7 +301,7 @@ def _trainer(
             callbacks=list(callbacks),
         )
         Trainer.get_train_dataloader(trainer)  # the host's own loader: the defense's adds a callback
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these build it from wrapped weights
+        if not trainer.is_fsdp_enabled:  # it builds it from wrapped weights
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
             trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
