@@ -175,7 +175,7 @@ class SharedCause(SharedSurprise):
         extra = part(self.graft_share, training.row_count)
         chosen = [donors[at] for at in rng.integers(len(donors), size=extra)]
         grafts = [
-            Graft(numbers[host], numbers[donor], SHARED if place % 2 and kind in IMAGE_GRAFTS else kind)
+            Graft(numbers[host], numbers[donor], SHARED if place % 4 and kind in IMAGE_GRAFTS else kind)
             for place, (host, (donor, kind)) in enumerate(zip(cycle(judgment.believed), chosen, strict=False))
         ]
         left_out = [*judgment.doubtful, *(at for rows, _ in judgment.causes for at in rows)]
