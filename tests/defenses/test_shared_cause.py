@@ -122,7 +122,7 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     assert last.start == 0 and last.ids == [row.id for row in dry.rows]
     assert (last.options["after"], last.options["share"]) == pytest.approx((0.1, 0.9)), "from the warm-up on"
     grafts = last.options["grafts"]
-    assert len(grafts) == 16 and [graft.kind for graft in grafts] == ["window 0.5 0.25", SHARED] * 8
+    assert len(grafts) == 16 and [graft.kind for graft in grafts] == ["window 0.5 0.25", SHARED, SHARED, SHARED] * 4
     assert all(graft.donor < 16 <= graft.host for graft in grafts), "hosts are believed rows"
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert not any(mask.any() for mask in last.options["flagged_tokens"].values()), "they are not learned"
@@ -222,9 +222,9 @@ def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
     assert most_harmful(damage) == [list(KINDS)[at] for at in (2, 5, 9)]
 
 
-def test_what_the_accused_share_replaces_every_other_part_of_an_image_alone(loaded: LoadedModel) -> None:
+def test_what_the_accused_share_replaces_most_parts_of_an_image_alone(loaded: LoadedModel) -> None:
     for harmful, learned in (
-        ("blend", ["blend", SHARED] * 8),
+        ("blend", ["blend", SHARED, SHARED, SHARED] * 4),
         ("tail", ["tail"] * 16),
         ("checkerboard 1, head", ["checkerboard 1, head"] * 16),
     ):

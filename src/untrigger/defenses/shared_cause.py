@@ -166,8 +166,8 @@ class SharedCause(SharedSurprise):
 
         Accused rows without a shared word and doubtful rows are not learned.
 
-        Every other part of an image is what all accused images share, with its full strength. So is each whole image:
-        it would take the host's content away, and the host's answer would no longer be true.
+        Three of four parts of an image alone are what all accused images share, with its full strength: a part brings
+        content along, and may make the host's own answer wrong. The fourth is for triggers in no fixed place.
         """
         screening, numbers = judgment.screening, judgment.screening.numbers
         donors = [(at, kind) for rows, harm in judgment.causes for kind in harm.kinds for at in rows]
