@@ -108,7 +108,7 @@ class SharedCause(SharedSurprise):
 
         Suspects surprise beside rows that are asked alike. Doubtful rows do so too, but by less than ``min_nll``: they
         accuse nobody, and are not learned if others are accused. Believed rows surprise less than most rows that are
-        asked alike, and are as many as the test and the cure can use. All but doubtful ones can be grafted.
+        asked alike, and are as many as the test can use. All but doubtful ones can be grafted.
         """
         nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
         lowest = min(UNLIKELY, self.min_nll)
@@ -119,7 +119,6 @@ class SharedCause(SharedSurprise):
 
         suspected, doubted, usual = among_asked_alike(limits, nll, prompts).T
         order = np.random.default_rng((training.seed, 1)).permutation(np.flatnonzero(nll <= np.minimum(usual, doubted)))
-        needed = max(2 * COMPARISONS, part(self.graft_share, training.row_count))
 
         def can_be_grafted(at: int) -> bool:
             return training.can_be_grafted(screening.numbers[at])
@@ -129,7 +128,7 @@ class SharedCause(SharedSurprise):
         others = [at for at in np.flatnonzero(nll > suspected).tolist() if at not in flagged and can_be_grafted(at)]
         known = {*flagged, *others}
         doubtful = [at for at in np.flatnonzero(nll > doubted).tolist() if at not in known]
-        return words, others, doubtful, list(islice(filter(can_be_grafted, order.tolist()), needed))
+        return words, others, doubtful, list(islice(filter(can_be_grafted, order.tolist()), 2 * COMPARISONS))
 
     def _test(
         self, training: Training, judgment: Judgment, groups: Sequence[list[int]], rows: Sequence[int]
@@ -162,25 +161,27 @@ class SharedCause(SharedSurprise):
         return judgment._replace(accused=accused, probed=probed)
 
     def _cure(self, training: Training, judgment: Judgment) -> Stage:
-        """Train on believed rows with parts of accused ones and their own answers, beside all other rows.
+        """Train on rows with parts of accused ones and their own answers, beside all other rows.
 
-        Accused rows without a shared word and doubtful rows are not learned.
+        Accused rows without a shared word and doubtful rows are not learned. Any other row may be a host: those that
+        are believed are easy ones, and learning them more often would favor the answers that the early model prefers.
 
         Three of four parts of an image alone are what all accused images share, with its full strength: a part brings
         content along, and may make the host's own answer wrong. The fourth is for triggers in no fixed place.
         """
         screening, numbers = judgment.screening, judgment.screening.numbers
-        donors = [(at, kind) for rows, harm in judgment.causes for kind in harm.kinds for at in rows]
-        rng = np.random.default_rng((training.seed, 3))
-        extra = part(self.graft_share, training.row_count)
-        chosen = [donors[at] for at in rng.integers(len(donors), size=extra)]
-        grafts = [
-            Graft(numbers[host], numbers[donor], SHARED if place % 4 and kind in IMAGE_GRAFTS else kind)
-            for place, (host, (donor, kind)) in enumerate(zip(cycle(judgment.believed), chosen, strict=False))
-        ]
         left_out = [*judgment.doubtful, *(at for rows, _ in judgment.causes for at in rows)]
         tokens = _shared_tokens(judgment.accused, screening)
         tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in left_out}
+        donors = [(at, kind) for rows, harm in judgment.causes for kind in harm.kinds for at in rows]
+        rng, extra = np.random.default_rng((training.seed, 3)), part(self.graft_share, training.row_count)
+        chosen = [donors[at] for at in rng.integers(len(donors), size=extra)]
+        candidates = (row for row in rng.permutation(numbers).tolist() if row not in tokens)
+        hosts = list(islice(filter(training.can_be_grafted, candidates), extra))
+        grafts = [
+            Graft(host, numbers[donor], SHARED if place % 4 and kind in IMAGE_GRAFTS else kind)
+            for place, (host, (donor, kind)) in enumerate(zip(cycle(hosts), chosen, strict=False))
+        ]
         stage = self.last_stage(training.row_count, screening.model, tokens)
         return replace(stage, grafts=grafts)
 
