@@ -123,7 +123,7 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     assert (last.options["after"], last.options["share"]) == pytest.approx((0.1, 0.9)), "from the warm-up on"
     grafts = last.options["grafts"]
     assert len(grafts) == 16 and [graft.kind for graft in grafts] == ["window 0.5 0.25", SHARED, SHARED, SHARED] * 4
-    assert all(graft.donor < 16 <= graft.host for graft in grafts), "hosts are believed rows"
+    assert all(graft.donor < 16 <= graft.host for graft in grafts), "hosts are rows that do not surprise"
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert not any(mask.any() for mask in last.options["flagged_tokens"].values()), "they are not learned"
     assert sorted(dry.texts) == dry.flagged and all(dry.texts.values()), "the surprising tokens, as text"
