@@ -16,7 +16,7 @@ from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.rows.sample import Sample, select_rows
 
-_OPTIONS = ("flagged_tokens", "grafts", "share", "after", "passes", "rate", "callbacks")
+_OPTIONS = ("flagged_tokens", "grafts", "share", "after", "schedule", "passes", "rate", "callbacks")
 
 
 class Fitted(NamedTuple):

@@ -74,7 +74,7 @@ def test_fields_are_checked(fields: dict[str, float]) -> None:
         SharedCause(**fields)  # type: ignore[arg-type]
 
 
-CAUSE = SharedCause(p_value=0.05, min_suspects=12)
+CAUSE = SharedCause(p_value=0.05, min_suspects=12, harm_p_value=0.01)
 
 
 @dataclass
@@ -84,7 +84,6 @@ class _Stub(Dry):
     harmful: str = ""
     doubtful: tuple[int, ...] = ()  # other rows with an answer that is less likely than all others together
     words: int = 0  # so many of them share the word 77
-    is_late: bool = False  # parts are harmful at the second look only
 
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
@@ -97,7 +96,7 @@ class _Stub(Dry):
     def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
         self.scorings.append(name)
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts))
-        is_after = name.startswith(("pilot-0", "pilot-1", "after-")) and not (self.is_late and name.endswith("0"))
+        is_after = name in ("pilot", "grafts-after")
         hits = [is_after and graft.kind == self.harmful and graft.donor < 16 for graft in grafts]
         return [_answer(0.1 + random + 3 * hit, 99) for random, hit in zip(noise, hits, strict=True)]
 
@@ -116,8 +115,8 @@ def _dry(loaded: LoadedModel, harmful: str, words: int = 0) -> _Stub:
 def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "window 0.5 0.25")
     CAUSE.fine_tune(dry)
-    assert dry.scorings == ["before", "after", "pilot-before", "pilot-0", "after-0", "before-0"]
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe-0", ""]
+    assert dry.scorings == ["before", "after", "pilot", "grafts-after", "grafts-before"]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
     last = dry.stages[-1]
     assert last.start == 0 and last.ids == [row.id for row in dry.rows]
     assert (last.options["after"], last.options["share"]) == pytest.approx((0.1, 0.9)), "from the warm-up on"
@@ -129,7 +128,7 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     assert sorted(dry.texts) == dry.flagged and all(dry.texts.values()), "the surprising tokens, as text"
 
 
-@pytest.mark.parametrize(("harmful", "learned_by_the_probe"), [("blend", 0.0), ("none", 2.0)])
+@pytest.mark.parametrize(("harmful", "learned_by_the_probe"), [("blend", 0.0), ("none", 1.0)])
 def test_the_cure_starts_from_the_weights_before_the_probe(
     loaded: LoadedModel, harmful: str, learned_by_the_probe: float
 ) -> None:
@@ -139,7 +138,7 @@ def test_the_cure_starts_from_the_weights_before_the_probe(
     class Learning(_Stub):
         def fit(self, stage: Stage) -> LoadedModel:
             with torch.no_grad():
-                weight.add_(float(stage.name.startswith("probe")))
+                weight.add_(float(stage.name == "probe"))
             last[:] = [weight.detach() - before]
             return super().fit(stage)
 
@@ -167,41 +166,37 @@ def test_doubtful_rows_are_not_learned_where_others_are_accused(loaded: LoadedMo
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "none")
     CAUSE.fine_tune(dry)
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe-0", "probe-1", ""]
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
     assert dry.flagged == [] and all(stage.ids == [row.id for row in dry.rows] for stage in dry.stages[1:])
     spans = [stage.options[name] for stage in dry.stages[1:] for name in ("after", "share")]
-    assert spans == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.7, 0.3])
+    assert spans == pytest.approx([0.1, 0.6, 0.7, 0.3])
+    schedules = [at for stage in dry.stages[1:] for at in stage.options["schedule"]]
+    assert schedules == pytest.approx([0, 2 / 3, 2 / 3, 1]), "the learning rate does not rise again"
     few = _dry(loaded, "window 0.5 0.25")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
     assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]
 
 
-def test_rows_with_a_shared_word_are_accused_by_harm_too(loaded: LoadedModel) -> None:
-    """A rare honest class shares a word as well; too few rows to test are accused by their word."""
-    honest, poisoned, few = (_dry(loaded, kind, words) for kind, words in (("none", 15), ("blend", 15), ("none", 4)))
-    for dry in (honest, poisoned, few):
+def test_rows_with_a_shared_word_are_accused_for_it_and_others_tested(loaded: LoadedModel) -> None:
+    """Four rows share a word. The others surprise too; a part of them harms other rows, or none does."""
+    for harmful, flagged in (("none", [*range(4)]), ("blend", [*range(16)])):
+        dry = _dry(loaded, harmful, words=4)
         CAUSE.fine_tune(dry)
-        assert "after-0" in dry.scorings
-    assert (honest.flagged, poisoned.flagged, few.flagged) == ([], [*range(15)], [*range(4)])
-    last = poisoned.stages[-1].options
-    assert "grafts" not in last and last["after"] == pytest.approx(0.1), "unlikelihood of the word is all they need"
-    assert [stage.name for stage in few.stages] == ["warmup", "probe-0", "probe-1", ""]
-    assert all(sorted(stage.options["flagged_tokens"]) == few.flagged for stage in few.stages[1:])
+        assert "grafts-after" in dry.scorings and dry.flagged == flagged
+        probe, last = (stage.options["flagged_tokens"] for stage in dry.stages[1:])
+        assert sorted(probe) == [*range(4)] and all(last[row].tolist() == [True, False] for row in range(4))
+        assert not any(last[row].any() for row in flagged[4:]), "not learned; their words are no sign"
+    alone = _dry(loaded, "blend", words=16)
+    CAUSE.fine_tune(alone)
+    assert alone.flagged == [*range(16)] and [stage.name for stage in alone.stages] == ["warmup", ""]
+    assert "grafts" not in alone.stages[-1].options and "schedule" not in alone.stages[-1].options
 
 
-def test_rows_without_an_image_are_accused_by_their_words(loaded: LoadedModel) -> None:
-    dry = _dry(loaded, "none", 13)
-    dry.rows = [replace(row, images=()) if int(row.id) < 13 else row for row in dry.rows]
-    SharedCause(p_value=0.05, min_suspects=3).fine_tune(dry)
-    assert "after-0" in dry.scorings and dry.flagged == list(range(13)), "the three others are tested"
-
-
-def test_what_is_learned_late_is_found_at_the_second_look(loaded: LoadedModel) -> None:
+def test_rows_without_an_image_are_no_suspects(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "blend")
-    dry.is_late = True
+    dry.rows = [replace(row, images=()) if int(row.id) < 5 else row for row in dry.rows]
     CAUSE.fine_tune(dry)
-    assert [stage.name for stage in dry.stages] == ["warmup", "probe-0", "probe-1", ""]
-    assert dry.flagged == list(range(16)) and dry.stages[-1].options["after"] == pytest.approx(0.1)
+    assert dry.flagged == [] and dry.scorings == ["before", "after"], "eleven are left, too few to test"
 
 
 def test_harm_counts_if_it_is_large_and_not_by_chance() -> None:
@@ -210,16 +205,16 @@ def test_harm_counts_if_it_is_large_and_not_by_chance() -> None:
     after[1, :, 0] -= 0.01
     plan = [Comparison(9, suspect, 8) for suspect in range(4)]
     harm = Harm(["blend", "head", "tail"], [1e-6, 1e-6, 0.5], plan, before, after)
-    assert harm.above(0.05, 1e-3, 4).kinds == ["blend"] and harm.above(0.05, 1e-3, 4).p_values == [4e-6]
-    assert harm.above(0.0, 1e-3, 4).kinds == ["blend", "head"] and harm.above(0.05, 1e-6, 4).kinds == []
-    assert harm.above(0.0, 1.0, 1).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0])
+    assert harm.above(0.05, 1e-3).kinds == ["blend"] and harm.above(0.05, 1e-3).p_values == [1e-6]
+    assert harm.above(0.0, 1e-3).kinds == ["blend", "head"] and harm.above(0.05, 1e-7).kinds == []
+    assert harm.above(0.0, 1.0).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0])
 
 
 def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
-    damage = np.zeros((len(KINDS), 4, 2))
+    probabilities = np.ones((len(KINDS), 4, 2))
     for kind, (suspects, controls) in {5: (0.5, 0.1), 2: (0.9, 0.0), 9: (0.3, 0.0), 1: (0.9, 0.8)}.items():
-        damage[kind] = suspects, controls
-    assert most_harmful(damage) == [list(KINDS)[at] for at in (2, 5, 9)]
+        probabilities[kind] = 1 - suspects, 1 - controls
+    assert most_harmful(probabilities) == [list(KINDS)[at] for at in (2, 5, 9)]
 
 
 def test_what_the_accused_share_replaces_most_parts_of_an_image_alone(loaded: LoadedModel) -> None:

@@ -139,11 +139,16 @@ def test_grafts_are_tested_and_learned_as_the_command_does_to_the_bit(
 def test_the_probe_goes_on_where_no_part_harms(
     host: Callable[..., Any], tiny_model: Path, samples: list[Sample], tmp_path: Path, few: None
 ) -> None:
-    defense = replace(CAUSE, p_value=1e-6)
-    trainer = host(defense)
+    defense = replace(CAUSE, min_ratio=1e9)
+    trainer = host(defense, lr_scheduler_type="linear")
     trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates == pytest.approx([trainer.args.learning_rate * left / 8 for left in (3, 2, 1)]), (
+        "the end of a schedule over nine steps, of which the first warms up"
+    )
     assert (tmp_path / "out" / FLAGGED_ROWS).read_text() == "" and trainer.state.global_step == 3, "of twelve steps"
-    expected = fine_tune(str(tiny_model), samples, defense, settings(tmp_path / "command"))
+    args = settings(tmp_path / "command", lr_scheduler_type="linear")
+    expected = fine_tune(str(tiny_model), samples, defense, args)
     assert same(weights(trainer.model), weights(expected.model))
 
 

@@ -40,6 +40,8 @@ class Stage:
         flagged_tokens: for some of the rows, by number, which answer tokens [n] are flagged. The step gets these
             tokens marked, and without the rest of their answers.
         share, after: share of the run's steps that this stage takes, and that earlier stages took; in [0, 1].
+        schedule: start and end of the part of the learning rate's schedule that this stage goes through, in [0, 1].
+            Stages that continue one another share one schedule, so that the rate does not rise again.
         passes: over the rows, in place of ``share``.
         rate: factor on the run's learning rate.
         callbacks: of the host trainer, for this stage alone.
@@ -55,6 +57,7 @@ class Stage:
     flagged_tokens: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict[int, NDArray[np.bool_]])
     share: float = 1.0
     after: float = 0.0
+    schedule: tuple[float, float] = (0.0, 1.0)
     passes: float | None = None
     rate: float = 1.0
     callbacks: Sequence[TrainerCallback] = ()

@@ -5,9 +5,7 @@ docs/paper.md has the equations.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,11 +15,11 @@ from torch import Tensor
 from untrigger.defenses.base import Training
 from untrigger.defenses.shared_surprise import Screening
 from untrigger.models.grafted_rows import Graft
-from untrigger.models.loading import copy_weights, restore_weights
+from untrigger.models.loading import restore_weights
 from untrigger.models.scoring import TokenScores
 from untrigger.views.grafts import KINDS
 
-PILOT = 16  # comparisons of each kind that choose the kinds to test
+PILOT = 32  # comparisons of each kind that choose the kinds to test
 COMPARISONS = 192  # of each kind that is tested
 _CHOSEN = 3  # kinds that are tested
 _MAX_HOSTS = 8  # of one suspect
@@ -55,71 +53,57 @@ class Harm(NamedTuple):
         damage = self.before - self.after
         return damage[..., 0] - damage[..., 1]
 
-    def above(self, least: float, p_value: float, tests: int) -> Harm:
-        """The kinds with a mean excess of ``least`` and a smaller p-value, corrected for so many tests."""
-        means, corrected = self.excess.mean(axis=1), [min(1.0, tests * p) for p in self.p_values]
-        at = [k for k, p in enumerate(corrected) if p < p_value and means[k] >= least]
-        kinds, p_values = [self.kinds[k] for k in at], [corrected[k] for k in at]
+    def above(self, least: float, p_value: float) -> Harm:
+        """The kinds with a mean excess of ``least`` and a smaller p-value."""
+        means = self.excess.mean(axis=1)
+        at = [k for k, p in enumerate(self.p_values) if p < p_value and means[k] >= least]
+        kinds, p_values = [self.kinds[k] for k in at], [self.p_values[k] for k in at]
         return Harm(kinds, p_values, self.comparisons, self.before[at], self.after[at])
 
 
 class HarmTest:
     """Puts parts of suspects and of controls onto other rows, and scores these before and after a training.
 
-    A few suspects of each group choose the kinds of graft, and the others test these: no kind is chosen by the rows
-    that it is tested on, and few grafts are scored.
+    A few suspects choose the kinds of graft, and the others test these: no kind is chosen by the rows that it is tested
+    on, and few grafts are scored.
 
     Args:
-        groups: of suspects, positions in the screening's order, in random order. believed: rows.
+        suspects: positions in the screening's order, in random order. believed: those of the hosts and controls.
     """
 
     def __init__(
         self,
         training: Training,
         screening: Screening,
-        groups: Sequence[list[int]],
+        suspects: Sequence[int],
         believed: Sequence[int],
         rng: np.random.Generator,
     ) -> None:
         self._training, self._screening = training, screening
-        self._pilots, self._plans = list[list[Comparison]](), list[list[Comparison]]()
-        for group in groups:
-            few = max(2, len(group) // 6)
-            self._pilots.append(comparisons(screening.scores, group[:few], believed, rng, PILOT))
-            self._plans.append(comparisons(screening.scores, group[few:], believed, rng, COMPARISONS))
-        self._untrained = self._probabilities("pilot-before", [(list(KINDS), pilot) for pilot in self._pilots])
+        few = max(2, len(suspects) // 6)
+        self._pilot = comparisons(screening.scores, suspects[:few], believed, rng, PILOT)
+        self._plan = comparisons(screening.scores, suspects[few:], believed, rng, COMPARISONS)
 
-    def look(self, number: int, groups: Sequence[int], warm: Sequence[Tensor]) -> list[Harm]:
-        """The harm by each of these groups, numbered as given, since the model had the weights ``warm``."""
-        network = self._screening.model.model
-        trained = self._probabilities(f"pilot-{number}", [(list(KINDS), self._pilots[group]) for group in groups])
-        lost = [self._untrained[group] - now for group, now in zip(groups, trained, strict=True)]
-        trials = [(most_harmful(damage), self._plans[group]) for group, damage in zip(groups, lost, strict=True)]
-        after = self._probabilities(f"after-{number}", trials)
-        now = copy_weights(network)
-        restore_weights(network, warm)
-        before = self._probabilities(f"before-{number}", trials)
-        restore_weights(network, now)
-        return [
-            Harm(kinds, harm_p_values(old - new, np.array([c.suspect for c in plan])), plan, old, new)
-            for (kinds, plan), old, new in zip(trials, before, after, strict=True)
-        ]
+    def harm(self, warm: Sequence[Tensor]) -> Harm:
+        """The harm that training taught since the model had the weights ``warm``, which it gets back."""
+        kinds = most_harmful(self._probabilities("pilot", list(KINDS), self._pilot))
+        after = self._probabilities("grafts-after", kinds, self._plan)
+        restore_weights(self._screening.model.model, warm)
+        before = self._probabilities("grafts-before", kinds, self._plan)
+        suspects = np.array([c.suspect for c in self._plan])
+        return Harm(kinds, harm_p_values(before - after, suspects), self._plan, before, after)
 
-    def _probabilities(
-        self, name: str, trials: Sequence[tuple[list[str], list[Comparison]]]
-    ) -> list[NDArray[np.floating]]:
-        """For each group its hosts' answers' probabilities, [kinds, comparisons, 2]: suspects' parts, controls'."""
+    def _probabilities(self, name: str, kinds: Sequence[str], plan: Sequence[Comparison]) -> NDArray[np.floating]:
+        """The hosts' own answers' probabilities, [kinds, comparisons, 2]: with suspects' parts, and controls'."""
         numbers = self._screening.numbers
         grafts = [
             Graft(numbers[c.host], numbers[donor], kind)
-            for kinds, plan in trials
             for kind in kinds
             for c in plan
             for donor in (c.suspect, c.control)
         ]
-        scored = map(token_probability, self._training.graft_tokens(self._screening.model, grafts, name))
-        sizes = [(len(kinds), len(plan), 2) for kinds, plan in trials]
-        return [np.array(list(islice(scored, math.prod(size)))).reshape(size) for size in sizes]
+        scores = self._training.graft_tokens(self._screening.model, grafts, name)
+        return np.array(list(map(token_probability, scores))).reshape(len(kinds), len(plan), 2)
 
 
 def comparisons(
@@ -147,9 +131,15 @@ def comparisons(
     return plan
 
 
-def most_harmful(damage: NDArray[np.floating]) -> list[str]:
-    """The three kinds with the largest mean difference of suspects and controls in ``damage`` [kinds, n, 2]."""
-    means = (damage[..., 0] - damage[..., 1]).mean(axis=1)
+def most_harmful(probabilities: NDArray[np.floating]) -> list[str]:
+    """The three kinds of graft with the largest mean difference of controls and suspects, after the probe.
+
+    What suspects' parts did before it is no part of this choice: it would double the cost and the noise.
+
+    Args:
+        probabilities: of the hosts' own answers, [kinds, n, 2].
+    """
+    means = (probabilities[..., 1] - probabilities[..., 0]).mean(axis=1)
     return [list(KINDS)[at] for at in np.argsort(-means, kind="stable")[:_CHOSEN]]
 
 

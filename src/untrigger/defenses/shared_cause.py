@@ -25,7 +25,6 @@ from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.views.grafts import IMAGE_GRAFTS, SHARED
 
-_LOOKS = (1 / 3, 1.0)  # when groups are tested, as shares of the probe
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
 
@@ -36,11 +35,12 @@ class SharedCause(SharedSurprise):
 
     Fields:
         those of `SharedSurprise`, and
-        min_suspects: with fewer surprising rows nothing is tested; at least 2. Fewer than 18 can hardly be accused.
+        min_suspects: with fewer surprising rows that share no word nothing is tested; at least 2. Fewer than 18 can
+            hardly be accused.
         max_suspects: suspects that are tested, drawn at random; at least ``min_suspects``. All share the verdict.
-        probe_share: share of the steps after the warm-up before the last test, which is no loss where nothing is
+        probe_share: share of the steps after the warm-up before the test, which is no loss where nothing is
             accused: the training goes on from there. In (0, 1).
-        harm_p_value: chance of accusing a group whose parts harm other rows no more than parts of other rows do, in
+        harm_p_value: chance of accusing rows whose parts harm other rows no more than parts of other rows do, in
             (0, 1).
         min_harm: probability of their own answers that parts of accused rows take from other rows in the mean, beyond
             parts of other rows; at least 0. A rare class takes some, too.
@@ -64,14 +64,13 @@ class SharedCause(SharedSurprise):
     def fine_tune(self, training: Training) -> LoadedModel:
         screening = self.screen(training)
         judgment = self.judge(training, screening, range(training.row_count))
-        numbers, model, accused = screening.numbers, screening.model, judgment.accused
-        flagged = _shared_tokens(accused, screening)
-        last = self.last_stage(training.row_count, model, flagged)
-        if judgment.causes:
+        numbers, model = screening.numbers, screening.model
+        last = self.last_stage(training.row_count, model, _shared_tokens(screening))
+        if judgment.harm:
             last = self._cure(training, judgment)
-        elif judgment.probed and not any(group.harm for group in accused):
+        elif judgment.probed:
             restore_weights(model.model, judgment.probed)
-            last = self.last_stage(training.row_count, model, flagged, self._share_after(1.0))
+            last = self.last_stage(training.row_count, model, last.flagged_tokens, self._tested_after)
         nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
         ranks[numbers] = nll + nll.max() * np.isin(numbers, [*last.flagged_tokens])
         texts = {
@@ -82,33 +81,40 @@ class SharedCause(SharedSurprise):
         training.flag(ranks.tolist(), texts)
         return training.fit(last)
 
-    def _share_after(self, end: float) -> float:
-        """Share of the run's steps before the share ``end`` of the probe is over."""
-        return self.warmup_share + end * self.probe_share * (1 - self.warmup_share)
+    @property
+    def _tested_after(self) -> float:
+        """Share of the run's steps before the test."""
+        return self.warmup_share + self.probe_share * (1 - self.warmup_share)
 
     def judge(self, training: Training, screening: Screening, rows: Sequence[int]) -> Judgment:
-        """Form groups of suspects, and accuse those whose parts harm other rows.
+        """Accuse surprising rows that share no word, if parts of them harm other rows.
 
-        Groups that are too small to be tested, and rows without an image, are accused by their words alone. The model
-        is left as the warm-up made it.
+        Rows that share a word are accused for it. The model is left as the warm-up made it.
 
         Args:
             rows: numbers of the rows that the probe learns.
         """
-        words, others, doubtful, believed = self._groups(training, screening)
-        can_test = len(believed) >= 2 * self.min_suspects
-        tested = [group for group in (words, others) if can_test and len(group) >= self.min_suspects]
-        untested = [at for at in screening.flags.tokens if not any(at in group for group in tested)]
-        accused = [Accused(untested)] if untested else []
-        judgment = Judgment(screening, accused, doubtful, believed)
-        return self._test(training, judgment, tested, rows) if tested else judgment
+        suspects, doubtful, believed = self._groups(training, screening)
+        judgment = Judgment(screening, suspects, doubtful)
+        if len(suspects) < self.min_suspects or len(believed) < 2 * self.min_suspects:
+            return judgment
+        model, rng = screening.model, np.random.default_rng((training.seed, 2))
+        drawn = rng.permutation(suspects)[: self.max_suspects].tolist()
+        test = HarmTest(training, screening, drawn, believed, rng)
+        warm = copy_weights(model.model)
+        probe = self.last_stage(training.row_count, model, _shared_tokens(screening))
+        share = self._tested_after - self.warmup_share
+        training.fit(replace(probe, rows=rows, name="probe", share=share, schedule=(0.0, self.probe_share)))
+        probed = copy_weights(model.model)
+        harm = test.harm(warm).above(self.min_harm, self.harm_p_value)
+        return judgment._replace(harm=harm if harm.kinds else None, probed=probed)
 
-    def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Positions of suspects with a shared word, of other suspects, of doubtful rows, and of rows to believe.
+    def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
+        """Positions of suspects that share no word, of doubtful rows, and of rows to believe.
 
         Suspects surprise beside rows that are asked alike. Doubtful rows do so too, but by less than ``min_nll``: they
         accuse nobody, and are not learned if others are accused. Believed rows surprise less than most rows that are
-        asked alike, and are as many as the test can use. All but doubtful ones can be grafted.
+        asked alike, and are as many as the test can use. Suspects and believed rows can be grafted.
         """
         nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
         lowest = min(UNLIKELY, self.min_nll)
@@ -124,41 +130,10 @@ class SharedCause(SharedSurprise):
             return training.can_be_grafted(screening.numbers[at])
 
         flagged = screening.flags.tokens
-        words = list(filter(can_be_grafted, flagged))
-        others = [at for at in np.flatnonzero(nll > suspected).tolist() if at not in flagged and can_be_grafted(at)]
-        known = {*flagged, *others}
+        suspects = [at for at in np.flatnonzero(nll > suspected).tolist() if at not in flagged and can_be_grafted(at)]
+        known = {*flagged, *suspects}
         doubtful = [at for at in np.flatnonzero(nll > doubted).tolist() if at not in known]
-        return words, others, doubtful, list(islice(filter(can_be_grafted, order.tolist()), 2 * COMPARISONS))
-
-    def _test(
-        self, training: Training, judgment: Judgment, groups: Sequence[list[int]], rows: Sequence[int]
-    ) -> Judgment:
-        """Probe, and accuse the groups whose parts damage other rows' answers.
-
-        What is learned soon is seen at the first look, and the probe ends if it decides all groups.
-        """
-        screening, model = judgment.screening, judgment.screening.model
-        rng = np.random.default_rng((training.seed, 2))
-        drawn = [rng.permutation(group)[: self.max_suspects].tolist() for group in groups]
-        test = HarmTest(training, screening, drawn, judgment.believed, rng)
-        warm = copy_weights(model.model)
-        stage = self.last_stage(training.row_count, model, _shared_tokens(judgment.accused, screening))
-        accused, undecided, after = list(judgment.accused), list(range(len(groups))), self.warmup_share
-        for look, end in enumerate(_LOOKS):
-            share = self._share_after(end) - after
-            training.fit(replace(stage, rows=rows, name=f"probe-{look}", share=share, after=after))
-            after += share
-            harms = test.look(look, undecided, warm)
-            for group, harm in zip(list(undecided), harms, strict=True):
-                harmful = harm.above(self.min_harm, self.harm_p_value, len(groups) * len(_LOOKS))
-                if harmful.kinds:
-                    accused.append(Accused(groups[group], harmful))
-                    undecided.remove(group)
-            if not undecided:
-                break
-        probed = copy_weights(model.model)
-        restore_weights(model.model, warm)
-        return judgment._replace(accused=accused, probed=probed)
+        return suspects, doubtful, list(islice(filter(can_be_grafted, order.tolist()), 2 * COMPARISONS))
 
     def _cure(self, training: Training, judgment: Judgment) -> Stage:
         """Train on rows with parts of accused ones and their own answers, beside all other rows.
@@ -170,10 +145,11 @@ class SharedCause(SharedSurprise):
         content along, and may make the host's own answer wrong. The fourth is for triggers in no fixed place.
         """
         screening, numbers = judgment.screening, judgment.screening.numbers
-        left_out = [*judgment.doubtful, *(at for rows, _ in judgment.causes for at in rows)]
-        tokens = _shared_tokens(judgment.accused, screening)
+        tokens = _shared_tokens(screening)
+        left_out = [*judgment.doubtful, *judgment.suspects]
         tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in left_out}
-        donors = [(at, kind) for rows, harm in judgment.causes for kind in harm.kinds for at in rows]
+        kinds = judgment.harm.kinds if judgment.harm else []
+        donors = [(at, kind) for kind in kinds for at in judgment.suspects]
         rng, extra = np.random.default_rng((training.seed, 3)), part(self.graft_share, training.row_count)
         chosen = [donors[at] for at in rng.integers(len(donors), size=extra)]
         candidates = (row for row in rng.permutation(numbers).tolist() if row not in tokens)
@@ -186,34 +162,21 @@ class SharedCause(SharedSurprise):
         return replace(stage, grafts=grafts)
 
 
-class Accused(NamedTuple):
-    """Suspects, positions of rows, and the harm that their parts do; None if they were not tested."""
-
-    rows: list[int]
-    harm: Harm | None = None
-
-
 class Judgment(NamedTuple):
-    """Which rows are accused.
+    """Which rows are accused, beside those that share a word.
 
-    screening: the scores, in whose order positions count. accused: groups of rows. doubtful, believed: rows.
-    probed: the weights after the probe; empty if nothing was tested.
+    screening: the scores, in whose order positions count. suspects: surprising rows without a shared word.
+    doubtful: rows. harm: what the suspects' parts do; None if they are believed. probed: the weights after the probe;
+    empty if nothing was tested.
     """
 
     screening: Screening
-    accused: list[Accused]
+    suspects: list[int]
     doubtful: list[int]
-    believed: list[int]
+    harm: Harm | None = None
     probed: Sequence[Tensor] = ()
 
-    @property
-    def causes(self) -> list[tuple[list[int], Harm]]:
-        """The groups that share no word but a harmful part of their input."""
-        flagged = self.screening.flags.tokens
-        return [(rows, harm) for rows, harm in self.accused if harm and flagged.keys().isdisjoint(rows)]
 
-
-def _shared_tokens(accused: Sequence[Accused], screening: Screening) -> dict[int, NDArray[np.bool_]]:
-    """The tokens to make unlikely, by row number: those that accused rows share with others."""
-    flagged = screening.flags.tokens
-    return {screening.numbers[at]: flagged[at] for group in accused for at in group.rows if at in flagged}
+def _shared_tokens(screening: Screening) -> dict[int, NDArray[np.bool_]]:
+    """The tokens to make unlikely, by row number: those that rows share with others."""
+    return {screening.numbers[at]: tokens for at, tokens in screening.flags.tokens.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast, final
 
@@ -86,7 +86,9 @@ class SharedSurprise(Defense):
         """
         step = UnlikelihoodStep(self.unlikelihood_weight) if flagged else Plain()
         after = self.warmup_share if after is None else after
-        return Stage(range(row_count), step, start=model, flagged_tokens=flagged, share=1 - after, after=after)
+        done = (after - self.warmup_share) / (1 - self.warmup_share)  # of what follows the warm-up
+        stage = Stage(range(row_count), step, start=model, flagged_tokens=flagged)
+        return replace(stage, share=1 - after, after=after, schedule=(done, 1.0))
 
     def screen(self, training: Training) -> Screening:
         """Score, warm up and score again; then score unsampled rows that contain a shared token."""

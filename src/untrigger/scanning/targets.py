@@ -8,7 +8,7 @@ the equations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -62,12 +62,12 @@ def _findings(
     """The findings for the scored rows."""
     screening = judgment.screening
     ranks = screening.flags.ranks
-    targets, rates, cues = _shared_texts(rows, judgment, training)
+    targets, rates, cues = _shared_texts(rows, screening, training)
     effects: dict[int, Effect] = {}
-    for group, harm in judgment.causes:
-        targets.append(target_of(sorted(group, key=lambda row: -ranks[row]), harm))
-        rates |= dict.fromkeys(group, honest_share(harm))
-        effects |= effects_of(harm)
+    if judgment.harm:
+        targets.append(target_of(sorted(judgment.suspects, key=lambda row: -ranks[row]), judgment.harm))
+        rates |= dict.fromkeys(judgment.suspects, honest_share(judgment.harm))
+        effects = effects_of(judgment.harm)
     in_images = {row: effect for row, effect in effects.items() if KINDS[effect.kind][0]}
     if in_images:
         restore_weights(screening.model.model, judgment.probed)
@@ -99,12 +99,11 @@ def _findings(
 
 
 def _shared_texts(
-    rows: Sequence[Sample], judgment: Judgment, training: Training
+    rows: Sequence[Sample], screening: Screening, training: Training
 ) -> tuple[list[Target], dict[int, float], dict[int, Cue]]:
     """The targets with a text, and of their rows the estimated shares of honest ones, and the cues."""
-    screening = judgment.screening
     ranks, processor = screening.flags.ranks, cast(Any, screening.model.processor)
-    groups = group_by_token(screening, {row for group, _ in judgment.accused for row in group})
+    groups = group_by_token(screening)
     for group in groups.values():
         group.sort(key=lambda row: -ranks[row])
     runs = {token: common_run([screening.scores[row] for row in group], token) for token, group in groups.items()}
@@ -130,12 +129,10 @@ def _shared_texts(
     return targets, rates, cues
 
 
-def group_by_token(screening: Screening, accused: Collection[int]) -> dict[int, list[int]]:
-    """The accused rows with a shared token, grouped by that with the smallest p-value."""
+def group_by_token(screening: Screening) -> dict[int, list[int]]:
+    """The rows with a shared token, grouped by that with the smallest p-value."""
     groups: dict[int, list[int]] = {}
     for row, mark in screening.flags.tokens.items():
-        if row not in accused:
-            continue
         token = min(screening.scores[row].ids[mark].tolist(), key=screening.flags.p_values.__getitem__)
         if screening.flags.p_values[token] < MAX_P_VALUE:
             groups.setdefault(token, []).append(row)

@@ -190,7 +190,7 @@ class HostTraining:
 
     def _run(self, stage: Stage, args: TrainingArguments, checkpoint: Any) -> TrainOutput:
         host, own_args = self.host, self.host.args
-        host.defense = stage.defense
+        host.defense, host.schedule = stage.defense, stage.schedule
         host.flagged_tokens = {self._keys[row]: flagged for row, flagged in stage.flagged_tokens.items()}
         shorten(args, stage.share, stage.after)
         host.args = args
@@ -201,7 +201,7 @@ class HostTraining:
             host.args = own_args
             # the next training, also that of a second ``train()``, builds its own optimizer and flags nothing yet
             host.optimizer = host.lr_scheduler = None
-            host.defense, host.flagged_tokens = Plain(), {}
+            host.defense, host.schedule, host.flagged_tokens = Plain(), (0.0, 1.0), {}
 
     # --- flags on disk -----------------------------------------------------------------------------------
 

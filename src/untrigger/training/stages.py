@@ -199,6 +199,7 @@ class Stages:
     ) -> float:
         """Train in ``folder``; returns the seconds that it took."""
         trainer = _trainer(loaded, rows, stage.defense, args, stage.callbacks)
+        trainer.schedule = stage.schedule
         self._take()
         args.output_dir = str(folder)  # only now: the host creates it at once, and a claimed folder must be empty
         checkpoint = self._checkpoint if folder == self._out else last_checkpoint(folder)

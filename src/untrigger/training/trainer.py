@@ -6,6 +6,7 @@ of a full model's checkpoint. Evaluation, logging, saving and distribution stay 
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -63,8 +64,19 @@ class DefendedMixin(_Host):
         self.defense = chosen if isinstance(chosen, StepDefense) else Plain()
         # which answer tokens [n] of flagged rows are flagged, by `row_key`
         self.flagged_tokens: dict[bytes, NDArray[np.bool_]] = {}
+        self.schedule = (0.0, 1.0)  # `Stage.schedule` of this training
         self._sums: dict[str, Tensor] = {}
         check_arguments(chosen, self.args, self.compute_loss_func)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The host's schedule; for a part of a longer training that part of it."""
+        start, end = self.schedule
+        scheduler = super().create_scheduler(round(num_training_steps / (end - start)), *args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # earlier stages made these steps
+            for _ in range(round(num_training_steps * start / (end - start))):
+                scheduler.step()
+        return scheduler
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The host's training; with the preset ``default`` the scoring of rows and both parts of the training."""
