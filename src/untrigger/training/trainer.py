@@ -187,7 +187,6 @@ def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object 
         raise InputError("defense: DataParallel would split pairs of views; run one process per GPU with torchrun")
 
 
-@cache
 def defended(trainer: type[Trainer]) -> type[Any]:
     """The trainer class with a defense: ``defended(SFTTrainer)(model, ...)``; choose one with ``defense=CrossView()``.
 
@@ -197,5 +196,42 @@ def defended(trainer: type[Trainer]) -> type[Any]:
 
     Works with ``transformers.Trainer`` and any subclass that trains on rows of images and messages. With
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.
+
+    Raises:
+        InputError: it is not a class that derives from ``transformers.Trainer``, or it is defended already.
     """
+    check_class(trainer)
+    return _subclass(trainer)
+
+
+def check_class(trainer: object) -> None:
+    """Refuse what `defended` cannot subclass.
+
+    Raises:
+        InputError: says what was given, and what to give.
+    """
+    if not isinstance(trainer, type):
+        kind = type(trainer).__name__
+        mend = (
+            f"wrap its class before you make it: defended({kind})(...)"
+            if isinstance(trainer, Trainer)
+            else ("give a class that derives from transformers.Trainer")
+        )
+        raise InputError(f"defended: {_short(trainer)} is no class; {mend}")
+    if not issubclass(trainer, Trainer):
+        raise InputError(
+            f"defended: {trainer.__name__} does not derive from transformers.Trainer; give a class that does"
+        )
+    if issubclass(trainer, DefendedMixin):
+        raise InputError(f"defended: {trainer.__name__} is defended already; call defended once")
+
+
+def _short(value: object) -> str:
+    """What a value is, in a few words on one line."""
+    name = getattr(value, "__name__", None)
+    return f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__name__}"
+
+
+@cache
+def _subclass(trainer: type[Trainer]) -> type[Any]:
     return type(f"Defended{trainer.__name__}", (DefendedMixin, trainer), {})
