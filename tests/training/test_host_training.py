@@ -254,35 +254,6 @@ def test_evaluation_is_the_hosts_without_flags(host: Callable[..., Any], samples
     assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
-def everywhere(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return batch | {"labels": batch["input_ids"].clone()}
-
-
-def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return batch | {"attention_mask": batch["attention_mask"].cumsum(dim=1)}
-
-
-def flattened(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in batch.items() if name != "attention_mask"}
-
-
-@pytest.mark.parametrize(
-    ("changed", "remedy"),
-    [(everywhere, "assistant_only_loss=True"), (packed, "packing=False"), (flattened, "packing=False")],
-)
-def test_refuses_batches_whose_rows_cannot_be_scored(host: Callable[..., Any], changed: Any, remedy: str) -> None:
-    trainer = host()
-    inner = trainer.data_collator
-
-    def collate(rows: list[Any]) -> Any:
-        return changed(inner(rows))
-
-    collate.processor = inner.processor  # type: ignore[attr-defined]
-    trainer.data_collator = collate
-    with pytest.raises(InputError, match=remedy):
-        trainer.train()
-
-
 STAGES: list[tuple[dict[str, Any], str]] = [
     ({"source": []}, "train on rows outside train_dataset"),
     ({"passes": 2.0}, "set passes over the rows"),

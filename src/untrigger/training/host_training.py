@@ -31,7 +31,7 @@ from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
 from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
-from untrigger.training.host_checks import check_batch, check_host, check_stage
+from untrigger.training.host_checks import check_batch, check_host, check_labels, check_stage, special_tokens
 from untrigger.training.schedule import shorten
 
 STATE = "defense_state.json"  # in the host's output folder: what a resumed run needs in order not to score again
@@ -68,6 +68,7 @@ class HostTraining:
             raise InputError("defense: it writes flagged tokens as text; give processing_class=processor")
         self.host, self.defense, self.seed, self._processor = host, defense, int(host.args.seed), processor
         self._train, self._checkpoint = train, checkpoint
+        self._special = special_tokens(processor)
         self._folder = Path(host.args.output_dir)
         self._keys: dict[int, bytes] = {}  # `row_key` of each scored row
         self._scores: Sequence[float] = ()
@@ -130,10 +131,14 @@ class HostTraining:
         # as many rows for each process, some of them twice: all must gather sharded weights in every batch
         size = -(-len(rows) // args.world_size) * args.world_size
         padded = [rows[at % len(rows)] for at in range(size)]
-        loader = self._loader(padded[args.process_index :: args.world_size], dataset)
+        share = padded[args.process_index :: args.world_size]
+        loader = self._loader(share, dataset)
         with evaluating(cast(PreTrainedModel, model.model)) as scoring:
             for loaded in tracked(loader, f"scoring, {name}", len(loader)):
-                check_batch(loaded.batch, scoring)
+                check_batch(loaded.batch, scoring, len(loaded.keys))
+                if dataset is self.host.train_dataset:  # grafted rows have the labels of rows checked before
+                    numbers = share[len(own) : len(own) + len(loaded.keys)]
+                    check_labels(loaded.batch, numbers, scoring, self._special)
                 own += zip(loaded.keys, batch_tokens(scoring, loaded.batch), strict=True)
         _reshard(model.model)
         if args.world_size > 1:
