@@ -32,9 +32,9 @@ from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
 from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
 from untrigger.training.host_checks import check_batch, check_host, check_labels, check_stage, special_tokens
+from untrigger.training.host_state import STATE, copy_flags, flags_folder
 from untrigger.training.schedule import shorten
 
-STATE = "defense_state.json"  # in the host's output folder: what a resumed run needs in order not to score again
 _SILENT = {
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -76,7 +76,7 @@ class HostTraining:
         self._continues = False
 
     def run(self) -> TrainOutput:
-        """The whole training; from a checkpoint on, the last stage with the flags that are stored beside it."""
+        """The whole training; from a checkpoint on, the last stage with the flags that are stored in it."""
         if self._checkpoint:
             self._fit_last(self._read_state())
         else:
@@ -248,7 +248,8 @@ class HostTraining:
 
     def _read_state(self) -> Stage:
         """The last stage, as the run that is resumed has stored it."""
-        path = self._folder / STATE
+        folder = flags_folder(self._checkpoint, self._folder)
+        path = folder / STATE
         try:
             state = json.loads(path.read_text())
             flagged = state.pop("flagged")
@@ -263,6 +264,8 @@ class HostTraining:
             raise InputError(
                 f"{path}: rows or defense have changed; resume with the same ones, or train from the start"
             )
+        if self.host.args.process_index == 0 and folder != self._folder:
+            copy_flags(folder, self._folder)
         self._keys = dict(zip(rows, keys, strict=True))
         last = self.defense.last_stage(self.row_count, self.reference(), dict(zip(rows, masks, strict=True)), after)
         return replace(last, grafts=grafts)

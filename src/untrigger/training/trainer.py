@@ -7,6 +7,7 @@ of a full model's checkpoint. Evaluation, logging, saving and distribution stay 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from untrigger.defenses import Defense, Plain, SharedCause, SharedSurprise, StepDefense
 from untrigger.errors import InputError
@@ -30,6 +32,7 @@ from untrigger.models.collators import (
 )
 from untrigger.models.loading import base_model
 from untrigger.training.checkpoints import load_full
+from untrigger.training.host_state import STATE, copy_flags
 from untrigger.training.host_training import HostTraining
 
 if TYPE_CHECKING:
@@ -143,6 +146,16 @@ class DefendedMixin(_Host):
         super().log(logs, start_time)
 
     # --- resume ---------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """The host's checkpoint, with the flags that a resumed run needs, also one with another output folder."""
+        out = Path(str(self.args.output_dir))
+        if self.procedure is not None and self.args.process_index == 0 and (out / STATE).is_file():
+            # first: a complete checkpoint has them, whenever the run is killed
+            copy_flags(
+                out, Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            )
+        super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load full models through ``from_pretrained``: the host's own loading skips renamed keys silently."""
