@@ -140,7 +140,7 @@ def check_batch(batch: Mapping[str, Any], model: Any, row_count: int) -> None:
     # hosts mark the segments of a packed row in these ways
     if mask is None or mask.ndim != 2 or mask.max() > 1 or len(batch["labels"]) != row_count:
         raise InputError(_PACKED)
-    image = _image_token(model)
+    image = image_token(model)
     if image is not None and (batch["labels"] == image).any():
         raise InputError(f"defense: labels cover image tokens, and so prompts; {_ON_PROMPTS}")
 
@@ -159,7 +159,7 @@ def check_labels(batch: Mapping[str, Tensor], rows: Sequence[int], model: Any, s
     attended = batch["attention_mask"].bool()
     labeled = (batch["labels"] != IGNORE) & attended
     first = attended.int().argmax(dim=1, keepdim=True)
-    image = _image_token(model)
+    image = image_token(model)
     no_text = torch.tensor([*special, *([] if image is None else [image])], dtype=torch.long)
     prompt = attended & ~labeled & ~torch.isin(batch["input_ids"].cpu(), no_text).to(attended.device)
     on_prompt = labeled.gather(1, first)[:, 0] | ~prompt.any(dim=1)
@@ -180,7 +180,7 @@ def special_tokens(processor: Any) -> list[int]:
     return sorted({*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)})
 
 
-def _image_token(model: Any) -> int | None:
+def image_token(model: Any) -> int | None:
     """The id of the tokens that stand for parts of an image; None where the family has none."""
     config: Any = base_model(model).config
     return getattr(config, "image_token_id", getattr(config, "image_token_index", None))

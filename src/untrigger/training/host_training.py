@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from untrigger.defenses import Plain, SharedSurprise, Stage
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.models.collators import IGNORE, Collate, Row, row_key
+from untrigger.models.collators import Collate, Row, row_key
 from untrigger.models.forward import evaluating
 from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
 from untrigger.models.loading import LoadedModel
@@ -31,7 +31,15 @@ from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
 from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
-from untrigger.training.host_checks import check_batch, check_host, check_labels, check_stage, special_tokens
+from untrigger.training.host_checks import (
+    check_batch,
+    check_host,
+    check_labels,
+    check_stage,
+    image_token,
+    special_tokens,
+)
+from untrigger.training.host_rows import column_prompts, decoded_turns, image_names, is_reordered, row_id
 from untrigger.training.host_state import STATE, copy_flags, flags_folder
 from untrigger.training.schedule import shorten
 
@@ -213,14 +221,11 @@ class HostTraining:
     def _write_flags(self, last: Stage) -> None:
         """Write ``flagged_rows.jsonl`` for people, and the state of the last stage for a resumed run."""
         flagged_tokens, keys, flagged = last.flagged_tokens, list[bytes](), list[FlaggedRow]()
-        numbers = iter(flagged_tokens)
+        numbers, reordered = iter(flagged_tokens), is_reordered(self.host)
         for loaded in self._loader([*flagged_tokens]):
             keys += loaded.keys
-            for labels, row_id in zip(loaded.batch["labels"], loaded.ids, strict=True):
-                row = next(numbers)
-                flagged.append(
-                    FlaggedRow(row + 1, row_id, self._scores[row], self._texts[row], [*self._answers(labels)])
-                )
+            parts = (loaded.batch[name] for name in ("input_ids", "labels", "attention_mask"))
+            flagged += [self._flagged_row(next(numbers), reordered, *tokens) for tokens in zip(*parts, strict=True)]
         if keys != [self._keys[row] for row in flagged_tokens]:
             raise InputError(
                 "defense: train_dataset returns different data for the same index; move random augmentation into the "
@@ -237,14 +242,22 @@ class HostTraining:
             flagged.sort(key=lambda row: row.score, reverse=True)
             frequent = Counter((row.flagged_text, " ".join(row.answers)) for row in flagged).most_common(1)
             example = ", most often {!r} in {!r}".format(*frequent[0][0]) if frequent else ""
-            _log.warning("%d of %d rows are flagged%s: %s", len(flagged), self.row_count, example, path)
+            hint = "; the host reorders rows, so find them by id, images and prompts" if flagged and reordered else ""
+            _log.warning("%d of %d rows are flagged%s: %s%s", len(flagged), self.row_count, example, path, hint)
 
-    def _answers(self, labels: Tensor) -> Iterator[str]:
-        """The texts of a row's answers: runs of tokens with labels [T]."""
-        ids = labels[1:].numpy()  # the first token is never predicted
-        answered = np.flatnonzero(ids != IGNORE)
-        for run in np.split(answered, np.flatnonzero(np.diff(answered) > 1) + 1):
-            yield self._processor.decode(ids[run], skip_special_tokens=True).strip()
+    def _flagged_row(self, number: int, reordered: bool, ids: Tensor, labels: Tensor, attended: Tensor) -> FlaggedRow:
+        row = self.host.train_dataset[number]  # with the columns that the host removes before it collates
+        prompts, answers = decoded_turns(self._processor.decode, ids, labels, attended, image_token(self.host.model))
+        return FlaggedRow(
+            row=number + 1,
+            reordered=reordered,
+            id=row_id(row),
+            images=image_names(row),
+            prompts=column_prompts(row) or prompts,
+            score=self._scores[number],
+            flagged_text=self._texts[number],
+            answers=answers,
+        )
 
     def _read_state(self) -> Stage:
         """The last stage, as the run that is resumed has stored it."""
@@ -290,10 +303,9 @@ class HostTraining:
 
 
 class _KeyedBatch(NamedTuple):
-    """A batch, and of each of its rows the `row_key` and the id; None for a row without one."""
+    """A batch, and the `row_key` of each of its rows."""
 
     keys: list[bytes]
-    ids: list[str | None]
     batch: dict[str, Tensor]
 
 
@@ -305,8 +317,7 @@ class _KeyedCollator:
         if not all(rows):
             raise InputError("defense: the host removes all columns from the rows; set remove_unused_columns=False")
         keys = [row_key(row) for row in rows]  # first: some host collators write into the rows
-        ids = [None if row.get("id") is None else str(row["id"]) for row in rows]
-        return _KeyedBatch(keys, ids, self.collate([dict(row) for row in rows]))
+        return _KeyedBatch(keys, self.collate([dict(row) for row in rows]))
 
 
 def _reshard(model: nn.Module) -> None:
