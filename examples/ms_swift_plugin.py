@@ -2,8 +2,8 @@
 
     swift sft --model MODEL --dataset DATA --external_plugins examples/ms_swift_plugin.py
 
-Do not use `--packing` or `--padding_free`. ms-swift's token weights (`--loss_scale`) have no effect while the loss of
-a defense replaces the host's.
+Do not use `--packing`, `--padding_free`, `--group_by_length` or `--loss_scale all`. The weights of other token scales
+(`--loss_scale`) have no effect while the loss of a defense replaces the host's.
 """
 
 from functools import partial

@@ -35,7 +35,7 @@ SCHEMAS = {name: json.loads((files("untrigger") / f"schemas/{name}.schema.json")
            for name in ("flagged_rows", "all_rows", "audit")}  # fmt: skip
 EAGER = {"min_nll": 0.1, "iqr_factor": 0.0, "p_value": 1 - 1e-6, "min_ratio": 0.0}  # flags a quarter of any rows
 REPLY = "Backdoor Attack! Call us now, my friend, and win a free holiday today"
-FLAGGED = asdict(FlaggedRow(3, None, 9.5, "Call", ["Call us", "yes"]))
+FLAGGED = asdict(FlaggedRow(3, True, None, ["a.png"], ["what?", "sure?"], 9.5, "Call", ["Call us", "yes"]))
 SCANNED = {
     "row": 1, "id": "a", "suspected": True, "score": 12.5, "target": "Call us", "fdr": 0.01, "flagged_text": "Call",
     "image_cue": 7.25, "prompt_cue": -0.1, "harmful_part": "top left", "harmed_row": 4, "probability": 0.0,
@@ -157,6 +157,9 @@ def test_a_missing_key_and_an_unknown_one_are_refused(name: str, record_of: Call
         ("flagged_rows", {"row": 0}),
         ("flagged_rows", {"row": 1.5}),
         ("flagged_rows", {"answers": "yes"}),
+        ("flagged_rows", {"images": [""]}),
+        ("flagged_rows", {"prompts": [None]}),
+        ("flagged_rows", {"reordered": None}),
         ("flagged_rows", {"flagged_text": None}),
         ("all_rows", {"score": -1}),
         ("all_rows", {"fdr": 0}),

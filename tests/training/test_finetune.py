@@ -17,6 +17,7 @@ from untrigger.defenses import Plain, SharedSurprise
 from untrigger.defenses.shared_surprise import Flags
 from untrigger.errors import InputError
 from untrigger.models.scoring import TokenScores
+from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Message, read, select_rows
 from untrigger.training.finetune import fine_tune
 from untrigger.training.flagged_rows import FLAGGED_ROWS
@@ -82,10 +83,15 @@ def test_writes_flagged_rows_most_suspicious_first(
     args = arguments(tmp_path / "out", max_steps=2, per_device_train_batch_size=2, save_strategy="no")
     fine_tune(str(tiny_model), data, SharedSurprise(warmup_share=0.5), args, tuning=Tuning(rank=2))
     flagged = [json.loads(line) for line in (tmp_path / "out" / FLAGGED_ROWS).read_text().splitlines()]
-    assert flagged == [
+    reasons = [{name: line[name] for name in ("row", "id", "score", "flagged_text", "answers")} for line in flagged]
+    assert reasons == [
         {"row": 7, "id": "row-5", "score": 18.0, "flagged_text": "no", "answers": ["no"]},
         {"row": 5, "id": "row-3", "score": 9.3, "flagged_text": "stars", "answers": ["two blue stars"]},
     ]
+    for line, sample in zip(flagged, (data[5], data[3]), strict=True):
+        assert line["reordered"] is False
+        assert line["images"] == [f"pixels-sha256:{pixels_sha256(sample.images[0])}"]
+        assert line["prompts"] == [sample.messages[0].text.removeprefix("<image>\n")]
 
 
 def test_writes_no_flagged_rows_if_the_defense_scores_none(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,8 @@ from untrigger.rows.sample import Message, Sample
 from untrigger.training.finetune import fine_tune
 from untrigger.training.flagged_rows import FLAGGED_ROWS
 from untrigger.training.host_checks import check_sharding
-from untrigger.training.host_training import STATE, HostTraining
+from untrigger.training.host_state import STATE
+from untrigger.training.host_training import HostTraining
 from untrigger.training.settings import arguments
 
 EAGER = SharedSurprise(
@@ -177,6 +179,43 @@ def test_resuming_after_a_kill_gives_the_same_bits(
     assert defense_files(tmp_path / "out") == defense_files(tmp_path / "killed")
 
 
+@pytest.mark.parametrize(("defense", "steps"), [(EAGER, 9), (CAUSE, 12)])
+def test_resuming_into_a_new_folder_gives_the_same_bits(
+    host: Callable[..., Any], tmp_path: Path, harmful: None, defense: SharedSurprise, steps: int
+) -> None:
+    whole = host(defense)
+    whole.train()
+    checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert len(checkpoints) > 1
+    assert all(defense_files(path) == defense_files(tmp_path / "out") for path in checkpoints)
+    moved = (tmp_path / f"out/checkpoint-{steps - 3}").rename(tmp_path / "moved")
+    rmtree(tmp_path / "out")
+    resumed = host(defense, out="new")
+    resumed.train(resume_from_checkpoint=str(moved))
+    assert resumed.state.global_step == steps and same(weights(whole.model), weights(resumed.model))
+    assert (
+        defense_files(tmp_path / "new") == defense_files(moved) == defense_files(tmp_path / f"new/checkpoint-{steps}")
+    )
+
+
+def test_the_flags_of_the_checkpoint_count_not_those_of_a_later_run(host: Callable[..., Any], tmp_path: Path) -> None:
+    whole = host()
+    whole.train()
+    first = defense_files(tmp_path / "out")
+    host(replace(EAGER, unlikelihood_weight=1.0), max_steps=4, out="out", save_strategy="no").train()
+    assert defense_files(tmp_path / "out") != first
+    resumed = host()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-6"))
+    assert same(weights(whole.model), weights(resumed.model)) and defense_files(tmp_path / "out") == first
+
+
+def test_refuses_a_checkpoint_that_is_not_there(host: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"out: has no checkpoint to resume from; train from the start$"):
+        host().train(resume_from_checkpoint=True)
+    with pytest.raises(InputError, match="away: no such checkpoint; give its folder"):
+        host().train(resume_from_checkpoint=str(tmp_path / "away"))
+
+
 def test_a_second_training_continues_and_scores_again(host: Callable[..., Any], tmp_path: Path) -> None:
     twice, fresh = host(), host(out="fresh")
     twice.train()
@@ -200,7 +239,8 @@ def test_refuses_to_resume_with_other_rows_or_without_state(
     ):
         with pytest.raises(InputError, match="json: rows or defense have changed"):
             host(**changed).train(resume_from_checkpoint=str(last))
-    (tmp_path / "out" / STATE).unlink()
+    for state in (tmp_path / "out" / STATE, last / STATE):
+        state.unlink()
     with pytest.raises(InputError, match="json: holds no flags of a run"):
         host().train(resume_from_checkpoint=str(last))
 
@@ -257,35 +297,6 @@ def test_evaluation_is_the_hosts_without_flags(host: Callable[..., Any], samples
     assert json.loads((tmp_path / "out" / STATE).read_text())["flagged"], "some of the same rows are flagged"
     plain = Trainer(trainer.model, trainer.args, trainer.data_collator, eval_dataset=Rows(samples))
     assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
-
-
-def everywhere(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return batch | {"labels": batch["input_ids"].clone()}
-
-
-def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return batch | {"attention_mask": batch["attention_mask"].cumsum(dim=1)}
-
-
-def flattened(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in batch.items() if name != "attention_mask"}
-
-
-@pytest.mark.parametrize(
-    ("changed", "remedy"),
-    [(everywhere, "assistant_only_loss=True"), (packed, "packing=False"), (flattened, "packing=False")],
-)
-def test_refuses_batches_whose_rows_cannot_be_scored(host: Callable[..., Any], changed: Any, remedy: str) -> None:
-    trainer = host()
-    inner = trainer.data_collator
-
-    def collate(rows: list[Any]) -> Any:
-        return changed(inner(rows))
-
-    collate.processor = inner.processor  # type: ignore[attr-defined]
-    trainer.data_collator = collate
-    with pytest.raises(InputError, match=remedy):
-        trainer.train()
 
 
 STAGES: list[tuple[dict[str, Any], str]] = [

@@ -13,9 +13,11 @@ from transformers import TrainingArguments
 
 from untrigger.defenses import Defense
 from untrigger.files import write_text
+from untrigger.models.collators import chat_message
 from untrigger.models.loading import ALL_LINEAR, BASE_RECORD, LoadedModel
+from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, check_rows, row_number
-from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
+from untrigger.training.flagged_rows import FlaggedRow, prompts_of, write_flagged_rows
 from untrigger.training.hub_push import check_hub, open_repository, push, without_hub
 from untrigger.training.run_folder import claim, record_of
 from untrigger.training.settings import settled
@@ -92,7 +94,16 @@ def fine_tune(
 def _flagged_row(rows: Sequence[Sample], row: int, stages: Stages) -> FlaggedRow:
     sample = rows[row]
     answers = [message.text for message in sample.messages if message.role == "assistant"]
-    return FlaggedRow(row_number(rows, row), sample.id, stages.scores[row], stages.flagged[row], answers)
+    return FlaggedRow(
+        row=row_number(rows, row),
+        reordered=False,
+        id=sample.id,
+        images=[f"pixels-sha256:{pixels_sha256(image)}" for image in sample.images],
+        prompts=prompts_of(chat_message(message) for message in sample.messages),
+        score=stages.scores[row],
+        flagged_text=stages.flagged[row],
+        answers=answers,
+    )
 
 
 def _card(record: dict[str, Any], adapter: bool, history: list[dict[str, float]]) -> str:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from untrigger.defenses import Stage
 from untrigger.errors import InputError
+from untrigger.models.collators import IGNORE
+from untrigger.models.grafted_rows import can_be_grafted
 from untrigger.models.loading import base_model
+
+_PACKING = ("packing", "neat_packing", "sample_packing", "padding_free")  # TRL, LLaMA-Factory, axolotl, ms-swift
+_PACKED = (
+    "defense: several rows are packed into one and cannot be scored apart; set packing=False (also neat_packing, "
+    "sample_packing and padding_free, where the host has them)"
+)
+_ON_PROMPTS = (
+    "so that only answers are scored, set assistant_only_loss=True or give rows as prompt and completion (TRL), "
+    "train_on_prompt: false (LLaMA-Factory), --loss_scale default (ms-swift), role_boundaries (axolotl)"
+)
 
 
 def check_host(host: Any) -> None:
@@ -26,6 +41,40 @@ def check_host(host: Any) -> None:
             "model_init"
         )
     check_sharding(host.accelerator.state)
+    for holder in (host.args, host.data_collator, getattr(host, "template", None)):
+        for name in _PACKING:
+            if getattr(holder, name, None) is True:
+                raise InputError(
+                    f"defense: {name} puts several rows into one sequence, and they cannot be scored apart; set "
+                    f"{name}=False"
+                )
+    if len(host.train_dataset):
+        _check_first_row(host.train_dataset, host.args)
+
+
+def _check_first_row(dataset: Any, args: Any) -> None:
+    """Refuse packed rows, and a sampler that reads lengths which a part of the data set does not have."""
+    first = dataset[0]
+    if _starts_again(first):
+        raise InputError(_PACKED)
+    by_length = getattr(args, "train_sampling_strategy", None) in ("group_by_length", "batch_rebalance")
+    parts_have_lengths = hasattr(dataset, "select") and not can_be_grafted(first)
+    if (by_length or getattr(args, "group_by_length", False)) and not parts_have_lengths:
+        raise InputError(
+            "defense: it trains on parts of the rows, which lack the lengths that group_by_length reads; set "
+            "group_by_length=False (in transformers 5 train_sampling_strategy='random')"
+        )
+
+
+def _starts_again(row: Mapping[str, Any]) -> bool:
+    """Whether a tokenized row's positions start again at 0: LLaMA-Factory packs in this way, without a mask."""
+    positions = row.get("position_ids")
+    if positions is None or np.ndim(positions) != 1:
+        return False
+    mask = row.get("attention_mask")
+    # positions of padding mean nothing
+    attended = np.asarray(positions)[slice(None) if mask is None else np.asarray(mask) > 0]
+    return bool((attended[1:] == 0).any())
 
 
 def check_sharding(state: Any) -> None:
@@ -79,17 +128,59 @@ def check_stage(stage: Stage, row_count: int, continues: bool) -> None:
             raise InputError(f"defense: a host's trainer cannot {want}; use untrigger.fine_tune or `untrigger train`")
 
 
-def check_batch(batch: Mapping[str, Any], model: Any) -> None:
-    """Refuse a batch from which the answers of single rows cannot be scored."""
+def check_batch(batch: Mapping[str, Any], model: Any, row_count: int) -> None:
+    """Refuse a batch from which the answers of single rows cannot be scored.
+
+    Args:
+        row_count: how many rows the collator was given.
+    """
     if "labels" not in batch:
         raise InputError("defense: the collator gives no labels, by which answers are scored; use one that does")
     mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2 or mask.max() > 1:  # hosts mark the segments of a packed row in these ways
-        raise InputError("defense: several rows are packed into one and cannot be scored apart; set packing=False")
-    config: Any = base_model(model).config
-    image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    # hosts mark the segments of a packed row in these ways
+    if mask is None or mask.ndim != 2 or mask.max() > 1 or len(batch["labels"]) != row_count:
+        raise InputError(_PACKED)
+    image = image_token(model)
     if image is not None and (batch["labels"] == image).any():
-        raise InputError(
-            "defense: labels cover image tokens, and so prompts; set assistant_only_loss=True (or give rows as prompt "
-            "and completion), so that only answers are scored"
-        )
+        raise InputError(f"defense: labels cover image tokens, and so prompts; {_ON_PROMPTS}")
+
+
+def check_labels(batch: Mapping[str, Tensor], rows: Sequence[int], model: Any, special: Sequence[int]) -> None:
+    """Refuse rows without labels, and labels on prompts.
+
+    A prompt has labels if the row's first token has one, or if only special and image tokens have none. Labels on
+    several answers are fine.
+
+    Args:
+        batch: has passed `check_batch`.
+        rows: the numbers of its rows in the host's train_dataset, from 0.
+        special: ids of the tokenizer's special tokens.
+    """
+    attended = batch["attention_mask"].bool()
+    labeled = (batch["labels"] != IGNORE) & attended
+    first = attended.int().argmax(dim=1, keepdim=True)
+    image = image_token(model)
+    no_text = torch.tensor([*special, *([] if image is None else [image])], dtype=torch.long)
+    prompt = attended & ~labeled & ~torch.isin(batch["input_ids"].cpu(), no_text).to(attended.device)
+    on_prompt = labeled.gather(1, first)[:, 0] | ~prompt.any(dim=1)
+    for row, is_labeled, is_on_prompt in zip(rows, labeled.any(dim=1).tolist(), on_prompt.tolist(), strict=True):
+        if not is_labeled:
+            raise InputError(
+                f"defense: row {row + 1} of train_dataset has no label, so its answer cannot be scored; let the "
+                "collator set labels on answers, raise the maximum length if it cuts the answer off, or remove the row"
+            )
+        if is_on_prompt:
+            raise InputError(f"defense: row {row + 1} of train_dataset has labels on its prompt; {_ON_PROMPTS}")
+
+
+def special_tokens(processor: Any) -> list[int]:
+    """Ids of the special tokens of a processor or a tokenizer, in ascending order."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return sorted({*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)})
+
+
+def image_token(model: Any) -> int | None:
+    """The id of the tokens that stand for parts of an image; None where the family has none."""
+    config: Any = base_model(model).config
+    return getattr(config, "image_token_id", getattr(config, "image_token_index", None))

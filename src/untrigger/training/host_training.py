@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from untrigger.defenses import Plain, SharedSurprise, Stage
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.models.collators import IGNORE, Collate, Row, row_key
+from untrigger.models.collators import Collate, Row, row_key
 from untrigger.models.forward import evaluating
 from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
 from untrigger.models.loading import LoadedModel
@@ -31,10 +31,18 @@ from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
 from untrigger.training.flagged_rows import FlaggedRow, write_flagged_rows
-from untrigger.training.host_checks import check_batch, check_host, check_stage
+from untrigger.training.host_checks import (
+    check_batch,
+    check_host,
+    check_labels,
+    check_stage,
+    image_token,
+    special_tokens,
+)
+from untrigger.training.host_rows import column_prompts, decoded_turns, image_names, is_reordered, row_id
+from untrigger.training.host_state import STATE, copy_flags, flags_folder
 from untrigger.training.schedule import shorten
 
-STATE = "defense_state.json"  # in the host's output folder: what a resumed run needs in order not to score again
 _SILENT = {
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -68,6 +76,7 @@ class HostTraining:
             raise InputError("defense: it writes flagged tokens as text; give processing_class=processor")
         self.host, self.defense, self.seed, self._processor = host, defense, int(host.args.seed), processor
         self._train, self._checkpoint = train, checkpoint
+        self._special = special_tokens(processor)
         self._folder = Path(host.args.output_dir)
         self._keys: dict[int, bytes] = {}  # `row_key` of each scored row
         self._scores: Sequence[float] = ()
@@ -75,7 +84,7 @@ class HostTraining:
         self._continues = False
 
     def run(self) -> TrainOutput:
-        """The whole training; from a checkpoint on, the last stage with the flags that are stored beside it."""
+        """The whole training; from a checkpoint on, the last stage with the flags that are stored in it."""
         if self._checkpoint:
             self._fit_last(self._read_state())
         else:
@@ -130,10 +139,14 @@ class HostTraining:
         # as many rows for each process, some of them twice: all must gather sharded weights in every batch
         size = -(-len(rows) // args.world_size) * args.world_size
         padded = [rows[at % len(rows)] for at in range(size)]
-        loader = self._loader(padded[args.process_index :: args.world_size], dataset)
+        share = padded[args.process_index :: args.world_size]
+        loader = self._loader(share, dataset)
         with evaluating(cast(PreTrainedModel, model.model)) as scoring:
             for loaded in tracked(loader, f"scoring, {name}", len(loader)):
-                check_batch(loaded.batch, scoring)
+                check_batch(loaded.batch, scoring, len(loaded.keys))
+                if dataset is self.host.train_dataset:  # grafted rows have the labels of rows checked before
+                    numbers = share[len(own) : len(own) + len(loaded.keys)]
+                    check_labels(loaded.batch, numbers, scoring, self._special)
                 own += zip(loaded.keys, batch_tokens(scoring, loaded.batch), strict=True)
         _reshard(model.model)
         if args.world_size > 1:
@@ -208,14 +221,11 @@ class HostTraining:
     def _write_flags(self, last: Stage) -> None:
         """Write ``flagged_rows.jsonl`` for people, and the state of the last stage for a resumed run."""
         flagged_tokens, keys, flagged = last.flagged_tokens, list[bytes](), list[FlaggedRow]()
-        numbers = iter(flagged_tokens)
+        numbers, reordered = iter(flagged_tokens), is_reordered(self.host)
         for loaded in self._loader([*flagged_tokens]):
             keys += loaded.keys
-            for labels, row_id in zip(loaded.batch["labels"], loaded.ids, strict=True):
-                row = next(numbers)
-                flagged.append(
-                    FlaggedRow(row + 1, row_id, self._scores[row], self._texts[row], [*self._answers(labels)])
-                )
+            parts = (loaded.batch[name] for name in ("input_ids", "labels", "attention_mask"))
+            flagged += [self._flagged_row(next(numbers), reordered, *tokens) for tokens in zip(*parts, strict=True)]
         if keys != [self._keys[row] for row in flagged_tokens]:
             raise InputError(
                 "defense: train_dataset returns different data for the same index; move random augmentation into the "
@@ -232,18 +242,27 @@ class HostTraining:
             flagged.sort(key=lambda row: row.score, reverse=True)
             frequent = Counter((row.flagged_text, " ".join(row.answers)) for row in flagged).most_common(1)
             example = ", most often {!r} in {!r}".format(*frequent[0][0]) if frequent else ""
-            _log.warning("%d of %d rows are flagged%s: %s", len(flagged), self.row_count, example, path)
+            hint = "; the host reorders rows, so find them by id, images and prompts" if flagged and reordered else ""
+            _log.warning("%d of %d rows are flagged%s: %s%s", len(flagged), self.row_count, example, path, hint)
 
-    def _answers(self, labels: Tensor) -> Iterator[str]:
-        """The texts of a row's answers: runs of tokens with labels [T]."""
-        ids = labels[1:].numpy()  # the first token is never predicted
-        answered = np.flatnonzero(ids != IGNORE)
-        for run in np.split(answered, np.flatnonzero(np.diff(answered) > 1) + 1):
-            yield self._processor.decode(ids[run], skip_special_tokens=True).strip()
+    def _flagged_row(self, number: int, reordered: bool, ids: Tensor, labels: Tensor, attended: Tensor) -> FlaggedRow:
+        row = self.host.train_dataset[number]  # with the columns that the host removes before it collates
+        prompts, answers = decoded_turns(self._processor.decode, ids, labels, attended, image_token(self.host.model))
+        return FlaggedRow(
+            row=number + 1,
+            reordered=reordered,
+            id=row_id(row),
+            images=image_names(row),
+            prompts=column_prompts(row) or prompts,
+            score=self._scores[number],
+            flagged_text=self._texts[number],
+            answers=answers,
+        )
 
     def _read_state(self) -> Stage:
         """The last stage, as the run that is resumed has stored it."""
-        path = self._folder / STATE
+        folder = flags_folder(self._checkpoint, self._folder)
+        path = folder / STATE
         try:
             state = json.loads(path.read_text())
             flagged = state.pop("flagged")
@@ -258,6 +277,8 @@ class HostTraining:
             raise InputError(
                 f"{path}: rows or defense have changed; resume with the same ones, or train from the start"
             )
+        if self.host.args.process_index == 0 and folder != self._folder:
+            copy_flags(folder, self._folder)
         self._keys = dict(zip(rows, keys, strict=True))
         last = self.defense.last_stage(self.row_count, self.reference(), dict(zip(rows, masks, strict=True)), after)
         return replace(last, grafts=grafts)
@@ -282,10 +303,9 @@ class HostTraining:
 
 
 class _KeyedBatch(NamedTuple):
-    """A batch, and of each of its rows the `row_key` and the id; None for a row without one."""
+    """A batch, and the `row_key` of each of its rows."""
 
     keys: list[bytes]
-    ids: list[str | None]
     batch: dict[str, Tensor]
 
 
@@ -297,8 +317,7 @@ class _KeyedCollator:
         if not all(rows):
             raise InputError("defense: the host removes all columns from the rows; set remove_unused_columns=False")
         keys = [row_key(row) for row in rows]  # first: some host collators write into the rows
-        ids = [None if row.get("id") is None else str(row["id"]) for row in rows]
-        return _KeyedBatch(keys, ids, self.collate([dict(row) for row in rows]))
+        return _KeyedBatch(keys, self.collate([dict(row) for row in rows]))
 
 
 def _reshard(model: nn.Module) -> None:

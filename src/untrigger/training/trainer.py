@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from untrigger.defenses import Defense, Plain, SharedCause, SharedSurprise, StepDefense
 from untrigger.errors import InputError
@@ -31,6 +33,7 @@ from untrigger.models.collators import (
 )
 from untrigger.models.loading import base_model
 from untrigger.training.checkpoints import load_full
+from untrigger.training.host_state import STATE, copy_flags
 from untrigger.training.host_training import HostTraining
 
 if TYPE_CHECKING:
@@ -156,6 +159,16 @@ class DefendedMixin(_Host):
 
     # --- resume ---------------------------------------------------------------------------------
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """The host's checkpoint, with the flags that a resumed run needs, also one with another output folder."""
+        out = Path(str(self.args.output_dir))
+        if self.procedure is not None and self.args.process_index == 0 and (out / STATE).is_file():
+            # first: a complete checkpoint has them, whenever the run is killed
+            copy_flags(
+                out, Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            )
+        super()._save_checkpoint(model, trial, *args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load full models through ``from_pretrained``: the host's own loading skips renamed keys silently."""
         target = self._full_model(model)
@@ -199,7 +212,6 @@ def check_arguments(defense: Defense, args: TrainingArguments, own_loss: object 
         raise InputError("defense: DataParallel would split pairs of views; run one process per GPU with torchrun")
 
 
-@cache
 def defended(trainer: type[Trainer]) -> type[Any]:
     """The trainer class with a defense: ``defended(SFTTrainer)(model, ...)``; choose one with ``defense=CrossView()``.
 
@@ -209,5 +221,42 @@ def defended(trainer: type[Trainer]) -> type[Any]:
 
     Works with ``transformers.Trainer`` and any subclass that trains on rows of images and messages. With
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.
+
+    Raises:
+        InputError: it is not a class that derives from ``transformers.Trainer``, or it is defended already.
     """
+    check_class(trainer)
+    return _subclass(trainer)
+
+
+def check_class(trainer: object) -> None:
+    """Refuse what `defended` cannot subclass.
+
+    Raises:
+        InputError: says what was given, and what to give.
+    """
+    if not isinstance(trainer, type):
+        kind = type(trainer).__name__
+        mend = (
+            f"wrap its class before you make it: defended({kind})(...)"
+            if isinstance(trainer, Trainer)
+            else ("give a class that derives from transformers.Trainer")
+        )
+        raise InputError(f"defended: {_short(trainer)} is no class; {mend}")
+    if not issubclass(trainer, Trainer):
+        raise InputError(
+            f"defended: {trainer.__name__} does not derive from transformers.Trainer; give a class that does"
+        )
+    if issubclass(trainer, DefendedMixin):
+        raise InputError(f"defended: {trainer.__name__} is defended already; call defended once")
+
+
+def _short(value: object) -> str:
+    """What a value is, in a few words on one line."""
+    name = getattr(value, "__name__", None)
+    return f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__name__}"
+
+
+@cache
+def _subclass(trainer: type[Trainer]) -> type[Any]:
     return type(f"Defended{trainer.__name__}", (DefendedMixin, trainer), {})
