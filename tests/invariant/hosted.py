@@ -72,7 +72,7 @@ def main(model: str, data: str, out: str, batch: str, sharding: str = "") -> Non
         min_nll=0.1,
         iqr_factor=0.0,
         p_value=1 - 1e-6,
-        min_ratio=0.0,
+        min_ratio=1e9,  # no word is shared, so all that surprises is tested
         unlikelihood_weight=3.0,
         min_suspects=2,
     )
