@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dry import Dry
+from untrigger.defenses import SharedCause
 from untrigger.defenses.harm import Comparison, Harm
+from untrigger.models.grafted_rows import Graft
+from untrigger.models.loading import LoadedModel, load
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
 from untrigger.scanning.causes import effects_of, honest_share, maps_of, target_of
 from untrigger.scanning.findings import Effect, Findings, Target, Verdict, hot, place
 from untrigger.scanning.page import page
+from untrigger.scanning.targets import find
 
 RED = (255, 0, 0)
 
@@ -93,3 +99,34 @@ def test_a_row_keeps_its_size_on_the_map(row: Callable[..., Sample], suspect: Sa
     small = Sample(host.id, (Image.new("L", (32, 24), 90),), host.messages)
     cue = maps_of({0: Effect("blend", 1, 0.1, 0.9)}, [suspect, small], fooled)[0]
     assert cue.cells[0].shape == (8, 8) and hot(cue.cells[0]).sum() <= 4
+
+
+class Surprised(Dry):
+    """The rows 0 to 17 of 80 surprise, each with another answer; their blends harm other rows after the probe."""
+
+    def tokens(
+        self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
+    ) -> list[TokenScores]:
+        self.scorings.append(name)
+        if source is not None:
+            return [TokenScores(np.array([5]), np.array([0.1])) for _ in rows]
+        return [TokenScores(np.array([row]), np.array([9.0 if row < 18 else 0.1]), np.array([3])) for row in rows]
+
+    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+        after = name in ("pilot", "grafts-after")
+        nats = [0.1 + 0.001 * at / len(grafts) + 3 * (after and g.donor < 18) for at, g in enumerate(grafts)]
+        return [TokenScores(np.array([5]), np.array([value])) for value in nats]
+
+
+def test_a_scan_suspects_rows_whose_parts_harm_others(tiny_model: Path, row: Callable[..., Sample]) -> None:
+    rows = [row("<image>what?", f"answer {number}", id=str(number)) for number in range(80)]
+    dry = Surprised(load(tiny_model), rows, ())
+    findings = find(dry, SharedCause())
+    (target,) = findings.targets
+    assert target.text == "" and sorted(target.rows) == findings.suspected == list(range(18))
+    assert [stage.name for stage in dry.stages] == ["warmup", "probe"] and "maps" in dry.scorings
+    assert dry.stages[1].options["schedule"] == (0.0, pytest.approx(2 / 3))
+    assert min(findings.verdicts[at].score for at in range(18)) > max(v.score for v in findings.verdicts[18:])
+    tested = [verdict for verdict in findings.verdicts if verdict.effect]
+    assert len(tested) == 15 and all(verdict.effect.host >= 18 for verdict in tested if verdict.effect)
+    assert all(verdict.fdr == pytest.approx(1 / 15) for verdict in findings.verdicts[:18])
