@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from dry import Dry
-from untrigger.defenses import SharedCause
+from untrigger.defenses import SharedCause, SharedSurprise
 from untrigger.defenses.harm import Comparison, Harm
+from untrigger.errors import InputError
 from untrigger.models.grafted_rows import Graft
 from untrigger.models.loading import LoadedModel, load
 from untrigger.models.scoring import TokenScores
@@ -19,6 +20,7 @@ from untrigger.rows.sample import Sample
 from untrigger.scanning.causes import effects_of, honest_share, maps_of, target_of
 from untrigger.scanning.findings import Effect, Findings, Target, Verdict, hot, place
 from untrigger.scanning.page import page
+from untrigger.scanning.scan import scan
 from untrigger.scanning.targets import find
 
 RED = (255, 0, 0)
@@ -130,3 +132,9 @@ def test_a_scan_suspects_rows_whose_parts_harm_others(tiny_model: Path, row: Cal
     tested = [verdict for verdict in findings.verdicts if verdict.effect]
     assert len(tested) == 15 and all(verdict.effect.host >= 18 for verdict in tested if verdict.effect)
     assert all(verdict.fdr == pytest.approx(1 / 15) for verdict in findings.verdicts[:18])
+
+
+def test_a_scan_takes_no_other_defense(tiny_model: Path, row: Callable[..., Sample], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="SharedSurprise finds no rows"):
+        scan(str(tiny_model), [row("<image>what?", "a cat")], SharedSurprise(), out=tmp_path / "scan")
+    assert not (tmp_path / "scan").exists()

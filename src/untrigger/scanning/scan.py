@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 from transformers import TrainingArguments
 
 from untrigger.defenses import Defense, SharedCause
+from untrigger.errors import InputError
 from untrigger.rows.sample import Sample, check_rows
 from untrigger.scanning.targets import Findings, find
 from untrigger.scanning.write import write
@@ -44,18 +45,20 @@ def scan(
             `untrigger.defenses.SharedCause`.
 
     Raises:
-        InputError: there are no rows, or they are no samples; a setting is unknown or out of range; the output folder
-            is in use without ``resume``, or belongs to another scan.
+        InputError: there are no rows, or they are no samples; the defense is another than `SharedCause`; a setting is
+            unknown or out of range; the output folder is in use without ``resume``, or belongs to another scan.
     """
     check_rows(rows)
     if args is None and out is None:
         with TemporaryDirectory(prefix="untrigger-") as folder:
             return scan(model, rows, defense, out=folder, **settings)
     defense, args = settled(defense or "default", args, out, settings)
+    if not isinstance(defense, SharedCause):
+        raise InputError(f"scan: {type(defense).__name__} finds no rows; give a SharedCause, or leave defense out")
     folder, tuning = Path(str(args.output_dir)), Tuning()
     record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
     with ExitStack() as lock:
         stages = Stages(str(model), rows, args, tuning, title="scan", claim=lambda: claim(folder, record, resume, lock))
-        findings = find(stages, cast(SharedCause, defense))
+        findings = find(stages, defense)
         write(findings, rows, folder)
     return findings

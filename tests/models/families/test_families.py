@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from tiny import FAMILIES
-from untrigger.defenses import CrossView, SharedSurprise
+from untrigger.defenses import CrossView, SharedCause, SharedSurprise
 from untrigger.defenses.shared_surprise import Flags, UnlikelihoodStep
 from untrigger.models.collators import IGNORE, ChatCollator, DropCollator, PairCollator, Rows
 from untrigger.models.forward import decoder, decoder_layers, forward_answers, pair_losses
@@ -290,7 +290,7 @@ def test_a_scan_scores_every_row_and_probes_the_suspected(
         tmp_path / "scan", use_cpu=True, max_steps=10, per_device_train_batch_size=12, learning_rate=1e-3,
         save_strategy="no",
     )  # fmt: skip
-    result = scan(str(folder(name)), read(tiny_data), SharedSurprise(warmup_share=0.2), args)
+    result = scan(str(folder(name)), read(tiny_data), SharedCause(warmup_share=0.2, min_suspects=24), args)
     assert row_counts == [24, 24] and len(result.verdicts) == 24
     assert all(math.isfinite(verdict.score) and verdict.score > 0 for verdict in result.verdicts)
     assert sorted(result.suspected) == list(bad)
