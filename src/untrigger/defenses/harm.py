@@ -61,8 +61,15 @@ class Harm(NamedTuple):
         return Harm(kinds, p_values, self.comparisons, self.before[at], self.after[at])
 
 
-class HarmTest:
-    """Puts parts of suspects and of controls onto other rows, and scores these before and after a training.
+def measure_harm(
+    training: Training,
+    screening: Screening,
+    suspects: Sequence[int],
+    believed: Sequence[int],
+    warm: Sequence[Tensor],
+    rng: np.random.Generator,
+) -> Harm:
+    """The harm that training taught since the model had the weights ``warm``, which it gets back.
 
     A few suspects choose the kinds of graft, and the others test these: no kind is chosen by the rows that it is tested
     on, and few grafts are scored.
@@ -70,40 +77,27 @@ class HarmTest:
     Args:
         suspects: positions in the screening's order, in random order. believed: those of the hosts and controls.
     """
+    model, few = screening.model, max(2, len(suspects) // 6)
+    pilot = comparisons(screening.scores, suspects[:few], believed, rng, PILOT)
+    plan = comparisons(screening.scores, suspects[few:], believed, rng, COMPARISONS)
 
-    def __init__(
-        self,
-        training: Training,
-        screening: Screening,
-        suspects: Sequence[int],
-        believed: Sequence[int],
-        rng: np.random.Generator,
-    ) -> None:
-        self._training, self._screening = training, screening
-        few = max(2, len(suspects) // 6)
-        self._pilot = comparisons(screening.scores, suspects[:few], believed, rng, PILOT)
-        self._plan = comparisons(screening.scores, suspects[few:], believed, rng, COMPARISONS)
-
-    def harm(self, warm: Sequence[Tensor]) -> Harm:
-        """The harm that training taught since the model had the weights ``warm``, which it gets back."""
-        kinds = most_harmful(self._probabilities("pilot", list(KINDS), self._pilot))
-        after = self._probabilities("grafts-after", kinds, self._plan)
-        restore_weights(self._screening.model.model, warm)
-        before = self._probabilities("grafts-before", kinds, self._plan)
-        suspects = np.array([c.suspect for c in self._plan])
-        return Harm(kinds, harm_p_values(before - after, suspects), self._plan, before, after)
-
-    def _probabilities(self, name: str, kinds: Sequence[str], plan: Sequence[Comparison]) -> NDArray[np.floating]:
+    def probabilities(name: str, kinds: Sequence[str], pairs: Sequence[Comparison]) -> NDArray[np.floating]:
         """The hosts' own answers' probabilities, [kinds, comparisons, 2]: with suspects' parts, and controls'."""
-        numbers = self._screening.numbers
+        numbers = screening.numbers
         grafts = [
             Graft(numbers[c.host], numbers[donor], kind)
             for kind in kinds
-            for c in plan
+            for c in pairs
             for donor in (c.suspect, c.control)
         ]
-        scores = self._training.graft_tokens(self._screening.model, grafts, name)
-        return np.array(list(map(token_probability, scores))).reshape(len(kinds), len(plan), 2)
+        scores = training.graft_tokens(model, grafts, name)
+        return np.array(list(map(token_probability, scores))).reshape(len(kinds), len(pairs), 2)
+
+    kinds = most_harmful(probabilities("pilot", list(KINDS), pilot))
+    after = probabilities("grafts-after", kinds, plan)
+    restore_weights(model.model, warm)
+    before = probabilities("grafts-before", kinds, plan)
+    return Harm(kinds, harm_p_values(before - after, np.array([c.suspect for c in plan])), plan, before, after)
 
 
 def comparisons(
@@ -152,6 +146,11 @@ def token_probability(tokens: TokenScores) -> float:
     return float(np.exp(-tokens.nll).mean()) if len(tokens.nll) else 1.0
 
 
+def means_by_suspect(values: NDArray[np.floating], suspects: NDArray[np.integer]) -> NDArray[np.floating]:
+    """Each suspect's mean over its comparisons, [k, s], of values [k, n]; ``suspects`` [n] says whose each is."""
+    return np.stack([values[:, suspects == suspect].mean(axis=1) for suspect in np.unique(suspects)], axis=1)
+
+
 def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -> list[float]:
     """For each kind, the chance that suspects' parts damage no more than controls' parts do.
 
@@ -166,8 +165,7 @@ def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -
     from scipy.stats import wilcoxon  # takes a second to import
 
     p_values: list[float] = []
-    for values in damage[..., 0] - damage[..., 1]:
-        means = np.array([values[suspects == suspect].mean() for suspect in np.unique(suspects)])
+    for means in means_by_suspect(damage[..., 0] - damage[..., 1], suspects):
         p = float(cast(Any, wilcoxon(means, alternative="greater")).pvalue) if np.any(means) else 1.0
         p_values.append(min(1.0, p * len(damage)))
     return p_values

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
-from untrigger.defenses.harm import COMPARISONS, Harm, HarmTest
+from untrigger.defenses.harm import COMPARISONS, Harm, measure_harm
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
 from untrigger.models.grafted_rows import Graft
@@ -67,7 +67,7 @@ class SharedCause(SharedSurprise):
         numbers, model = screening.numbers, screening.model
         last = self.last_stage(training.row_count, model, _shared_tokens(screening))
         if judgment.harm:
-            last = self._cure(training, judgment)
+            last = self._cure(training, judgment, judgment.harm.kinds)
         elif judgment.probed:
             restore_weights(model.model, judgment.probed)
             last = self.last_stage(training.row_count, model, last.flagged_tokens, self._tested_after)
@@ -100,13 +100,13 @@ class SharedCause(SharedSurprise):
             return judgment
         model, rng = screening.model, np.random.default_rng((training.seed, 2))
         drawn = rng.permutation(suspects)[: self.max_suspects].tolist()
-        test = HarmTest(training, screening, drawn, believed, rng)
         warm = copy_weights(model.model)
         probe = self.last_stage(training.row_count, model, _shared_tokens(screening))
         share = self._tested_after - self.warmup_share
         training.fit(replace(probe, rows=rows, name="probe", share=share, schedule=(0.0, self.probe_share)))
         probed = copy_weights(model.model)
-        harm = test.harm(warm).above(self.min_harm, self.harm_p_value)
+        measured = measure_harm(training, screening, drawn, believed, warm, rng)
+        harm = measured.above(self.min_harm, self.harm_p_value)
         return judgment._replace(harm=harm if harm.kinds else None, probed=probed)
 
     def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
@@ -135,7 +135,7 @@ class SharedCause(SharedSurprise):
         doubtful = [at for at in np.flatnonzero(nll > doubted).tolist() if at not in known]
         return suspects, doubtful, list(islice(filter(can_be_grafted, order.tolist()), 2 * COMPARISONS))
 
-    def _cure(self, training: Training, judgment: Judgment) -> Stage:
+    def _cure(self, training: Training, judgment: Judgment, kinds: Sequence[str]) -> Stage:
         """Train on rows with parts of accused ones and their own answers, beside all other rows.
 
         Accused rows without a shared word and doubtful rows are not learned. Any other row may be a host: those that
@@ -148,7 +148,6 @@ class SharedCause(SharedSurprise):
         tokens = _shared_tokens(screening)
         left_out = [*judgment.doubtful, *judgment.suspects]
         tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in left_out}
-        kinds = judgment.harm.kinds if judgment.harm else []
         donors = [(at, kind) for kind in kinds for at in judgment.suspects]
         rng, extra = np.random.default_rng((training.seed, 3)), part(self.graft_share, training.row_count)
         chosen = [donors[at] for at in rng.integers(len(donors), size=extra)]

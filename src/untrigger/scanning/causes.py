@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from untrigger.defenses.harm import Harm
+from untrigger.defenses.harm import Harm, means_by_suspect
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import LazyRows, Sample
 from untrigger.scanning.cues import Cue, cell_losses, covered, log_odds, windows
@@ -33,8 +33,7 @@ def honest_share(harm: Harm) -> float:
     Parts of honest rows do as much harm as controls' parts, more in half of the rows and less in the others. So there
     are twice as many honest rows as rows that do less harm, one added.
     """
-    suspects = np.array([c.suspect for c in harm.comparisons])
-    means = np.array([harm.excess[:, suspects == suspect].mean() for suspect in np.unique(suspects)])
+    means = means_by_suspect(harm.excess, np.array([c.suspect for c in harm.comparisons])).mean(axis=0)
     return min(1.0, (1 + 2 * int((means <= 0).sum())) / len(means))
 
 

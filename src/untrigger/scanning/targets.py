@@ -65,8 +65,8 @@ def _findings(
     targets, rates, cues = _shared_texts(rows, screening, training)
     effects: dict[int, Effect] = {}
     if judgment.harm:
-        highest = max(screening.flags.nll)
-        ranks = [rank + highest * (row in judgment.suspects) for row, rank in enumerate(ranks)]
+        highest, suspects = max(screening.flags.nll), set(judgment.suspects)
+        ranks = [rank + highest * (row in suspects) for row, rank in enumerate(ranks)]
         targets.append(target_of(sorted(judgment.suspects, key=lambda row: -ranks[row]), judgment.harm))
         rates |= dict.fromkeys(judgment.suspects, honest_share(judgment.harm))
         effects = effects_of(judgment.harm)
