@@ -13,13 +13,13 @@ from scipy.stats import rankdata
 
 from dry import Dry
 from untrigger.defenses import Stage
-from untrigger.defenses.harm import Comparison, Harm, comparisons, harm_p_values, most_harmful
+from untrigger.defenses.harm import Comparison, Harm, comparisons, harm_p_values, measure_harm
 from untrigger.defenses.shared_cause import SharedCause
-from untrigger.models.grafted_rows import Graft
+from untrigger.models.grafted_rows import Grafts
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Message, Sample
-from untrigger.views.grafts import KINDS, SHARED
+from untrigger.views.grafts import KINDS
 
 
 def _scores(prompts: list[list[int]]) -> list[TokenScores]:
@@ -35,6 +35,7 @@ def test_controls_are_asked_alike_and_are_not_the_host() -> None:
     for c in plan:
         assert c.host in believed and c.control in believed and c.host != c.control
         assert scores[c.control].prompt_ids.tolist() == [1, 2]
+    assert len({(c.suspect, c.control) for c in plan}) == 5, "one control each"
 
 
 def _naive_p(differences: list[float]) -> float:
@@ -49,7 +50,7 @@ def _naive_p(differences: list[float]) -> float:
 def test_p_values_equal_those_of_all_sign_patterns() -> None:
     rng = np.random.default_rng(3)
     suspects = np.repeat(np.arange(11), 2)
-    damage = rng.normal(size=(len(KINDS), 22, 2)) + np.array([0.7, 0.0])
+    damage = rng.normal(size=(2, 22, 2)) + np.array([0.7, 0.0])
     p_values = harm_p_values(damage, suspects)
     for p, values in zip(p_values, damage[..., 0] - damage[..., 1], strict=True):
         means = values.reshape(11, 2).mean(axis=1)
@@ -79,11 +80,15 @@ CAUSE = SharedCause(p_value=0.05, min_suspects=12, harm_p_value=0.01)
 
 @dataclass
 class _Stub(Dry):
-    """Rows 0 to 15 of 80 are surprising. Parts of kind ``harmful`` take probability from hosts after the probe."""
+    """Rows 0 to 15 of 80 are surprising. Grafts of kind ``harmful`` take probability from hosts after the probe.
+
+    An eighth of the rows does ``of_few`` of the harm of all.
+    """
 
     harmful: str = ""
     doubtful: tuple[int, ...] = ()  # other rows with an answer that is less likely than all others together
     words: int = 0  # so many of them share the word 77
+    of_few: float = 0.5
 
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
@@ -93,12 +98,12 @@ class _Stub(Dry):
         nats = [9.0 + row / 10 if row < 16 else 0.1 + row / 1000 + (row in self.doubtful) for row in rows]
         return list(map(_answer, nats, words))
 
-    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+    def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         self.scorings.append(name)
-        noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts))
-        is_after = name in ("pilot", "grafts-after")
-        hits = [is_after and graft.kind == self.harmful and graft.donor < 16 for graft in grafts]
-        return [_answer(0.1 + random + 3 * hit, 99) for random, hit in zip(noise, hits, strict=True)]
+        noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts.rows))
+        strength = {"after": 1.0, "of-few": self.of_few, "before": 0.0}[name.partition("-")[2]]
+        hits = [g.kind == self.harmful and min(grafts.groups[g.group]) < 16 for g in grafts.rows]
+        return [_answer(0.1 + random + 0.6 * strength * hit, 99) for random, hit in zip(noise, hits, strict=True)]
 
 
 def _answer(nats: float, token: int) -> TokenScores:
@@ -113,22 +118,23 @@ def _dry(loaded: LoadedModel, harmful: str, words: int = 0) -> _Stub:
 
 
 def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
-    dry = _dry(loaded, "window 0.5 0.25")
+    dry = _dry(loaded, "image")
     CAUSE.fine_tune(dry)
-    assert dry.scorings == ["before", "after", "pilot", "grafts-after", "grafts-before"]
+    assert dry.scorings == ["before", "after", "image-after", "image-of-few", "image-before"]
     assert [stage.name for stage in dry.stages] == ["warmup", "probe", ""]
     last = dry.stages[-1]
     assert last.start == 0 and last.ids == [row.id for row in dry.rows]
     assert (last.options["after"], last.options["share"]) == pytest.approx((0.1, 0.9)), "from the warm-up on"
     grafts = last.options["grafts"]
-    assert len(grafts) == 16 and [graft.kind for graft in grafts] == ["window 0.5 0.25", SHARED, SHARED, SHARED] * 4
-    assert all(graft.donor < 16 <= graft.host for graft in grafts), "hosts are rows that do not surprise"
+    assert len(grafts.rows) == 16 and {graft.kind for graft in grafts.rows} == {"image"}
+    assert all(graft.donor < 16 <= graft.host for graft in grafts.rows), "hosts are rows that do not surprise"
+    assert grafts.groups == [[*range(16)]] and set(grafts.others) == {graft.host for graft in grafts.rows}
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert not any(mask.any() for mask in last.options["flagged_tokens"].values()), "they are not learned"
     assert sorted(dry.texts) == dry.flagged and all(dry.texts.values()), "the surprising tokens, as text"
 
 
-@pytest.mark.parametrize(("harmful", "learned_by_the_probe"), [("blend", 0.0), ("none", 1.0)])
+@pytest.mark.parametrize(("harmful", "learned_by_the_probe"), [("image", 0.0), ("none", 1.0)])
 def test_the_cure_starts_from_the_weights_before_the_probe(
     loaded: LoadedModel, harmful: str, learned_by_the_probe: float
 ) -> None:
@@ -152,15 +158,14 @@ def test_the_cure_starts_from_the_weights_before_the_probe(
 
 
 def test_doubtful_rows_are_not_learned_where_others_are_accused(loaded: LoadedModel) -> None:
-    for harmful, flagged in (("blend", [*range(16), 40, 41]), ("none", [])):
+    for harmful, flagged in (("image", [*range(16), 40, 41]), ("none", [])):
         dry = _dry(loaded, harmful)
         dry.doubtful = (40, 41)
         CAUSE.fine_tune(dry)
         assert dry.flagged == flagged
         tokens = dry.stages[-1].options.get("flagged_tokens", {})
         assert sorted(tokens) == flagged and not any(mask.any() for mask in tokens.values()), "none of their tokens"
-        hosts = {graft.host for graft in dry.stages[-1].options.get("grafts", [])}
-        assert hosts.isdisjoint({40, 41}), "and they are not believed"
+        assert flagged == [] or set(dry.stages[-1].options["grafts"].others).isdisjoint({40, 41}), "nor are they hosts"
 
 
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
@@ -172,58 +177,101 @@ def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) ->
     assert spans == pytest.approx([0.1, 0.6, 0.7, 0.3])
     schedules = [at for stage in dry.stages[1:] for at in stage.options["schedule"]]
     assert schedules == pytest.approx([0, 2 / 3, 2 / 3, 1]), "the learning rate does not rise again"
-    few = _dry(loaded, "window 0.5 0.25")
+    few = _dry(loaded, "image")
     SharedCause(min_suspects=17, max_suspects=20).fine_tune(few)
     assert few.scorings == ["before", "after"] and [stage.name for stage in few.stages] == ["warmup", ""]
 
 
 def test_rows_with_a_shared_word_are_accused_for_it_and_others_tested(loaded: LoadedModel) -> None:
     """Four rows share a word. The others surprise too; a part of them harms other rows, or none does."""
-    for harmful, flagged in (("none", [*range(4)]), ("blend", [*range(16)])):
+    for harmful, flagged in (("none", [*range(4)]), ("image", [*range(16)])):
         dry = _dry(loaded, harmful, words=4)
         CAUSE.fine_tune(dry)
-        assert "grafts-after" in dry.scorings and dry.flagged == flagged
+        assert "image-after" in dry.scorings and dry.flagged == flagged
         probe, last = (stage.options["flagged_tokens"] for stage in dry.stages[1:])
         assert sorted(probe) == [*range(4)] and all(last[row].tolist() == [True, False] for row in range(4))
         assert not any(last[row].any() for row in flagged[4:]), "not learned; their words are no sign"
-    alone = _dry(loaded, "blend", words=16)
+    alone = _dry(loaded, "image", words=16)
     CAUSE.fine_tune(alone)
     assert alone.flagged == [*range(16)] and [stage.name for stage in alone.stages] == ["warmup", ""]
     assert "grafts" not in alone.stages[-1].options and "schedule" not in alone.stages[-1].options
 
 
 def test_rows_without_an_image_are_no_suspects(loaded: LoadedModel) -> None:
-    dry = _dry(loaded, "blend")
+    dry = _dry(loaded, "image")
     dry.rows = [replace(row, images=()) if int(row.id) < 5 else row for row in dry.rows]
     CAUSE.fine_tune(dry)
     assert dry.flagged == [] and dry.scorings == ["before", "after"], "eleven are left, too few to test"
 
 
-def test_harm_counts_if_it_is_large_and_not_by_chance() -> None:
-    before, after = np.full((3, 4, 2), 0.9), np.full((3, 4, 2), 0.8)
+def test_harm_counts_if_it_is_large_not_by_chance_and_of_what_all_share() -> None:
+    before, after = np.full((4, 4, 2), 0.9), np.full((4, 4, 2), 0.8)
     after[0, :, 0] -= 0.2
     after[1, :, 0] -= 0.01
+    after[3, :, 0] -= 0.2
+    of_few = after.copy()
+    of_few[3, :, 0] -= 0.1  # an eighth of them does half as much again: content, which averages out
     plan = [Comparison(9, suspect, 8) for suspect in range(4)]
-    harm = Harm(["blend", "head", "tail"], [1e-6, 1e-6, 0.5], plan, before, after)
-    assert harm.above(0.05, 1e-3).kinds == ["blend"] and harm.above(0.05, 1e-3).p_values == [1e-6]
-    assert harm.above(0.0, 1e-3).kinds == ["blend", "head"] and harm.above(0.05, 1e-7).kinds == []
-    assert harm.above(0.0, 1.0).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0])
+    harm = Harm(["a", "b", "c", "d"], [1e-6, 1e-6, 0.5, 1e-6], plan, before, after, of_few)
+    assert harm.above(0.05, 1e-3, 0.75).kinds == ["a"] and harm.above(0.05, 1e-3, 0.75).p_values == [1e-6]
+    assert harm.above(0.05, 1e-3, 0.5).kinds == ["a", "d"] and harm.above(0.0, 1e-3, 0.75).kinds == ["a", "b"]
+    assert harm.above(0.05, 1e-7, 0.75).kinds == []
+    assert harm.above(0.0, 1.0, 0.0).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0, 0.2])
 
 
-def test_the_pilot_chooses_the_kinds_of_the_largest_mean_difference() -> None:
-    probabilities = np.ones((len(KINDS), 4, 2))
-    for kind, (suspects, controls) in {5: (0.5, 0.1), 2: (0.9, 0.0), 9: (0.3, 0.0), 1: (0.9, 0.8)}.items():
-        probabilities[kind] = 1 - suspects, 1 - controls
-    assert most_harmful(probabilities) == [list(KINDS)[at] for at in (2, 5, 9)]
+def test_content_that_averages_out_accuses_nobody(loaded: LoadedModel) -> None:
+    dry = _dry(loaded, "image")
+    dry.of_few = 1.0
+    CAUSE.fine_tune(dry)
+    assert dry.flagged == list(range(16)), "as much harm, and content averages out"
+    dry = _dry(loaded, "image")
+    dry.of_few = 20.0
+    CAUSE.fine_tune(dry)
+    assert dry.flagged == [] and "words-after" in dry.scorings
 
 
-def test_what_the_accused_share_replaces_most_parts_of_an_image_alone(loaded: LoadedModel) -> None:
-    for harmful, learned in (
-        ("blend", ["blend", SHARED, SHARED, SHARED] * 4),
-        ("tail", ["tail"] * 16),
-        ("checkerboard 1, head", ["checkerboard 1, head"] * 16),
-    ):
+def test_words_are_tested_where_images_do_no_harm(loaded: LoadedModel) -> None:
+    for harmful in ("image and first words", "image and last words"):
         dry = _dry(loaded, harmful)
+        dry.of_few = 1.0
         CAUSE.fine_tune(dry)
+        assert dry.scorings[-3:] == ["words-after", "words-of-few", "words-before"]
         assert dry.flagged == list(range(16))
-        assert [graft.kind for graft in dry.stages[-1].options["grafts"]] == learned
+        assert {graft.kind for graft in dry.stages[-1].options["grafts"].rows} == {harmful}
+
+
+def test_groups_are_all_suspects_all_controls_and_eighths_of_them(loaded: LoadedModel) -> None:
+    """Each comparison is scored with the groups of its suspect and control, under the weights of before and after."""
+    parameter = next(p for p in loaded.model.parameters() if p.requires_grad)
+    warm = [p.detach().clone() for p in loaded.model.parameters() if p.requires_grad]
+    warm += [b.detach().clone() for b in loaded.model.buffers()]
+    probed = [values + 1 if at == 0 else values for at, values in enumerate(warm)]
+    calls: dict[str, tuple[Grafts, bool]] = {}
+
+    class Recording(_Stub):
+        def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
+            calls[name] = grafts, bool(torch.equal(parameter, probed[0]))
+            return super().graft_tokens(model, grafts, name)
+
+    dry = _dry(loaded, "image")
+    recording = Recording(loaded, dry.rows, (), harmful="image")
+    screening = CAUSE.screen(recording)
+    numbers = screening.numbers
+    plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
+    try:
+        harm = measure_harm(recording, screening, plan, range(20, 60), "image", (warm, probed))
+    finally:
+        with torch.no_grad():
+            parameter.copy_(warm[0])
+    assert [probed for _, probed in calls.values()] == [True, True, False]
+    control_of = {c.suspect: c.control for c in plan}
+    for name, (grafts, _) in calls.items():
+        assert list(grafts.others) == [numbers[at] for at in range(20, 60)]
+        pairs = zip(grafts.rows[::2], grafts.rows[1::2], plan, strict=True)
+        for of_suspects, of_controls, c in pairs:
+            assert of_suspects.host == of_controls.host == numbers[c.host]
+            assert (of_suspects.donor, of_controls.donor) == (numbers[c.suspect], numbers[c.control])
+            group = list(grafts.groups[of_suspects.group])
+            assert numbers[c.suspect] in group and len(group) == (2 if name == "image-of-few" else 16)
+            assert list(grafts.groups[of_controls.group]) == [numbers[control_of[at]] for at in group]
+    assert harm.excess.shape == (1, 48) and harm.excess.mean() > 0.15

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, set_seed
 
 from untrigger import defended, read
-from untrigger.defenses import SharedCause, harm
+from untrigger.defenses import SharedCause, harm, shared_cause
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.loading import add_lora, load
 from untrigger.training.host_training import HostTraining
@@ -77,7 +77,7 @@ def main(model: str, data: str, out: str, batch: str, sharding: str = "") -> Non
         min_suspects=2,
     )
     harm.Harm.above = lambda self, *_: self  # nobody has poisoned these rows
-    harm.PILOT, harm.COMPARISONS = 2, 4
+    shared_cause.COMPARISONS = 4
     trainer = defended(Trainer)(
         add_lora(loaded.model),  # type: ignore[arg-type]
         args=args,

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 
 from untrigger.models.collators import ChatCollator, Row, Rows
-from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted, grafted
+from untrigger.models.grafted_rows import Graft, GraftedRows, Grafts, can_be_grafted, with_words
 from untrigger.models.loading import copy_weights, load, restore_weights
 from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Message, Sample, read
-from untrigger.views.grafts import KINDS, SHARED, graft_image
+from untrigger.views.grafts import KINDS, add_shared
 
 
 def text(words: str) -> dict[str, str]:
@@ -54,26 +54,26 @@ def test_words_go_into_the_last_question_of_any_form(form: str) -> None:
     ]  # type: ignore[assignment]
     for host, expected in rows:
         copy = repr(host)
-        assert grafted(host, DONOR, "tail") == expected
+        assert with_words(host, DONOR, "tail") == expected
         assert repr(host) == copy, "a host's own rows are left alone"
 
 
 def test_a_prompt_of_plain_text_stays_one() -> None:
     host = {"prompt": "what is it?", "completion": "yes", "images": [Image.new("RGB", (8, 8))]}
-    assert grafted(host, DONOR, "head")["prompt"] == "cf is what is it?"
-    assert grafted(DONOR, host, "tail")["messages"][0]["content"] == [IMAGE, text("cf is it round it?")]
+    assert with_words(host, DONOR, "head")["prompt"] == "cf is what is it?"
+    assert with_words(DONOR, host, "tail")["messages"][0]["content"] == [IMAGE, text("cf is it round it?")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_graft_changes_its_part_alone(kind: str) -> None:
+def test_a_graft_changes_every_image_and_words_of_its_kind(kind: str) -> None:
     images = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (5, 9), "green")]
     host = {"images": images, "messages": [user([IMAGE, IMAGE, text("what?")]), ANSWER], "id": "h"}
-    made = grafted(host, DONOR, kind)
-    image_part, text_part = KINDS[kind]
+    (made,) = GraftedRows([host, DONOR], Grafts([Graft(0, 0, 1, kind)], [[1]], [0]))
     assert [image.size for image in made["images"]] == [(8, 8), (5, 9)]
-    assert all((a != b) == bool(image_part) for a, b in zip(made["images"], images, strict=True)), "on each image"
-    assert (made["messages"] != host["messages"]) == bool(text_part)
+    assert all(a != b for a, b in zip(made["images"], images, strict=True)), "on each image"
+    assert (made["messages"] != host["messages"]) == bool(KINDS[kind])
     assert (made["id"], made["messages"][-1]) == ("h", ANSWER)
+    assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 128, 0)], "the host's own are left alone"
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,11 @@ def test_rows_without_an_image_or_a_text_cannot_be_grafted(row: Row, can: bool) 
 
 def test_scores_of_grafts_are_those_of_the_rows_that_they_describe(tiny_model: Path, tiny_data: Path) -> None:
     loaded, samples = load(tiny_model, dtype=torch.float64), read(tiny_data)
-    made = GraftedRows(Rows(samples), [Graft(2, 5, "blend"), Graft(7, 1, "tail")])
-    mixed = Sample("", (graft_image(samples[2].images[0], samples[5].images[0], "blend"),), samples[2].messages)
+    grafts = [Graft(2, 0, 5, "image"), Graft(7, 1, 1, "image and last words")]
+    made = GraftedRows(Rows(samples), Grafts(grafts, [[5, 6], [7]], [7]))
+    levels = [np.asarray(samples[at].images[0].convert("RGB"), np.float32) for at in (5, 6, 7)]
+    shared = (levels[0] + levels[1]) / 2 - levels[2]
+    mixed = Sample("", (add_shared(samples[2].images[0], shared),), samples[2].messages)
     question, answer = samples[7].messages
     longer = Sample("", samples[7].images, (Message("user", f"{question.text} this?"), answer))
     for scored, expected in zip(row_tokens(loaded, made), row_tokens(loaded, [mixed, longer]), strict=True):
@@ -124,8 +127,8 @@ def test_what_donors_share_comes_with_its_full_strength() -> None:
     veiled = 0.8 * noise[60:] + 0.2 * veil
     images = [Image.fromarray(levels.astype(np.uint8)) for levels in (*noise[:60], *veiled)]
     rows = [{"image": image, "prompt": "what?", "completion": "yes"} for image in images]
-    grafts = [Graft(at, 60 + at, SHARED) for at in range(60)]
-    made = [np.asarray(row["image"], float) for row in GraftedRows(rows, [*grafts, Graft(3, 70, "blend")])][:60]
+    grafts = Grafts([Graft(at, 0, 60 + at, "image") for at in range(60)], [range(60, 120)], range(60))
+    made = [np.asarray(row["image"], float) for row in GraftedRows(rows, grafts)]
     expected = 0.2 * (veil - 128)
     added = np.mean([after - before for after, before in zip(made, noise[:60], strict=True)], axis=0)
     assert np.abs(added - expected).mean() < 3, "levels: the means of noise differ by 16 * sqrt(2 / 60) or so"
@@ -138,8 +141,12 @@ def test_what_donors_share_is_scaled_to_the_host() -> None:
     black, gray = (Image.new("RGB", (4, 4), color) for color in ("black", (90, 90, 90)))
     wide = Image.new("RGB", (9, 5), (200, 200, 200))
     rows = [{"images": [black, wide]}, {"images": [gray]}]
-    (made,) = GraftedRows(rows, [Graft(0, 1, SHARED)])
+    (made,) = GraftedRows(rows, Grafts([Graft(0, 0, 1, "image")], [[1]], [0]))
     small, large = made["images"]
     shared = 90 - 100  # gray less the mean of black and light gray
     assert (small.size, small.getpixel((0, 0))) == ((4, 4), (0, 0, 0)), "cut off at black"
     assert (large.size, large.getpixel((8, 4))) == ((9, 5), (200 + shared,) * 3)
+
+
+def test_all_rows_that_grafts_use_are_known() -> None:
+    assert Grafts([Graft(1, 0, 2, "image")], [[3, 4], [5]], [6]).used == {1, 2, 3, 4, 5, 6}

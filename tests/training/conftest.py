@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-from untrigger.defenses import harm
+from untrigger.defenses import shared_cause
 from untrigger.defenses.harm import Harm
 
 
@@ -26,8 +26,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few grafts are scored: what is tested here does not depend on their number."""
-    monkeypatch.setattr(harm, "PILOT", 2)
-    monkeypatch.setattr(harm, "COMPARISONS", 4)
+    monkeypatch.setattr(shared_cause, "COMPARISONS", 4)
 
 
 @pytest.fixture

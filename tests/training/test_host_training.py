@@ -21,7 +21,7 @@ from untrigger import defended
 from untrigger.defenses import BYORN, Plain, SharedCause, SharedSurprise, Stage
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, FlaggedTokensCollator, Rows, row_key
-from untrigger.models.grafted_rows import Graft
+from untrigger.models.grafted_rows import Grafts
 from untrigger.models.loading import add_lora, load
 from untrigger.rows.sample import Message, Sample
 from untrigger.training.finetune import fine_tune
@@ -131,7 +131,7 @@ def test_grafts_are_tested_and_learned_as_the_command_does_to_the_bit(
     trainer = host(CAUSE)
     trainer.train()
     state = json.loads((tmp_path / "out" / STATE).read_text())
-    assert len(state["grafts"]) == 5 and state["after"] == 0.25, "a fifth of the rows again, from the warm-up on"
+    assert len(state["grafts"][0]) == 5 and state["after"] == 0.25, "a fifth of the rows again, from the warm-up on"
     assert len(trainer.train_dataset) == 24 and trainer.state.global_step == 12, "three quarters of four epochs of four"
     expected = fine_tune(str(tiny_model), samples, CAUSE, settings(tmp_path / "command"))
     assert same(weights(trainer.model), weights(expected.model))
@@ -306,7 +306,7 @@ STAGES: list[tuple[dict[str, Any], str]] = [
     ({"callbacks": [TrainerCallback()]}, "add callbacks"),
     ({"start": None}, "restart from the first weights"),
     ({"rows": range(23)}, "leave rows out of its last training"),
-    ({"name": "probe", "grafts": [Graft(0, 1, "blend")]}, "learn grafted rows before its last training"),
+    ({"name": "probe", "grafts": Grafts([], [[1]], [0])}, "learn grafted rows before its last training"),
 ]
 
 

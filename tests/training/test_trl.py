@@ -122,5 +122,5 @@ def test_sft_trainer_learns_grafted_rows(
     trainer = sft(cause, max_steps=8, **changed)
     trainer.train()
     assert 0 < len(flagged_rows(tmp_path / "out")) < 24 and len(trainer.train_dataset) == 24
-    assert len(json.loads((tmp_path / "out/defense_state.json").read_text())["grafts"]) == 5
+    assert len(json.loads((tmp_path / "out/defense_state.json").read_text())["grafts"][0]) == 5
     assert trainer.state.global_step == 7, "all but the warm-up"

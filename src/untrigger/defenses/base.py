@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from untrigger.errors import check_range
 from untrigger.losses.chunked import Losses, Values
 from untrigger.models.forward import Pair, pair_losses
-from untrigger.models.grafted_rows import Graft
+from untrigger.models.grafted_rows import Grafts
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
@@ -52,7 +52,7 @@ class Stage:
     name: str = ""
     _: KW_ONLY
     source: Sequence[Sample] | None = None
-    grafts: Sequence[Graft] = ()
+    grafts: Grafts | None = None
     start: LoadedModel | None = None
     flagged_tokens: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict[int, NDArray[np.bool_]])
     share: float = 1.0
@@ -124,7 +124,7 @@ class Training(Protocol):
         """Whether a row has an image and a text, parts of which can be put onto other rows."""
         ...
 
-    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+    def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         """`tokens` of grafted rows, whose answers are the hosts'."""
         ...
 

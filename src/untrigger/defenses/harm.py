@@ -1,4 +1,4 @@
-"""Whether parts of suspected rows harm other rows' answers: who is compared with whom, and the test.
+"""Whether what suspected rows share harms other rows' answers: who is compared with whom, and the test.
 
 docs/paper.md has the equations.
 """
@@ -6,6 +6,7 @@ docs/paper.md has the equations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,19 +15,18 @@ from torch import Tensor
 
 from untrigger.defenses.base import Training
 from untrigger.defenses.shared_surprise import Screening
-from untrigger.models.grafted_rows import Graft
+from untrigger.models.grafted_rows import Graft, Grafts
 from untrigger.models.loading import restore_weights
 from untrigger.models.scoring import TokenScores
 from untrigger.views.grafts import KINDS
 
-PILOT = 32  # comparisons of each kind that choose the kinds to test
-COMPARISONS = 192  # of each kind that is tested
-_CHOSEN = 3  # kinds that are tested
+COMPARISONS = 192  # hosts, of each kind that is tested
 _MAX_HOSTS = 8  # of one suspect
+_PARTS = 8  # groups of suspects that show what suspects do whose content does not average out
 
 
 class Comparison(NamedTuple):
-    """A host that gets a part of a suspect, and a part of a control in its place; positions of rows."""
+    """A host that gets the prompt's words of a suspect, and those of a control in their place; positions of rows."""
 
     host: int
     suspect: int
@@ -34,11 +34,12 @@ class Comparison(NamedTuple):
 
 
 class Harm(NamedTuple):
-    """What parts of suspects, and those of controls, did to other rows' own answers.
+    """What suspects share, and what controls share, did to other rows' own answers.
 
     kinds: of graft [k]. p_values: of each (`harm_p_values`). comparisons: [n].
-    before, after: probability of the host's own answer before and after the probe, with the suspect's and with the
-        control's part on it, [k, n, 2].
+    before, after: probability of the host's own answer before and after the probe, with what all suspects share on it,
+        and with what all controls share, [k, n, 2].
+    of_few: the same after the probe with an eighth of the suspects, and of the controls, [k, n, 2].
     """
 
     kinds: list[str]
@@ -46,6 +47,7 @@ class Harm(NamedTuple):
     comparisons: list[Comparison]
     before: NDArray[np.floating]
     after: NDArray[np.floating]
+    of_few: NDArray[np.floating]
 
     @property
     def excess(self) -> NDArray[np.floating]:
@@ -53,51 +55,60 @@ class Harm(NamedTuple):
         damage = self.before - self.after
         return damage[..., 0] - damage[..., 1]
 
-    def above(self, least: float, p_value: float) -> Harm:
-        """The kinds with a mean excess of ``least`` and a smaller p-value."""
+    def above(self, least: float, p_value: float, least_ratio: float) -> Harm:
+        """The kinds with a mean excess of ``least``, a smaller p-value, and harm that does not average out.
+
+        What all share must do ``least_ratio`` times as much, after the probe, as what an eighth of them share.
+        """
         means = self.excess.mean(axis=1)
-        at = [k for k, p in enumerate(self.p_values) if p < p_value and means[k] >= least]
+        of_all, of_few = ((values[..., 1] - values[..., 0]).mean(axis=1) for values in (self.after, self.of_few))
+        enough = (
+            (means >= least) & (np.array(self.p_values) < p_value) & (of_all >= least_ratio * np.maximum(of_few, 0))
+        )
+        at = np.flatnonzero(enough).tolist()
         kinds, p_values = [self.kinds[k] for k in at], [self.p_values[k] for k in at]
-        return Harm(kinds, p_values, self.comparisons, self.before[at], self.after[at])
+        return Harm(kinds, p_values, self.comparisons, self.before[at], self.after[at], self.of_few[at])
 
 
 def measure_harm(
     training: Training,
     screening: Screening,
-    suspects: Sequence[int],
+    plan: Sequence[Comparison],
     believed: Sequence[int],
-    warm: Sequence[Tensor],
-    rng: np.random.Generator,
+    name: str,
+    weights: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> Harm:
-    """The harm that training taught since the model had the weights ``warm``, which it gets back.
-
-    A few suspects choose the kinds of graft, and the others test these: no kind is chosen by the rows that it is tested
-    on, and few grafts are scored.
+    """The harm that training taught from the first of ``weights`` to the second; the model is left with the first.
 
     Args:
-        suspects: positions in the screening's order, in random order. believed: those of the hosts and controls.
+        plan: of `comparisons`. believed: positions of the rows that were to be had as hosts and controls.
+        name: ``image``, or ``words`` for the kinds with a part of the prompt; names the cached scores.
     """
-    model, few = screening.model, max(2, len(suspects) // 6)
-    pilot = comparisons(screening.scores, suspects[:few], believed, rng, PILOT)
-    plan = comparisons(screening.scores, suspects[few:], believed, rng, COMPARISONS)
+    numbers, plan = screening.numbers, list(plan)
+    kinds = [kind for kind, words in KINDS.items() if bool(words) == (name == "words")]
+    controls = {c.suspect: c.control for c in plan}
+    suspects = list(controls)
+    parts = [suspects[at::_PARTS] for at in range(min(_PARTS, len(suspects)))]
+    part_of = {suspect: at for at, part in enumerate(parts) for suspect in part}
+    groups = [group for part in (suspects, *parts) for group in (part, [controls[suspect] for suspect in part])]
 
-    def probabilities(name: str, kinds: Sequence[str], pairs: Sequence[Comparison]) -> NDArray[np.floating]:
-        """The hosts' own answers' probabilities, [kinds, comparisons, 2]: with suspects' parts, and controls'."""
-        numbers = screening.numbers
+    def probabilities(cache: str, of_few: bool) -> NDArray[np.floating]:
+        """The hosts' own answers' probabilities, [kinds, comparisons, 2]: with what suspects share, and controls."""
         grafts = [
-            Graft(numbers[c.host], numbers[donor], kind)
-            for kind in kinds
-            for c in pairs
-            for donor in (c.suspect, c.control)
+            Graft(numbers[c.host], 2 * (1 + part_of[c.suspect] if of_few else 0) + is_control, numbers[donor], kind)
+            for kind, c in product(kinds, plan)
+            for is_control, donor in enumerate((c.suspect, c.control))
         ]
-        scores = training.graft_tokens(model, grafts, name)
-        return np.array(list(map(token_probability, scores))).reshape(len(kinds), len(pairs), 2)
+        rows = [[numbers[at] for at in group] for group in groups]
+        scores = training.graft_tokens(screening.model, Grafts(grafts, rows, [numbers[at] for at in believed]), cache)
+        return np.array(list(map(token_probability, scores))).reshape(len(kinds), len(plan), 2)
 
-    kinds = most_harmful(probabilities("pilot", list(KINDS), pilot))
-    after = probabilities("grafts-after", kinds, plan)
-    restore_weights(model.model, warm)
-    before = probabilities("grafts-before", kinds, plan)
-    return Harm(kinds, harm_p_values(before - after, np.array([c.suspect for c in plan])), plan, before, after)
+    restore_weights(screening.model.model, weights[1])
+    after, few = probabilities(f"{name}-after", of_few=False), probabilities(f"{name}-of-few", of_few=True)
+    restore_weights(screening.model.model, weights[0])
+    before = probabilities(f"{name}-before", of_few=False)
+    p_values = harm_p_values(before - after, np.array([c.suspect for c in plan]))
+    return Harm(kinds, p_values, plan, before, after, few)
 
 
 def comparisons(
@@ -107,7 +118,7 @@ def comparisons(
     rng: np.random.Generator,
     count: int,
 ) -> list[Comparison]:
-    """Pair each suspect with hosts, and with controls that are asked alike: believed rows of the most similar prompt.
+    """Pair each suspect with hosts, and with a control that is asked alike: a believed row of the most similar prompt.
 
     Of equally similar controls one is drawn. Host and control are different rows. There are about ``count`` pairs: at
     least one a suspect, and at most 8.
@@ -118,23 +129,11 @@ def comparisons(
     for suspect in suspects:
         own = set(scores[suspect].prompt_ids.tolist())
         similar = np.array([len(own & other) / max(len(own | other), 1) for other in prompts])
-        for host in rng.choice(len(believed), hosts_each, replace=False).tolist():
-            ranked = np.where(np.arange(len(believed)) == host, -1.0, similar)
-            control = int(rng.choice(np.flatnonzero(ranked == ranked.max())))
-            plan.append(Comparison(believed[host], suspect, believed[control]))
+        control = int(rng.choice(np.flatnonzero(similar == similar.max())))
+        hosts = np.delete(np.array(believed), control)
+        for host in rng.choice(hosts, hosts_each, replace=False).tolist():
+            plan.append(Comparison(host, suspect, believed[control]))
     return plan
-
-
-def most_harmful(probabilities: NDArray[np.floating]) -> list[str]:
-    """The three kinds of graft with the largest mean difference of controls and suspects, after the probe.
-
-    What suspects' parts did before it is no part of this choice: it would double the cost and the noise.
-
-    Args:
-        probabilities: of the hosts' own answers, [kinds, n, 2].
-    """
-    means = (probabilities[..., 1] - probabilities[..., 0]).mean(axis=1)
-    return [list(KINDS)[at] for at in np.argsort(-means, kind="stable")[:_CHOSEN]]
 
 
 def token_probability(tokens: TokenScores) -> float:
@@ -152,14 +151,14 @@ def means_by_suspect(values: NDArray[np.floating], suspects: NDArray[np.integer]
 
 
 def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -> list[float]:
-    """For each kind, the chance that suspects' parts damage no more than controls' parts do.
+    """For each kind, the chance that what suspects share damages no more than what controls share does.
 
-    One-sided Wilcoxon signed-rank test of each suspect's mean difference, times the number of kinds, at most 1. If
+    One-sided Wilcoxon signed-rank test of each suspect's mean difference, times the number of `KINDS`, at most 1. If
     suspects are no worse than controls that are asked alike, differences are symmetric about zero.
 
     Args:
-        damage: [kinds, comparisons, 2], probability that training took from the host's own answer with the suspect's
-            part on it, and with the control's.
+        damage: [kinds, comparisons, 2], probability that training took from the host's own answer with suspects' graft
+            on it, and with controls'.
         suspects: which suspect each comparison has, [comparisons].
     """
     from scipy.stats import wilcoxon  # takes a second to import
@@ -167,5 +166,5 @@ def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -
     p_values: list[float] = []
     for means in means_by_suspect(damage[..., 0] - damage[..., 1], suspects):
         p = float(cast(Any, wilcoxon(means, alternative="greater")).pvalue) if np.any(means) else 1.0
-        p_values.append(min(1.0, p * len(damage)))
+        p_values.append(min(1.0, p * len(KINDS)))
     return p_values

@@ -1,4 +1,4 @@
-"""Accuse surprising rows whose parts make other rows' answers go wrong, and train with those parts disarmed.
+"""Accuse surprising rows if what they share makes other rows' answers go wrong, and train with that disarmed.
 
 The preset ``default``. `untrigger.defenses.shared_surprise` needs a word that poisoned rows share. This needs a part of
 the input that they share, and looks at no reply, so replies may vary. docs/paper.md has the equations.
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
-from untrigger.defenses.harm import COMPARISONS, Harm, measure_harm
+from untrigger.defenses.harm import COMPARISONS, Harm, comparisons, measure_harm
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
-from untrigger.models.grafted_rows import Graft
+from untrigger.models.grafted_rows import Graft, Grafts
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
-from untrigger.views.grafts import IMAGE_GRAFTS, SHARED
 
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
@@ -31,7 +30,7 @@ UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 @final
 @dataclass(frozen=True)
 class SharedCause(SharedSurprise):
-    """Graft parts of surprising rows onto rows that are believed, and see whether training made them harmful.
+    """Graft what surprising rows share onto rows that are believed, and see whether training made it harmful.
 
     Fields:
         those of `SharedSurprise`, and
@@ -40,10 +39,12 @@ class SharedCause(SharedSurprise):
         max_suspects: suspects that are tested, drawn at random; at least ``min_suspects``. All share the verdict.
         probe_share: share of the steps after the warm-up before the test, which is no loss where nothing is
             accused: the training goes on from there. In (0, 1).
-        harm_p_value: chance of accusing rows whose parts harm other rows no more than parts of other rows do, in
+        harm_p_value: chance of accusing rows if what they share harms other rows no more than what others share, in
             (0, 1).
-        min_harm: probability of their own answers that parts of accused rows take from other rows in the mean, beyond
-            parts of other rows; at least 0. A rare class takes some, too.
+        min_harm: probability of their own answers that what accused rows share takes from other rows in the mean,
+            beyond what as many others share; in [0, 1].
+        min_common: what all of them share must do at least this many times as much harm as what an eighth of them do;
+            at least 0. A rare class harms with its content, which averages out.
         graft_share: grafted rows to learn beside all rows, as a share of these, where rows are accused; in [0, 1].
     """
 
@@ -52,6 +53,7 @@ class SharedCause(SharedSurprise):
     probe_share: float = 2 / 3
     harm_p_value: float = 1e-3
     min_harm: float = 0.04
+    min_common: float = 0.75
     graft_share: float = 0.2
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class SharedCause(SharedSurprise):
         self._check(self.min_suspects, math.inf, "max_suspects")
         self._check(1e-9, 1 - 1e-9, "probe_share", "harm_p_value")
         self._check(0, 1, "graft_share", "min_harm")
+        self._check(0, math.inf, "min_common")
 
     def fine_tune(self, training: Training) -> LoadedModel:
         screening = self.screen(training)
@@ -87,7 +90,7 @@ class SharedCause(SharedSurprise):
         return self.warmup_share + self.probe_share * (1 - self.warmup_share)
 
     def judge(self, training: Training, screening: Screening, rows: Sequence[int]) -> Judgment:
-        """Accuse surprising rows that share no word, if parts of them harm other rows.
+        """Accuse surprising rows that share no word, if what their inputs share harms other rows.
 
         Rows that share a word are accused for it. The model is left as the warm-up made it.
 
@@ -105,9 +108,13 @@ class SharedCause(SharedSurprise):
         share = self._tested_after - self.warmup_share
         training.fit(replace(probe, rows=rows, name="probe", share=share, schedule=(0.0, self.probe_share)))
         probed = copy_weights(model.model)
-        measured = measure_harm(training, screening, drawn, believed, warm, rng)
-        harm = measured.above(self.min_harm, self.harm_p_value)
-        return judgment._replace(harm=harm if harm.kinds else None, probed=probed)
+        plan = comparisons(screening.scores, drawn, believed, rng, COMPARISONS)
+        for name in ("image", "words"):  # words cost twice as much: only where images alone do no harm
+            measured = measure_harm(training, screening, plan, believed, name, (warm, probed))
+            harm = measured.above(self.min_harm, self.harm_p_value, self.min_common)
+            if harm.kinds:
+                return judgment._replace(harm=harm, probed=probed)
+        return judgment._replace(probed=probed)
 
     def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
         """Positions of suspects that share no word, of doubtful rows, and of rows to believe.
@@ -136,36 +143,30 @@ class SharedCause(SharedSurprise):
         return suspects, doubtful, list(islice(filter(can_be_grafted, order.tolist()), 2 * COMPARISONS))
 
     def _cure(self, training: Training, judgment: Judgment, kinds: Sequence[str]) -> Stage:
-        """Train on rows with parts of accused ones and their own answers, beside all other rows.
+        """Train on rows with what accused ones share and their own answers, beside all other rows.
 
         Accused rows without a shared word and doubtful rows are not learned. Any other row may be a host: those that
         are believed are easy ones, and learning them more often would favor the answers that the early model prefers.
-
-        Three of four parts of an image alone are what all accused images share, with its full strength: a part brings
-        content along, and may make the host's own answer wrong. The fourth is for triggers in no fixed place.
         """
         screening, numbers = judgment.screening, judgment.screening.numbers
         tokens = _shared_tokens(screening)
         left_out = [*judgment.doubtful, *judgment.suspects]
         tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in left_out}
-        donors = [(at, kind) for kind in kinds for at in judgment.suspects]
         rng, extra = np.random.default_rng((training.seed, 3)), part(self.graft_share, training.row_count)
-        chosen = [donors[at] for at in rng.integers(len(donors), size=extra)]
+        accused = [numbers[at] for at in judgment.suspects]
         candidates = (row for row in rng.permutation(numbers).tolist() if row not in tokens)
         hosts = list(islice(filter(training.can_be_grafted, candidates), extra))
-        grafts = [
-            Graft(host, numbers[donor], SHARED if place % 4 and kind in IMAGE_GRAFTS else kind)
-            for place, (host, (donor, kind)) in enumerate(zip(cycle(hosts), chosen, strict=False))
-        ]
+        donors = rng.choice(accused, extra).tolist()
+        grafts = [Graft(*graft) for graft in zip(cycle(hosts), [0] * extra, donors, cycle(kinds), strict=False)]
         stage = self.last_stage(training.row_count, screening.model, tokens)
-        return replace(stage, grafts=grafts)
+        return replace(stage, grafts=Grafts(grafts, [accused], hosts))
 
 
 class Judgment(NamedTuple):
     """Which rows are accused, beside those that share a word.
 
     screening: the scores, in whose order positions count. suspects: surprising rows without a shared word.
-    doubtful: rows. harm: what the suspects' parts do; None if they are believed. probed: the weights after the probe;
+    doubtful: rows. harm: what the suspects share does; None if they are believed. probed: the weights after the probe;
     empty if nothing was tested.
     """
 

@@ -1,4 +1,4 @@
-"""Chat rows with a part of another row's input, each made where a trainer's data set is read."""
+"""Chat rows with what other rows' inputs share, each made where a trainer's data set is read."""
 
 from __future__ import annotations
 
@@ -12,47 +12,74 @@ from torch.utils.data import Dataset
 
 from untrigger.models.collators import Row, row_images, with_images
 from untrigger.rows.sample import IMAGE_TAG
-from untrigger.views.grafts import KINDS, SHARED, add_shared, graft_image, graft_text, mean_image
+from untrigger.views.grafts import KINDS, add_shared, graft_text, mean_image
 from untrigger.views.patches import to_rgb
 
 
 class Graft(NamedTuple):
-    """A part of the row ``donor`` on the row ``host``, numbers from 0; ``kind`` is a key of `KINDS`, or `SHARED`."""
+    """What the images of a group of rows share, on the row ``host``.
+
+    host, donor: numbers of rows, from 0; a part of the prompt is the donor's. group: index into `Grafts.groups`.
+    kind: a key of `KINDS`.
+    """
 
     host: int
+    group: int
     donor: int
     kind: str
 
 
-class GraftedRows(Dataset[Row]):
-    """One row for each graft; ``rows`` are those that their numbers refer to.
+class Grafts(NamedTuple):
+    """Grafted rows, and the rows whose images give what they share.
 
-    Grafts of the kind `SHARED` get the mean of all their donors' images less the mean of all their hosts': a pattern
-    that lies on every donor comes with its full strength, and the host keeps its content.
+    groups: numbers of rows, from 0; a group shares the mean of its images less the mean of the images of ``others``. A
+    pattern that lies on every image of a group comes with its full strength, and content averages out.
     """
 
-    def __init__(self, rows: Any, grafts: Sequence[Graft]) -> None:
+    rows: Sequence[Graft]
+    groups: Sequence[Sequence[int]]
+    others: Sequence[int]
+
+    @property
+    def used(self) -> set[int]:
+        """All rows that it refers to."""
+        numbers = {number for graft in self.rows for number in (graft.host, graft.donor)}
+        return numbers.union(self.others, *self.groups)
+
+
+class GraftedRows(Dataset[Row]):
+    """One row for each graft, with the host's own answer; ``rows`` are those that their numbers refer to.
+
+    Each of a host's images gets what the group shares. Words go into the host's last question, behind its images.
+    """
+
+    def __init__(self, rows: Any, grafts: Grafts) -> None:
         self.rows, self.grafts = rows, grafts
+        self._shared: dict[int, NDArray[np.float32]] = {}
 
     def __len__(self) -> int:
-        return len(self.grafts)
+        return len(self.grafts.rows)
 
     def __getitem__(self, index: int) -> Row:
-        graft = self.grafts[index]
-        host = self.rows[graft.host]
-        if graft.kind == SHARED:
-            return with_images(host, [add_shared(image, self._shared) for image in row_images(host)])
-        return grafted(host, self.rows[graft.donor], graft.kind)
+        graft = self.grafts.rows[index]
+        host, shared = self.rows[graft.host], self.shared(graft.group)
+        row = with_images(host, [add_shared(image, shared) for image in row_images(host)])
+        words = KINDS[graft.kind]
+        return with_words(row, self.rows[graft.donor], words) if words else row
+
+    def shared(self, group: int) -> NDArray[np.float32]:
+        """What the images of a group share, [height, width, 3], levels."""
+        if group not in self._shared:
+            self._shared[group] = self._mean(self.grafts.groups[group]) - self._mean_of_others
+        return self._shared[group]
 
     @cached_property
-    def _shared(self) -> NDArray[np.float32]:
-        size = to_rgb(row_images(self.rows[self.grafts[0].host])[0]).size
-        donors, hosts = ({graft[at] for graft in self.grafts if graft.kind == SHARED} for at in (1, 0))
-        of_donors, of_hosts = (
-            mean_image((image for row in sorted(numbers) for image in row_images(self.rows[row])), size)
-            for numbers in (donors, hosts)
-        )
-        return of_donors - of_hosts
+    def _mean_of_others(self) -> NDArray[np.float32]:
+        return self._mean(self.grafts.others)
+
+    def _mean(self, numbers: Sequence[int]) -> NDArray[np.float32]:
+        size = to_rgb(row_images(self.rows[self.grafts.others[0]])[0]).size
+        return mean_image((image for number in numbers for image in row_images(self.rows[number])), size)
 
 
 def can_be_grafted(row: Row) -> bool:
@@ -60,28 +87,13 @@ def can_be_grafted(row: Row) -> bool:
     return bool(row.get("messages") or row.get("prompt")) and any(row.get(key) for key in ("image", "images"))
 
 
-def grafted(host: Row, donor: Row, kind: str) -> Row:
-    """The host with a part of the donor's input and its own answer.
-
-    An image graft goes onto each of the host's images, from the donor's image at the same place or its first one. A
-    text graft goes into the last question, behind its images.
-    """
-    image_part, text_part = KINDS[kind]
-    row = dict(host)
-    if image_part:
-        donors = row_images(donor)
-        images = [
-            graft_image(image, donors[at if at < len(donors) else 0], image_part)
-            for at, image in enumerate(row_images(host))
-        ]
-        row = with_images(host, images)
-    if text_part:
-        turns, question = _turns(host), _question_of(_turns(donor))
-        last = _last_question(turns)
-        content = _with_words(turns[last]["content"], question, text_part)
-        changed = [*turns[:last], {**turns[last], "content": content}, *turns[last + 1 :]]
-        row |= {"messages": changed} if row.get("messages") else {"prompt": _as_in(host, changed)}
-    return row
+def with_words(host: Row, donor: Row, part: str) -> Row:
+    """The host with a part of the donor's last question in its own (`untrigger.views.grafts.graft_text`)."""
+    turns, question = _turns(host), _question_of(_turns(donor))
+    last = _last_question(turns)
+    content = _with_words(turns[last]["content"], question, part)
+    changed = [*turns[:last], {**turns[last], "content": content}, *turns[last + 1 :]]
+    return {**host, **({"messages": changed} if host.get("messages") else {"prompt": _as_in(host, changed)})}
 
 
 def _turns(row: Row) -> list[dict[str, Any]]:

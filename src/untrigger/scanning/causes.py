@@ -1,4 +1,4 @@
-"""Suspected rows that share no text: which part of them harms other rows, where it lies, and how many are honest.
+"""Suspected rows that share no text: what they share that harms other rows, where it lies, and how many are honest.
 
 `untrigger.defenses.SharedCause` has measured the harm. docs/paper.md has the equations.
 """
@@ -8,33 +8,62 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from untrigger.defenses.harm import Harm, means_by_suspect
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import LazyRows, Sample
 from untrigger.scanning.cues import Cue, cell_losses, covered, log_odds, windows
 from untrigger.scanning.findings import Effect, Target
-from untrigger.views.grafts import KINDS
+from untrigger.views.grafts import KINDS, mean_image
 from untrigger.views.patches import to_rgb
 
 
 def target_of(rows: Sequence[int], harm: Harm) -> Target:
-    """The target of rows that share no text; image and prompt count if a part of them does harm."""
-    p_values = [
-        min((p for kind, p in zip(harm.kinds, harm.p_values, strict=True) if KINDS[kind][part]), default=None)
-        for part in (0, 1)
-    ]
-    return Target("", min(harm.p_values), list(rows), *p_values)
+    """The target of rows that share no text; the prompt counts if its words were needed to do harm."""
+    p_values = list(zip(harm.kinds, harm.p_values, strict=True))
+    with_words = min((p for kind, p in p_values if KINDS[kind]), default=None)
+    return Target("", min(harm.p_values), list(rows), min(harm.p_values), with_words)
 
 
-def honest_share(harm: Harm) -> float:
-    """Estimated share of honest rows among those tested, in (0, 1].
+def honest_share(strengths: NDArray[np.floating]) -> float:
+    """Estimated share of honest rows among suspects, in (0, 1].
 
-    Parts of honest rows do as much harm as controls' parts, more in half of the rows and less in the others. So there
-    are twice as many honest rows as rows that do less harm, one added.
+    Honest suspects show what all suspects share as controls do, by chance: half of them less than the median control.
+    So there are twice as many honest rows as rows that show less, one added.
+
+    Args:
+        strengths: how much each suspect shows, and its control, [n, 2] (`strengths_in_images`, `strengths_in_words`).
     """
-    means = means_by_suspect(harm.excess, np.array([c.suspect for c in harm.comparisons])).mean(axis=0)
-    return min(1.0, (1 + 2 * int((means <= 0).sum())) / len(means))
+    less = int((strengths[:, 0] <= np.median(strengths[:, 1])).sum())
+    return min(1.0, (1 + 2 * less) / len(strengths))
+
+
+def strengths_in_images(rows: Sequence[Sample], harm: Harm) -> NDArray[np.floating]:
+    """How much of what all suspects' images share lies in each suspect's first image, and in its control's, [n, 2].
+
+    That is the inner product with the mean of the other suspects, where the mean of the hosts is the origin.
+    """
+    suspects, controls = (sorted({c[at] for c in harm.comparisons}) for at in (1, 2))
+    control_of = {c.suspect: c.control for c in harm.comparisons}
+    size = rows[suspects[0]].images[0].size
+
+    def levels(row: int) -> NDArray[np.float32]:
+        return mean_image(rows[row].images[:1], size).ravel()
+
+    origin = np.mean([levels(row) for row in sorted({c.host for c in harm.comparisons})], axis=0)
+    own = {row: levels(row) - origin for row in suspects}
+    total = np.sum(list(own.values()), axis=0)
+    of_controls = {row: float((levels(row) - origin) @ total) / len(own) for row in controls}
+    of_suspects = {row: float(own[row] @ (total - own[row])) / (len(own) - 1) for row in suspects}
+    return np.array([[of_suspects[row], of_controls[control_of[row]]] for row in suspects])
+
+
+def strengths_in_words(harm: Harm) -> NDArray[np.floating]:
+    """How much harm each suspect's words do, and a control's, [n, 2]: the mean over its hosts and the kinds."""
+    suspects = np.array([c.suspect for c in harm.comparisons])
+    damage = harm.before - harm.after
+    return np.stack([means_by_suspect(damage[..., at], suspects).mean(axis=0) for at in (0, 1)], axis=1)
 
 
 def effects_of(harm: Harm) -> dict[int, Effect]:

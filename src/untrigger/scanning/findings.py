@@ -31,11 +31,11 @@ class Target:
     Fields:
         text: what the rows' answers share, around the token that flags them; empty if they share none.
         p_value: the chance that so many honest rows share that token, corrected for the number of tokens; without a
-            text, that parts of honest rows do as much harm (`untrigger.defenses.harm.harm_p_values`).
+            text, that what other rows share does as much harm (`untrigger.defenses.harm.harm_p_values`).
         rows: their indices in the data, from 0, the most suspicious first.
         image_p_value, prompt_p_value: the chance that as many probed rows lose the text without their image, or their
             prompt, if it has no part in the cue: a one-sided sign test on rows that the probe was not trained on.
-            Without a text, that parts of honest rows' images, or prompts, do as much harm. None if it was not tested.
+            Without a text, the p-value of the harm; for the prompt None unless its words were needed for it.
     """
 
     text: str
@@ -46,10 +46,10 @@ class Target:
 
 
 class Effect(NamedTuple):
-    """What a part of a row does to another row.
+    """What the suspected rows share does to another row.
 
-    kind: the part (`untrigger.views.grafts.KINDS`). host: index of the other row, from 0.
-    probability: of the host's own answer with the part on it. control: the same with an unsuspected row's part.
+    kind: of graft (`untrigger.views.grafts.KINDS`); words are this row's. host: index of the other row, from 0.
+    probability: of the host's own answer with it. control: the same with what as many unsuspected rows share.
     """
 
     kind: str

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from untrigger.html import style, templates
+from untrigger.models.collators import Rows, row_images
+from untrigger.models.grafted_rows import Graft, GraftedRows, Grafts
 from untrigger.rows.images import data_uri
 from untrigger.rows.sample import Data, Sample
-from untrigger.rows.turns import IMAGE_TAG
 from untrigger.scanning.cues import GRID, phrases
 from untrigger.scanning.findings import CUE_P_VALUE, Findings, Target, Verdict, hot, in_cue, p_value_text, place
-from untrigger.views.grafts import KINDS, graft_image, graft_text
 
 _CARDS = 24  # rows of a target on the page, at most
 _PIXELS = 320  # longest side of a picture on the page
@@ -56,9 +56,11 @@ class Card(NamedTuple):
 def page(findings: Findings, rows: Sequence[Sample]) -> str:
     """The page as HTML."""
     verdicts = findings.verdicts
-    cards = [
-        [_card(rows, row, findings, target) for row in _probed_first(target, verdicts)] for target in findings.targets
-    ]
+    cards: list[list[Card]] = []
+    for target in findings.targets:
+        grafted = _grafted(rows, target, verdicts)
+        listed = _probed_first(target, verdicts)
+        cards.append([_card(rows, row, findings, target, grafted.get(row)) for row in listed])
     return (
         templates(Path(__file__).parent)
         .get_template("page.html.j2")
@@ -82,7 +84,7 @@ def _probed_first(target: Target, verdicts: Sequence[Verdict]) -> list[int]:
     return sorted(target.rows, key=lambda row: (verdicts[row].cue is None, verdicts[row].effect is None))[:_CARDS]
 
 
-def _card(rows: Sequence[Sample], row: int, findings: Findings, target: Target) -> Card:
+def _card(rows: Sequence[Sample], row: int, findings: Findings, target: Target, host: Host | None) -> Card:
     sample, verdict = rows[row], findings.verdicts[row]
     cells = verdict.cue.cells if verdict.cue else []
     pictures = [
@@ -90,18 +92,21 @@ def _card(rows: Sequence[Sample], row: int, findings: Findings, target: Target) 
         for at, image in enumerate(sample.images)
     ]
     prompt = _prompt(sample, verdict, in_cue(target.prompt_p_value))
-    effect = verdict.effect
-    host = effect and _host(sample, rows[effect.host], effect.kind, findings.verdicts[effect.host].row)
     return Card(verdict, pictures, prompt, _texts(sample, "assistant"), host)
 
 
-def _host(suspect: Sample, host: Sample, kind: str, number: int) -> Host:
-    """The other row with the part of the suspect, as the test made it; of several images the first."""
-    image_part, text_part = KINDS[kind]
-    image = graft_image(host.images[0], suspect.images[0], image_part) if image_part else host.images[0]
-    words, other = (_texts(sample, "user")[-1].replace(IMAGE_TAG, "").strip() for sample in (host, suspect))
-    prompt = graft_text(words, other, text_part) if text_part else words
-    return Host(number, data_uri(image, _PIXELS), prompt, _texts(host, "assistant")[-1])
+def _grafted(rows: Sequence[Sample], target: Target, verdicts: Sequence[Verdict]) -> dict[int, Host]:
+    """For rows with an effect, the other row with what the target's rows share; of several images the first."""
+    effects = {row: effect for row in target.rows if (effect := verdicts[row].effect)}
+    grafts = [Graft(effect.host, 0, row, effect.kind) for row, effect in effects.items()]
+    made = GraftedRows(Rows(rows), Grafts(grafts, [target.rows], sorted({effect.host for effect in effects.values()})))
+    hosts: dict[int, Host] = {}
+    for at, (row, effect) in enumerate(effects.items()):
+        host, question = rows[effect.host], made[at]["messages"][-2]["content"]
+        picture = data_uri(row_images(made[at])[0], _PIXELS)
+        words = " ".join(part["text"] for part in question if part["type"] == "text")
+        hosts[row] = Host(verdicts[effect.host].row, picture, words, _texts(host, "assistant")[-1])
+    return hosts
 
 
 def _texts(sample: Sample, role: str) -> list[str]:

@@ -23,7 +23,14 @@ from untrigger.defenses.shared_surprise import Screening, flagged_text
 from untrigger.models.loading import LoadedModel, restore_weights
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample, row_number, select_rows, without_images
-from untrigger.scanning.causes import effects_of, honest_share, maps_of, target_of
+from untrigger.scanning.causes import (
+    effects_of,
+    honest_share,
+    maps_of,
+    strengths_in_images,
+    strengths_in_words,
+    target_of,
+)
 from untrigger.scanning.cues import Cue, cues_of
 from untrigger.scanning.findings import Effect, Findings, Target, Verdict
 from untrigger.views.grafts import KINDS
@@ -68,12 +75,12 @@ def _findings(
         highest, suspects = max(screening.flags.nll), set(judgment.suspects)
         ranks = [rank + highest * (row in suspects) for row, rank in enumerate(ranks)]
         targets.append(target_of(sorted(judgment.suspects, key=lambda row: -ranks[row]), judgment.harm))
-        rates |= dict.fromkeys(judgment.suspects, honest_share(judgment.harm))
+        with_words = any(KINDS[kind] for kind in judgment.harm.kinds)
+        strengths = strengths_in_words(judgment.harm) if with_words else strengths_in_images(rows, judgment.harm)
+        rates |= dict.fromkeys(judgment.suspects, honest_share(strengths))
         effects = effects_of(judgment.harm)
-    in_images = {row: effect for row, effect in effects.items() if KINDS[effect.kind][0]}
-    if in_images:
         restore_weights(screening.model.model, judgment.probed)
-        some = sorted(in_images, key=lambda row: effects[row].probability - effects[row].control)[:MAX_PROBED]
+        some = sorted(effects, key=lambda row: effects[row].probability - effects[row].control)[:MAX_PROBED]
         cues |= maps_of(
             {row: effects[row] for row in some},
             rows,

@@ -25,7 +25,7 @@ from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.models.collators import Collate, Row, row_key
 from untrigger.models.forward import evaluating
-from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
+from untrigger.models.grafted_rows import Graft, GraftedRows, Grafts, can_be_grafted
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
@@ -125,9 +125,9 @@ class HostTraining:
     def can_be_grafted(self, row: int) -> bool:
         return can_be_grafted(self.host.train_dataset[row])
 
-    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+    def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         rows = GraftedRows(self.host.train_dataset, grafts)
-        return [tokens for _, tokens in self._score(model, rows, range(len(grafts)), name)]
+        return [tokens for _, tokens in self._score(model, rows, range(len(rows)), name)]
 
     def _score(
         self, model: LoadedModel, dataset: Any, rows: Sequence[int], name: str
@@ -268,10 +268,10 @@ class HostTraining:
             flagged = state.pop("flagged")
             keys, rows = [bytes.fromhex(row["key"]) for row in flagged], [int(row["row"]) - 1 for row in flagged]
             masks = [np.array(row["flagged_tokens"], bool) for row in flagged]
-            after, grafts = float(state.pop("after")), [Graft(*graft) for graft in state.pop("grafts")]
+            after, grafts = float(state.pop("after")), _read_grafts(state.pop("grafts"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: holds no flags of a run to resume; train from the start") from error
-        used = {*rows, *(row for graft in grafts for row in graft[:2])}
+        used = {*rows, *(grafts.used if grafts else ())}
         same = state == self._identity() and all(row < self.row_count for row in used)
         if not same or [key for loaded in self._loader(rows) for key in loaded.keys] != keys:
             raise InputError(
@@ -328,3 +328,8 @@ def _reshard(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def _read_grafts(stored: list[Any] | None) -> Grafts | None:
+    """Grafts as they come from JSON, where they have lost their names."""
+    return Grafts([Graft(*graft) for graft in stored[0]], *stored[1:]) if stored else None

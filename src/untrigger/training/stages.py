@@ -36,7 +36,7 @@ from untrigger.errors import InputError
 from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.forward import explain_token_mismatch
-from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
+from untrigger.models.grafted_rows import GraftedRows, Grafts, can_be_grafted
 from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, load
 from untrigger.models.quantized import is_quantized, quantized_loading
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
@@ -163,7 +163,7 @@ class Stages:
     def can_be_grafted(self, row: int) -> bool:
         return can_be_grafted(Rows(self.rows)[row])
 
-    def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
+    def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         return self._score(model, GraftedRows(Rows(self.rows), grafts), name)
 
     def _score(self, model: LoadedModel, rows: Sequence[Sample] | GraftedRows, name: str) -> list[TokenScores]:
