@@ -61,11 +61,9 @@ class Harm(NamedTuple):
         What all share must do ``least_ratio`` times as much, after the probe, as what an eighth of them share.
         """
         means = self.excess.mean(axis=1)
-        of_all, of_few = ((values[..., 1] - values[..., 0]).mean(axis=1) for values in (self.after, self.of_few))
-        enough = (
-            (means >= least) & (np.array(self.p_values) < p_value) & (of_all >= least_ratio * np.maximum(of_few, 0))
-        )
-        at = np.flatnonzero(enough).tolist()
+        of_all, of_few = ((p[..., 1] - p[..., 0]).mean(axis=1) for p in (self.after, self.of_few))
+        lasting = of_all >= least_ratio * np.maximum(of_few, 0)
+        at = np.flatnonzero((means >= least) & (np.array(self.p_values) < p_value) & lasting).tolist()
         kinds, p_values = [self.kinds[k] for k in at], [self.p_values[k] for k in at]
         return Harm(kinds, p_values, self.comparisons, self.before[at], self.after[at], self.of_few[at])
 
