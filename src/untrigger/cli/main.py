@@ -129,7 +129,7 @@ def scan(
     rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
     findings = run(model, rows, defense, args, resume=resume)
     for target in findings.targets:
-        teaches = f"say {target.text!r}" if target.text else "share no text, but parts of them harm other rows"
+        teaches = f"say {target.text!r}" if target.text else "have no common text, but what they share harms other rows"
         chance = f"(chance {p_value_text(target.p_value)})"
         typer.echo(f"{len(target.rows):,} rows {teaches} {chance}: {place(findings, target)}")
     typer.echo(f"{out / 'all_rows.jsonl'}: {len(findings.suspected):,} of {len(rows):,} rows are suspected")
