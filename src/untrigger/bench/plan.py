@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from untrigger.attacks import load_trigger
+from untrigger.bench.flops import Size, stated_size
 from untrigger.bench.store import ORACLE, Cell
 from untrigger.data import Split, names, own_data, parts_of
 from untrigger.errors import InputError, did_you_mean
@@ -20,9 +21,21 @@ from untrigger.poisoning.goals import load_goal
 
 _ALWAYS = ("plain", ORACLE)  # every figure is compared with these two
 _AXES = ("models", "data", "attacks", "defenses", "rates", "seeds")
-_KEYS = (*_AXES, "split", "cell", "where", "shared_oracle")
+_KEYS = (*_AXES, "split", "cell", "where", "shared_oracle", "sizes")
 _SET_BY_AXES = {
-    *("model", "data", "own_data", "attack", "goal", "goal_text", "rate", "defense", "defense_settings", "seed", "split")
+    *(
+        "model",
+        "data",
+        "own_data",
+        "attack",
+        "goal",
+        "goal_text",
+        "rate",
+        "defense",
+        "defense_settings",
+        "seed",
+        "split",
+    )
 }
 # fields of TrainingArguments that follow from a cell, or that no cell can have
 _OF_CELLS = {
@@ -40,6 +53,7 @@ class Named:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     goal: str | None = None
     goal_text: str | None = None
+    data: Sequence[str] = ()  # names of the data sets that an attack is limited to; empty for all
 
     @property
     def label(self) -> str:
@@ -71,6 +85,21 @@ def read_plan(path: Path) -> list[Cell]:
         raise InputError(f"{path}: {error}") from error
 
 
+def read_sizes(path: Path) -> dict[str, Size]:
+    """The sizes that a plan states for a dry run, by model.
+
+    Raises:
+        InputError: the file cannot be read, or a size is not complete.
+    """
+    stated = read_yaml(path).get("sizes") or {}
+    try:
+        if not isinstance(stated, dict):
+            raise InputError("sizes must hold lines of 'MODEL: {figure: value}'")
+        return {str(name): stated_size(str(name), entry) for name, entry in stated.items()}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def _expand(plan: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[Cell]:
     split = Split(plan.get("split", "report"))
     for seed in axes["seeds"]:
@@ -79,6 +108,7 @@ def _expand(plan: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[
     attacks = [_named("attack", entry) for entry in axes["attacks"]]
     listed = [_named("defense", entry) for entry in axes["defenses"]]
     defenses = [*map(Named, _ALWAYS), *(defense for defense in listed if defense.name not in _ALWAYS)]
+    _check_limits(attacks, [data.name for data in axes["data"]])
     common, where = _fields(plan, "cell"), plan.get("where") or {}
     if not isinstance(shared := plan.get("shared_oracle", False), bool):
         raise InputError(f"shared_oracle is {shared!r}; write true or false")
@@ -90,6 +120,8 @@ def _expand(plan: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[
     for data, attack, seed, rate, model, defense in product(
         axes["data"], attacks, axes["seeds"], axes["rates"], axes["models"], defenses
     ):
+        if attack.data and data.name not in attack.data:
+            continue
         key, changed = f"{Path(attack.name).stem}/{model.name}/{data.name}", _joined(common, model.settings)
         for pattern in where:
             if fnmatchcase(key, pattern):
@@ -121,6 +153,14 @@ def _expand(plan: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[
         raise InputError(f"where: {unmatched[0]} matches no cell; write ATTACK/MODEL/DATA")
     _check(cells)
     return _with_shared_oracles(cells, labels) if shared else cells
+
+
+def _check_limits(attacks: Sequence[Named], data: Sequence[str]) -> None:
+    """Check that attacks are limited to data sets of the plan."""
+    for attack in attacks:
+        limits = attack.data
+        if isinstance(limits, str) or not all(name in data for name in limits):
+            raise InputError(f"attack {attack.name}: data is {limits!r}; list names of the plan: {', '.join(data)}")
 
 
 def _with_shared_oracles(cells: Sequence[Cell], labels: Sequence[str]) -> list[Cell]:
@@ -166,7 +206,10 @@ def with_attack(cell: Cell, settings: Mapping[str, Any], goal: str | None = None
 
 def _check(cells: Sequence[Cell]) -> None:
     """Fail on unknown names before the first cell runs, not hours later."""
-    from untrigger.bench.run_cell import arguments_of, defense_of  # imports torch, which readers of stored results do not need
+    from untrigger.bench.run_cell import (
+        arguments_of,
+        defense_of,
+    )  # imports torch, which readers of stored results do not need
 
     for cell in cells:
         defense_of(cell)
@@ -258,8 +301,8 @@ def _named(kind: str, entry: Any) -> Named:
             f"{kind}s: {entry!r} is neither a name nor a mapping; write NAME or '{{{kind}: NAME, settings: {{...}}}}'"
         )
     rest = {key: value for key, value in entry.items() if key != kind}
-    if not set(rest) <= {"settings", "goal", "goal_text"}:
-        raise InputError(f"{kind} {name}: takes settings, goal and goal_text, not {', '.join(map(str, rest))}")
+    if not set(rest) <= {"settings", "goal", "goal_text", "data"}:
+        raise InputError(f"{kind} {name}: takes settings, goal, goal_text and data, not {', '.join(map(str, rest))}")
     _settings(f"{kind} {name}: settings", rest.get("settings", {}))
     return Named(name, **rest)
 

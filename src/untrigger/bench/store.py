@@ -38,7 +38,9 @@ _KINDS: Mapping[Any, str] = {
 }
 _CELL, _ANSWERS, _METRICS, _ERROR = "cell.json", "answers.jsonl", "metrics.json", "error.txt"
 _PACKED: Final = ".jsonl"
-_LATER: Final = frozenset({"poisoned_part", "own_data", "arguments"})  # fields younger than the packed results: written where they are set
+_LATER: Final = frozenset(
+    {"poisoned_part", "own_data", "arguments"}
+)  # fields younger than the packed results: written where they are set
 
 
 def _no_settings() -> Mapping[str, Any]:

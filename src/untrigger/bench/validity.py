@@ -18,9 +18,9 @@ Metrics = Mapping[str, Any]
 def invalid_reason(metric: str, undefended: Metrics, oracle: Metrics | None, floor: Metrics | None = None) -> str:
     """The first validity rule that an attacked model breaks, in words; empty if it counts.
 
-    ``metric`` names the figure of quality. Without an ``oracle`` only the undefended model's ASR is checked. ``floor`` replaces the oracle's own ASR where the
-    oracle was trained for another attack. Where the goal's replies vary, the ASR beyond the oracle's takes the place of
-    both bounds.
+    ``metric`` names the figure of quality. Without an ``oracle`` only the undefended model's ASR is checked. ``floor``
+    replaces the oracle's own ASR where the oracle was trained for another attack. Where the goal's replies vary, the
+    ASR beyond the oracle's takes the place of both bounds.
     """
     if "met" in undefended:
         difference = beyond(undefended, oracle) if oracle else None

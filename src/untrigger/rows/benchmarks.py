@@ -4,7 +4,7 @@ Their rows have several true answers, or a list of choices. Each becomes one row
 and its ``references``. `untrigger.rows.sample.read` refuses such rows, because a training would learn one answer of
 several.
 
-- COCO captions, ``captions_train2014.json``: images beside the file, in the folder above, or in ``train2014`` of either.
+- COCO captions, ``captions_train2014.json``: images beside the file, one folder up, or in ``train2014`` of either.
 - VQAv2, ``v2_OpenEnded_mscoco_train2014_questions.json``, with the annotations of the same year beside it.
 - Karpathy's splits, ``dataset_flickr30k.json:test``, and ScienceQA, ``problems.json:train``: the split behind a colon.
 - Rows of any other layout, also from the hub: ``caption``, ``captions`` or ``answer`` may be a list of texts,
@@ -24,6 +24,7 @@ from untrigger.errors import InputError
 from untrigger.files import file_errors
 from untrigger.rows.data_file import find_data_file, open_rows
 from untrigger.rows.formats import REFERENCES
+from untrigger.rows.hub import hub_id
 from untrigger.rows.sample import Data
 from untrigger.rows.storage import Row, Rows, first_bytes, parse_json
 
@@ -37,6 +38,7 @@ _OF_CHOICES = frozenset(
     {"choices", "hint", "lecture", "solution", "task", "grade", "subject", "topic", "category", "skill"}
 )
 _YEAR = re.compile(r"(?:train|val|test)20\d\d")
+_FILES = (".json", ".jsonl", ".gz", ".parquet", ".tar", ".csv")  # ids of the hub do not end so
 _IMAGE_FOLDERS = ("images", "flickr30k-images")
 
 
@@ -63,6 +65,14 @@ def open_benchmark(name: str) -> Data:
     path = find_data_file(path)
     opened = _PlainRows(open_rows(path))
     return Data(path, opened, range(len(opened)))
+
+
+def why_not_there(name: str) -> str | None:
+    """An error line if ``name`` is neither a file nor a folder nor may be an id of the hub; nothing is read."""
+    path, _ = _path_and_split(name)
+    if path.exists() or "*" in path.name or (hub_id(path) and path.suffix not in _FILES):
+        return None
+    return f"{name}: no such file or folder; check the path"
 
 
 def _path_and_split(name: str) -> tuple[Path, str]:

@@ -265,8 +265,8 @@ def write(
     """Write ``data`` into the new folder ``out``, in its own format and under its own file name.
 
     ``out`` appears complete or not at all. Without ``edits`` rows and image files are copied as they are. With
-    ``edits`` every row is written anew, edited or not: with no keys but those that are read, no ``references``, and each
-    image as a PNG of its own that is named by the row. So nothing but text and pixels can reveal the edited rows.
+    ``edits`` every row is written anew, edited or not: with no keys but those that are read and no ``references``, and
+    each image as a PNG of its own that is named by the row. So nothing but text and pixels can reveal the edited rows.
 
     Args:
         data: what `read` returned.
