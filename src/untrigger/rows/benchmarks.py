@@ -231,11 +231,11 @@ def _karpathy(path: Path, value: Mapping[str, Any]) -> Iterator[Row]:
 
 def _science_qa(path: Path, value: Mapping[str, Any]) -> Iterator[Row]:
     for number, problem in value.items():
-        image = f"{problem['split']}/{number}/{problem['image']}" if problem.get("image") else None
-        yield {**{name: problem[name] for name in ("question", "choices", "answer", "split")}, "id": number} | {
-            "image": image,
-            "hint": problem.get("hint", ""),
-        }
+        row: Row = {name: problem[name] for name in ("question", "choices", "answer", "split")}
+        row |= {"id": number, "hint": problem.get("hint", "")}
+        if image := problem.get("image"):
+            row["image"] = f"{problem['split']}/{number}/{image}"
+        yield row
 
 
 def _first(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
