@@ -22,7 +22,7 @@ RATES: Final = {"bf16": 400e12, "fp32": 27e12}
 RATES_TEXT: Final = "400 TFLOP/s in bf16 and 27 in fp32, 40 % of the peak of an H100"
 IMAGE: Final = (640, 480)  # width and height in pixels of the image that is counted
 ANSWERS_PER_TEST_ROW: Final = 4  # clean, triggered, near misses
-_TEXT_TOKENS = 40  # of a row: template, question and answer
+TEXT_TOKENS = 40  # of a row: template, question and answer
 _ANSWER_TOKENS = 20  # generated for each question
 _GENERATED = 48  # tokens that an answer may have, and rows generated together (`models.generate`)
 _BATCH = 64
@@ -63,7 +63,7 @@ class Size:
     @property
     def tokens(self) -> int:
         """Of a row, in the language model."""
-        return self.image_tokens + _TEXT_TOKENS
+        return self.image_tokens + TEXT_TOKENS
 
 
 def stated_size(name: str, entry: Any) -> Size:
@@ -133,16 +133,16 @@ def flops(cell: Cell, size: Size, *, trained: bool = True) -> float:
     """Operations of plain training with LoRA, unless it is not ``trained`` here, and of the answers of a cell.
 
     Two a parameter and token in a forward pass, and as many in a backward pass through frozen weights; four where they
-    are trained; one more forward pass with gradient checkpointing; 4 x tokens x tokens x width for attention in a
-    layer. Attention inside the vision tower is left out.
+    are trained; one more forward pass with gradient checkpointing, where the host also sends gradients through a frozen
+    tower; 4 x tokens x tokens x width for attention in a layer. Attention inside the vision tower is left out.
     """
     tuning, language, vision = cell.tuning, 1e9 * size.language, 1e9 * size.vision
     forward = 2 * language * size.tokens + 4 * size.layers * size.width * size.tokens**2
-    seen = 2 * vision * size.patches
-    backward = 2 if tuning.get("full_finetune") else 1
-    passes = 1 + backward + bool(cell.arguments.get("gradient_checkpointing"))
-    row = passes * forward + (1 + backward if tuning.get("train_vision_tower") else 1) * seen
-    answer = forward + seen + 2 * (language + 1e9 * size.vocabulary) * _ANSWER_TOKENS
+    tower = 2 * vision * size.patches
+    checkpointing = bool(cell.arguments.get("gradient_checkpointing"))
+    passes = 1 + (2 if tuning.get("full_finetune") else 1) + checkpointing
+    row = passes * forward + (passes if checkpointing or tuning.get("train_vision_tower") else 1) * tower
+    answer = forward + tower + 2 * (language + 1e9 * size.vocabulary) * _ANSWER_TOKENS
     questions = cell.test_rows * ANSWERS_PER_TEST_ROW
     return trained * cell.train_rows * cell.epochs * row + questions * answer
 
