@@ -17,9 +17,10 @@ from shell import refused, untrigger
 from untrigger.bench import store
 from untrigger.bench.local import Done, Work, attempt
 from untrigger.bench.plan import read_plan
-from untrigger.bench.run_cell import arguments_of
+from untrigger.bench.run_cell import arguments_of, material_of
 from untrigger.bench.store import Cell
 from untrigger.errors import InputError
+from untrigger.poisoning.poison import stamped
 
 PLAN = Path(__file__).parents[2] / "plans" / "coco-7b.yaml"
 OWN = """
@@ -99,7 +100,7 @@ def stand_ins(folder: Path, models: Sequence[str]) -> dict[str, Any]:
     """The 7B plan with tiny models, small data of the same layouts, and few rows; made in ``folder``."""
     plan: dict[str, Any] = yaml.safe_load(PLAN.read_text())
     coco = folder / "coco"
-    for year, rows in ((TRAIN, 200), (VAL, 100)):
+    for year, rows in ((TRAIN, 160), (VAL, 70)):
         coco_captions(coco, year, rows)
         vqa(coco, year, rows)
     plan["models"] = [{**entry, "model": f"tiny-{name}"} for entry, name in zip(plan["models"], models, strict=False)]
@@ -110,7 +111,7 @@ def stand_ins(folder: Path, models: Sequence[str]) -> dict[str, Any]:
         {**entry, "attack": str(program)} if isinstance(entry, dict) and entry["attack"].endswith(".py") else entry
         for entry in plan["attacks"]
     ]
-    plan["cell"] |= {"train_rows": 60, "test_rows": 30, "clean_rows": 4}
+    plan["cell"] |= {"train_rows": 60, "test_rows": 24, "clean_rows": 4}
     plan["rates"] = [0.05]
     del plan["sizes"]
     return plan
@@ -148,15 +149,27 @@ def test_a_run_of_the_plan_with_stand_ins(tmp_path: Path, monkeypatch: pytest.Mo
     refused(untrigger("bench", "plan.yaml", "--out", "more"), "data: coco/annotations/captions_train2014.json: no such")
 
 
+def test_every_attack_of_the_plan_fits_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = stand_ins(tmp_path, ["llava"]) | {"defenses": ["plain"]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in read_plan(Path("plan.yaml")) if cell.defense == "plain"]
+    assert len(cells) == 11 + 8
+    for cell in cells:
+        material = material_of(cell)
+        assert len(material.poisoned.manifest.rows) == 3 and len(material.clean_rows) == 4
+        attack = material.attack.fitted(material.test, cell.seed)
+        triggered = stamped(material.test, attack, cell.seed)
+        assert any(not attack.goal.met(row.messages[-1].text, row) for row in triggered), cell.name
+
+
 @pytest.mark.slow
-def test_every_attack_and_defense_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = stand_ins(tmp_path, ["llava", "qwen2_5_vl", "internvl"])
+def test_every_model_and_defense_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = stand_ins(tmp_path, ["llava", "qwen2_5_vl", "internvl"]) | {"attacks": ["badnets"]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     monkeypatch.setattr("untrigger.bench.local.on_this_machine", lambda jobs: in_this_process)
     monkeypatch.chdir(tmp_path)
     ended = untrigger("bench", "plan.yaml", "--out", "runs")
     assert ended.code == 0, ended.err
-    cells = read_plan(Path("plan.yaml"))
-    assert len(cells) == len(read_plan(PLAN))
-    assert not store.missing(Path("runs"), cells)
+    assert not store.missing(Path("runs"), read_plan(Path("plan.yaml")))
     assert untrigger("report", "runs", "--out", "out.html").code == 0

@@ -48,7 +48,7 @@ def dry_run_text(cells: Sequence[Cell], root: Path, jobs: int, stated: Mapping[s
         lines.append(f"about {one_core} on one core; {wall_clock} with {at_a_time} at a time")
     if sizes:
         lines += _gpu_lines([cell for cell in missing if cell.model in sizes], finished, sizes, jobs)
-    lines += [f"not counted: {reason}" for reason in uncounted if not any(reason in other for other in warnings)]
+    lines += [f"not counted: {reason}" for reason in uncounted]
     return "\n".join([*lines, *(f"warning: {reason}" for reason in warnings)])
 
 
@@ -125,7 +125,7 @@ def _rough_seconds(cell: Cell, sizes: Mapping[str, Size], trained_oracles: set[s
         answering = _SECONDS_PER_ANSWER[cell.task] * cell.test_rows * ANSWERS_PER_TEST_ROW
     if cell.defense == ORACLE and trained_oracles is not None:
         rows = cell.data, cell.seed, cell.rate, cell.train_rows
-        fitting = cell.epochs, cell.batch_size, cell.learning_rate, cell.precision, cell.tuning
+        fitting = cell.epochs, cell.batch_size, cell.learning_rate, cell.precision, cell.tuning, cell.arguments
         key = str((cell.model, rows, fitting))
         training *= key not in trained_oracles
         trained_oracles.add(key)

@@ -93,10 +93,11 @@ def counted_size(name: str) -> Size:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from untrigger.models.loading import is_vision
+    from untrigger.models.loading import is_vision, register_lite_tower
     from untrigger.models.processors import load_processor
 
     source = _at_hand(name)
+    register_lite_tower(source)
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
         processor = load_processor(source)
@@ -196,15 +197,17 @@ def _at_hand(name: str) -> str:
 
 
 def _image_size(processor: Any, config: Any) -> tuple[int, int]:
-    """The tokens that an image adds to a prompt, and its patches in the vision tower."""
+    """The tokens that an image adds to a prompt, and its patches in the vision tower; 0 for a tower without patches."""
     from PIL import Image
 
     from untrigger.models.generate import encode_prompts
     from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
     question = "Describe the image."
-    asked = Sample("", (Image.new("RGB", IMAGE),), (Message("user", f"{IMAGE_TAG}\n{question}"),))
-    inputs, text = (encode_prompts(processor, [row]) for row in (asked, Sample("", (), (Message("user", question),))))
+    with_image = Sample("", (Image.new("RGB", IMAGE),), (Message("user", f"{IMAGE_TAG}\n{question}"),))
+    inputs, text = (
+        encode_prompts(processor, [row]) for row in (with_image, Sample("", (), (Message("user", question),)))
+    )
     pixels = inputs["pixel_values"]
     tower = config.vision_config
     side = getattr(tower, "patch_size", 0)
