@@ -23,19 +23,8 @@ _ALWAYS = ("plain", ORACLE)  # every figure is compared with these two
 _AXES = ("models", "data", "attacks", "defenses", "rates", "seeds")
 _KEYS = (*_AXES, "split", "cell", "where", "shared_oracle", "sizes")
 _SET_BY_AXES = {
-    *(
-        "model",
-        "data",
-        "own_data",
-        "attack",
-        "goal",
-        "goal_text",
-        "rate",
-        "defense",
-        "defense_settings",
-        "seed",
-        "split",
-    )
+    *("model", "data", "own_data", "attack", "goal", "goal_text", "rate"),
+    *("defense", "defense_settings", "seed", "split"),
 }
 # fields of TrainingArguments that follow from a cell, or that no cell can have
 _OF_CELLS = {
@@ -301,8 +290,9 @@ def _named(kind: str, entry: Any) -> Named:
             f"{kind}s: {entry!r} is neither a name nor a mapping; write NAME or '{{{kind}: NAME, settings: {{...}}}}'"
         )
     rest = {key: value for key, value in entry.items() if key != kind}
-    if not set(rest) <= {"settings", "goal", "goal_text", "data"}:
-        raise InputError(f"{kind} {name}: takes settings, goal, goal_text and data, not {', '.join(map(str, rest))}")
+    allowed = ["settings", "goal", "goal_text", "data"] if kind == "attack" else ["settings"]
+    if unknown := [str(key) for key in rest if key not in allowed]:
+        raise InputError(f"{kind} {name}: takes {', '.join(allowed)}, not {', '.join(unknown)}")
     _settings(f"{kind} {name}: settings", rest.get("settings", {}))
     return Named(name, **rest)
 

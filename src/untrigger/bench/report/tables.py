@@ -120,11 +120,8 @@ def changed_settings(cell: Cell) -> str:
     except InputError:  # the trigger's file is not on this machine
         defaults = {}
     changed = {name: value for name, value in cell.attack_settings.items() if defaults.get(name) != value}
-    changed |= (
-        dict(cell.tuning)
-        | dict(cell.arguments)
-        | {name: value for name, value in cell.changed.items() if name not in _OWN_COLUMN}
-    )
+    changed |= {**cell.tuning, **cell.arguments}
+    changed |= {name: value for name, value in cell.changed.items() if name not in _OWN_COLUMN}
     return ", ".join(f"{name} {number(value)}" for name, value in changed.items()) or "defaults"
 
 

@@ -62,9 +62,9 @@ def rate(value: Rate | None) -> str:
 
 def quality(value: Rate | None, metric: str) -> str:
     """The figure of quality with its interval: CIDEr, or any other in percent."""
-    return (
-        rate(value) if value is None or metric != "cider" else f"{value.value:.2f} ({value.low:.2f}-{value.high:.2f})"
-    )
+    if value is None or metric != "cider":
+        return rate(value)
+    return f"{value.value:.2f} ({value.low:.2f}-{value.high:.2f})"
 
 
 def points(value: float | None) -> str:
