@@ -34,7 +34,6 @@ def test_the_plan_states_what_is_counted(name: str, tmp_path: Path) -> None:
         assert getattr(stated, field) == pytest.approx(value, rel=1e-3, abs=6e-4), field
 
 
-@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_step_has_the_counted_operations(name: str, checkpointing: bool) -> None:

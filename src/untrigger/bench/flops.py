@@ -140,7 +140,7 @@ def flops(cell: Cell, size: Size, *, trained: bool = True) -> float:
     tuning, language, vision = cell.tuning, 1e9 * size.language, 1e9 * size.vision
     forward = 2 * language * size.tokens + 4 * size.layers * size.width * size.tokens**2
     tower = 2 * vision * size.patches
-    checkpointing = bool(cell.arguments.get("gradient_checkpointing"))
+    checkpointing = _checkpoints(cell)
     passes = 1 + (2 if tuning.get("full_finetune") else 1) + checkpointing
     row = passes * forward + (passes if checkpointing or tuning.get("train_vision_tower") else 1) * tower
     answer = forward + tower + 2 * (language + 1e9 * size.vocabulary) * _ANSWER_TOKENS
@@ -166,11 +166,16 @@ def memory(cell: Cell, size: Size) -> float:
     passes = 2 if isinstance(defense, PairedDefense) else 1
     layer = _STORED / 2 * number * size.width
     stored = size.layers * layer
-    if cell.arguments.get("gradient_checkpointing"):
+    if _checkpoints(cell):
         stored = size.layers * number * size.width + layer
     training = weights + trained + passes * cell.batch_size * size.tokens * stored
     cached = 2 * size.layers * size.kv_width * number * (size.tokens + _GENERATED)
     return max(training, weights + _BATCH * (cached + layer * size.tokens))
+
+
+def _checkpoints(cell: Cell) -> bool:
+    """Whether layers are computed again in the backward pass; transformers has renamed the setting."""
+    return any(cell.arguments.get(f"{kind}_checkpointing") for kind in ("gradient", "activation"))
 
 
 def _at_hand(name: str) -> str:
