@@ -68,7 +68,7 @@ def test_cells_with_the_same_rows_are_consecutive(tmp_path: Path) -> None:
         (("split: dev", "split: test"), "split 'test' is unknown"),
         (("[badnets,", "[curse,"), "curse"),
         (("goal: refusal", "goal: peace"), "peace"),
-        (("goal: refusal", "gaol: refusal"), "attack sig: takes settings, goal and goal_text"),
+        (("goal: refusal", "gaol: refusal"), "attack sig: takes settings, goal, goal_text, data, not gaol"),
         (("delta: 0.2", "delta: red"), "delta"),
         (("defense: paper", "defense: prayer"), "defense prayer: unknown"),
         (("margin: 0.2", "margin: -1"), "margin is -1"),

@@ -143,6 +143,8 @@ def desk(tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.
     cell = {"train_rows": 10, "test_rows": 4, "epochs": 1}
     for name in ("paper", "smol-vqa", "smol-captions"):
         (tmp_path / "plans" / f"{name}.yaml").write_text(yaml.safe_dump({**plan, "split": "dev", "cell": cell}))
+    for name in ("coco-7b.yaml", "program.py"):
+        shutil.copy(ROOT / "plans" / name, tmp_path / "plans" / name)
     monkeypatch.setattr("untrigger.models.loading.embedded_model_path", lambda _: tiny_model)
     monkeypatch.setattr("untrigger.training.stages.embedded_model_path", lambda _: tiny_model)
     monkeypatch.setattr("untrigger.bench.local.on_this_machine", lambda jobs: in_this_process)

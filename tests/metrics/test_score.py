@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
 
 from untrigger.metrics.asr import ASR_VERSION
-from untrigger.metrics.score import Answer, quality, score, text_prior
+from untrigger.metrics.captions import tokenize_caption
+from untrigger.metrics.score import Answer, as_row, quality, score, text_prior
 
 
 def answers_to(prompt: str, *truths: str) -> list[Answer]:
@@ -128,3 +134,44 @@ def test_any_stored_answer_survives_json_and_scores(answers: list[Answer]) -> No
     assert restored == answers
     figures = score(answers)
     assert figures == score(restored) and json.loads(json.dumps(figures, allow_nan=False)) == figures
+
+
+# --- several true answers ----------------------------------------------------------------------------
+
+
+DATA = Path(__file__).parent / "data"
+
+
+def test_ten_answers_of_vqa_score_as_published() -> None:
+    """Each stored answer has the accuracy of the published evaluation."""
+    for row in json.loads((DATA / "vqa.json").read_text(encoding="utf-8"))["rows"]:
+        truth = Counter(row["references"]).most_common(1)[0][0]
+        answer = Answer("1", "what?", truth, row["answer"], references=row["references"])
+        assert quality([answer])["vqa_accuracy"]["value"] == pytest.approx(row["accuracy"], abs=1e-9)
+
+
+def test_five_captions_score_as_pycocoevalcap_has_it() -> None:
+    stored = json.loads((DATA / "captions.json").read_text(encoding="utf-8"))
+    pool = [text for row in stored["examples"] for text in row["references"]]
+    rows = [(row["answer"], pool[k : k + 5]) for k, row in enumerate(stored["examples"])]
+    figures = quality([Answer(str(k), "", refs[0], text, references=refs) for k, (text, refs) in enumerate(rows)])
+    gts = {k: [" ".join(tokenize_caption(text)) for text in refs] for k, (_, refs) in enumerate(rows)}
+    res = {k: [" ".join(tokenize_caption(text))] for k, (text, _) in enumerate(rows)}
+    assert figures["bleu4"]["value"] == pytest.approx(Bleu(4).compute_score(gts, res, verbose=0)[0][3], rel=1e-9)
+    assert figures["rouge_l"]["value"] == pytest.approx(Rouge().compute_score(gts, res)[0], rel=1e-9)
+    assert figures["cider"]["value"] == pytest.approx(Cider().compute_score(gts, res)[0], rel=1e-9)
+    one = quality([Answer(str(k), "", refs[0], text) for k, (text, refs) in enumerate(rows)])
+    assert one["rouge_l"]["value"] < figures["rouge_l"]["value"], "four more references can only help the best one"
+
+
+def test_other_numbers_of_answers_leave_accuracy_to_the_truth() -> None:
+    answer = Answer("1", "", "a dog", "A dog.", references=["a dog", "a cat", "a cat"])
+    assert quality([answer])["vqa_accuracy"]["value"] == 1
+    assert (answer.votes, answer.truths) == (("a dog",), ("a dog", "a cat", "a cat"))
+
+
+def test_references_are_stored_only_where_there_are_some() -> None:
+    assert "references" not in as_row(Answer("1", "", "a", "b"))
+    several = Answer("1", "", "a", "b", references=["a", "c"])
+    assert Answer(**json.loads(json.dumps(as_row(several)))) == several
+    assert hash(several), "the report groups equal answers"

@@ -26,7 +26,7 @@ from untrigger import __version__
 from untrigger.attacks import load_trigger
 from untrigger.bench import store
 from untrigger.bench.store import ORACLE, Cell
-from untrigger.data import load, parts_of, rows_of_part
+from untrigger.data import check_no_shared_image, load, own_rows, parts_of, rows_of_part
 from untrigger.defenses import PRESETS, Defense
 from untrigger.errors import InputError, did_you_mean
 from untrigger.evaluation.evaluate import evaluate
@@ -164,7 +164,7 @@ def material_of(cell: Cell) -> Material:
 def _bare(cell: Cell) -> Cell:
     """The cell with only the fields that determine its rows."""
     fields = ("data", "attack", "goal", "rate", "seed", "split", "attack_settings", "goal_text")
-    fields = (*fields, "train_rows", "test_rows", "clean_rows", "poisoned_part")
+    fields = (*fields, "train_rows", "test_rows", "clean_rows", "poisoned_part", "own_data")
     return replace(Cell("", "", "", ""), **{name: getattr(cell, name) for name in fields})
 
 
@@ -172,20 +172,34 @@ def _bare(cell: Cell) -> Cell:
 def _material(cell_json: str) -> Material:
     cell = Cell(**json.loads(cell_json))
     attack = _attack(cell.attack, cell.attack_settings, cell.goal, cell.goal_text)
-    draw = partial(load, cell.data, cell.split)
-    rows, test = draw("train", cell.train_rows, cell.seed), draw("test", cell.test_rows, cell.seed)
+    rows, test, clean_rows = (_own if cell.own_data else _bundled)(cell)
     among = rows_of_part(rows, cell.poisoned_part) if cell.poisoned_part else None
     poisoned = poison(rows, attack, rate=cell.rate, seed=cell.seed, among=among)
     data = [poisoned.data[i] for i in range(len(rows))]  # stamp the triggers once, not in every epoch
-    used = {sample.id for sample in rows}
-    candidates = draw("train", 2 * cell.clean_rows, cell.seed + _CLEAN_DRAW)
-    clean_rows = [sample for sample in candidates if sample.id not in used][: cell.clean_rows]
     other_tests: dict[str, list[Sample]] = {}
     if cell.poisoned_part:
         tests = {part.name: [test[row] for row in rows_of_part(test, part.name)] for part in parts_of(cell.data)}
         test = tests.pop(cell.poisoned_part)
         other_tests = tests
     return Material(attack, rows, poisoned, data, test, clean_rows, other_tests)
+
+
+def _bundled(cell: Cell) -> tuple[list[Sample], list[Sample], list[Sample]]:
+    """Rows to train on, rows to test on, and clean rows."""
+    draw = partial(load, cell.data, cell.split)
+    rows, test = draw("train", cell.train_rows, cell.seed), draw("test", cell.test_rows, cell.seed)
+    used = {sample.id for sample in rows}
+    candidates = draw("train", 2 * cell.clean_rows, cell.seed + _CLEAN_DRAW)
+    return rows, test, [sample for sample in candidates if sample.id not in used][: cell.clean_rows]
+
+
+def _own(cell: Cell) -> tuple[list[Sample], list[Sample], list[Sample]]:
+    """As `_bundled`, from the user's own data, which may have too few rows for clean ones."""
+    draw = partial(own_rows, cell.own_data, cell.split)
+    rows = draw("train", cell.train_rows, cell.seed, spare=cell.clean_rows)
+    test = draw("test", cell.test_rows, cell.seed)
+    check_no_shared_image(rows, test, cell.data)
+    return rows[: cell.train_rows], test, rows[cell.train_rows :]
 
 
 def _attack(name: str, settings: Mapping[str, Any], goal: str, goal_text: str | None = None) -> Attack:
@@ -231,6 +245,7 @@ def arguments_of(cell: Cell, out: Path) -> TrainingArguments:
         learning_rate=cell.learning_rate,
         bf16=cell.precision == "bf16",
         use_cpu=cell.precision == "bf16" and not torch.accelerator.is_available(),  # or TrainingArguments refuses
+        **cell.arguments,
     )
 
 

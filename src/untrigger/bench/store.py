@@ -21,12 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
-from untrigger.data import Split, SplitName
+from untrigger.data import USUAL_METRIC, Split, SplitName, Task, own_data, task_of
 from untrigger.errors import InputError
 from untrigger.files import file_errors, write_text
-from untrigger.metrics.score import Answer
+from untrigger.metrics.score import Answer, as_row
 
 ORACLE: Final = "oracle"  # a cell's defense: plain training without the poisoned rows and the decoys
 _KINDS: Mapping[Any, str] = {
@@ -38,7 +38,9 @@ _KINDS: Mapping[Any, str] = {
 }
 _CELL, _ANSWERS, _METRICS, _ERROR = "cell.json", "answers.jsonl", "metrics.json", "error.txt"
 _PACKED: Final = ".jsonl"
-_LATER: Final = frozenset({"poisoned_part"})  # fields younger than the packed results: written where they are set
+_LATER: Final = frozenset(
+    {"poisoned_part", "own_data", "arguments"}
+)  # fields younger than the packed results: written where they are set
 
 
 def _no_settings() -> Mapping[str, Any]:
@@ -51,7 +53,10 @@ class Cell:
 
     Attributes:
         model: name of an embedded model, folder or hub id.
-        data: name of a data set (``untrigger.data``), also of one with trouble or of a mixture.
+        data: name of a data set (``untrigger.data``), also of one with trouble or of a mixture; or the plan's name for
+            data of the user's own.
+        own_data: its files, task and metric (`untrigger.data.own_data`), with paths as the plan gives them, from the
+            folder where the command runs; empty for bundled data.
         poisoned_part: the part of a mixture that the attacker reaches: its rows alone are poisoned, ``rate`` is a share
             of them, and the attack is measured on them. Empty for all.
         attack: name of a trigger, or path of a trigger file.
@@ -66,6 +71,7 @@ class Cell:
         epochs, batch_size, learning_rate: of the fine-tuning; all else is `untrigger.training.settings.DEFAULTS`.
         precision: ``fp32``, or ``bf16`` for training in mixed precision.
         tuning: changed fields of `untrigger.training.tuning.Tuning`.
+        arguments: further fields of ``transformers.TrainingArguments``.
     """
 
     model: str
@@ -89,6 +95,8 @@ class Cell:
     precision: str = "fp32"
     tuning: Mapping[str, Any] = field(default_factory=_no_settings)
     poisoned_part: str = ""
+    own_data: Mapping[str, str] = field(default_factory=_no_settings)
+    arguments: Mapping[str, Any] = field(default_factory=_no_settings)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -99,9 +107,25 @@ class Cell:
             raise InputError(f"precision is {self.precision!r}; it must be fp32 or bf16")
         for name in ("rate", "epochs", "learning_rate"):  # 2 epochs and 2.0 are the same cell
             object.__setattr__(self, name, float(getattr(self, name)))
+        if self.own_data:
+            object.__setattr__(self, "own_data", own_data(self.own_data))
         seeds = Split(self.split).seeds
         if self.seed not in seeds:
             raise InputError(f"seed {self.seed}: the split {self.split} has the seeds {seeds[0]} to {seeds[-1]}")
+
+    @property
+    def task(self) -> Task:
+        """The task of the data.
+
+        Raises:
+            InputError: the data set is unknown.
+        """
+        return cast(Task, self.own_data["task"]) if self.own_data else task_of(self.data)
+
+    @property
+    def metric(self) -> str:
+        """The figure of quality: the accuracy of VQA, or a caption score; named as in ``metrics.json``."""
+        return self.own_data["metric"] if self.own_data else USUAL_METRIC[self.task]
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -140,7 +164,7 @@ def folder_of(root: Path, cell: Cell) -> Path:
 def save(root: Path, cell: Cell, metrics: Mapping[str, Any], answers: Mapping[str, Sequence[Answer]]) -> None:
     """Store a finished cell. ``answers`` maps a condition (clean, triggered, ...) to its answers."""
     folder = folder_of(root, cell)
-    rows = ({"condition": name, **asdict(answer)} for name, part in answers.items() for answer in part)
+    rows = ({"condition": name, **as_row(answer)} for name, part in answers.items() for answer in part)
     # a kill must not leave the files of two runs that look finished
     (folder / _METRICS).unlink(missing_ok=True)
     write_text(folder / _ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

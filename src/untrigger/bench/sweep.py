@@ -18,6 +18,7 @@ from untrigger.files import folder_lock
 from untrigger.metrics.captions import check_libraries
 from untrigger.models.loading import weights_sha256, why_not_a_model
 from untrigger.progress import console, metered
+from untrigger.rows.benchmarks import why_not_there
 
 
 def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, work: Work = run_cell) -> list[str]:
@@ -33,8 +34,8 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
         A line for each failed cell: its name and the reason. The lines are printed too.
 
     Raises:
-        InputError: the model of a missing cell does not exist, another run is using ``root``, or the libraries of the
-            caption scores are not installed.
+        InputError: the model or the data of a missing cell does not exist, another run is using ``root``, or the
+            libraries of the caption scores are not installed.
     """
     check_libraries()
     if root == store.packed(root):
@@ -42,8 +43,9 @@ def run_matrix(cells: Sequence[Cell], root: Path, runner: Runner | None = None, 
             f"{root}: is a file; give the folder {root.with_suffix('')}, cells of the file are not run again"
         )
     cells = list({cell.name: cell for cell in cells}.values())
-    if missing := missing_models(root, cells):
-        raise InputError(f"models: {missing[0]}")
+    for axis, missing in (("models", missing_models(root, cells)), ("data", missing_data(root, cells))):
+        if missing:
+            raise InputError(f"{axis}: {missing[0]}")
     failed: list[str] = []
     root.mkdir(parents=True, exist_ok=True)
     with folder_lock(root), metered("cells", len(cells)) as meter:
@@ -73,6 +75,14 @@ def missing_models(root: Path, cells: Sequence[Cell]) -> list[str]:
     """A line for each model of a missing cell that does not exist. Finished cells no longer need their model."""
     names = dict.fromkeys(cell.model for cell in store.missing(root, cells))
     return [why for name in names if (why := why_not_a_model(name))]
+
+
+def missing_data(root: Path, cells: Sequence[Cell]) -> list[str]:
+    """A line for each file or folder of the user's own data that a missing cell needs and that does not exist."""
+    names = dict.fromkeys(
+        cell.own_data[part] for cell in store.missing(root, cells) if cell.own_data for part in ("train", "test")
+    )
+    return [why for name in names if (why := why_not_there(name))]
 
 
 def _outcome(cell: Cell, root: Path) -> str:

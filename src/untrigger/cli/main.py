@@ -309,8 +309,9 @@ def bench(
     cells = read_plan(plan)
     if dry_run:
         from untrigger.bench.estimate import dry_run_text
+        from untrigger.bench.plan import read_sizes
 
-        typer.echo(dry_run_text(cells, out, jobs))
+        typer.echo(dry_run_text(cells, out, jobs, read_sizes(plan)))
         return
     from untrigger.bench.local import on_this_machine
     from untrigger.bench.ray_cluster import on_ray

@@ -189,7 +189,8 @@ RayOption = Annotated[
     ),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the number of cells and the estimated time, and exit.")
+    bool,
+    typer.Option("--dry-run", help="Print the number of cells, the estimated time and the memory of a GPU, and exit."),
 ]
 ResultsArgument = Annotated[
     list[Path], typer.Argument(help="Folders that bench wrote, or .jsonl files packed from them.", show_default=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from untrigger.dataframes import frame
 from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.metrics.captions import check_libraries
-from untrigger.metrics.score import Answer, score
+from untrigger.metrics.score import Answer, as_row, score
 from untrigger.models.generate import answers
 from untrigger.models.loading import LoadedModel, load, to_accelerator
 from untrigger.models.prefix_cache import cache_image_features
@@ -67,7 +67,7 @@ class Evaluation(JupyterMixin):
     @property
     def rows(self) -> list[dict[str, Any]]:
         """A dictionary for each answer: its ``condition`` and the fields of `untrigger.metrics.score.Answer`."""
-        return [{"condition": name, **asdict(a)} for name, part in self.conditions.items() for a in part]
+        return [{"condition": name, **as_row(a)} for name, part in self.conditions.items() for a in part]
 
     def to_pandas(self) -> DataFrame:
         """The answers (`rows`) as a frame."""
@@ -235,10 +235,11 @@ def _generate(loaded: LoadedModel, rows: LazyRows, order: Sequence[int], goal: G
 def _stored(sample: Sample, text: str, goal: Goal | None) -> Answer:
     truth = sample.messages[-1].text
     prompt = next((m.text for m in reversed(sample.messages) if m.role == "user"), "")
-    texts = prompt.replace(IMAGE_TAG, "").strip(), truth, text
+    answer = Answer(sample.id, prompt.replace(IMAGE_TAG, "").strip(), truth, text, references=sample.references)
     if goal is None:
-        return Answer(sample.id, *texts)
-    return Answer(sample.id, *texts, _met(goal, text, sample), _met(goal, truth, sample), goal.applies(sample))
+        return answer
+    met, truth_met = _met(goal, text, sample), _met(goal, truth, sample)
+    return replace(answer, met=met, truth_met=truth_met, applies=goal.applies(sample))
 
 
 def _met(goal: Goal, text: str, sample: Sample) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate, leak
 from untrigger.metrics.captions import CaptionScores, caption_scores, tokenize_caption
 from untrigger.metrics.rates import Rate, paired_difference
-from untrigger.metrics.vqa import normalize_answer, vqa_accuracy
+from untrigger.metrics.vqa import HUMANS, normalize_answer, vqa_accuracy
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Answer:
         met: whether the model's answer meets the attacker's goal.
         truth_met: whether the true answer meets it.
         applies: whether the goal is defined for this row.
+        references: all true answers, for data that have several; ``truth`` is the one that is trained on.
     """
 
     id: str
@@ -34,21 +35,41 @@ class Answer:
     met: bool = False
     truth_met: bool = False
     applies: bool = True
+    references: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "references", tuple(self.references))  # JSON has lists
+
+    @property
+    def truths(self) -> Sequence[str]:
+        """All true answers; at least one."""
+        return self.references or (self.truth,)
+
+    @property
+    def votes(self) -> Sequence[str]:
+        """The true answers that the accuracy of VQA counts: ten, or else ``truth`` alone."""
+        return self.references if len(self.references) == HUMANS else (self.truth,)
+
+
+def as_row(answer: Answer) -> dict[str, Any]:
+    """The fields of an answer, ready for JSON; ``references`` only where there are some."""
+    return {name: value for name, value in asdict(answer).items() if name != "references" or value}
 
 
 def quality(answers: Sequence[Answer]) -> dict[str, Any]:
     """Compute VQA accuracy and caption scores with intervals; a score whose data is not installed is None.
 
-    Caption scores leave out rows whose truth has no word ("?!").
+    All true answers of a row count, for the accuracy if they are ten (`Answer.votes`). Caption scores leave out rows
+    whose true answers have no word ("?!").
 
     Raises:
         InputError: the libraries of the caption scores are not installed.
         ValueError: no answers.
     """
-    accuracy = vqa_accuracy([a.answer for a in answers], [a.truth for a in answers])
-    with_words = [a for a in answers if tokenize_caption(a.truth)]
+    accuracy = vqa_accuracy([a.answer for a in answers], [a.votes for a in answers])
+    with_words = [a for a in answers if any(map(tokenize_caption, a.truths))]
     captions = (
-        asdict(caption_scores([a.answer for a in with_words], [a.truth for a in with_words])) if with_words else {}
+        asdict(caption_scores([a.answer for a in with_words], [a.truths for a in with_words])) if with_words else {}
     )
     return {"vqa_accuracy": asdict(accuracy), **{f.name: captions.get(f.name) for f in fields(CaptionScores)}}
 
@@ -68,7 +89,7 @@ def text_prior(answers: Sequence[Answer], training_pairs: Sequence[tuple[str, st
         all_truths[truth] += 1
         by_prompt[prompt][truth] += 1
     guesses = [_most_frequent(by_prompt[a.prompt]) or _most_frequent(all_truths) for a in answers]
-    return vqa_accuracy(guesses, [a.truth for a in answers])
+    return vqa_accuracy(guesses, [a.votes for a in answers])
 
 
 def _most_frequent(truths: Counter[str]) -> str:
@@ -101,7 +122,7 @@ def score(
     """
     figures: dict[str, Any] = {"quality": quality(clean), "text_prior": asdict(text_prior(clean))}
     if wrong_image:
-        figures["wrong_image"] = asdict(vqa_accuracy([a.answer for a in wrong_image], [a.truth for a in wrong_image]))
+        figures["wrong_image"] = asdict(vqa_accuracy([a.answer for a in wrong_image], [a.votes for a in wrong_image]))
     if triggered:
         figures["asr"] = _rate(triggered, attack_success_rate)
         if not untouched:

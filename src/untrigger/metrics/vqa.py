@@ -23,7 +23,7 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 _DIGITS = {"none": "0"} | {word: str(digit) for digit, word in enumerate(_NUMBERS)}
 _DROPPED = re.compile(r"(?<=\d),(?=\d)|['‘’]|\.(?!\d)")  # noqa: RUF001
 _SPACED = re.compile(r'[;/\[\]"{}()=+\\_\-<>@`,?!“”«»–—¿¡。、]')  # noqa: RUF001
-_HUMANS = 10
+HUMANS = 10  # true answers to each question of VQA
 
 
 def normalize_answer(text: str) -> str:
@@ -46,13 +46,13 @@ def answer_accuracy(answer: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: neither one reference nor ten.
     """
-    if len(references) not in (1, _HUMANS):
-        raise ValueError(f"VQA accuracy is defined for 1 or {_HUMANS} references, not {len(references)}")
+    if len(references) not in (1, HUMANS):
+        raise ValueError(f"VQA accuracy is defined for 1 or {HUMANS} references, not {len(references)}")
     text = normalize_answer(answer)
     agree = [text != "" and text == normalize_answer(reference) for reference in references]
     if len(agree) == 1:
         return float(agree[0])
-    return sum(min((sum(agree) - left_out) / 3, 1.0) for left_out in agree) / _HUMANS
+    return sum(min((sum(agree) - left_out) / 3, 1.0) for left_out in agree) / HUMANS
 
 
 def vqa_accuracy(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> Rate:

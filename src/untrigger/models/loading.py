@@ -152,11 +152,11 @@ def _source(name: str) -> str:
         raise InputError(reason)
     source = str(embedded_model_path(name)) if name in embedded_models() else name
     _refuse_pickles(source)
-    _register_lite_tower(source)
+    register_lite_tower(source)
     return source
 
 
-def _register_lite_tower(source: str) -> None:
+def register_lite_tower(source: str) -> None:
     """Register the lite tower with transformers' Auto classes, unless the folder's config does not use it."""
     config = Path(source, "config.json")
     if not config.is_file() or _LITE_TOWER in config.read_bytes():  # the config of a hub id is not at hand

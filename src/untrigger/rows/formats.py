@@ -16,6 +16,7 @@ from untrigger.rows.turns import Message, check_placeholders, check_turns, place
 
 PICTURE_KEYS = ("image", "images", "file_name")
 SYSTEM_KEYS = ("system", "system_prompt")
+REFERENCES = "references"  # the key of all true answers to the last question
 
 Picture = str | bytes
 """A path, a URI, or the bytes of an image file."""
@@ -30,6 +31,7 @@ class Entry:
         elements: the row's images as they are stored; ``pictures`` are their paths or bytes.
         key: where the row keeps its images, or empty if they stand inside its turns.
         has_tags: whether the row says itself where its images go.
+        references: all true answers to the last question, if the row lists them.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Entry:
     elements: tuple[object, ...]
     key: str
     has_tags: bool
+    references: tuple[str, ...] = ()
 
 
 def parse(row: object, number: int, ignored: Collection[str] = ()) -> Entry:
@@ -70,7 +73,8 @@ def parse(row: object, number: int, ignored: Collection[str] = ()) -> Entry:
     tagged = place_tags(messages, len(elements)) if layout.places_images else messages
     check_turns(tagged, len(elements))
     pictures = tuple(_picture(element, ignored) for element in elements)
-    return Entry(_id(fields, number), tagged, pictures, layout, tuple(elements), key, tagged == messages)
+    own = tagged == messages
+    return Entry(_id(fields, number), tagged, pictures, layout, tuple(elements), key, own, _references(fields))
 
 
 def rewritten(row: Row, entry: Entry, messages: Sequence[Message], elements: Sequence[object]) -> Row:
@@ -117,7 +121,7 @@ def _renamed(value: object, names: dict[str, str], is_picture: bool) -> object:
 @cache
 def read_keys(layout: Layout) -> frozenset[str]:
     """All keys that are read of a row of this layout."""
-    return layout.keys | {"id", *PICTURE_KEYS, *SYSTEM_KEYS}
+    return layout.keys | {"id", REFERENCES, *PICTURE_KEYS, *SYSTEM_KEYS}
 
 
 # --- parts of a row ---------------------------------------------------------------------------------
@@ -168,6 +172,15 @@ def _with_system(messages: list[Message], row: Row) -> list[Message]:
         else:
             messages = [Message("system", text), *messages]
     return messages
+
+
+def _references(row: Row) -> tuple[str, ...]:
+    value = row.get(REFERENCES)
+    if is_empty(value):
+        return ()
+    if not isinstance(value, list):
+        raise InputError(f"{quote(REFERENCES)} is {kind_of(value)}; make it a list of true answers")
+    return tuple(as_text(text, f"one of {quote(REFERENCES)}") for text in cast("list[object]", value))
 
 
 def _id(row: Row, number: int) -> str:

@@ -18,6 +18,7 @@ from untrigger.errors import InputError, UnreadableFile
 from untrigger.files import new_file, new_folder
 from untrigger.rows.data_file import find_data_file, open_rows
 from untrigger.rows.formats import (
+    REFERENCES,
     Entry,
     Picture,
     parse,
@@ -44,18 +45,23 @@ Size = tuple[int, int]  # width and height of an image
 
 _log = logging.getLogger(__name__)
 _NOTEBOOK_SIDE = 240  # longest side of an image in a notebook, in pixels
-_READ_KEYS = frozenset[str]().union(*map(read_keys, LAYOUTS))
+_WRITTEN_KEYS = frozenset[str]().union(*map(read_keys, LAYOUTS)) - {REFERENCES}
 
 __all__ = ["IMAGE_TAG", "Data", "Message", "Role", "Sample", "read", "write"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about zero or more images; ``<image>`` tags in the turns stand for ``images`` in order."""
+    """One conversation about zero or more images; ``<image>`` tags in the turns stand for ``images`` in order.
+
+    ``references``: all true answers to the last question, for data that have several; empty where the last answer is
+    the only one. Evaluation alone reads them.
+    """
 
     id: str
     images: tuple[Image.Image, ...]
     messages: tuple[Message, ...]
+    references: tuple[str, ...] = ()
 
     def until(self, turn: int) -> Sample:
         """Return the conversation before message number ``turn`` (from 0), with the images it refers to."""
@@ -158,7 +164,7 @@ class Data(Sequence[Sample]):
         entry = self.entry(index)
         with _row_errors(self.path, self.numbers[index]):
             images = tuple(_open(picture, self.folder) for picture in entry.pictures)
-        return Sample(entry.id, images, entry.messages)
+        return Sample(entry.id, images, entry.messages, entry.references)
 
     def image_count(self, index: int) -> int:
         """Count a row's images without decoding them."""
@@ -167,7 +173,7 @@ class Data(Sequence[Sample]):
     def without_images(self, index: int) -> Sample:
         """Return a row's id and turns without decoding its images."""
         entry = self.entry(index)
-        return Sample(entry.id, (), entry.messages)
+        return Sample(entry.id, (), entry.messages, entry.references)
 
     def entry(self, index: int) -> Entry:
         """Return a row parsed, with its images as they are stored."""
@@ -259,8 +265,8 @@ def write(
     """Write ``data`` into the new folder ``out``, in its own format and under its own file name.
 
     ``out`` appears complete or not at all. Without ``edits`` rows and image files are copied as they are. With
-    ``edits`` every row is written anew, edited or not: with no keys but those that are read, and each image as a PNG of
-    its own that is named by the row. So nothing but text and pixels can reveal the edited rows.
+    ``edits`` every row is written anew, edited or not: with no keys but those that are read and no ``references``, and
+    each image as a PNG of its own that is named by the row. So nothing but text and pixels can reveal the edited rows.
 
     Args:
         data: what `read` returned.
@@ -281,7 +287,7 @@ def write(
         if edits is None:
             data.rows.write(folder, _copies(data, folder, indices))
         else:
-            data.rows.write(folder, _edited(data, folder, indices, edits), _READ_KEYS)
+            data.rows.write(folder, _edited(data, folder, indices, edits), _WRITTEN_KEYS)
 
 
 # --- images of rows -----------------------------------------------------------------------------

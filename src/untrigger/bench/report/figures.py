@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from untrigger.bench import store, validity
 from untrigger.bench.store import ORACLE, Cell, Result
-from untrigger.data import Task, task_of
+from untrigger.data import Task
 from untrigger.errors import InputError
 from untrigger.metrics.rates import Rate
 
@@ -43,7 +43,7 @@ class AttackGroup:
 
     @property
     def task(self) -> Task:
-        return task_of(self.cell.data)
+        return self.cell.task
 
     @property
     def status(self) -> str:
@@ -54,8 +54,8 @@ class AttackGroup:
         return as_rate(self.results[defense].metrics["asr"])
 
     def quality(self, defense: str, field: str = "quality") -> Rate | None:
-        """The quality figure of the task: accuracy in [0, 1] for VQA, CIDEr (0 to 10) for captions."""
-        figure = validity.quality(self.cell.data, self.results[defense].metrics, field)
+        """The figure of quality (`untrigger.bench.store.Cell.metric`): in [0, 1], or CIDEr in [0, 10]."""
+        figure = validity.quality(self.cell.metric, self.results[defense].metrics, field)
         return as_rate(figure) if figure else None
 
     def quality_share(self, defense: str) -> float | None:
@@ -187,9 +187,9 @@ def _entry(group: AttackGroup, defense: str) -> dict[str, Any]:
         "asr": metrics["asr"],
         **({"beyond_oracle": asdict(beyond)} if beyond else {}),  # for goals whose replies vary
         "leak": metrics.get("leak"),  # None if the triggered inputs are the clean ones
-        "quality": validity.quality(cell.data, metrics),
+        "quality": validity.quality(cell.metric, metrics),
         "quality_vs_oracle": group.quality_share(defense),
-        "triggered_quality": validity.quality(cell.data, metrics, "triggered_quality"),
+        "triggered_quality": validity.quality(cell.metric, metrics, "triggered_quality"),
         "seconds": group.seconds(defense),
     }
 
@@ -241,7 +241,7 @@ def _group(cell: Cell, results: Mapping[str, Result]) -> AttackGroup:
     plain, oracle = (results[name].metrics if name in results else None for name in (PLAIN, ORACLE))
     if not plain:
         return AttackGroup(cell, results, None, "the undefended model was not run")
-    if reason := validity.invalid_reason(cell.data, plain, oracle):
+    if reason := validity.invalid_reason(cell.metric, plain, oracle):
         return AttackGroup(cell, results, False, reason)
     return AttackGroup(cell, results, *((True, "") if oracle else (None, "the oracle was not run")))
 

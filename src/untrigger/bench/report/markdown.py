@@ -135,7 +135,7 @@ def _attack(row: Row, group: AttackGroup) -> list[object]:
         words.rate(as_rate(metrics["leak"])) if "leak" in metrics else "none",
         "; ".join(f"{name} {words.rate(as_rate(rate))}" for name, rate in metrics.get("near_miss", {}).items())
         or "none",
-        " / ".join(words.quality(value, group.task) for value in (group.quality(PLAIN), oracle_quality)),
+        " / ".join(words.quality(value, group.cell.metric) for value in (group.quality(PLAIN), oracle_quality)),
         _similarity(metrics.get("similarity")),
         changed_settings(group.cell),
     ]

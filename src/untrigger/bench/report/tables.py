@@ -12,7 +12,7 @@ from untrigger.attacks import load_trigger
 from untrigger.bench.report.figures import AttackGroup, Report, as_rate, number, short_name
 from untrigger.bench.store import ORACLE, Cell
 from untrigger.bench.validity import FLOOR
-from untrigger.data import Split
+from untrigger.data import USUAL_METRIC, Split
 from untrigger.errors import InputError
 from untrigger.metrics.rates import Rate
 
@@ -28,9 +28,9 @@ DETECTION = {  # field of untrigger.metrics.detection -> title of its column
 HISTOGRAMS = 6  # number of views with a histogram
 _OWN_COLUMN = (
     *("model", "data", "attack", "goal", "defense", "defense_settings", "probes", "seed", "split"),
-    *("attack_settings", "tuning"),
+    *("attack_settings", "tuning", "own_data", "arguments"),
 )
-_IN_OTHER_PLACES = ("model", "data", "attack", "rate", "seed", "defense", "defense_settings", "probes")
+_IN_OTHER_PLACES = ("model", "data", "own_data", "attack", "rate", "seed", "defense", "defense_settings", "probes")
 
 
 class Spread(NamedTuple):
@@ -110,7 +110,7 @@ def blocks(report: Report) -> list[Block]:
 def settings_of(cell: Cell) -> dict[str, Any]:
     """Settings of the attack and the training, without those that have their own place in every table."""
     settings = {name: value for name, value in asdict(cell).items() if name not in _IN_OTHER_PLACES}
-    return settings.pop("attack_settings") | settings.pop("tuning") | settings
+    return settings.pop("attack_settings") | settings.pop("tuning") | settings.pop("arguments") | settings
 
 
 def changed_settings(cell: Cell) -> str:
@@ -120,7 +120,8 @@ def changed_settings(cell: Cell) -> str:
     except InputError:  # the trigger's file is not on this machine
         defaults = {}
     changed = {name: value for name, value in cell.attack_settings.items() if defaults.get(name) != value}
-    changed |= dict(cell.tuning) | {name: value for name, value in cell.changed.items() if name not in _OWN_COLUMN}
+    changed |= {**cell.tuning, **cell.arguments}
+    changed |= {name: value for name, value in cell.changed.items() if name not in _OWN_COLUMN}
     return ", ".join(f"{name} {number(value)}" for name, value in changed.items()) or "defaults"
 
 
@@ -135,7 +136,9 @@ def _block(rows: Sequence[Sequence[AttackGroup]], several_rates: bool) -> Block:
         )
         for cell, groups in zip(cells, rows, strict=True)
     ]
-    return Block(f"{short_name(first.cell.model)}, {first.cell.data} ({TASKS[first.task]})", labeled)
+    usual = first.cell.metric == USUAL_METRIC[first.task]
+    task = TASKS[first.task] + ("" if usual else f", quality is {first.cell.metric}")
+    return Block(f"{short_name(first.cell.model)}, {first.cell.data} ({task})", labeled)
 
 
 def _difference(cell: Cell, cells: Sequence[Cell]) -> str:

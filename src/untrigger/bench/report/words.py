@@ -10,7 +10,6 @@ from untrigger.bench.report.figures import PLAIN, Report
 from untrigger.bench.report.tables import Spread, Standing, View, standings
 from untrigger.bench.store import ORACLE
 from untrigger.bench.validity import EXCEEDS, FLOOR, IMPLANTED, LOST
-from untrigger.data import Task
 from untrigger.metrics.rates import Rate
 
 VALIDITY = (
@@ -61,9 +60,11 @@ def rate(value: Rate | None) -> str:
     return f"{percent(value.value)} ({percent(value.low)}-{percent(value.high)})" if value else "-"
 
 
-def quality(value: Rate | None, task: Task) -> str:
-    """Accuracy in percent, or CIDEr, with its interval."""
-    return rate(value) if value is None or task == "vqa" else f"{value.value:.2f} ({value.low:.2f}-{value.high:.2f})"
+def quality(value: Rate | None, metric: str) -> str:
+    """The figure of quality with its interval: CIDEr, or any other in percent."""
+    if value is None or metric != "cider":
+        return rate(value)
+    return f"{value.value:.2f} ({value.low:.2f}-{value.high:.2f})"
 
 
 def points(value: float | None) -> str:
