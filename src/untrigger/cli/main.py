@@ -121,13 +121,17 @@ def scan(
     from untrigger.scanning.findings import p_value_text, place
     from untrigger.scanning.scan import scan as run
     from untrigger.scanning.write import CLEAN
+    from untrigger.training.run_folder import leads
 
     defense, args = defense_and_arguments(scan, "default", out, config, context.args)
     if args.push_to_hub:
         _refuse("push_to_hub: a scan has no model to push; leave it out")
-    check_idle(out)  # fail before the slow reading
+    if leads():
+        check_idle(out)  # fail before the slow reading
     rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
     findings = run(model, rows, defense, args, resume=resume)
+    if not leads():
+        return
     for target in findings.targets:
         teaches = f"say {target.text!r}" if target.text else "share no text, but parts of them harm other rows"
         chance = f"(chance {p_value_text(target.p_value)})"

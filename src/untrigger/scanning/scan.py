@@ -32,7 +32,8 @@ def scan(
 ) -> Findings:
     """Find the rows that teach what only an attacker would teach, if ``model`` were fine-tuned on them.
 
-    A scan that was killed and is started again with ``resume`` gives the same findings.
+    A scan that was killed and is started again with ``resume`` gives the same findings. Under ``torchrun`` the
+    processes share the rows to score, each of them returns the findings, and the main one writes the files.
 
     Args:
         model: an embedded model's name, a local folder or a hub id.
@@ -57,8 +58,14 @@ def scan(
         raise InputError(f"scan: {type(defense).__name__} finds no rows; give a SharedCause, or leave defense out")
     folder, tuning = Path(str(args.output_dir)), Tuning()
     record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
+    is_main = args.process_index == 0
+
+    def claim_folder() -> Path | None:
+        # the main process has filled the folder before the other processes claim it
+        return claim(folder, record, resume or not is_main, lock)
+
     with ExitStack() as lock:
-        stages = Stages(str(model), rows, args, tuning, title="scan", claim=lambda: claim(folder, record, resume, lock))
-        findings = find(stages, defense)
-        write(findings, rows, folder)
+        findings = find(Stages(str(model), rows, args, tuning, title="scan", claim=claim_folder), defense)
+        if is_main:
+            write(findings, rows, folder)
     return findings

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -39,12 +39,13 @@ from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.grafted_rows import Graft, GraftedRows, can_be_grafted
 from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, load
 from untrigger.models.quantized import is_quantized, quantized_loading
-from untrigger.models.scoring import TokenScores, row_answers, row_tokens
+from untrigger.models.scoring import BATCH_ROWS, TokenScores, row_answers, row_tokens
 from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, select_rows
 from untrigger.training.checkpoints import last_checkpoint, load_full
 from untrigger.training.hub_push import without_hub
+from untrigger.training.processes import share_of
 from untrigger.training.progress_callback import TrainingProgress
 from untrigger.training.schedule import clock, shorten
 from untrigger.training.settings import NO_DEEPSPEED, settings_of, versions
@@ -158,7 +159,7 @@ class Stages:
         if not self._claimed:
             self._check_settings(model, samples)
             self._take()
-        return self._score(model, samples, name)
+        return self._score(model, Rows(samples), name)
 
     def can_be_grafted(self, row: int) -> bool:
         return can_be_grafted(Rows(self.rows)[row])
@@ -166,12 +167,19 @@ class Stages:
     def graft_tokens(self, model: LoadedModel, grafts: Sequence[Graft], name: str) -> list[TokenScores]:
         return self._score(model, GraftedRows(Rows(self.rows), grafts), name)
 
-    def _score(self, model: LoadedModel, rows: Sequence[Sample] | GraftedRows, name: str) -> list[TokenScores]:
-        with reuse_tower_outputs(model.model, self._tower_outputs):
-            return row_tokens(model, rows, cache=self._out / "stages" / name)
-
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
-        return row_answers(self._load().processor, select_rows(self.rows, rows))
+        share = share_of(self._args, len(rows), BATCH_ROWS)
+        own = select_rows(self.rows, [rows[at] for at in share.rows])
+        return share.gathered(row_answers(self._load().processor, own, BATCH_ROWS))
+
+    def _score(self, model: LoadedModel, rows: Dataset[Row], name: str) -> list[TokenScores]:
+        """Score the rows; each process scores its share of them, in the batches of one process."""
+        share = share_of(self._args, len(cast(Any, rows)), BATCH_ROWS)
+        folder = self._out / "stages" / name
+        if share.processes > 1:
+            rows, folder = Subset(rows, share.rows), folder / f"{share.index}-of-{share.processes}"
+        with reuse_tower_outputs(model.model, self._tower_outputs):
+            return share.gathered(row_tokens(model, rows, BATCH_ROWS, cache=folder))
 
     # --- one stage ----------------------------------------------------------------------------------
 
