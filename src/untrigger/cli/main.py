@@ -114,7 +114,8 @@ def scan(
     """Find the rows that teach what only an attacker would; exit code 3 if there are any, 0 if not.
 
     Give the model and the settings that you would train with (--learning_rate 1e-4; without any: one epoch at 2e-4,
-    batches of 16). Writes DIR/all_rows.jsonl and .parquet, the most suspicious row first; DIR/scan.html, the findings;
+    batches of 16). Of more than 4,096 rows so many are drawn and scored (--max-scored-rows N, or all), and the last line
+    says what that can miss. Writes DIR/all_rows.jsonl and .parquet, the most suspicious row first; DIR/scan.html, the findings;
     DIR/clean, the data without suspected rows.
     """
     from untrigger.files import check_idle
@@ -138,6 +139,8 @@ def scan(
         typer.echo(f"{len(target.rows):,} rows {teaches} {chance}: {place(findings, target)}")
     typer.echo(f"{out / 'all_rows.jsonl'}: {len(findings.suspected):,} of {len(rows):,} rows are suspected")
     typer.echo(f"{out / 'scan.html'}: {'what was found' if findings.targets else 'nothing found'}")
+    if findings.drawn:
+        typer.echo(str(findings.drawn))
     if findings.targets:
         typer.echo(f"{out / CLEAN}: the other {len(rows) - len(findings.suspected):,} rows")
         raise typer.Exit(3)

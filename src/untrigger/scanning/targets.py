@@ -25,6 +25,7 @@ from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample, row_number, select_rows, without_images
 from untrigger.scanning.causes import effects_of, honest_share, maps_of, target_of
 from untrigger.scanning.cues import Cue, cues_of
+from untrigger.scanning.drawn import Drawn
 from untrigger.scanning.findings import Effect, Findings, Target, Verdict
 from untrigger.views.grafts import KINDS
 
@@ -53,7 +54,8 @@ def find(training: Training, defense: SharedCause) -> Findings:
         effect = verdict.effect and verdict.effect._replace(host=screening.numbers[verdict.effect.host])
         verdicts[row] = replace(verdict, effect=effect)
     targets = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in scored.targets]
-    return Findings(verdicts, targets)
+    drawn = Drawn(len(rows), defense.max_scored_rows, defense.min_suspects)
+    return Findings(verdicts, targets, drawn if drawn.scored < drawn.rows else None)
 
 
 def _findings(
