@@ -17,7 +17,8 @@ from untrigger.scanning.targets import Findings, find
 from untrigger.scanning.write import write
 from untrigger.training.run_folder import claim, record_of
 from untrigger.training.settings import settled
-from untrigger.training.stages import Stages, Tuning
+from untrigger.training.stages import Stages
+from untrigger.training.tuning import Tuning
 
 
 def scan(
@@ -27,6 +28,7 @@ def scan(
     args: TrainingArguments | None = None,
     *,
     out: Path | str | None = None,
+    tuning: Tuning | None = None,
     resume: bool = False,
     **settings: Any,
 ) -> Findings:
@@ -42,6 +44,7 @@ def scan(
         args: ready arguments (`untrigger.training.settings.arguments`), in place of ``out`` and ``settings``.
         out: a folder for the findings: all rows, a page, the data without the suspected rows
             (`untrigger.scanning.write`). If left out, nothing stays on the disk.
+        tuning: which weights are trained, as in the training that you plan.
         settings: those that you would train with (``learning_rate=1e-4``), and fields of
             `untrigger.defenses.SharedCause`.
 
@@ -52,11 +55,11 @@ def scan(
     check_rows(rows)
     if args is None and out is None:
         with TemporaryDirectory(prefix="untrigger-") as folder:
-            return scan(model, rows, defense, out=folder, **settings)
+            return scan(model, rows, defense, out=folder, tuning=tuning, **settings)
     defense, args = settled(defense or "default", args, out, settings)
     if not isinstance(defense, SharedCause):
         raise InputError(f"scan: {type(defense).__name__} finds no rows; give a SharedCause, or leave defense out")
-    folder, tuning = Path(str(args.output_dir)), Tuning()
+    folder, tuning = Path(str(args.output_dir)), tuning or Tuning()
     record = {"scan": True, **record_of(str(model), rows, defense, args, tuning, ())}
     is_main = args.process_index == 0
 
