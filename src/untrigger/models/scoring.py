@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from untrigger.files import new_file
 from untrigger.losses import objective
-from untrigger.models.collators import IGNORE, ChatCollator, Row, Rows
+from untrigger.models.collators import IGNORE, ChatCollator, Row, Rows, chat_message
 from untrigger.models.forward import batches, evaluating, explain_token_mismatch, forward_answers, on_device
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample
+from untrigger.progress import tracked
+from untrigger.rows.sample import Sample, without_images
 
 BATCH_ROWS = 32  # rows a forward pass
 _SHARD = 32  # batches whose scores lie in one file
@@ -77,17 +78,15 @@ def row_tokens(
     return scores
 
 
-def row_answers(
-    processor: ProcessorMixin, rows: Sequence[Sample], batch_size: int = BATCH_ROWS
-) -> list[NDArray[np.int64]]:
-    """Token ids of each row's answer [n]; no model runs."""
-    collate, dataset = ChatCollator(processor), Rows(rows)
-    parts = (collate([dataset[i] for i in batch]) for batch in batches(len(dataset), batch_size, "reading answers"))
-    return [ids for part in parts for ids in batch_answers(part)]
+def row_answers(processor: ProcessorMixin, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
+    """Token ids of each row's answer [n]; no model runs, and no image is opened."""
+    collate = ChatCollator(processor)
+    messages = ([*map(chat_message, without_images(rows, at).messages)] for at in range(len(rows)))
+    return [collate.answer_ids(turns) for turns in tracked(messages, "reading answers", len(rows))]
 
 
 def batch_answers(batch: Mapping[str, Any]) -> list[NDArray[np.int64]]:
-    """`row_answers` of one batch with ``labels`` [B, T]."""
+    """Token ids of each row's answer [n], of a batch with ``labels`` [B, T]."""
     return [row[row != IGNORE].numpy() for row in batch["labels"][:, 1:]]
 
 

@@ -60,7 +60,7 @@ class Effect(NamedTuple):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The result for one row.
 
