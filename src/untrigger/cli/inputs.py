@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from untrigger.cli.options import OnBadRow
 if TYPE_CHECKING:
     from untrigger.models.lengths import Lengths
     from untrigger.poisoning.poison import Attack
+    from untrigger.rows.sample import Data
+    from untrigger.scanning.ray_scoring import RayScoring
     from untrigger.training.tuning import Tuning
 
 
@@ -60,6 +63,19 @@ def tuning_of(options: Mapping[str, Any]) -> Tuning:
         load_in_4bit=options["load_in_4bit"],
         load_in_8bit=options["load_in_8bit"],
     )
+
+
+@contextmanager
+def ray_scoring(rows: Data, address: str | None) -> Generator[RayScoring | None]:
+    """What scores the rows on the cluster at ``address``; None without one."""
+    if address is None:
+        yield None
+        return
+    from untrigger.ray_session import connected
+    from untrigger.scanning.ray_scoring import RayScoring
+
+    with connected(address) as gpus:
+        yield RayScoring(rows, gpus)
 
 
 def attack_with_goal(

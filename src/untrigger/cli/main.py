@@ -11,7 +11,7 @@ import typer
 from untrigger import __version__
 from untrigger.cli import model_commands, options
 from untrigger.cli.flags import interrupted, normalize_flags, option_names
-from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, lengths_of, read_rows, tuning_of
+from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, lengths_of, ray_scoring, read_rows, tuning_of
 from untrigger.cli.process import prepare_process
 from untrigger.errors import InputError, did_you_mean
 
@@ -115,6 +115,7 @@ def scan(
     use_dora: options.UseDoraOption = False,
     load_in_4bit: options.LoadIn4BitOption = False,
     load_in_8bit: options.LoadIn8BitOption = False,
+    ray: options.ScanRayOption = None,
     config: options.ConfigOption = None,
     resume: options.ResumeOption = False,
     on_bad_row: options.BadRowOption = "error",
@@ -140,7 +141,8 @@ def scan(
     if leads():
         check_idle(out)  # fail before the slow reading
     rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
-    findings = run(model, rows, defense, args, tuning=tuning, resume=resume)
+    with ray_scoring(rows, ray) as elsewhere:
+        findings = run(model, rows, defense, args, tuning=tuning, resume=resume, elsewhere=elsewhere)
     if not leads():
         return
     for target in findings.targets:

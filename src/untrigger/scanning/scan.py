@@ -17,7 +17,7 @@ from untrigger.scanning.targets import Findings, find
 from untrigger.scanning.write import write
 from untrigger.training.run_folder import claim, record_of
 from untrigger.training.settings import settled
-from untrigger.training.stages import Stages
+from untrigger.training.stages import Elsewhere, Stages
 from untrigger.training.tuning import Tuning
 
 
@@ -30,6 +30,7 @@ def scan(
     out: Path | str | None = None,
     tuning: Tuning | None = None,
     resume: bool = False,
+    elsewhere: Elsewhere | None = None,
     **settings: Any,
 ) -> Findings:
     """Find the rows that teach what only an attacker would teach, if ``model`` were fine-tuned on them.
@@ -45,6 +46,8 @@ def scan(
         out: a folder for the findings: all rows, a page, the data without the suspected rows
             (`untrigger.scanning.write`). If left out, nothing stays on the disk.
         tuning: which weights are trained, as in the training that you plan.
+        elsewhere: scores the rows on other machines (`untrigger.scanning.ray_scoring.RayScoring`); training and tests
+            stay here.
         settings: those that you would train with (``learning_rate=1e-4``), and fields of
             `untrigger.defenses.SharedCause`.
 
@@ -55,7 +58,7 @@ def scan(
     check_rows(rows)
     if args is None and out is None:
         with TemporaryDirectory(prefix="untrigger-") as folder:
-            return scan(model, rows, defense, out=folder, tuning=tuning, **settings)
+            return scan(model, rows, defense, out=folder, tuning=tuning, elsewhere=elsewhere, **settings)
     defense, args = settled(defense or "default", args, out, settings)
     if not isinstance(defense, SharedCause):
         raise InputError(f"scan: {type(defense).__name__} finds no rows; give a SharedCause, or leave defense out")
@@ -68,7 +71,8 @@ def scan(
         return claim(folder, record, resume or not is_main, lock)
 
     with ExitStack() as lock:
-        findings = find(Stages(str(model), rows, args, tuning, title="scan", claim=claim_folder), defense)
+        stages = Stages(str(model), rows, args, tuning, title="scan", claim=claim_folder, elsewhere=elsewhere)
+        findings = find(stages, defense)
         if is_main:
             write(findings, rows, folder)
     return findings

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar, final
 
 import torch.distributed as dist
 from transformers import TrainingArguments
@@ -11,7 +12,9 @@ from transformers import TrainingArguments
 T = TypeVar("T")
 
 
-class Share(NamedTuple):
+@final
+@dataclass(frozen=True)
+class Share:
     """The part of a process in work on ``count`` rows.
 
     Processes take turns at blocks of ``block`` rows. If a block is a batch, a row lies in the same batch as in one
