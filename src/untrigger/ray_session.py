@@ -41,7 +41,7 @@ def connected(address: str, cpus: int | None = None) -> Generator[int]:
         cluster = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
         ray.init(**cluster, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises a bare Exception, too, if a node does not start in time
         raise InputError(f"--ray {address}: {str(error).strip().splitlines()[0]}") from error
     try:
         yield 1 if ray.cluster_resources().get("GPU") else 0

@@ -63,10 +63,10 @@ def test_two_processes_judge_as_one(
     monkeypatch.setattr("untrigger.training.stages.BATCH_ROWS", 4)
     one, two = tmp_path / "one", tmp_path / "two"
     file = "all_rows.jsonl" if verb == "scan" else "flagged_rows.jsonl"
-    found = 3 if verb == "scan" else 0
+    code = 3 if verb == "scan" else 0
     words = (verb, poisoned, "--model", tiny_model, *RUN, "--out")
-    assert untrigger_here(*words, one, "--per_device_train_batch_size", 4) == found
-    assert in_two_forks(tmp_path, *words, two, *TWO) == [found, 0]
+    assert untrigger_here(*words, one, "--per_device_train_batch_size", 4) == code
+    assert in_two_forks(tmp_path, *words, two, *TWO) == [code, 0]
     assert verdicts(two / file) == verdicts(one / file) and lines(one / file)
     assert {path.name for path in (two / "stages" / "before").iterdir()} == {"0-of-2", "1-of-2"}
     if verb == "scan":

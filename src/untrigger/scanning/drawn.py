@@ -27,8 +27,8 @@ class Drawn(NamedTuple):
         def is_enough(poisoned: int) -> bool:
             return float(cast(float, hypergeom.sf(self.needed - 1, self.rows, poisoned, self.scored))) >= CHANCE
 
-        found = bisect_left(range(self.rows + 1), True, key=is_enough)
-        return found if found <= self.rows else None
+        least = bisect_left(range(self.rows + 1), True, key=is_enough)
+        return least if least <= self.rows else None
 
     def __str__(self) -> str:
         text = f"{self.scored:,} of {self.rows:,} rows were drawn and scored"
