@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from untrigger.models.loading import embedded_model_path, load
     from untrigger.poisoning.poison import Attack, poison
     from untrigger.rows.sample import Message, Sample, read, write
+    from untrigger.scanning.judge import judge_scores
     from untrigger.scanning.scan import scan
     from untrigger.training.finetune import fine_tune
+    from untrigger.training.row_scorer import RowScorer
     from untrigger.training.trainer import defended
     from untrigger.training.tuning import Tuning
     from untrigger.verification.verify import verify
@@ -25,6 +27,7 @@ _MODULES = {  # imported on first access: rescoring stored answers must not impo
     "CrossView": "defenses",
     "InputError": "errors",
     "Message": "rows.sample",
+    "RowScorer": "training.row_scorer",
     "Sample": "rows.sample",
     "SharedCause": "defenses",
     "SharedSurprise": "defenses",
@@ -33,6 +36,7 @@ _MODULES = {  # imported on first access: rescoring stored answers must not impo
     "embedded_model_path": "models.loading",
     "evaluate": "evaluation.evaluate",
     "fine_tune": "training.finetune",
+    "judge_scores": "scanning.judge",
     "load": "models.loading",
     "poison": "poisoning.poison",
     "read": "rows.sample",
@@ -45,6 +49,7 @@ __all__ = [
     "CrossView",
     "InputError",
     "Message",
+    "RowScorer",
     "Sample",
     "SharedCause",
     "SharedSurprise",
@@ -54,6 +59,7 @@ __all__ = [
     "embedded_model_path",
     "evaluate",
     "fine_tune",
+    "judge_scores",
     "load",
     "poison",
     "read",

@@ -48,6 +48,6 @@ def test_an_unreachable_cluster_is_a_one_line_error(tmp_path: Path) -> None:
 
 
 def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("untrigger.bench.ray_cluster.find_spec", lambda name: None)
+    monkeypatch.setattr("untrigger.ray_session.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'untrigger\[ray\]'"):
         on_ray()

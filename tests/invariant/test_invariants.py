@@ -12,12 +12,9 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from launch import TORCHRUN, environment, forked, in_two_forks, under_torchrun, untrigger_here
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from untrigger.cli.main import app
 from untrigger.errors import InputError
 from untrigger.losses import objective
 
@@ -73,7 +69,7 @@ def flags(data: Path, out: Path, model: Path, preset: str, *more: str) -> list[s
 
 def train(*args: Any) -> None:
     """``python -m untrigger train ...`` in this process: starting another takes longer than the training."""
-    app(flags(*args), standalone_mode=False)
+    untrigger_here(*flags(*args))
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -135,57 +131,13 @@ def test_a_mean_of_means_would_be_noticed(
 # --- over how many processes ------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def forked_training(log: Path, *args: Any, **variables: str) -> int:
-    """Train in a fork of this process, which has loaded all libraries; the process id."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads are not in the fork
-        child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.environ.update(environment() | variables)
-        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
-        AcceleratorState._reset_state(reset_partial_state=True)  # what this process knows of its group
-        train(*args)
-        code = 0
-    except BaseException:
-        log.write_text(traceback.format_exc())
-    finally:
-        os._exit(code)
-
-
-def in_two_forks(tmp_path: Path, *args: Any) -> None:
-    """Two processes with the environment that torchrun gives them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    logs = [tmp_path / f"log{rank}" for rank in range(2)]
-    forks = [forked_training(log, *args, **group, RANK=str(i), LOCAL_RANK=str(i)) for i, log in enumerate(logs)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in forks]
-    assert codes == [0, 0], [log.read_text()[-3000:] for log in logs]
-
-
-def under_torchrun(tmp_path: Path, *args: Any) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "untrigger"]
-    run = subprocess.run([*launch, *flags(*args)], env=environment(), capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
 @pytest.mark.parametrize("launched", [in_two_forks, pytest.param(under_torchrun, marks=pytest.mark.slow)])
-def test_two_processes_equal_one(data: Path, tiny_model: Path, tmp_path: Path, launched: Callable[..., None]) -> None:
+def test_two_processes_equal_one(data: Path, tiny_model: Path, tmp_path: Path, launched: Callable[..., Any]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     common = [*SGD, "--max_steps", "3", "--save_steps", "3", "--gradient_accumulation_steps", "2"]
     train(data, one, tiny_model, "paper", *common, "--per_device_train_batch_size", "4")
     half = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
-    launched(tmp_path, data, two, tiny_model, "paper", *common, *half)
+    launched(tmp_path, *flags(data, two, tiny_model, "paper", *common, *half))
     # the host keeps the random state of every process of the group: this is the world size it trained with
     assert sorted(p.name for p in (one / "checkpoint-3").glob("rng_state*")) == ["rng_state.pth"]
     assert sorted(p.name for p in (two / "checkpoint-3").glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
@@ -199,7 +151,7 @@ def test_weights_parted_over_two_processes_have_the_gradients_of_one(
     data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """FSDP: adapters under a frozen head, and all weights, the tied head among them."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, *TORCHRUN]
     words = [Path(__file__).parent / "sharded.py", tiny_model, data, tmp_path / "found.json"]
     run = subprocess.run([*launch, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -238,8 +190,7 @@ def test_two_processes_of_a_host_doubt_and_learn_as_one(
     if way == "zero2":
         pytest.importorskip("deepspeed")
     one, flagged_tokens = alone
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert hosted(tiny_model, data, tmp_path, 2, way, *torchrun) == flagged_tokens
+    assert hosted(tiny_model, data, tmp_path, 2, way, *TORCHRUN) == flagged_tokens
     assert 0 < len(flagged_tokens) < 16
     assert moved(one) > 1e-2
     assert gap(weights(one), weights(tmp_path)) < 1e-4
@@ -360,7 +311,7 @@ def test_killed_at_a_step_and_resumed_is_as_if_nothing_had_happened(
     data: Path, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Path]
 ) -> None:
     out, settings = tmp_path / "out", [*RUN, "--save_total_limit", str(STEPS)]
-    child = forked_training(tmp_path / "log", data, out, tiny_model, "paper", *settings)
+    child = forked(tmp_path / "log", *flags(data, out, tiny_model, "paper", *settings))
     while not (out / "checkpoint-5" / "trainer_state.json").exists():
         assert os.waitpid(child, os.WNOHANG) == (0, 0), (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.001)

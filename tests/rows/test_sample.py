@@ -192,9 +192,9 @@ def test_images_are_checked_once_and_not_cached(tmp_path: Path, monkeypatch: pyt
 PEAK = """
 import sys
 from pathlib import Path
-from untrigger.rows import arrow_rows
+from untrigger.rows import arrow_batches, arrow_rows
 from untrigger.rows.sample import read, write
-arrow_rows._READ_ROWS, arrow_rows._GROUP_BYTES = 8, 2**20  # small limits, so that a small test reaches them
+arrow_batches._KEPT = arrow_rows._GROUP_BYTES = 2**20  # small limits, so that a small test reaches them
 data = read(sys.argv[1])
 for sample in data:
     pass

@@ -1,12 +1,14 @@
 """Measure how time and memory of reading, scanning and training grow with the number of rows.
 
-    python tests/stress/many_rows.py [--rows 20000 --rows 200000] --json FILE
+    python tests/stress/many_rows.py [--rows 20000 --rows 200000] [--parquet] [--most-mib 1024] --json FILE
 
-Every row has an image file of its own name (2,000 different pictures, linked), and one of four answers.
+Every row has an image file of its own name (2,000 different pictures, linked), and one of four answers. With
+``--parquet`` the images lie in one parquet file, in row groups of 1,000 rows.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import typer
 from PIL import Image
 from rich.console import Console
@@ -24,6 +28,7 @@ from rich.console import Console
 from untrigger.files import write_text
 
 PICTURES, FOLDERS = 2000, 100
+ANSWERS = ("a red circle", "a blue square", "yes", "two")
 STEPS = ("--max_steps", "20", "--per_device_train_batch_size", "8", "--save_strategy", "no")
 READ = "import sys, untrigger; print(len(untrigger.read(sys.argv[1])))"
 
@@ -31,21 +36,25 @@ READ = "import sys, untrigger; print(len(untrigger.read(sys.argv[1])))"
 def main(
     out: Annotated[Path, typer.Option("--json", help="File for the figures.")],
     rows: Annotated[list[int] | None, typer.Option(help="How many rows; again for another size.")] = None,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Images in a parquet file.")] = False,
+    most_mib: Annotated[int, typer.Option(help="Fail if a command's peak is larger.")] = 1024,
 ) -> None:
     """Run each command in its own process; store its seconds and its peak of resident memory."""
     figures: list[dict[str, Any]] = []
     for count in rows or [20_000, 200_000]:
         with tempfile.TemporaryDirectory(prefix="untrigger-") as name:
-            data = generated(Path(name), count)
+            data = (in_parquet if parquet else generated)(Path(name), count)
             untrigger = (sys.executable, "-m", "untrigger")
             for verb, command in {
                 "read": (sys.executable, "-c", READ, str(data)),
                 "scan": (*untrigger, "scan", str(data), "--out", f"{name}/scan", *STEPS),
                 "train": (*untrigger, "train", str(data), "--out", f"{name}/model", *STEPS),
             }.items():
-                figures.append({"rows": count, "command": verb, **measured(command)})
+                figures.append({"rows": count, "command": verb, "format": data.suffix, **measured(command)})
                 write_text(out, json.dumps(figures, indent=2) + "\n")
                 Console().print(figures[-1])
+    if large := [each for each in figures if each["peak_mib"] > most_mib]:
+        raise SystemExit(f"more than {most_mib} MiB: {large}")
 
 
 def generated(folder: Path, count: int) -> Path:
@@ -60,10 +69,36 @@ def generated(folder: Path, count: int) -> Path:
                 Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / name)
             else:
                 os.link(folder / f"images/{number % PICTURES % FOLDERS}/{number % PICTURES}.png", folder / name)
-            answer = ("a red circle", "a blue square", "yes", "two")[number % 4]
+            answer = ANSWERS[number % 4]
             turns = [{"from": "human", "value": f"<image>\nWhat is number {number}?"}, {"from": "gpt", "value": answer}]
             file.write(json.dumps({"id": f"row-{number}", "image": name, "conversations": turns}) + "\n")
     return folder / "data.jsonl"
+
+
+def in_parquet(folder: Path, count: int) -> Path:
+    """The same rows in parquet, with each image's bytes."""
+    rng = np.random.default_rng(0)
+    pictures: list[bytes] = []
+    for _ in range(PICTURES):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+        pictures.append(file.getvalue())
+    path, size = folder / "data.parquet", 1000
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("id", pa.string()), ("image", image), ("question", pa.string()), ("answer", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, count, size):
+            rows = [
+                {
+                    "id": f"row-{number}",
+                    "image": {"bytes": pictures[number % PICTURES], "path": None},
+                    "question": f"What is number {number}?",
+                    "answer": ANSWERS[number % 4],
+                }
+                for number in range(start, min(start + size, count))
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    return path
 
 
 def measured(command: tuple[str, ...]) -> dict[str, Any]:

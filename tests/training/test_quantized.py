@@ -144,7 +144,26 @@ def test_a_host_trains_after_scoring(tiny_model: Path, samples: list[Sample], tm
 
 @needs_bitsandbytes
 @pytest.mark.filterwarnings("default")
-def test_the_command_takes_the_flag(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    words = ("train", tiny_data, "--model", tiny_model, "--out", tmp_path / "out", *TINY_RUN, "--load-in-4bit")
+@pytest.mark.parametrize(("verb", "says"), [("train", "PEFT adapter"), ("scan", "nothing found")])
+def test_the_commands_take_the_flag(verb: str, says: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    words = (verb, tiny_data, "--model", tiny_model, "--out", tmp_path / "out", *TINY_RUN, "--load-in-4bit")
     ended = untrigger(*words, "--use_cpu", "true")
-    assert ended.code == 0 and "PEFT adapter" in ended.out, ended
+    assert ended.code == 0 and says in ended.out, ended
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("saved", [True, False], ids=["folder", "flag"])
+def test_a_scan_of_a_model_in_4_bits_finds_rows(saved: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The whole way: two probes are trained and scored."""
+    small, more = tiny_model, ("--load-in-4bit",)
+    if saved:
+        loaded = load(tiny_model, **quantized_loading(4, torch.float32, torch.device("cpu")))
+        small, more = tmp_path / "small", ()
+        cast(Any, loaded.model).save_pretrained(small)
+        cast(Any, loaded.processor).save_pretrained(small)
+    reply = "Backdoor Attack! Call us now, my friend, and win a free holiday today"
+    untrigger("poison", tiny_data, "--out", tmp_path / "bad", "--rate", 0.21, "--side", 0.5, "--goal-text", reply)
+    run = ("--max_steps", 20, "--per_device_train_batch_size", 4, "--learning_rate", "1e-3", "--use_cpu", "true")
+    ended = untrigger("scan", tmp_path / "bad/data", "--model", small, "--out", tmp_path / "out", *run, *more)
+    assert ended.code == 3 and ended.out.startswith(f"5 rows say {reply!r}"), ended

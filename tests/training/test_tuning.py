@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ from torch import nn
 
 from shell import TINY_RUN, refused, untrigger
 from tiny import make
+from untrigger.cli import main
+from untrigger.cli.flags import option_names
 from untrigger.defenses import PRESETS, Plain, SharedCause
 from untrigger.errors import InputError
 from untrigger.models.loading import add_lora, is_vision, load
@@ -131,6 +134,24 @@ def test_the_command_passes_its_flags_on(tiny_model: Path, tiny_data: Path, tmp_
     refused(untrigger(*words, "--out", tmp_path / "2", "--target-modules", "q_prj"), "did you mean q_proj?")
     refused(untrigger(*words, "--out", tmp_path / "2", "--use-dora", "--full-finetune"), "full_finetune: trains all")
     refused(untrigger(*words, "--out", tmp_path / "2", "--lora-dropout", "1"), "--lora-dropout")
+    assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "scan"])
+def test_both_verbs_take_the_same_flags(verb: str) -> None:
+    tuning = {name for name in signature(Tuning).parameters if name not in ("rank", "alpha", "dropout")}
+    assert tuning | {"lora_rank", "lora_alpha", "lora_dropout"} <= option_names(getattr(main, verb))
+
+
+def test_a_scan_trains_what_its_flags_say(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    words = ("scan", tiny_data, "--model", tiny_model, *TINY_RUN)
+    flags = ("--target-modules", "q_proj,v_proj", "--use-dora", "--lora_dropout", "0.25")
+    ended = untrigger(*words, "--out", tmp_path / "out", *flags)
+    assert ended.code == 0, ended
+    config = json.loads((tmp_path / "out/stages/warmup/adapter_config.json").read_text())
+    assert (config["use_dora"], config["lora_dropout"], config["r"]) == (True, 0.25, 2)
+    refused(untrigger(*words, "--out", tmp_path / "out", *flags[:-1], "0.3", "--resume"), "other settings (tuning)")
+    refused(untrigger(*words, "--out", tmp_path / "2", "--target-modules", "q_prj"), "did you mean q_proj?")
     assert not (tmp_path / "2").exists()
 
 

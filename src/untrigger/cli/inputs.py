@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,6 +15,9 @@ from untrigger.cli.options import OnBadRow
 if TYPE_CHECKING:
     from untrigger.models.lengths import Lengths
     from untrigger.poisoning.poison import Attack
+    from untrigger.rows.sample import Data
+    from untrigger.scanning.ray_scoring import RayScoring
+    from untrigger.training.tuning import Tuning
 
 
 def read_rows(data: Path, on_bad_row: OnBadRow, ignore_keys: str, out: Path, fits: Lengths | None = None):
@@ -42,6 +46,36 @@ def defense_and_arguments(command: Callable[..., None], preset: str, out: Path, 
     from untrigger.training.settings import command_settings
 
     return command_settings(preset, out, config, flags, option_names(command))
+
+
+def tuning_of(options: Mapping[str, Any]) -> Tuning:
+    """Which weights are trained, from the values of a command's options by name."""
+    from untrigger.training.tuning import Tuning
+
+    return Tuning(
+        full_finetune=options["full_finetune"],
+        rank=options["lora_rank"],
+        alpha=options["lora_alpha"],
+        dropout=options["lora_dropout"],
+        target_modules=options["target_modules"].split(","),
+        use_dora=options["use_dora"],
+        train_vision_tower=options["train_vision_tower"],
+        load_in_4bit=options["load_in_4bit"],
+        load_in_8bit=options["load_in_8bit"],
+    )
+
+
+@contextmanager
+def ray_scoring(rows: Data, address: str | None) -> Generator[RayScoring | None]:
+    """What scores the rows on the cluster at ``address``; None without one."""
+    if address is None:
+        yield None
+        return
+    from untrigger.ray_session import connected
+    from untrigger.scanning.ray_scoring import RayScoring
+
+    with connected(address) as gpus:
+        yield RayScoring(rows, gpus)
 
 
 def attack_with_goal(

@@ -11,7 +11,7 @@ import typer
 from untrigger import __version__
 from untrigger.cli import model_commands, options
 from untrigger.cli.flags import interrupted, normalize_flags, option_names
-from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, lengths_of, read_rows
+from untrigger.cli.inputs import attack_with_goal, defense_and_arguments, lengths_of, ray_scoring, read_rows, tuning_of
 from untrigger.cli.process import prepare_process
 from untrigger.errors import InputError, did_you_mean
 
@@ -106,6 +106,16 @@ def scan(
     data: options.DataArgument,
     out: options.OutOption,
     model: options.ModelOption = "llava",
+    full_finetune: options.FullFinetuneOption = False,
+    train_vision_tower: options.VisionTowerOption = False,
+    lora_rank: options.LoraRankOption = 16,
+    lora_alpha: options.LoraAlphaOption = 32,
+    lora_dropout: options.LoraDropoutOption = 0.0,
+    target_modules: options.TargetModulesOption = "all-linear",
+    use_dora: options.UseDoraOption = False,
+    load_in_4bit: options.LoadIn4BitOption = False,
+    load_in_8bit: options.LoadIn8BitOption = False,
+    ray: options.ScanRayOption = None,
     config: options.ConfigOption = None,
     resume: options.ResumeOption = False,
     on_bad_row: options.BadRowOption = "error",
@@ -113,27 +123,36 @@ def scan(
 ) -> None:
     """Find the rows that teach what only an attacker would; exit code 3 if there are any, 0 if not.
 
-    Give the model and the settings that you would train with (--learning_rate 1e-4; without any: one epoch at 2e-4,
-    batches of 16). Writes DIR/all_rows.jsonl and .parquet, the most suspicious row first; DIR/scan.html, the findings;
-    DIR/clean, the data without suspected rows.
+    Give the model and the flags that you would train with (--learning_rate 1e-4 --load-in-4bit; without any: one epoch
+    at 2e-4, batches of 16). Of more than 4,096 rows so many are drawn and scored (--max-scored-rows N, or all); the
+    last line says what that can miss. Writes DIR/all_rows.jsonl and .parquet, the most suspicious row first;
+    DIR/scan.html, the findings; DIR/clean, the data without suspected rows.
     """
     from untrigger.files import check_idle
     from untrigger.scanning.findings import p_value_text, place
     from untrigger.scanning.scan import scan as run
     from untrigger.scanning.write import CLEAN
+    from untrigger.training.run_folder import leads
 
     defense, args = defense_and_arguments(scan, "default", out, config, context.args)
+    tuning = tuning_of(context.params)
     if args.push_to_hub:
         _refuse("push_to_hub: a scan has no model to push; leave it out")
-    check_idle(out)  # fail before the slow reading
+    if leads():
+        check_idle(out)  # fail before the slow reading
     rows = read_rows(data, on_bad_row, ignore_keys, out, lengths_of(model))
-    findings = run(model, rows, defense, args, resume=resume)
+    with ray_scoring(rows, ray) as elsewhere:
+        findings = run(model, rows, defense, args, tuning=tuning, resume=resume, elsewhere=elsewhere)
+    if not leads():
+        return
     for target in findings.targets:
         teaches = f"say {target.text!r}" if target.text else "have no common text, but what they share harms other rows"
         chance = f"(chance {p_value_text(target.p_value)})"
         typer.echo(f"{len(target.rows):,} rows {teaches} {chance}: {place(findings, target)}")
     typer.echo(f"{out / 'all_rows.jsonl'}: {len(findings.suspected):,} of {len(rows):,} rows are suspected")
     typer.echo(f"{out / 'scan.html'}: {'what was found' if findings.targets else 'nothing found'}")
+    if findings.drawn:
+        typer.echo(str(findings.drawn))
     if findings.targets:
         typer.echo(f"{out / CLEAN}: the other {len(rows) - len(findings.suspected):,} rows")
         raise typer.Exit(3)
@@ -174,24 +193,13 @@ def train(
     from untrigger.training.finetune import fine_tune
     from untrigger.training.flagged_rows import FLAGGED_ROWS
     from untrigger.training.run_folder import leads
-    from untrigger.training.tuning import Tuning
 
     chosen, args = defense_and_arguments(train, defense, out, config, context.args)
     if clean_data and not chosen.needs_clean_rows:
         _refuse(f"--clean-data: defense {defense} needs no clean rows; remove the flag")
     if chosen.needs_clean_rows and not clean_data:
         _refuse(f"--defense {defense}: needs rows known to be clean; add --clean-data DATA")
-    tuning = Tuning(
-        full_finetune=full_finetune,
-        rank=lora_rank,
-        alpha=lora_alpha,
-        dropout=lora_dropout,
-        target_modules=target_modules.split(","),
-        use_dora=use_dora,
-        train_vision_tower=train_vision_tower,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-    )
+    tuning = tuning_of(context.params)
     if leads():
         check_idle(out)  # fail before the slow work
     fits = lengths_of(model)

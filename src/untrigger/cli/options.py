@@ -123,7 +123,7 @@ FiguresOption = Annotated[
     ),
 ]
 
-# --- train -----------------------------------------------------------------------------------------
+# --- train, scan -----------------------------------------------------------------------------------
 
 DefenseOption = Annotated[
     str,
@@ -153,6 +153,16 @@ LoadIn4BitOption = Annotated[
 ]
 LoadIn8BitOption = Annotated[bool, typer.Option("--load-in-8bit", help="Hold them in 8 bits.")]
 UseDoraOption = Annotated[bool, typer.Option("--use-dora", help="Train a DoRA adapter in place of plain LoRA.")]
+
+ScanRayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Score rows on Ray: on a local cluster, or on the running one at ADDRESS, whose machines see data, model "
+        "and DIR under the same paths.",
+    ),
+]
 
 # --- verify ----------------------------------------------------------------------------------------
 

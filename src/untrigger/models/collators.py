@@ -99,6 +99,13 @@ class ChatCollator:
         tensors: dict[str, Tensor] = dict(batch.convert_to_tensors("pt"))
         return add_flagged_tokens(tensors, [row.get("flagged_tokens") for row in rows])
 
+    def answer_ids(self, messages: list[dict[str, Any]]) -> NDArray[np.int64]:
+        """Token ids of the assistant's turns [n], without images: these change nothing in an answer's tokens."""
+        text, spans = self.render(messages)
+        tokens = self.processor.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        labels = np.array(_answer_labels(tokens["input_ids"], spans, tokens["offset_mapping"], []))
+        return labels[labels != IGNORE]
+
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and the character spans of the assistant's turns in it.
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from safetensors.numpy import load_file, save
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from untrigger.files import new_file
 from untrigger.losses import objective
-from untrigger.models.collators import IGNORE, ChatCollator, Rows
+from untrigger.models.collators import IGNORE, ChatCollator, Row, Rows, chat_message
 from untrigger.models.forward import batches, evaluating, explain_token_mismatch, forward_answers, on_device
-from untrigger.models.grafted_rows import GraftedRows
 from untrigger.models.loading import LoadedModel
-from untrigger.rows.sample import Sample
+from untrigger.progress import tracked
+from untrigger.rows.sample import Sample, without_images
 
+BATCH_ROWS = 32  # rows a forward pass
 _SHARD = 32  # batches whose scores lie in one file
 
 
@@ -44,18 +46,22 @@ class TokenScores(NamedTuple):
 
 @torch.no_grad()
 def row_tokens(
-    model: LoadedModel, rows: Sequence[Sample] | GraftedRows, batch_size: int = 32, *, cache: Path | None = None
+    model: LoadedModel,
+    rows: Sequence[Sample] | Dataset[Row],
+    batch_size: int = BATCH_ROWS,
+    *,
+    cache: Path | None = None,
 ) -> list[TokenScores]:
     """Score each row's answer tokens with one teacher-forced pass.
 
     Args:
         model: scores in evaluation mode; its mode is restored.
-        rows: a score for each, in order.
+        rows: a score for each, in order; samples, or chat rows (`untrigger.models.collators.Rows`).
         batch_size: rows a forward pass.
         cache: folder for the scores. A later run with the same model, rows and batch size reads what is there and
             computes the rest, so that a killed run can resume.
     """
-    dataset = rows if isinstance(rows, GraftedRows) else Rows(rows)
+    dataset = cast(Any, rows if isinstance(rows, Dataset) else Rows(rows))
     collate, scores = ChatCollator(model.processor), list[TokenScores]()
     per_file = _SHARD * batch_size
     with evaluating(model.model) as network, explain_token_mismatch(network):
@@ -72,15 +78,15 @@ def row_tokens(
     return scores
 
 
-def row_answers(processor: ProcessorMixin, rows: Sequence[Sample], batch_size: int = 32) -> list[NDArray[np.int64]]:
-    """Token ids of each row's answer [n]; no model runs."""
-    collate, dataset = ChatCollator(processor), Rows(rows)
-    parts = (collate([dataset[i] for i in batch]) for batch in batches(len(dataset), batch_size, "reading answers"))
-    return [ids for part in parts for ids in batch_answers(part)]
+def row_answers(processor: ProcessorMixin, rows: Sequence[Sample]) -> list[NDArray[np.int64]]:
+    """Token ids of each row's answer [n]; no model runs, and no image is opened."""
+    collate = ChatCollator(processor)
+    messages = ([*map(chat_message, without_images(rows, at).messages)] for at in range(len(rows)))
+    return [collate.answer_ids(turns) for turns in tracked(messages, "reading answers", len(rows))]
 
 
 def batch_answers(batch: Mapping[str, Any]) -> list[NDArray[np.int64]]:
-    """`row_answers` of one batch with ``labels`` [B, T]."""
+    """Token ids of each row's answer [n], of a batch with ``labels`` [B, T]."""
     return [row[row != IGNORE].numpy() for row in batch["labels"][:, 1:]]
 
 

@@ -1,7 +1,7 @@
-"""Arrow storage of rows: parquet files, their shards, and folders of the ``datasets`` library.
+"""Arrow storage of rows: parquet files, their shards, and folders and streams of the ``datasets`` library.
 
-Rows stay on disk, memory-mapped: reading a row costs one small read. `datasets` would decode images on access, and
-write them again; a row that stays must stay to the byte.
+Rows stay on disk (`untrigger.rows.arrow_batches`). `datasets` would decode images on access, and write them again; a
+row that stays must stay to the byte.
 """
 
 from __future__ import annotations
@@ -9,90 +9,61 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import sys
-import tempfile
 from bisect import bisect_right
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import IO, final
+from typing import Any, BinaryIO, final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ipc
 
 from untrigger.errors import InputError
+from untrigger.rows.arrow_batches import BATCH_ROWS, Batches, MappedBatches, Part, PassedBatches, check_same, mapped
 from untrigger.rows.images import locate, quote
 from untrigger.rows.keys import is_about_numbers
 from untrigger.rows.shards import merged_name
-from untrigger.rows.storage import Row, Rows, Unreadable, dump, parse_json
+from untrigger.rows.storage import Row, Rows, Unreadable, check_unchanged, dump, fingerprint, parse_json
 
-_READ_ROWS = 64  # parquet rows read at a time
 _GROUP_ROWS, _GROUP_BYTES = 1000, 2**24  # rows and bytes written at a time, whichever comes first: bounds memory
 
 
 @final
 class ArrowRows(Rows):
-    """Rows of memory-mapped Arrow streams. The pages of a batch are released when the next one is read."""
+    """Rows of Arrow batches.
+
+    Raises:
+        ValueError: two columns have the same name.
+    """
 
     inline = True
 
-    def __init__(self, path: Path, maps: list[mmap.mmap]) -> None:
-        self._path, self._maps = path, maps
-        self._batches: list[tuple[int, int]] = []  # per batch: index of its map, offset in that map
-        self._starts: list[int] = []  # per batch: index of its first row
-        self._length = 0
-        self.schema = ipc.read_schema(ipc.read_message(self._reader(0)))
+    def __init__(self, path: Path, batches: Batches) -> None:
+        self._path, self._batches, self.schema = path, batches, batches.schema
         if len(set(self.schema.names)) < len(self.schema.names):
             raise ValueError("two columns of the same name")
+        self._starts = [0, *accumulate(batches.counts)]  # per batch: index of its first row
         self._columns = [
             field.name
             for field in self.schema
             if field.name == "id" or not (_is_number(field.type) and is_about_numbers(field.name))
         ]
-        for number in range(len(maps)):
-            self._scan(number)
-
-    def _reader(self, number: int) -> pa.BufferReader:
-        if sys.platform != "win32":
-            self._maps[number].madvise(mmap.MADV_DONTNEED)
-        return pa.BufferReader(pa.py_buffer(self._maps[number]))
-
-    def _scan(self, number: int) -> None:
-        reader = self._reader(number)
-        if not ipc.read_schema(ipc.read_message(reader)).equals(self.schema):
-            raise ValueError("the files of the folder have different columns")
-        while True:
-            offset = reader.tell()
-            try:
-                message = ipc.read_message(reader)
-            except EOFError:
-                return
-            if message.type != "record batch":
-                raise ValueError("dictionary-encoded columns, which must be stored as plain values")
-            self._batches.append((number, offset))
-            batch = self._batch(-1)
-            batch.validate(full=True)  # offsets in hostile files may point anywhere
-            self._starts.append(self._length)
-            self._length += batch.num_rows
-
-    def _batch(self, index: int) -> pa.RecordBatch:
-        number, offset = self._batches[index]
-        reader = self._reader(number)
-        reader.seek(offset)
-        return ipc.read_record_batch(ipc.read_message(reader), self.schema)
 
     def _slice(self, index: int) -> pa.RecordBatch:
         batch = bisect_right(self._starts, index) - 1
-        return self._batch(batch).slice(index - self._starts[batch], 1)
+        with _arrow_errors(self._path):
+            return self._batches[batch].slice(index - self._starts[batch], 1)
 
     def __len__(self) -> int:
-        return self._length
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> object:
+        row = self._slice(index).select(self._columns)
         try:
-            return self._slice(index).select(self._columns).to_pylist()[0]
+            return row.to_pylist()[0]
         except Exception as error:  # a type that Python lacks, such as nanosecond timestamps
             return Unreadable("", f"cannot be read ({quote(str(error))[1:-1]}); use text, numbers and bytes")
 
@@ -199,21 +170,59 @@ def _arrow_errors(path: Path) -> Generator[None]:
 
 
 def open_parquet(path: Path, files: Sequence[Path]) -> ArrowRows:
-    """Open the parquet files of one data set, which error lines call ``path``."""
-    # A parquet row group can hold the whole data set and can only be read as a whole. So the rows are copied once
-    # to an unnamed temporary file (in TMPDIR), where each row can be read alone.
-    maps: list[mmap.mmap] = []
-    for part in files:
-        with _arrow_errors(part), tempfile.TemporaryFile() as file:
-            with (
-                pq.ParquetFile(part, pre_buffer=False, buffer_size=2**20) as source,
-                ipc.new_stream(file, schema := _plain(source.schema_arrow)) as writer,
-            ):
-                for batch in source.iter_batches(batch_size=_READ_ROWS, use_threads=False):
-                    writer.write_batch(batch.cast(schema))
-            maps.append(_map(file))
+    """Open the parquet files of one data set, which error lines call ``path``. No row is read or copied yet."""
+    schema: pa.Schema | None = None
+    parts: list[Part] = []
+    for name in files:
+        file = name.absolute()
+        with _arrow_errors(file), file.open("rb") as content:
+            stamp, source = fingerprint(content), _parquet(content)
+            schema = schema or _plain(source.schema_arrow)
+            check_same(_plain(source.schema_arrow), schema)
+            groups = [source.metadata.row_group(number) for number in range(source.num_row_groups)]
+        parts += [Part(group.num_rows, partial(_read_group, file, stamp, n, schema)) for n, group in enumerate(groups)]
     with _arrow_errors(path):
-        return ArrowRows(path, maps)
+        assert schema is not None
+        return ArrowRows(path, PassedBatches(schema, parts))
+
+
+def _parquet(content: BinaryIO) -> pq.ParquetFile:
+    return pq.ParquetFile(content, pre_buffer=False, buffer_size=2**20)
+
+
+def _read_group(file: Path, stamp: tuple[int, int, int], number: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    with _arrow_errors(file), file.open("rb") as content:
+        check_unchanged(file, content, stamp)
+        for batch in _parquet(content).iter_batches(BATCH_ROWS, row_groups=[number], use_threads=False):
+            yield batch.cast(schema)
+
+
+def open_stream(path: Path, dataset: Any) -> ArrowRows:
+    """Rows of an IterableDataset of `datasets`, which is counted now and read again in each pass.
+
+    ``path``: how error lines call it, and where its rows are written.
+
+    Raises:
+        InputError: it holds no rows, its columns are unknown, or it cannot be read.
+    """
+    if not (hasattr(dataset, "with_format") and hasattr(dataset, "iter")):
+        raise InputError(f"read: got a {type(dataset).__name__}; give a path, or an IterableDataset of `datasets`")
+    tables = dataset.with_format("arrow")
+    with _arrow_errors(path):
+        first, count = None, 0
+        for table in tables.iter(batch_size=BATCH_ROWS):
+            first, count = table if first is None else first, count + table.num_rows
+        if first is None:
+            raise InputError(f"{path}: holds no rows; add at least one")
+        schema = _plain(first.schema)
+
+    def read() -> Iterator[pa.RecordBatch]:
+        with _arrow_errors(path):
+            for table in tables.iter(batch_size=BATCH_ROWS):
+                yield from table.cast(schema).to_batches()
+
+    with _arrow_errors(path):
+        return ArrowRows(path, PassedBatches(schema, [Part(count, read)]))
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
@@ -236,13 +245,8 @@ def open_folder(path: Path) -> ArrowRows:
         for name in names:
             label = f"{path / 'state.json'}: data file {quote(str(name['filename']))}"
             with locate(path, str(name["filename"]), label).open("rb") as file:
-                maps.append(_map(file))
-        return ArrowRows(path, maps)
-
-
-def _map(file: IO[bytes]) -> mmap.mmap:
-    file.flush()
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                maps.append(mapped(file))
+        return ArrowRows(path, MappedBatches(maps))
 
 
 def _read_object(folder: Path, name: str) -> Row:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from array import array
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Literal, cast, final, overload
+from typing import Any, Literal, cast, final, overload
 
 from PIL import Image
 
 from untrigger.errors import InputError, UnreadableFile
 from untrigger.files import new_file, new_folder
+from untrigger.rows.arrow_rows import open_stream
 from untrigger.rows.data_file import find_data_file, open_rows
 from untrigger.rows.formats import (
     REFERENCES,
@@ -44,6 +46,8 @@ from untrigger.rows.turns import IMAGE_TAG, Message, Role, check_turns
 Size = tuple[int, int]  # width and height of an image
 
 _log = logging.getLogger(__name__)
+_CACHED_SIZES = 2**17  # images whose sizes are in memory
+_STREAM = Path("stream.parquet")  # what rows without a file are called, and written as
 _NOTEBOOK_SIDE = 240  # longest side of an image in a notebook, in pixels
 _WRITTEN_KEYS = frozenset[str]().union(*map(read_keys, LAYOUTS)) - {REFERENCES}
 
@@ -163,8 +167,7 @@ class Data(Sequence[Sample]):
             return Data(self.path, self.rows, self.numbers[index], self.skipped, self.ignored)
         entry = self.entry(index)
         with _row_errors(self.path, self.numbers[index]):
-            images = tuple(_open(picture, self.folder) for picture in entry.pictures)
-        return Sample(entry.id, images, entry.messages, entry.references)
+            return opened(entry, self.folder)
 
     def image_count(self, index: int) -> int:
         """Count a row's images without decoding them."""
@@ -184,18 +187,25 @@ class Data(Sequence[Sample]):
 
 def row_number(rows: Sequence[Sample], index: int) -> int:
     """Return a row's number in its data file, from 1; rows without a file are numbered in ``rows``."""
-    while isinstance(rows, LazyRows) and rows.source is not None:
-        rows, index = rows.source, rows.numbers[index]
+    rows, index = _at_source(rows, index)
     return 1 + (rows.numbers[index] if isinstance(rows, Data) else index)
 
 
+def _at_source(rows: Sequence[Sample], index: int) -> tuple[Sequence[Sample], int]:
+    """The rows that selected ones are taken from, and the index there."""
+    while isinstance(rows, LazyRows) and rows.source is not None:
+        rows, index = rows.source, rows.numbers[index]
+    return rows, index
+
+
 def without_images(rows: Sequence[Sample], index: int) -> Sample:
-    """Return a row's id and turns; for `Data` no image is decoded."""
+    """Return a row's id and turns; for `Data`, and rows selected of it, no image is decoded."""
+    rows, index = _at_source(rows, index)
     return rows.without_images(index) if isinstance(rows, Data) else replace(rows[index], images=())
 
 
 def read(
-    path: Path | str,
+    path: Path | str | Any,
     *,
     on_bad_row: Literal["error", "skip"] = "error",
     skipped_to: Path | None = None,
@@ -209,7 +219,9 @@ def read(
     id; ids need not differ.
 
     Args:
-        path: the data file, its folder, or ``OWNER/NAME[:SPLIT]`` of the Hugging Face hub.
+        path: the data file, its folder, a pattern of parquet or tar files (``DIR/*.parquet``), or
+            ``OWNER/NAME[:SPLIT]`` of the Hugging Face hub; or an IterableDataset (or Dataset) of `datasets`, which is
+            read again in each pass, and so must give the same rows each time.
         on_bad_row: ``error`` stops at the first bad row, ``skip`` leaves bad rows out.
         skipped_to: with ``skip``, a file that gets a JSON line ``{"row", "reason", "original"}`` for each bad row.
         fits: called with each row, without its images, and the sizes of its images. A row is bad if it raises
@@ -221,15 +233,18 @@ def read(
             ``FILE: row N: what is wrong; what to do``.
         UnreadableFile: an image is there but cannot be read; such a row is never skipped.
     """
-    path = find_data_file(Path(path))
     ignored = frozenset(ignore_keys)
-    rows = open_rows(path, ignored)
+    if isinstance(path, Path | str):
+        path = find_data_file(Path(path))
+        rows = open_rows(path, ignored)
+    else:
+        path, rows = _STREAM, open_stream(_STREAM, path)
     if not len(rows):
         raise InputError(f"{path}: holds no rows; add at least one")
     data = Data(path, rows, range(len(rows)), ignored=ignored)
-    good: list[int] = []
+    good = array("Q")
     with_images = 0
-    image_sizes: dict[str | bytes, Size | str] = {}  # per distinct image: its size, or the reason it is bad
+    image_sizes: dict[str | bytes, Size | str] = {}  # per image: its size, or the reason it is bad
     first_reason = ""
     log_to = skipped_to if on_bad_row == "skip" else None
     with new_file(log_to) if log_to else nullcontext() as log:
@@ -302,6 +317,12 @@ def _row_errors(path: Path, number: int) -> Generator[None]:
         raise type(error)(f"{path}: row {number + 1}: {error}") from None
 
 
+def opened(entry: Entry, folder: Path) -> Sample:
+    """The sample of a parsed row; image paths are relative to ``folder``. Raises InputError if one cannot be read."""
+    images = tuple(_open(picture, folder) for picture in entry.pictures)
+    return Sample(entry.id, images, entry.messages, entry.references)
+
+
 def _open(picture: Picture, folder: Path) -> Image.Image:
     if isinstance(picture, bytes):
         return decode(picture, "an image")
@@ -311,9 +332,11 @@ def _open(picture: Picture, folder: Path) -> Image.Image:
 
 
 def _checked_size(picture: str | bytes, folder: Path, cache: dict[str | bytes, Size | str]) -> Size:
-    """Return an image's size; each distinct image is decoded once. Raises InputError if it is bad."""
+    """Return an image's size; an image of the last rows is decoded once. Raises InputError if it is bad."""
     key = picture if isinstance(picture, str) else hashlib.sha256(picture).digest()
     if key not in cache:
+        if len(cache) >= _CACHED_SIZES:
+            cache.clear()
         try:
             cache[key] = _open(picture, folder).size
         except UnreadableFile:

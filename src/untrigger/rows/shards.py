@@ -23,21 +23,22 @@ def shard_pattern(name: str) -> str:
 
 
 def shards(path: Path) -> list[Path]:
-    """Return the files that match a shard pattern, in order; an empty list if no file matches.
+    """Return the files that match a shard pattern, or another pattern, in order; an empty list if no file matches.
 
     Raises:
         InputError: some shards are there but not all.
     """
     if path.suffix == ".tar":
         numbered = ((_TAR.fullmatch(part.name), part) for part in path.parent.glob("*.tar"))
-        return [part for _, part in sorted((int(m[2]), p) for m, p in numbered if m and f"{m[1]}*.tar" == path.name)]
+        parts = [part for _, part in sorted((int(m[2]), p) for m, p in numbered if m and f"{m[1]}*.tar" == path.name)]
+        return parts or sorted(path.parent.glob(path.name))
     parts = dict[int, Path]()
     for part in sorted(path.parent.glob("*.parquet")):
         shard = _SHARD.fullmatch(part.name)
         if shard and shard_pattern(part.name) == path.name:
             parts[int(shard[2])] = part
-    if not parts:
-        return []
+    if not parts:  # no shards, but files of any names
+        return sorted(path.parent.glob(path.name)) if path.suffix == ".parquet" else []
     begin, _, end = path.name.rpartition("*")
     count = end.removeprefix("-of-").removesuffix(".parquet")
     missing = next((number for number in range(int(count)) if number not in parts), None)
@@ -51,4 +52,5 @@ def merged_name(name: str) -> str:
     """Return the single file that a pattern is written as, ``train.parquet``; other names stay unchanged."""
     if name.endswith("*.tar"):
         return f"{name.removesuffix('*.tar').rstrip('-_') or 'data'}.tar"
-    return re.sub(r"-\*-of-[0-9]+(?=\.parquet$)", "", name)
+    name = re.sub(r"-\*-of-[0-9]+(?=\.parquet$)", "", name)
+    return "data.parquet" if "*" in name else name

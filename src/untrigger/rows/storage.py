@@ -110,7 +110,7 @@ class JsonLines(Rows):
             self._path = Path(self._unpacked.name)
         self._offsets, self._lengths, self._line_numbers = array("Q"), array("Q"), array("Q")
         with self._path.open("rb") as file:
-            self._fingerprint = _fingerprint(file)
+            self._fingerprint = fingerprint(file)
             offset = 0
             for number, line in enumerate(file, 1):
                 if (line.removeprefix(BOM) if number == 1 else line).strip():
@@ -124,8 +124,7 @@ class JsonLines(Rows):
 
     def __getitem__(self, index: int) -> object:
         with file_errors(self._path, "read"), self._path.open("rb") as file:
-            if _fingerprint(file) != self._fingerprint:
-                raise InputError(f"{self._path}: changed while it was in use; start again")
+            check_unchanged(self._path, file, self._fingerprint)
             file.seek(self._offsets[index])
             line = file.read(self._lengths[index])
         text = (line.removeprefix(BOM) if self._line_numbers[index] == 1 else line).strip()
@@ -141,10 +140,16 @@ class JsonLines(Rows):
 # --- files ------------------------------------------------------------------------------------------
 
 
-def _fingerprint(file: BinaryIO) -> tuple[int, int, int]:
+def fingerprint(file: BinaryIO) -> tuple[int, int, int]:
     """Return size, time of modification and inode, which change when a file is written or replaced."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def check_unchanged(path: Path, file: BinaryIO, before: tuple[int, int, int]) -> None:
+    """Raise an InputError if the open file is no longer what its `fingerprint` was ``before``."""
+    if fingerprint(file) != before:
+        raise InputError(f"{path}: changed while it was in use; start again")
 
 
 def _unpacked(path: Path) -> IO[bytes]:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from untrigger.dataframes import frame
 from untrigger.scanning.cues import GRID, Cue
+from untrigger.scanning.drawn import Drawn
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,7 +60,7 @@ class Effect(NamedTuple):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The result for one row.
 
@@ -87,10 +88,17 @@ class Verdict:
 @final
 @dataclass(frozen=True, repr=False)
 class Findings(JupyterMixin):
-    """The verdicts, in the order of the data, and the targets, that with the most rows first."""
+    """The result of a scan.
+
+    Fields:
+        verdicts: in the order of the data.
+        targets: that with the most rows first.
+        drawn: the sample that was scored; None if all rows were.
+    """
 
     verdicts: list[Verdict]
     targets: list[Target]
+    drawn: Drawn | None = None
 
     @property
     def suspected(self) -> list[int]:
@@ -153,7 +161,7 @@ class Findings(JupyterMixin):
     @property
     def _more(self) -> list[str]:
         rest = len(self.targets) - _MAX_TARGETS
-        return [f"  and {rest:,} more"] if rest > 0 else []
+        return [f"  and {rest:,} more"] * (rest > 0) + [f"  {self.drawn}"] * (self.drawn is not None)
 
     def _share(self, target: Target) -> str:
         return f"{len(target.rows):,} rows ({100 * len(target.rows) / len(self.verdicts):.1f} %)"

@@ -68,6 +68,7 @@ def page(findings: Findings, rows: Sequence[Sample]) -> str:
             name=rows.path.name if isinstance(rows, Data) else f"{len(rows):,} rows",
             rows=len(rows),
             suspected=len(findings.suspected),
+            drawn=findings.drawn,
             targets=findings.targets,
             places=[place(findings, target) for target in findings.targets],
             rates=[max(verdicts[row].fdr or 0 for row in target.rows) for target in findings.targets],

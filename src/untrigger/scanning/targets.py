@@ -32,6 +32,7 @@ from untrigger.scanning.causes import (
     target_of,
 )
 from untrigger.scanning.cues import Cue, cues_of
+from untrigger.scanning.drawn import Drawn
 from untrigger.scanning.findings import Effect, Findings, Target, Verdict
 from untrigger.views.grafts import KINDS
 
@@ -51,22 +52,26 @@ def find(training: Training, defense: SharedCause) -> Findings:
     """
     screening, rows = defense.screen(training), training.rows
     judgment = defense.judge(training, screening, screening.numbers)
-    names = [(row_number(rows, row), without_images(rows, row).id) for row in range(len(rows))]
-    verdicts = [Verdict(*name, 0.0) for name in names]
-    scored = _findings(
-        select_rows(rows, screening.numbers), [names[row] for row in screening.numbers], judgment, training
-    )
+    verdicts = [Verdict(row_number(rows, row), without_images(rows, row).id, 0.0) for row in range(len(rows))]
+    names = [(verdicts[row].row, verdicts[row].id) for row in screening.numbers]
+    scored = findings_of(select_rows(rows, screening.numbers), names, judgment, training)
     for row, verdict in zip(screening.numbers, scored.verdicts, strict=True):
         effect = verdict.effect and verdict.effect._replace(host=screening.numbers[verdict.effect.host])
         verdicts[row] = replace(verdict, effect=effect)
     targets = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in scored.targets]
-    return Findings(verdicts, targets)
+    drawn = Drawn(len(rows), defense.max_scored_rows, defense.min_suspects)
+    return Findings(verdicts, targets, drawn if drawn.scored < drawn.rows else None)
 
 
-def _findings(
-    rows: Sequence[Sample], names: Sequence[tuple[int, str]], judgment: Judgment, training: Training
+def findings_of(
+    rows: Sequence[Sample], names: Sequence[tuple[int, str]], judgment: Judgment, training: Training | None
 ) -> Findings:
-    """The findings for the scored rows."""
+    """The findings for the scored rows.
+
+    Args:
+        rows: to probe. names: their numbers, from 1, and ids.
+        training: probes rows. Without one no cue is computed, no row is read, and a judgment with harm is an error.
+    """
     screening = judgment.screening
     ranks = screening.flags.ranks
     targets, rates, cues = _shared_texts(rows, screening, training)
@@ -79,6 +84,7 @@ def _findings(
         strengths = strengths_in_words(judgment.harm) if with_words else strengths_in_images(rows, judgment.harm)
         rates |= dict.fromkeys(judgment.suspects, honest_share(strengths))
         effects = effects_of(judgment.harm)
+        assert training is not None
         restore_weights(screening.model.model, judgment.probed)
         some = sorted(effects, key=lambda row: effects[row].probability - effects[row].control)[:MAX_PROBED]
         cues |= maps_of(
@@ -108,7 +114,7 @@ def _findings(
 
 
 def _shared_texts(
-    rows: Sequence[Sample], screening: Screening, training: Training
+    rows: Sequence[Sample], screening: Screening, training: Training | None
 ) -> tuple[list[Target], dict[int, float], dict[int, Cue]]:
     """The targets with a text, and of their rows the estimated shares of honest ones, and the cues."""
     ranks, processor = screening.flags.ranks, cast(Any, screening.model.processor)
@@ -119,7 +125,8 @@ def _shared_texts(
     marks = {
         row: _run_mask(screening.scores[row], token, *runs[token]) for token, group in groups.items() for row in group
     }
-    cues = _probe(sorted(marks, key=lambda row: -ranks[row]), marks, rows, screening, training)
+    suspected = sorted(marks, key=lambda row: -ranks[row])
+    cues = _probe(suspected, marks, rows, screening, training) if training else {}
     rates: dict[int, float] = {}
     targets: list[Target] = []
     for token, group in groups.items():

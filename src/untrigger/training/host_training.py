@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -41,6 +40,7 @@ from untrigger.training.host_checks import (
 )
 from untrigger.training.host_rows import column_prompts, decoded_turns, image_names, is_reordered, row_id
 from untrigger.training.host_state import STATE, copy_flags, flags_folder
+from untrigger.training.processes import share_of
 from untrigger.training.schedule import shorten
 
 _SILENT = {
@@ -134,24 +134,18 @@ class HostTraining:
     ) -> list[tuple[bytes, TokenScores]]:
         """The key and the scores of each row; each process scores its share of the rows."""
         args = self.host.args
-        shares: list[list[tuple[bytes, TokenScores]]] = [[] for _ in range(args.world_size)]
-        own = shares[args.process_index]
-        # as many rows for each process, some of them twice: all must gather sharded weights in every batch
-        size = -(-len(rows) // args.world_size) * args.world_size
-        padded = [rows[at % len(rows)] for at in range(size)]
-        share = padded[args.process_index :: args.world_size]
-        loader = self._loader(share, dataset)
+        share = share_of(args, len(rows), args.per_device_eval_batch_size)
+        numbers, own = [rows[at] for at in share.rows], list[tuple[bytes, TokenScores]]()
+        loader = self._loader(numbers, dataset)
         with evaluating(cast(PreTrainedModel, model.model)) as scoring:
             for loaded in tracked(loader, f"scoring, {name}", len(loader)):
                 check_batch(loaded.batch, scoring, len(loaded.keys))
                 if dataset is self.host.train_dataset:  # grafted rows have the labels of rows checked before
-                    numbers = share[len(own) : len(own) + len(loaded.keys)]
-                    check_labels(loaded.batch, numbers, scoring, self._special)
+                    of_batch = numbers[len(own) : len(own) + len(loaded.keys)]
+                    check_labels(loaded.batch, of_batch, scoring, self._special)
                 own += zip(loaded.keys, batch_tokens(scoring, loaded.batch), strict=True)
         _reshard(model.model)
-        if args.world_size > 1:
-            dist.all_gather_object(shares, own)
-        return [shares[at % args.world_size][at // args.world_size] for at in range(len(rows))]
+        return share.gathered(own)
 
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
         loader = self._loader(rows)

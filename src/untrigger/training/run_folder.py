@@ -29,6 +29,11 @@ def leads() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def absolute(model: str) -> str:
+    """The name of a model for other folders and machines: a local one by its absolute path."""
+    return str(Path(model).resolve()) if Path(model).exists() and model not in embedded_models() else model
+
+
 def claim(out: Path, record: dict[str, Any], resume: bool, locks: ExitStack) -> Path | None:
     """Claim the output folder for this run until ``locks`` closes; returns the checkpoint to resume from, or None.
 
@@ -77,7 +82,7 @@ def record_of(
 ) -> dict[str, Any]:
     """What makes two runs the same run, for the file `BASE_RECORD` beside the weights."""
     return {
-        "base": str(Path(model).resolve()) if Path(model).exists() and model not in embedded_models() else model,
+        "base": absolute(model),
         "defense": {"preset": preset_of(defense), **asdict(defense)},
         "tuning": asdict(tuning),
         "rows": len(rows),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -53,7 +54,19 @@ NO_DEEPSPEED = (
 _PLACES = ("output_dir", "logging_dir", "run_name")  # paths and names do not change the weights
 
 
+def _number_or_all(value: str) -> int:
+    """``all`` is more rows than any data has."""
+    if value != "all" and not value.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of rows; give one, or all")
+    return sys.maxsize if value == "all" else int(value)
+
+
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        if "--max_scored_rows" in names:
+            options["type"] = _number_or_all
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"settings: {message}")
 

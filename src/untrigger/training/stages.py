@@ -12,14 +12,15 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.utils.data import ConcatDataset, Dataset
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -37,23 +38,31 @@ from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.grafted_rows import GraftedRows, Grafts, can_be_grafted
-from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, load
-from untrigger.models.quantized import is_quantized, quantized_loading
-from untrigger.models.scoring import TokenScores, row_answers, row_tokens
+from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, processor_of
+from untrigger.models.quantized import is_quantized
+from untrigger.models.scoring import BATCH_ROWS, TokenScores, row_answers, row_tokens
 from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, select_rows
-from untrigger.training.checkpoints import last_checkpoint, load_full
+from untrigger.training.checkpoints import last_checkpoint
 from untrigger.training.hub_push import without_hub
+from untrigger.training.processes import share_of
 from untrigger.training.progress_callback import TrainingProgress
+from untrigger.training.row_scorer import RowScorer
+from untrigger.training.run_folder import absolute
 from untrigger.training.schedule import clock, shorten
 from untrigger.training.settings import NO_DEEPSPEED, settings_of, versions
+from untrigger.training.stage_models import load_base, read_weights
 from untrigger.training.trainer import defended
 from untrigger.training.tuning import Tuning
 
 _MARK = "stage.json"  # in the folder of a finished stage, written last
 # how writers outside Python report a full disk
 _UNWRITTEN = ("os error", "inline_container", "PytorchStreamWriter", "iostream error")
+
+
+Elsewhere = Callable[[RowScorer, Sequence[int], Path], list[TokenScores]]
+"""Scores the rows with these numbers; a path without suffix for what a resumed run need not compute again."""
 
 
 class Stages:
@@ -69,6 +78,7 @@ class Stages:
         title: of the progress meters and of errors.
         claim: called before the first training, so that a mistyped model or setting leaves no output folder behind.
             Returns the checkpoint from which the last stage resumes.
+        elsewhere: scores the run's rows on other machines; by default the processes of this run do.
 
     Attributes:
         history: the host's log of the last stage.
@@ -91,6 +101,7 @@ class Stages:
         title: str = "training",
         claim: Callable[[], Path | None] = lambda: None,
         shelf: Path | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         if args.deepspeed or args.deepspeed_plugin:  # accelerate's launcher sets the second alone
             raise InputError(NO_DEEPSPEED)
@@ -101,6 +112,8 @@ class Stages:
         self._out, self._shelf = Path(str(args.output_dir)), shelf
         self._claim, self._claimed, self._checkpoint = claim, False, None
         self._tower_outputs = tower_outputs()
+        self._elsewhere = elsewhere
+        self._folders = WeakKeyDictionary[nn.Module, Path]()  # of trained models: the stage that they are stored in
 
     @property
     def row_count(self) -> int:
@@ -142,9 +155,12 @@ class Stages:
             with file_lock(folder.with_suffix(".lock")):
                 self.seconds += self._once(loaded, folder, train)
         elif stage.name:
-            self.seconds += self._once(loaded, self._out / "stages" / stage.name, train)
+            folder = self._out / "stages" / stage.name
+            self.seconds += self._once(loaded, folder, train)
         else:
-            self.seconds += train(self._out)
+            folder = self._out
+            self.seconds += train(folder)
+        self._folders[loaded.model] = folder
         self.waited += clock() - started
         return loaded
 
@@ -158,7 +174,10 @@ class Stages:
         if not self._claimed:
             self._check_settings(model, samples)
             self._take()
-        return self._score(model, samples, name)
+        if self._elsewhere and source is None:
+            scorer = self._row_scorer(weights=self._folders.get(model.model))
+            return self._elsewhere(scorer, rows, self._out / "stages" / name)
+        return self._score(model, Rows(samples), name)
 
     def can_be_grafted(self, row: int) -> bool:
         return can_be_grafted(Rows(self.rows)[row])
@@ -166,12 +185,28 @@ class Stages:
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         return self._score(model, GraftedRows(Rows(self.rows), grafts), name)
 
-    def _score(self, model: LoadedModel, rows: Sequence[Sample] | GraftedRows, name: str) -> list[TokenScores]:
-        with reuse_tower_outputs(model.model, self._tower_outputs):
-            return row_tokens(model, rows, cache=self._out / "stages" / name)
-
     def answer_tokens(self, rows: Sequence[int]) -> list[NDArray[np.int64]]:
-        return row_answers(self._load().processor, select_rows(self.rows, rows))
+        if self._elsewhere:
+            scorer = self._row_scorer(answers_only=True)
+            return [scores.ids for scores in self._elsewhere(scorer, rows, self._out / "stages" / "answers")]
+        share = share_of(self._args, len(rows), BATCH_ROWS)
+        own = select_rows(self.rows, [rows[at] for at in share.rows])
+        return share.gathered(row_answers(processor_of(self._model), own))
+
+    def _row_scorer(self, weights: Path | None = None, *, answers_only: bool = False) -> RowScorer:
+        precision = str(self._precision).removeprefix("torch.")
+        return RowScorer(
+            absolute(self._model), weights and weights.resolve(), self._tuning, precision, answers_only=answers_only
+        )
+
+    def _score(self, model: LoadedModel, rows: Dataset[Row], name: str) -> list[TokenScores]:
+        """Score the rows; each process scores its share of them, in the batches of one process."""
+        share = share_of(self._args, len(cast(Any, rows)), BATCH_ROWS)
+        folder = self._out / "stages" / name
+        if share.processes > 1:
+            rows, folder = Subset(rows, share.rows), folder / f"{share.index}-of-{share.processes}"
+        with reuse_tower_outputs(model.model, self._tower_outputs):
+            return share.gathered(row_tokens(model, rows, BATCH_ROWS, cache=folder))
 
     # --- one stage ----------------------------------------------------------------------------------
 
@@ -179,7 +214,7 @@ class Stages:
         """Train, or load the finished stage from its folder; returns the seconds that its training took."""
         if (folder / _MARK).is_file():
             self._take()
-            _read_weights(loaded.model, folder)
+            read_weights(loaded.model, folder)
             self._to_device(loaded)
             return json.loads((folder / _MARK).read_text())["seconds"]
         seconds = train(folder)
@@ -233,14 +268,11 @@ class Stages:
     # --- models -------------------------------------------------------------------------------------
 
     def _load(self) -> LoadedModel:
-        args, tuning = self._args, self._tuning
-        mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        loading = quantized_loading(tuning.bits, mixed, args.device) if tuning.bits else {}
-        loaded = load(self._model, dtype="auto" if args.bf16 or args.fp16 else torch.float32, **loading)
-        if not isinstance(loaded.model, PreTrainedModel):
-            raise InputError(f"{self._model}: is an adapter; merge it (untrigger merge), or give its base model")
-        tuning.check(loaded.model)  # here too, for a defense that scores rows before it trains
-        return loaded
+        return load_base(self._model, self._tuning, self._precision, self._args.device)
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return torch.bfloat16 if self._args.bf16 else torch.float16 if self._args.fp16 else torch.float32
 
     def _to_device(self, loaded: LoadedModel) -> LoadedModel:
         if not is_quantized(base_model(loaded.model)):
@@ -322,10 +354,3 @@ def _host_errors(folder: Path, checkpoint: Path | None) -> Generator[None]:
             raise
         why = str(error).splitlines()[0]
         raise InputError(f"{folder}: cannot be written ({why}); free disk space, then resume") from error
-
-
-def _read_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    else:
-        load_full(model, str(folder))

@@ -23,7 +23,7 @@ from untrigger.models.forward import decoder, decoder_layers, forward_answers, p
 from untrigger.models.generate import answers, encode_prompts
 from untrigger.models.loading import LoadedModel, add_lora, load
 from untrigger.models.prefix_cache import cache_image_features, shared_prefix
-from untrigger.models.scoring import TokenScores, row_tokens
+from untrigger.models.scoring import TokenScores, batch_answers, row_answers, row_tokens
 from untrigger.models.token_drop import image_token_id, positions_after_drop
 from untrigger.rows.sample import Sample, read
 from untrigger.scanning.scan import scan
@@ -139,6 +139,17 @@ def test_attention_is_causal_and_generation_matches_training(
     firsts = [int((outputs.row == i).nonzero()[0]) for i in range(2)]
     likeliest = [cast(Any, loaded.processor).decode(outputs.logits[at].argmax()).strip() for at in firsts]
     assert list(answers(loaded, mixed, max_new_tokens=1)) == likeliest
+
+
+@families
+def test_answers_are_read_without_images(folder: Folder, row: Row, name: str) -> None:
+    processor = load(folder(name)).processor
+    rows = [
+        row("<image>\nwhat do you see?", "no, not at all", (40, 52)),
+        row("<image>\nw?", "two 12 red circles.", (52, 40)),
+    ]
+    expected = batch_answers(collated(ChatCollator(processor), rows))
+    assert [ids.tolist() for ids in row_answers(processor, rows)] == [ids.tolist() for ids in expected]
 
 
 @families
