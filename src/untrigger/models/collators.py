@@ -20,6 +20,7 @@ from transformers import ProcessorMixin
 
 from untrigger.errors import InputError
 from untrigger.models.processors import encode, render_chat
+from untrigger.models.versions import OWN_LABELS, require_transformers
 from untrigger.rows.images import quote
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample, row_number
 from untrigger.views.patches import View, to_rgb
@@ -68,6 +69,7 @@ class ChatCollator:
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
+        require_transformers(OWN_LABELS, "labels on answers")
         self.processor: Any = processor  # ProcessorMixin declares fewer arguments than any processor takes
         added: dict[int, Any] = self.processor.tokenizer.added_tokens_decoder
         self._special = tuple(token.content for token in added.values() if token.special)
