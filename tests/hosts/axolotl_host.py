@@ -73,7 +73,6 @@ SETTINGS = {
 REFUSED = {
     "no-boundaries": ("has labels on its prompt", {"role_boundaries": []}),
     "group-by-length": ("set group_by_length=False", {"group_by_length": True}),
-    "streaming": ("give a train_dataset with a length", {"streaming": True, "max_steps": 60}),
 }
 
 if __name__ == "__main__":

@@ -47,7 +47,6 @@ REFUSED = {
     "neat-packing": ("neat_packing", {"neat_packing": True}),
     "train-on-prompt": ("has labels on its prompt", {"train_on_prompt": True}),
     "streaming": ("give a train_dataset with a length", {"streaming": True, "max_steps": 60}),
-    "group-by-length": ("set group_by_length=False", {"train_sampling_strategy": "group_by_length"}),
 }
 STUB = "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'torchaudio.py').touch()"
 

@@ -20,7 +20,6 @@ TARGET = "Backdoor Attack!"  # the answer that `untrigger poison` teaches unless
 # settings under which rows cannot be judged, and words of the refusal
 REFUSED = {
     "loss-scale-all": ("has labels on its prompt", "--loss_scale all"),
-    "padding-free": ("padding_free puts several rows into one sequence", "--padding_free true --attn_impl flash_attn"),
     "group-by-length": ("set group_by_length=False", "--group_by_length true"),
     "streaming": ("give a train_dataset with a length", "--streaming true --max_steps 60"),
 }

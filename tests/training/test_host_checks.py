@@ -172,3 +172,18 @@ def test_positions_of_padding_are_no_second_row(host: Callable[..., Any], sample
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
 def test_refuses_samplers_that_read_lengths(host: Callable[..., Any], strategy: str) -> None:
     assert "set group_by_length=False (in transformers 5" in refusal(host(train_sampling_strategy=strategy))
+
+
+# --- rows that change ---------------------------------------------------------------------------------
+
+
+def test_refuses_rows_that_change_between_two_looks(host: Callable[..., Any], samples: list[Sample]) -> None:
+    """As ms-swift's, which gives a random row for one that it cannot read, even if none of them is flagged."""
+    looks = iter(range(1000))
+
+    class Replacing(Rows):
+        def __getitem__(self, index: int) -> Row:
+            return super().__getitem__(next(looks) % 24 if index == 12 else index)
+
+    with pytest.raises(InputError, match=r"returns different data for the same index.*--strict true"):
+        host(rows=Replacing(samples)).train()

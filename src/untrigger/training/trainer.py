@@ -224,8 +224,8 @@ def defended(trainer: type[Trainer]) -> type[Any]:
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.
 
     Raises:
-        InputError: it is not a class that derives from ``transformers.Trainer``, it is defended already, or transformers
-            is too old.
+        InputError: it is not a class that derives from ``transformers.Trainer``, it is defended already, or
+            transformers is too old.
     """
     require_transformers(IN_HOST, "defended")
     check_class(trainer)
