@@ -8,19 +8,20 @@ import pytest
 import transformers
 
 from untrigger import InputError, defended
-from untrigger.models.collators import ChatCollator
+from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.loading import load
+from untrigger.rows.sample import Sample
 
 
 def test_own_labels_need_a_version_that_gives_the_places_of_images(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor = load(tiny_model).processor
+    collate, rows = ChatCollator(load(tiny_model).processor), [Rows(samples)[0]]
     monkeypatch.setattr(transformers, "__version__", "5.16.0")
-    ChatCollator(processor)
+    collate(rows)
     monkeypatch.setattr(transformers, "__version__", "5.15.1")
     with pytest.raises(InputError, match=r"labels on answers: needs transformers 5\.16 or newer, and 5\.15\.1 is"):
-        ChatCollator(processor)
+        collate(rows)
 
 
 def test_a_host_with_labels_of_its_own_may_be_older(monkeypatch: pytest.MonkeyPatch) -> None:

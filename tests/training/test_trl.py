@@ -127,6 +127,13 @@ def test_sft_trainer_learns_grafted_rows(
     assert trainer.state.global_step == 7, "all but the warm-up"
 
 
+def test_sft_trainer_checkpoints_activations(sft: Any, tmp_path: Path) -> None:
+    sft(
+        SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0), gradient_checkpointing=True
+    ).train()
+    assert 0 < len(flagged_rows(tmp_path / "out")) < 24
+
+
 def test_trl_sft_by_its_command(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,12 +69,12 @@ class ChatCollator:
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
-        require_transformers(OWN_LABELS, "labels on answers")
         self.processor: Any = processor  # ProcessorMixin declares fewer arguments than any processor takes
         added: dict[int, Any] = self.processor.tokenizer.added_tokens_decoder
         self._special = tuple(token.content for token in added.values() if token.special)
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        require_transformers(OWN_LABELS, "labels on answers")
         rendered = [self.render(row["messages"]) for row in rows]
         batch = encode(
             self.processor,
