@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from untrigger import CrossView, InputError, SharedSurprise, defended, read
 from untrigger.defenses import Defense, SharedCause
@@ -31,6 +33,8 @@ def sft(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Any:
     ]
 
     def make(defense: Defense, rows: Any = rows, **changed: Any) -> Any:
+        if changed.get("assistant_only_loss", True) and Version(transformers.__version__) < Version("5.18"):
+            pytest.skip("TRL refuses assistant_only_loss with images before transformers 5.18")
         loaded = load(str(tiny_model))
         args = trl.SFTConfig(
             str(tmp_path / "out"),
