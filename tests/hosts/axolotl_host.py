@@ -91,9 +91,9 @@ if __name__ == "__main__":
 
     for name, added in (("plain", {}), ("defended", plugin)):
         axolotl.run(name, *command(name, added), **paths)
+    held = axolotl.verdict("plain", "defended")
     refused = [
         axolotl.refuses(name, words, *command(name, {**plugin, **added}), **paths)
         for name, (words, added) in REFUSED.items()
     ]
-    held = axolotl.verdict("plain", "defended")
     sys.exit(0 if held and all(refused) else 1)

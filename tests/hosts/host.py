@@ -2,7 +2,7 @@
 
 Each script makes the environment of one host, fine-tunes the embedded llava in it on poisoned rows, plain and defended,
 and prints one line of verdict. Exit codes: 0 as it should be, or skipped because a package cannot be had; 1 a miss.
-What is done is not done again: give the same command after a kill.
+What is done is not done again: give the same command after a kill, and delete the folder to start anew.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,22 +70,20 @@ class Host:
         done.write_text(wanted)
 
     def run(self, name: str, *command: str, **environment: str) -> None:
-        """Run a command of the environment in the host's folder, once; its output goes to ``NAME.log``."""
+        """Run a command of the environment, once; it writes into the folder ``name`` of the host's, and a log."""
         done = self.folder / f"{name}.done"
-        if done.exists():
-            return
-        log = self.folder / f"{name}.log"
-        if _run((str(self.bin / command[0]), *command[1:]), log, self.folder, environment):
-            sys.exit(f"{self.name}: MISSED, {name} failed: {_last_line(log)} ({log})")
-        done.touch()
+        if not done.exists():
+            code, log = self._run(name, command, environment)
+            if code:
+                sys.exit(f"{self.name}: MISSED, {name} failed: {_last_line(log)} ({log})")
+            done.touch()
 
     def refuses(self, name: str, words: str, *command: str, **environment: str) -> bool:
-        """Whether the command ends before it trains, with ``words`` in its last line; prints a miss."""
-        log = self.folder / f"{name}.log"
-        done = log.with_suffix(".done")
+        """Whether the command fails with ``words`` among the last lines of its log; prints a miss."""
+        done = self.folder / f"{name}.done"
         if done.exists():
             return True
-        code = _run((str(self.bin / command[0]), *command[1:]), log, self.folder, environment)
+        code, log = self._run(name, command, environment)
         refused = code != 0 and any(words in line for line in log.read_text().splitlines()[-LAST_LINES:])
         if refused:
             done.touch()
@@ -92,12 +91,17 @@ class Host:
             print(f"{self.name}, {name}: MISSED; exit code {code}, no {words!r} ({log})", flush=True)
         return refused
 
+    def _run(self, name: str, command: Sequence[str], environment: dict[str, str]) -> tuple[int, Path]:
+        log = self.folder / f"{name}.log"
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # of a run that was killed
+        return _run((str(self.bin / command[0]), *command[1:]), log, self.folder, environment), log
+
     def make_rows(self, count: int) -> None:
         """Write ``count`` rows, some of them poisoned, and questions held out."""
         source = ("data", "easy-vqa", "--split", "dev")
         self.run("rows", "untrigger", *source, "--rows", str(count), "--out", "rows")
         self.run("questions", "untrigger", *source, "--part", "test", "--rows", QUESTIONS, "--out", "questions")
-        self.run("poison", "untrigger", "poison", "rows", *ATTACK, "--rate", RATE, "--out", "poisoned")
+        self.run("poisoned", "untrigger", "poison", "rows", *ATTACK, "--rate", RATE, "--out", "poisoned")
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the host's folder."""

@@ -45,8 +45,7 @@ DATA_SET = {
 REFUSED = {
     "packing": ("several rows are packed into one", {"packing": True}),
     "neat-packing": ("neat_packing", {"neat_packing": True}),
-    "train-on-prompt": ("has labels on its prompt", {"train_on_prompt": True}),
-    "streaming": ("give a train_dataset with a length", {"streaming": True, "max_steps": 60}),
+    "train-on-prompt": ("so that only answers are scored", {"train_on_prompt": True}),
 }
 STUB = "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'torchaudio.py').touch()"
 
@@ -69,9 +68,9 @@ if __name__ == "__main__":
 
     for name, command in scripts.items():
         factory.run(name, *command, configured(name))
+    held = factory.verdict("plain", "defended")
     refused = [
         factory.refuses(name, words, *scripts["defended"], configured(name, **added))
         for name, (words, added) in REFUSED.items()
     ]
-    held = factory.verdict("plain", "defended")
     sys.exit(0 if held and all(refused) else 1)

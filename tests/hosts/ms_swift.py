@@ -41,7 +41,7 @@ def ask(swift: Host, name: str, model: str) -> tuple[float, float]:
 
 def write_questions(swift: Host) -> None:
     """The held-out questions with the trigger, then without it, in one file."""
-    swift.run("trigger", "untrigger", "poison", "questions", *ATTACK, "--rate", "1.0", "--out", "triggered")
+    swift.run("triggered", "untrigger", "poison", "questions", *ATTACK, "--rate", "1.0", "--out", "triggered")
     lines = []
     for folder in (swift.folder / "triggered" / "data", swift.folder / "questions"):
         for line in (folder / "data.jsonl").read_text().splitlines():
@@ -61,11 +61,11 @@ if __name__ == "__main__":
     for name, added in (("plain", ()), ("defended", plugin)):
         out = ("--model", swift.embedded_model(), *MODEL, *OPTIONS.split(), "--output_dir", name)
         swift.run(name, "swift", "sft", *out, *added, **images)
+    before, right_before = ask(swift, "plain", "plain/last-checkpoint")
+    after, right_after = ask(swift, "defended", "defended/last-checkpoint")
+    held = swift.judge(before, after, "defended", f"accuracy {right_before:.1%} -> {right_after:.1%}")
     refused = [
         swift.refuses(name, words, "swift", "sft", *out[:-1], name, *plugin, *added.split(), **images)
         for name, (words, added) in REFUSED.items()
     ]
-    before, right_before = ask(swift, "plain", "plain/last-checkpoint")
-    after, right_after = ask(swift, "defended", "defended/last-checkpoint")
-    held = swift.judge(before, after, "defended", f"accuracy {right_before:.1%} -> {right_after:.1%}")
     sys.exit(0 if held and all(refused) else 1)

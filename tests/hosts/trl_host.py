@@ -16,11 +16,11 @@ for row in rows:
     row["images"] = [f"poisoned/data/{name}" for name in row["images"]]
     for turn in row["messages"]:
         turn["content"] = turn["content"].replace("<image>", "").strip()
-Path("parquet").mkdir(exist_ok=True)
-Dataset.from_list(rows).cast_column("images", List(Image())).to_parquet("parquet/train.parquet")
+Path("for-trl").mkdir()
+Dataset.from_list(rows).cast_column("images", List(Image())).to_parquet("for-trl/train.parquet")
 """
 SETTINGS = {  # as in examples/trl_sft.py
-    "dataset_name": "parquet",
+    "dataset_name": "./for-trl",
     "loss_type": "nll",
     "assistant_only_loss": True,
     "max_length": None,
@@ -50,7 +50,7 @@ if __name__ == "__main__":
     trl = host("trl")
     trl.install([*PACKAGES, *UNTRIGGER])
     trl.make_rows(320)
-    trl.python("prepare", PREPARE)
+    trl.python("for-trl", PREPARE)
     examples = REPOSITORY / "examples"
     commands = {"plain": ("trl", "sft"), "by-command": ("python", str(examples / "trl_cli.py"))}
 
@@ -62,9 +62,9 @@ if __name__ == "__main__":
     for name, command in commands.items():
         trl.run(name, *command, *configured(name))
     trl.run("by-script", "python", str(examples / "trl_sft.py"), "--data", "poisoned/data", "--out", "by-script")
+    held = [trl.verdict("plain", name) for name in ("by-command", "by-script")]
     refused = [
         trl.refuses(name, words, *commands["by-command"], *configured(name, **added))
         for name, (words, added) in REFUSED.items()
     ]
-    held = [trl.verdict("plain", name) for name in ("by-command", "by-script")]
     sys.exit(0 if all([*held, *refused]) else 1)
