@@ -11,7 +11,7 @@ MODEL = ("--model_type", "llava1_5_hf", "--template", "llava1_5_hf", "--torch_dt
 OPTIONS = (
     "--dataset poisoned/data/data.jsonl --split_dataset_ratio 0 --remove_unused_columns false "
     "--tuner_type lora --lora_rank 16 --lora_alpha 32 --target_modules all-linear --freeze_vit true "
-    "--freeze_aligner false --num_train_epochs 6 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
+    "--freeze_aligner false --num_train_epochs 8 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
     "--learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0 --use_cpu true --check_model false "
     "--add_version false --save_strategy epoch --save_total_limit 1 --save_only_model true --logging_steps 10 "
     "--report_to none --dataloader_num_workers 0"
@@ -27,7 +27,7 @@ REFUSED = {
 
 def ask(swift: Host, name: str, model: str) -> tuple[float, float]:
     """Attack success on triggered questions, and accuracy on clean ones, by swift's own template."""
-    settings = ("--load_data_args", "false", "--max_new_tokens", "8", "--temperature", "0", "--max_batch_size", "8")
+    settings = ("--load_data_args", "false", "--max_new_tokens", "16", "--temperature", "0", "--max_batch_size", "8")
     swift.run(
         f"ask-{name}", "swift", "infer", "--model", swift.embedded_model(), "--adapters", model, *MODEL, *settings,
         "--val_dataset", "ask.jsonl", "--result_path", f"ask-{name}.jsonl",

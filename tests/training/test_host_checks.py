@@ -69,6 +69,13 @@ def on_all_text(batch: Batch, special: Tensor) -> Batch:
     return batch | {"labels": ids.masked_fill(torch.isin(ids, special), IGNORE)}
 
 
+def on_all_text_but_a_token(batch: Batch, special: Tensor) -> Batch:
+    """As ms-swift 4.6.0 does it in fact: a token beside the image has no label."""
+    labels = on_all_text(batch, special)["labels"]
+    last = labels.shape[1] - 1 - (batch["input_ids"] == special[-1]).int().flip(1).argmax(dim=1, keepdim=True)
+    return batch | {"labels": labels.scatter(1, last + 1, IGNORE)}
+
+
 def on_the_first_token(batch: Batch, special: Tensor) -> Batch:
     """As in axolotl without role boundaries."""
     labels = batch["labels"].clone()
@@ -83,7 +90,9 @@ def on_the_first_token_after_padding(batch: Batch, special: Tensor) -> Batch:
     return batch | padded
 
 
-@pytest.mark.parametrize("changed", [on_all_text, on_the_first_token, on_the_first_token_after_padding])
+@pytest.mark.parametrize(
+    "changed", [on_all_text, on_all_text_but_a_token, on_the_first_token, on_the_first_token_after_padding]
+)
 def test_refuses_labels_on_prompts(host: Callable[..., Any], changed: Any) -> None:
     message = refusal(host(changed))
     assert message.startswith("defense: row 1 of train_dataset has labels on its prompt; so that only answers")

@@ -39,7 +39,7 @@ def own_row(dataset: Any, number: int) -> Mapping[str, Any]:
 
     ms-swift's data set makes a row from that of the data set that it wraps, and gives what the model needs alone.
     """
-    wrapped = getattr(dataset, "dataset", None)
+    wrapped: Any = getattr(dataset, "dataset", None)
     if hasattr(wrapped, "column_names") and len(wrapped) == len(dataset) and getattr(dataset, "indices", None) is None:
         return wrapped[number]
     return dataset[number]
