@@ -9,8 +9,8 @@ PACKAGES = (
     "torch==2.13.0 packaging==26.0 huggingface_hub==1.17.0 peft==0.20.0 tokenizers==0.23.1 transformers==5.16.1 "
     "accelerate==1.13.0 datasets==4.8.4 trl==1.9.0 kernels<0.17.0,>=0.16.0 pydantic==2.12.5 addict fire PyYAML==6.0.3 "
     "requests wandb einops colorama numba<1.0,>=0.63.1 numpy scipy typer==0.25.1 tensorboard python-dotenv==1.0.1 "
-    "fastcore posthog==6.7.11 schedulefree==1.4.1 bitsandbytes==0.50.2 triton>=3.4.0 sentencepiece zstandard==0.22.0 s3fs "
-    "evaluate langdetect immutabledict==4.2.0 art mistral-common==1.11.5 axolotl-contribs-lgpl==0.0.7 "
+    "fastcore posthog==6.7.11 schedulefree==1.4.1 bitsandbytes==0.50.2 triton>=3.4.0 sentencepiece zstandard==0.22.0 "
+    "s3fs evaluate langdetect immutabledict==4.2.0 art mistral-common==1.11.5 axolotl-contribs-lgpl==0.0.7 "
     "axolotl-contribs-mit==0.0.6 easy-vqa jinja2 pyarrow rich scikit-learn filelock pillow"
 )
 # axolotl 0.19.0 takes its own settings for a pydantic model, because they have every attribute
