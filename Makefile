@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint docs bench paper clean
+.PHONY: quickstart test check hosts lint docs bench paper clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/untrigger quickstart --out runs/quickstart
@@ -23,6 +23,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Real hosts, plain and defended, each in an environment of its own under build/hosts (docs/hosts.md).
+HOSTS := trl ms_swift axolotl llama_factory
+hosts:
+	missed=; for host in $(HOSTS); do $(PYTHON) tests/hosts/$$host.py || missed="$$missed $$host"; done; \
+	test -z "$$missed" || { echo "missed:$$missed"; exit 1; }
 
 # The site, build/site, of the pages as they lie in the repository: so a link is the same link here and there.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md NOTICE docs results/*.md examples plans src/untrigger/embedded/*/README.md \

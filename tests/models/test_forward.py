@@ -42,6 +42,8 @@ def batch_of(loaded: LoadedModel, samples: list[Sample]) -> dict[str, Tensor]:
 def test_answers_equal_a_loop_over_all_positions(
     tiny_model: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, adapted: bool, selects: bool
 ) -> None:
+    if selects and not forward._SELECTS:
+        pytest.skip("from transformers 5.22 on")
     monkeypatch.setattr(forward, "_SELECTS", selects)
     loaded = load(tiny_model, dtype=torch.float64)
     model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
@@ -155,6 +157,14 @@ def test_a_model_without_layers_raises() -> None:
 # --- losses at the head ------------------------------------------------------------------------------
 
 
+def enable_checkpointing(model: Any) -> None:
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:  # its name before transformers 5.23
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
 def nll_of(answers: Answers, part: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {"nll": objective.token_nll(answers.logits, answers.target)}, {"row": answers.row}
 
@@ -169,7 +179,7 @@ def test_losses_at_the_head_equal_those_from_logits(
     loaded = load(tiny_model, dtype=torch.float64)
     model = add_lora(loaded.model, rank=2) if adapted else loaded.model  # type: ignore[arg-type]
     if checkpointed:
-        cast(Any, model).activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     model.train()
     batch = batch_of(loaded, samples)
     answers = forward_answers(model, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -126,6 +127,8 @@ def test_every_embedded_family_can_drop_image_tokens(family: str, samples: list[
 
 
 def test_both_views_share_one_pass_through_the_tower(exact: LoadedModel, samples: list[Sample]) -> None:
+    if "mm_encoder_outputs" not in inspect.signature(exact.model.forward).parameters:
+        pytest.skip("transformers before 5.22 takes no features of the tower: it runs in each pass")
     tower_passes: list[int] = []
     tower = cast(Any, exact.model).model.vision_tower
     handle = tower.register_forward_hook(lambda *_: tower_passes.append(1))

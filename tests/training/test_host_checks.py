@@ -69,6 +69,13 @@ def on_all_text(batch: Batch, special: Tensor) -> Batch:
     return batch | {"labels": ids.masked_fill(torch.isin(ids, special), IGNORE)}
 
 
+def on_all_text_but_a_token(batch: Batch, special: Tensor) -> Batch:
+    """As ms-swift 4.6.0 does it in fact: a token beside the image has no label."""
+    labels = on_all_text(batch, special)["labels"]
+    last = labels.shape[1] - 1 - (batch["input_ids"] == special[-1]).int().flip(1).argmax(dim=1, keepdim=True)
+    return batch | {"labels": labels.scatter(1, last + 1, IGNORE)}
+
+
 def on_the_first_token(batch: Batch, special: Tensor) -> Batch:
     """As in axolotl without role boundaries."""
     labels = batch["labels"].clone()
@@ -83,7 +90,9 @@ def on_the_first_token_after_padding(batch: Batch, special: Tensor) -> Batch:
     return batch | padded
 
 
-@pytest.mark.parametrize("changed", [on_all_text, on_the_first_token, on_the_first_token_after_padding])
+@pytest.mark.parametrize(
+    "changed", [on_all_text, on_all_text_but_a_token, on_the_first_token, on_the_first_token_after_padding]
+)
 def test_refuses_labels_on_prompts(host: Callable[..., Any], changed: Any) -> None:
     message = refusal(host(changed))
     assert message.startswith("defense: row 1 of train_dataset has labels on its prompt; so that only answers")
@@ -172,3 +181,18 @@ def test_positions_of_padding_are_no_second_row(host: Callable[..., Any], sample
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
 def test_refuses_samplers_that_read_lengths(host: Callable[..., Any], strategy: str) -> None:
     assert "set group_by_length=False (in transformers 5" in refusal(host(train_sampling_strategy=strategy))
+
+
+# --- rows that change ---------------------------------------------------------------------------------
+
+
+def test_refuses_rows_that_change_between_two_looks(host: Callable[..., Any], samples: list[Sample]) -> None:
+    """As ms-swift's, which gives a random row for one that it cannot read, even if none of them is flagged."""
+    looks = iter(range(1000))
+
+    class Replacing(Rows):
+        def __getitem__(self, index: int) -> Row:
+            return super().__getitem__(next(looks) % 24 if index == 12 else index)
+
+    with pytest.raises(InputError, match=r"returns different data for the same index.*--strict true"):
+        host(rows=Replacing(samples)).train()

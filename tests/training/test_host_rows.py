@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from transformers import Trainer
 
 from untrigger import defended
@@ -111,6 +111,31 @@ def test_an_id_that_the_host_drops_is_written(flagged: Callable[..., Any], sampl
         assert line["reordered"] and line["images"] == [f"pixels-sha256:{pixels_sha256(sample.images[0])}"]
         assert (line["prompts"], line["answers"]) == ([question(sample)], [sample.messages[1].text])
     assert any(samples[line["row"] - 1].id != line["id"] for line in lines)
+
+
+class Prepared(Dataset[Row]):
+    """Rows as ms-swift's data set gives them: made from those of the data set that it wraps, without their columns."""
+
+    def __init__(self, dataset: Any, samples: list[Sample]) -> None:
+        self.dataset, self.rows = dataset, {sample.id: row for sample, row in zip(samples, Rows(samples), strict=True)}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        return {"prepared": self.rows[self.dataset[index]["id"]]}
+
+
+def test_a_row_of_a_wrapped_data_set_is_named_by_its_columns(
+    flagged: Callable[..., Any], tiny_model: Path, samples: list[Sample]
+) -> None:
+    columns = [{"id": sample.id, "images": [f"images/{sample.id}.png"]} for sample in samples]
+    table: Any = pytest.importorskip("datasets").Dataset.from_list(columns).shuffle(seed=1)
+    collator = ChatCollator(load(tiny_model).processor)
+    by_id = {sample.id: sample for sample in samples}
+    for line in flagged(Prepared(table, samples), lambda rows: collator([row["prepared"] for row in rows])):
+        assert line["reordered"] and line["images"] == [f"images/{line['id']}.png"]
+        assert line["answers"] == [by_id[line["id"]].messages[1].text]
 
 
 # --- the parts ----------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import runpy
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from untrigger import CrossView, InputError, SharedSurprise, defended, read
 from untrigger.defenses import Defense, SharedCause
@@ -30,6 +33,8 @@ def sft(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Any:
     ]
 
     def make(defense: Defense, rows: Any = rows, **changed: Any) -> Any:
+        if changed.get("assistant_only_loss", True) and Version(transformers.__version__) < Version("5.18"):
+            pytest.skip("TRL refuses assistant_only_loss with images before transformers 5.18")
         loaded = load(str(tiny_model))
         args = trl.SFTConfig(
             str(tmp_path / "out"),
@@ -124,3 +129,39 @@ def test_sft_trainer_learns_grafted_rows(
     assert 0 < len(flagged_rows(tmp_path / "out")) < 24 and len(trainer.train_dataset) == 24
     assert len(json.loads((tmp_path / "out/defense_state.json").read_text())["grafts"][0]) == 5
     assert trainer.state.global_step == 7, "all but the warm-up"
+
+
+def test_sft_trainer_checkpoints_activations(sft: Any, tmp_path: Path) -> None:
+    sft(
+        SharedSurprise(min_nll=0.1, iqr_factor=0.0, p_value=1 - 1e-6, min_ratio=0.0), gradient_checkpointing=True
+    ).train()
+    assert 0 < len(flagged_rows(tmp_path / "out")) < 24
+
+
+def test_trl_sft_by_its_command(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`examples/trl_cli.py` with a configuration file of `trl sft`."""
+    rows = prompts_and_completions(tiny_data)
+    data = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data" / "train.parquet")
+    settings = {
+        "model_name_or_path": str(tiny_model),
+        "dataset_name": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        "max_length": None,
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    (tmp_path / "sft.yaml").write_text(json.dumps(settings))
+    monkeypatch.setattr(trl, "SFTTrainer", trl.SFTTrainer)  # restored after the test
+    monkeypatch.setattr("sys.argv", ["trl_cli.py", "--config", str(tmp_path / "sft.yaml")])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "trl_cli.py"), run_name="__main__")
+    assert json.loads((tmp_path / "out" / "defense_state.json").read_text())["rows"] == 24
+    assert (tmp_path / "out" / "flagged_rows.jsonl").is_file()

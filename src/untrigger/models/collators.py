@@ -20,6 +20,7 @@ from transformers import ProcessorMixin
 
 from untrigger.errors import InputError
 from untrigger.models.processors import encode, render_chat
+from untrigger.models.versions import OWN_LABELS, require_transformers
 from untrigger.rows.images import quote
 from untrigger.rows.sample import IMAGE_TAG, Message, Sample, row_number
 from untrigger.views.patches import View, to_rgb
@@ -73,6 +74,7 @@ class ChatCollator:
         self._special = tuple(token.content for token in added.values() if token.special)
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        require_transformers(OWN_LABELS, "labels on answers")
         rendered = [self.render(row["messages"]) for row in rows]
         batch = encode(
             self.processor,

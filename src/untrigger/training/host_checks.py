@@ -148,8 +148,8 @@ def check_batch(batch: Mapping[str, Any], model: Any, row_count: int) -> None:
 def check_labels(batch: Mapping[str, Tensor], rows: Sequence[int], model: Any, special: Sequence[int]) -> None:
     """Refuse rows without labels, and labels on prompts.
 
-    A prompt has labels if the row's first token has one, or if only special and image tokens have none. Labels on
-    several answers are fine.
+    A prompt has labels if the row's first token has one, or its first token that is neither special nor of an image.
+    Labels on several answers are fine.
 
     Args:
         batch: has passed `check_batch`.
@@ -161,8 +161,9 @@ def check_labels(batch: Mapping[str, Tensor], rows: Sequence[int], model: Any, s
     first = attended.int().argmax(dim=1, keepdim=True)
     image = image_token(model)
     no_text = torch.tensor([*special, *([] if image is None else [image])], dtype=torch.long)
-    prompt = attended & ~labeled & ~torch.isin(batch["input_ids"].cpu(), no_text).to(attended.device)
-    on_prompt = labeled.gather(1, first)[:, 0] | ~prompt.any(dim=1)
+    text = attended & ~torch.isin(batch["input_ids"].cpu(), no_text).to(attended.device)
+    first_text = text.int().argmax(dim=1, keepdim=True)
+    on_prompt = labeled.gather(1, torch.cat([first, first_text], dim=1)).any(dim=1) | ~text.any(dim=1)
     for row, is_labeled, is_on_prompt in zip(rows, labeled.any(dim=1).tolist(), on_prompt.tolist(), strict=True):
         if not is_labeled:
             raise InputError(

@@ -34,6 +34,17 @@ def _is_view(dataset: Any) -> bool:
     return False
 
 
+def own_row(dataset: Any, number: int) -> Mapping[str, Any]:
+    """The row ``number`` from 0 with the columns of the user's data, as far as the host's data set has them.
+
+    ms-swift's data set makes a row from that of the data set that it wraps, and gives what the model needs alone.
+    """
+    wrapped: Any = getattr(dataset, "dataset", None)
+    if hasattr(wrapped, "column_names") and len(wrapped) == len(dataset) and getattr(dataset, "indices", None) is None:
+        return wrapped[number]
+    return dataset[number]
+
+
 def row_id(row: Mapping[str, Any]) -> str | None:
     """The row's id as text; None for a row without one."""
     return None if row.get("id") is None else str(row["id"])

@@ -38,7 +38,7 @@ from untrigger.training.host_checks import (
     image_token,
     special_tokens,
 )
-from untrigger.training.host_rows import column_prompts, decoded_turns, image_names, is_reordered, row_id
+from untrigger.training.host_rows import column_prompts, decoded_turns, image_names, is_reordered, own_row, row_id
 from untrigger.training.host_state import STATE, copy_flags, flags_folder
 from untrigger.training.processes import share_of
 from untrigger.training.schedule import shorten
@@ -50,6 +50,10 @@ _SILENT = {
     "load_best_model_at_end": False,
     "push_to_hub": False,
 }
+_RANDOM_ROWS = (
+    "defense: train_dataset returns different data for the same index; move random augmentation into the collator, and "
+    "with ms-swift, which replaces a row that it cannot read by a random one, mend such rows (--strict true names them)"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -119,7 +123,8 @@ class HostTraining:
         if source is not None:
             raise InputError("defense: a host's trainer scores rows of its train_dataset only; use `untrigger scan`")
         scores = self._score(model, self.host.train_dataset, rows, name)
-        self._keys |= {row: key for row, (key, _) in zip(rows, scores, strict=True)}
+        if any(self._keys.setdefault(row, key) != key for row, (key, _) in zip(rows, scores, strict=True)):
+            raise InputError(_RANDOM_ROWS)
         return [tokens for _, tokens in scores]
 
     def can_be_grafted(self, row: int) -> bool:
@@ -221,10 +226,7 @@ class HostTraining:
             parts = (loaded.batch[name] for name in ("input_ids", "labels", "attention_mask"))
             flagged += [self._flagged_row(next(numbers), reordered, *tokens) for tokens in zip(*parts, strict=True)]
         if keys != [self._keys[row] for row in flagged_tokens]:
-            raise InputError(
-                "defense: train_dataset returns different data for the same index; move random augmentation into the "
-                "collator"
-            )
+            raise InputError(_RANDOM_ROWS)
         if self.host.args.process_index == 0:
             path = write_flagged_rows(self._folder, flagged)
             rows = [
@@ -240,7 +242,7 @@ class HostTraining:
             _log.warning("%d of %d rows are flagged%s: %s%s", len(flagged), self.row_count, example, path, hint)
 
     def _flagged_row(self, number: int, reordered: bool, ids: Tensor, labels: Tensor, attended: Tensor) -> FlaggedRow:
-        row = self.host.train_dataset[number]  # with the columns that the host removes before it collates
+        row = own_row(self.host.train_dataset, number)  # with the columns that the host removes before it collates
         prompts, answers = decoded_turns(self._processor.decode, ids, labels, attended, image_token(self.host.model))
         return FlaggedRow(
             row=number + 1,

@@ -32,6 +32,7 @@ from untrigger.models.collators import (
     SeededCollator,
 )
 from untrigger.models.loading import base_model
+from untrigger.models.versions import IN_HOST, require_transformers
 from untrigger.training.checkpoints import load_full
 from untrigger.training.host_state import STATE, copy_flags
 from untrigger.training.host_training import HostTraining
@@ -223,8 +224,10 @@ def defended(trainer: type[Trainer]) -> type[Any]:
     ``transformers.Trainer`` itself set ``remove_unused_columns=False``, or the host drops the images.
 
     Raises:
-        InputError: it is not a class that derives from ``transformers.Trainer``, or it is defended already.
+        InputError: it is not a class that derives from ``transformers.Trainer``, it is defended already, or
+            transformers is too old.
     """
+    require_transformers(IN_HOST, "defended")
     check_class(trainer)
     return _subclass(trainer)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from PIL import Image
 
 from tiny import FAMILIES
@@ -219,6 +221,8 @@ def test_a_batch_names_the_row_that_the_processor_refuses(folder: Folder, row: R
         ChatCollator(processor)([data[0], data[1]])
     with pytest.raises(InputError, match=r"^id 'strip': the model's processor does not take it \(absolute"):
         encode_prompts(processor, rows)
+    if Version(transformers.__version__) < Version("5.22"):
+        return  # processors then count only the tokens of what they are given
     text = Sample("text", (), (Message("user", "see <|video_pad|>"), Message("assistant", "no")))
     with pytest.raises(InputError, match=r"^row 1, id 'text': .* does not take it \(Found 1 <\|video_pad\|>"):
         ChatCollator(processor)([Rows([text])[0]])
