@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 
 from dry import Dry
 from untrigger.defenses import Stage
-from untrigger.defenses.harm import Comparison, Harm, comparisons, harm_p_values, measure_harm
+from untrigger.defenses.harm import Comparison, Harm, comparisons, measure_harm, one_sided_p_values
 from untrigger.defenses.shared_cause import SharedCause
 from untrigger.models.grafted_rows import Grafts
 from untrigger.models.loading import LoadedModel
@@ -51,7 +51,7 @@ def test_p_values_equal_those_of_all_sign_patterns() -> None:
     rng = np.random.default_rng(3)
     suspects = np.repeat(np.arange(11), 2)
     damage = rng.normal(size=(2, 22, 2)) + np.array([0.7, 0.0])
-    p_values = harm_p_values(damage, suspects)
+    p_values = one_sided_p_values(damage, suspects)
     for p, values in zip(p_values, damage[..., 0] - damage[..., 1], strict=True):
         means = values.reshape(11, 2).mean(axis=1)
         assert p == pytest.approx(min(1.0, len(KINDS) * _naive_p(means.tolist())), rel=1e-6)
@@ -64,9 +64,9 @@ def test_chance_accuses_no_more_often_than_it_says() -> None:
     for _ in range(200):
         host = rng.exponential(3, (len(KINDS), len(suspects), 1))  # heavy tails, shared by suspect and control
         damage = host + rng.standard_t(2, (len(KINDS), len(suspects), 2))
-        accused += min(harm_p_values(damage, suspects)) < 0.05
+        accused += min(one_sided_p_values(damage, suspects)) < 0.05
     assert accused <= 20  # of 10 expected at most; P(more than 20) < 0.002
-    assert harm_p_values(np.zeros((3, 24, 2)), np.arange(24)) == [1.0] * 3
+    assert one_sided_p_values(np.zeros((3, 24, 2)), np.arange(24)) == [1.0] * 3
 
 
 @pytest.mark.parametrize("fields", [{"min_suspects": 1}, {"max_suspects": 3}, {"graft_share": 1.5}, {"p_value": 0.0}])

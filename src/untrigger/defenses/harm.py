@@ -36,7 +36,9 @@ class Comparison(NamedTuple):
 class Harm(NamedTuple):
     """What suspects share, and what controls share, did to other rows' own answers.
 
-    kinds: of graft [k]. p_values: of each (`harm_p_values`). comparisons: [n].
+    kinds: of graft [k]. p_values: of each, at most 1: twice the smaller one (`one_sided_p_values`) that what suspects
+        share damages no more than what controls share, and that it harms no more than what an eighth of them share.
+    comparisons: [n].
     before, after: probability of the host's own answer before and after the probe, with what all suspects share on it,
         and with what all controls share, [k, n, 2].
     of_few: the same after the probe with an eighth of the suspects, and of the controls, [k, n, 2].
@@ -61,7 +63,7 @@ class Harm(NamedTuple):
         What all share must do ``least_ratio`` times as much, after the probe, as what an eighth of them share.
         """
         means = self.excess.mean(axis=1)
-        of_all, of_few = ((p[..., 1] - p[..., 0]).mean(axis=1) for p in (self.after, self.of_few))
+        of_all, of_few = (harm_now(values).mean(axis=1) for values in (self.after, self.of_few))
         lasting = of_all >= least_ratio * np.maximum(of_few, 0)
         at = np.flatnonzero((means >= least) & (np.array(self.p_values) < p_value) & lasting).tolist()
         kinds, p_values = [self.kinds[k] for k in at], [self.p_values[k] for k in at]
@@ -105,8 +107,10 @@ def measure_harm(
     after, few = probabilities(f"{name}-after", of_few=False), probabilities(f"{name}-of-few", of_few=True)
     restore_weights(screening.model.model, weights[0])
     before = probabilities(f"{name}-before", of_few=False)
-    p_values = harm_p_values(before - after, np.array([c.suspect for c in plan]))
-    return Harm(kinds, p_values, plan, before, after, few)
+    suspect_of = np.array([c.suspect for c in plan])
+    growth = np.stack([harm_now(after), harm_now(few)], axis=-1)
+    tests = (one_sided_p_values(values, suspect_of) for values in (before - after, growth))
+    return Harm(kinds, [min(1.0, 2 * min(pair)) for pair in zip(*tests, strict=True)], plan, before, after, few)
 
 
 def comparisons(
@@ -148,21 +152,25 @@ def means_by_suspect(values: NDArray[np.floating], suspects: NDArray[np.integer]
     return np.stack([values[:, suspects == suspect].mean(axis=1) for suspect in np.unique(suspects)], axis=1)
 
 
-def harm_p_values(damage: NDArray[np.floating], suspects: NDArray[np.integer]) -> list[float]:
-    """For each kind, the chance that what suspects share damages no more than what controls share does.
+def harm_now(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
+    """How much less likely hosts' own answers are with suspects' graft than with controls', [..., 2] to [...]."""
+    return probabilities[..., 1] - probabilities[..., 0]
 
-    One-sided Wilcoxon signed-rank test of each suspect's mean difference, times the number of `KINDS`, at most 1. If
-    suspects are no worse than controls that are asked alike, differences are symmetric about zero.
+
+def one_sided_p_values(values: NDArray[np.floating], suspects: NDArray[np.integer]) -> list[float]:
+    """For each kind, the chance that the first of two values is no larger than the second.
+
+    Wilcoxon signed-rank test of each suspect's mean difference, times the number of `KINDS`, at most 1. If neither is
+    larger, differences are symmetric about zero.
 
     Args:
-        damage: [kinds, comparisons, 2], probability that training took from the host's own answer with suspects' graft
-            on it, and with controls'.
+        values: [kinds, comparisons, 2].
         suspects: which suspect each comparison has, [comparisons].
     """
     from scipy.stats import wilcoxon  # takes a second to import
 
     p_values: list[float] = []
-    for means in means_by_suspect(damage[..., 0] - damage[..., 1], suspects):
+    for means in means_by_suspect(values[..., 0] - values[..., 1], suspects):
         p = float(cast(Any, wilcoxon(means, alternative="greater")).pvalue) if np.any(means) else 1.0
         p_values.append(min(1.0, p * len(KINDS)))
     return p_values

@@ -32,7 +32,7 @@ class Target:
     Fields:
         text: what the rows' answers share, around the token that flags them; empty if they share none.
         p_value: the chance that so many honest rows share that token, corrected for the number of tokens; without a
-            text, that what other rows share does as much harm (`untrigger.defenses.harm.harm_p_values`).
+            text, that what other rows share does as much harm (`untrigger.defenses.harm.Harm`).
         rows: their indices in the data, from 0, the most suspicious first.
         image_p_value, prompt_p_value: the chance that as many probed rows lose the text without their image, or their
             prompt, if it has no part in the cue: a one-sided sign test on rows that the probe was not trained on.
