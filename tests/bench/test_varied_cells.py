@@ -27,6 +27,8 @@ NEW = (
     "goals-other-question",
     "goals-varied",
     "goals-varied-captions",
+    "goals-varied-captions-more",
+    "goals-varied-triggers",
     "mixtures",
     "mixtures-varied",
     "rates-high",
