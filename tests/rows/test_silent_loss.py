@@ -120,7 +120,7 @@ def test_a_key_that_stands_twice_spoils_its_row(name: str, tmp_path: Path) -> No
     path.write_text(path.read_text().replace('"note": "TWICE"', '"images": ["1.png"]'))
     with pytest.raises(InputError, match=r"row 2: .*the key 'images' stands twice in an object; keep one of them"):
         read(path)
-    assert read(path, on_bad_row="skip").numbers == [0, 2]
+    assert list(read(path, on_bad_row="skip").numbers) == [0, 2]
 
 
 def test_keys_around_the_rows_are_checked_and_can_be_ignored(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_columns_of_numbers_that_matter_are_read(name: str, column: pa.Array, me
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(InputError, match=f"row 2: {message}"):
         read(tmp_path)
-    assert read(tmp_path, on_bad_row="skip").numbers == [0]
+    assert list(read(tmp_path, on_bad_row="skip").numbers) == [0]
 
 
 # --- WebDataset -------------------------------------------------------------------------------------

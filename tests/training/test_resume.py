@@ -103,7 +103,7 @@ def test_never_reads_a_stage_of_another_run(
 ) -> None:
     killed_after(monkeypatch, 5, lambda: run(tiny_model, samples, tmp_path / "out", CleanTuning(passes=3)))
     monkeypatch.setattr(
-        "untrigger.training.stages._read_weights", lambda *_: pytest.fail("weights of another run were read")
+        "untrigger.training.stages.read_weights", lambda *_: pytest.fail("weights of another run were read")
     )
     for resume, message in ((False, "is not empty"), (True, r"holds a run with other settings \(.*\)")):
         with pytest.raises(InputError, match=message):
