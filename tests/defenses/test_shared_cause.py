@@ -16,7 +16,7 @@ from untrigger.defenses import Stage
 from untrigger.defenses.harm import Comparison, Harm, comparisons, measure_harm, one_sided_p_values
 from untrigger.defenses.shared_cause import SharedCause
 from untrigger.models.grafted_rows import Grafts
-from untrigger.models.loading import LoadedModel
+from untrigger.models.loading import LoadedModel, copy_weights
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Message, Sample
 from untrigger.views.grafts import KINDS
@@ -89,6 +89,7 @@ class _Stub(Dry):
     doubtful: tuple[int, ...] = ()  # other rows with an answer that is less likely than all others together
     words: int = 0  # so many of them share the word 77
     of_few: float = 0.5
+    before: float = 0.0  # of the harm of all that they do before the probe
 
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
@@ -101,7 +102,7 @@ class _Stub(Dry):
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         self.scorings.append(name)
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts.rows))
-        strength = {"after": 1.0, "of-few": self.of_few, "before": 0.0}[name.partition("-")[2]]
+        strength = {"after": 1.0, "of-few": self.of_few, "before": self.before}[name.partition("-")[2]]
         hits = [g.kind == self.harmful and min(grafts.groups[g.group]) < 16 for g in grafts.rows]
         return [_answer(0.1 + random + 0.6 * strength * hit, 99) for random, hit in zip(noise, hits, strict=True)]
 
@@ -275,3 +276,14 @@ def test_groups_are_all_suspects_all_controls_and_eighths_of_them(loaded: Loaded
             assert numbers[c.suspect] in group and len(group) == (2 if name == "image-of-few" else 16)
             assert list(grafts.groups[of_controls.group]) == [numbers[control_of[at]] for at in group]
     assert harm.excess.shape == (1, 48) and harm.excess.mean() > 0.15
+
+
+def test_harm_that_grows_with_the_suspects_counts_where_training_added_none(loaded: LoadedModel) -> None:
+    """The pattern harms the early model as much; only the growth from an eighth to all is a sign."""
+    for of_few, is_sign in ((0.2, True), (1.0, False)):
+        dry = _dry(loaded, "image")
+        dry.before, dry.of_few = 1.0, of_few
+        screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
+        plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
+        harm = measure_harm(dry, screening, plan, range(20, 60), "image", (weights, weights))
+        assert abs(harm.excess.mean()) < 0.01 and (harm.p_values[0] < 1e-3) == is_sign

@@ -58,9 +58,9 @@ def page(findings: Findings, rows: Sequence[Sample]) -> str:
     verdicts = findings.verdicts
     cards: list[list[Card]] = []
     for target in findings.targets:
-        grafted = _grafted(rows, target, verdicts)
         listed = _probed_first(target, verdicts)
-        cards.append([_card(rows, row, findings, target, grafted.get(row)) for row in listed])
+        hosts = _hosts(rows, listed, target, verdicts)
+        cards.append([_card(rows, row, findings, target, hosts.get(row)) for row in listed])
     return (
         templates(Path(__file__).parent)
         .get_template("page.html.j2")
@@ -96,17 +96,20 @@ def _card(rows: Sequence[Sample], row: int, findings: Findings, target: Target, 
     return Card(verdict, pictures, prompt, _texts(sample, "assistant"), host)
 
 
-def _grafted(rows: Sequence[Sample], target: Target, verdicts: Sequence[Verdict]) -> dict[int, Host]:
-    """For rows with an effect, the other row with what the target's rows share; of several images the first."""
-    effects = {row: effect for row in target.rows if (effect := verdicts[row].effect)}
+def _hosts(
+    rows: Sequence[Sample], listed: Sequence[int], target: Target, verdicts: Sequence[Verdict]
+) -> dict[int, Host]:
+    """For listed rows with an effect, the other row with what the target's rows share; of several images the first."""
+    others = {effect.host for row in target.rows if (effect := verdicts[row].effect)}
+    effects = {row: effect for row in listed if (effect := verdicts[row].effect)}
     grafts = [Graft(effect.host, 0, row, effect.kind) for row, effect in effects.items()]
-    made = GraftedRows(Rows(rows), Grafts(grafts, [target.rows], sorted({effect.host for effect in effects.values()})))
+    made = GraftedRows(Rows(rows), Grafts(grafts, [target.rows], sorted(others)))
     hosts: dict[int, Host] = {}
     for at, (row, effect) in enumerate(effects.items()):
-        host, question = rows[effect.host], made[at]["messages"][-2]["content"]
-        picture = data_uri(row_images(made[at])[0], _PIXELS)
-        words = " ".join(part["text"] for part in question if part["type"] == "text")
-        hosts[row] = Host(verdicts[effect.host].row, picture, words, _texts(host, "assistant")[-1])
+        graft = made[at]
+        words = " ".join(part["text"] for part in graft["messages"][-2]["content"] if part["type"] == "text")
+        answer = _texts(rows[effect.host], "assistant")[-1]
+        hosts[row] = Host(verdicts[effect.host].row, data_uri(row_images(graft)[0], _PIXELS), words, answer)
     return hosts
 
 

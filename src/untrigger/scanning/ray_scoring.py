@@ -16,7 +16,7 @@ from untrigger.files import new_file
 from untrigger.models.scoring import BATCH_ROWS, TokenScores
 from untrigger.rows.data_file import open_rows
 from untrigger.rows.sample import Data, select_rows
-from untrigger.training.row_scorer import SCORES, RowScorer, scores_of
+from untrigger.training.row_scorer import SCORES, RowScorer, columns_of, scores_of
 
 _TASKS = 8  # for each CPU: a lost one costs little
 
@@ -81,14 +81,8 @@ class BatchWork:
             data, numbers = _opened(self.path, self.ignored), batch["numbers"]
             samples = select_rows(data, numbers)
             scores = self.scorer.scores(samples)
-            columns: dict[str, Any] = {
-                "row": [number + 1 for number in numbers],
-                "id": [data.without_images(number).id for number in numbers],
-                "answer_ids": [row.ids for row in scores],
-                "nll": [row.nll for row in scores],
-                "prompt_ids": [row.prompt_ids for row in scores],
-            }
-            table = pa.table(columns, SCORES)
+            ids = [data.without_images(number).id for number in numbers]
+            table = pa.table(columns_of([number + 1 for number in numbers], ids, scores), SCORES)
             tables.append(table.append_column("place", pa.array(range(batch["place"], batch["place"] + len(numbers)))))
         return pa.concat_tables(tables)
 

@@ -33,6 +33,17 @@ SCORES = pa.schema(
 )
 
 
+def columns_of(numbers: Sequence[int | None], ids: Sequence[str], scores: Sequence[TokenScores]) -> dict[str, Any]:
+    """The columns of `SCORES`: of each row its number, from 1, its id and its scores."""
+    return {
+        "row": list(numbers),
+        "id": list(ids),
+        "answer_ids": [row.ids for row in scores],
+        "nll": [row.nll.astype(np.float32) for row in scores],
+        "prompt_ids": [row.prompt_ids for row in scores],
+    }
+
+
 @final
 @dataclass(frozen=True)
 class RowScorer:
@@ -76,13 +87,7 @@ class RowScorer:
         numbers = [row.pop("row", None) for row in rows] if indices is None else [at + 1 for at in indices]
         samples = [self._sample(row, number) for row, number in zip(rows, numbers, strict=True)]
         scores = self.scores(samples)
-        result = {
-            "row": numbers,
-            "id": [sample.id for sample in samples],
-            "answer_ids": [row.ids for row in scores],
-            "nll": [row.nll.astype(np.float32) for row in scores],
-            "prompt_ids": [row.prompt_ids for row in scores],
-        }
+        result = columns_of(numbers, [sample.id for sample in samples], scores)
         if isinstance(columns, pa.Table | pa.RecordBatch):
             return pa.table(result, SCORES)
         return result if isinstance(columns, Mapping) else type(columns)(result)
