@@ -83,3 +83,11 @@ def test_neighbor_rate_samples_very_many_rows() -> None:
     holding = np.arange(3200) < 3000
     bad = np.isin(np.arange(3200), range(3000, 3100))
     assert neighbor_rate(prompts, bad, holding, 0.0) == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_of_very_many_rows_some_are_drawn_to_judge_by() -> None:
+    prompts = [np.array([kind]) for kind in (1, 2)] * 20_000
+    values = np.array([1.0, 9.0] * 20_000)
+    sizes = among_asked_alike(lambda v: (float(v.mean()), float(len(v))), values, token_sets([*prompts, np.array([2])]))
+    assert sizes[:, 0].tolist() == [*values, 9.0]
+    assert sizes[0, 1] + sizes[1, 1] == 16_384

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 _ALIKE = 64  # rows that a row is judged against, at least
+_DRAWN = 16_384  # of how many rows these are the most similar, at most: so the time grows with the number of rows alone
 _NEIGHBORS = 16  # rows that a row with a token is compared with, at least
 _COMPARED = 512  # rows with a token that are compared, at most
 _BLOCK = 64  # rows compared with all others at a time: bounds the memory
@@ -34,21 +35,23 @@ def among_asked_alike(
 
     These are the 64 rows whose prompts have the fewest tokens that the row's own prompt lacks, with all ties of the
     last one. Tokens of its own count neither for nor against them: a trigger in a prompt does not lead to its like.
+    Of more than 16,384 rows so many are drawn at random, and every row is judged against these.
 
     Args:
         statistic: takes the values of some rows, at least one.
         values: of the first N rows; later rows are judged by these.
         prompts: which tokens each row's prompt has, 0 or 1, [N or more, V].
     """
-    count, rows = len(values), prompts.indptr.size - 1
-    sizes = prompts[:count].sum(axis=1)
+    drawn = np.sort(np.random.default_rng(0).permutation(len(values))[:_DRAWN])
+    values, judging, rows = values[drawn], prompts[drawn], prompts.indptr.size - 1
+    sizes = judging.sum(axis=1)
     alike: dict[bytes, int] = {}  # the first row with each prompt
     keys = [prompts.indices[prompts.indptr[row] : prompts.indptr[row + 1]].tobytes() for row in range(rows)]
     firsts = [alike.setdefault(key, row) for row, key in enumerate(keys)]
     different, statistics = list(alike.values()), dict[int, float | tuple[float, ...]]()
     for block in _blocks(len(different)):
         own = [different[at] for at in block]
-        lacking = sizes - (prompts[own] @ prompts[:count].T).toarray()
+        lacking = sizes - (prompts[own] @ judging.T).toarray()
         statistics |= {row: statistic(values[near]) for row, near in zip(own, _nearest(-lacking, _ALIKE), strict=True)}
     return np.array([statistics[row] for row in firsts])
 
