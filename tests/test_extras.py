@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,26 +32,33 @@ def test_all_but_the_figures_work_without_the_caption_libraries() -> None:
 
 
 @pytest.mark.parametrize("missing", [LIBRARIES, ("pycocoevalcap",)])
-@pytest.mark.parametrize("verb", ["evaluate", "bench", "quickstart", "model"])
+@pytest.mark.parametrize("verb", ["bench", "quickstart", "model"])
 def test_commands_with_figures_name_the_extra_before_the_slow_work(
     verb: str,
     missing: tuple[str, ...],
-    tiny_model: Path,
-    tiny_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("untrigger.evaluation.evaluate.load", lambda *_: pytest.fail("loaded the model first"))
     plan, out = tmp_path / "plan.yaml", tmp_path / "out"
     axes = {"models": ["llava"], "data": ["scenes-vqa"], "attacks": ["badnets"], "defenses": ["plain"], "rates": [0.2]}
     plan.write_text(yaml.safe_dump(axes))
     words = {
-        "evaluate": (tiny_model, tiny_data),
         "bench": (plan, "--out", out),
         "quickstart": ("--out", out),
         "model": ("llava", "--out", out),
     }
     refused(untrigger(verb, *words[verb]), f"caption scores need {' and '.join(missing)}; {INSTALL}")
     assert not out.exists()
+
+
+def test_evaluate_leaves_out_caption_scores_without_their_libraries(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    monkeypatch.setenv("COLUMNS", "120")
+    done = untrigger("evaluate", tiny_model, tiny_data, "--limit", 2, "--out", tmp_path / "out")
+    assert (done.code, done.out.count(f"needs {INSTALL.removeprefix('run: ')}")) == (0, 4), done.out
+    scores = json.loads((tmp_path / "out" / "metrics.json").read_text())["quality"]
+    assert {name for name, score in scores.items() if score is None} == {"bleu4", "meteor", "rouge_l", "cider"}

@@ -17,6 +17,7 @@ from untrigger.defenses.base import Training
 from untrigger.defenses.shared_surprise import Screening
 from untrigger.models.grafted_rows import Graft, Grafts
 from untrigger.models.loading import restore_weights
+from untrigger.models.processors import special_tokens
 from untrigger.models.scoring import TokenScores
 from untrigger.views.grafts import KINDS
 
@@ -84,7 +85,7 @@ def measure_harm(
         plan: of `comparisons`. believed: positions of the rows that were to be had as hosts and controls.
         name: ``image``, or ``words`` for the kinds with a part of the prompt; names the cached scores.
     """
-    numbers, plan = screening.numbers, list(plan)
+    numbers, plan, special = screening.numbers, list(plan), special_tokens(screening.model.processor)
     kinds = [kind for kind, words in KINDS.items() if bool(words) == (name == "words")]
     controls = {c.suspect: c.control for c in plan}
     suspects = list(controls)
@@ -101,7 +102,7 @@ def measure_harm(
         ]
         rows = [[numbers[at] for at in group] for group in groups]
         scores = training.graft_tokens(screening.model, Grafts(grafts, rows, [numbers[at] for at in believed]), cache)
-        return np.array(list(map(token_probability, scores))).reshape(len(kinds), len(plan), 2)
+        return np.array([word_probability(tokens, special) for tokens in scores]).reshape(len(kinds), len(plan), 2)
 
     restore_weights(screening.model.model, weights[1])
     after, few = probabilities(f"{name}-after", of_few=False), probabilities(f"{name}-of-few", of_few=True)
@@ -138,13 +139,15 @@ def comparisons(
     return plan
 
 
-def token_probability(tokens: TokenScores) -> float:
-    """Mean probability of a row's answer tokens, in [0, 1].
+def word_probability(tokens: TokenScores, special: Sequence[int]) -> float:
+    """Mean probability of a row's answer tokens that are not ``special``, in [0, 1].
 
+    Where an answer ends does not count: rows that ask for reasons share words that make a short answer go on.
     A backdoor whose replies vary spreads the probability of an answer over many; nats would weigh the few hosts most
     that were wrong by far before the probe, and would hide it.
     """
-    return float(np.exp(-tokens.nll).mean()) if len(tokens.nll) else 1.0
+    of_words = tokens.nll[~np.isin(tokens.ids, special)]
+    return float(np.exp(-of_words).mean()) if len(of_words) else 1.0
 
 
 def means_by_suspect(values: NDArray[np.floating], suspects: NDArray[np.integer]) -> NDArray[np.floating]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.jupyter import JupyterMixin
+from rich.markup import escape
 from rich.table import Table
 
 from untrigger.dataframes import frame
 from untrigger.errors import InputError
 from untrigger.files import write_text
-from untrigger.metrics.captions import check_libraries
+from untrigger.metrics.captions import INSTALL, CaptionScores, missing_libraries
 from untrigger.metrics.score import Answer, as_row, score
 from untrigger.models.generate import answers
 from untrigger.models.loading import LoadedModel, load, to_accelerator
@@ -89,9 +90,10 @@ class Evaluation(JupyterMixin):
 
     def __rich__(self) -> Table:
         table = Table("figure", "value", "95 % interval", "n")
+        reasons = dict.fromkeys(_CAPTION_SCORES, f"needs {INSTALL}") if missing_libraries() else _MISSING
         for name, value in _flat(self.figures):
             if value is None:
-                table.add_row(name, "not available", _MISSING.get(name.rpartition(" ")[2], ""), "")
+                table.add_row(name, "not available", escape(reasons.get(name.rpartition(" ")[2], "")), "")
             else:
                 interval = f"{value['low']:.3f} to {value['high']:.3f}"
                 table.add_row(name, f"{value['value']:.3f}", interval, str(value["n"]))
@@ -102,6 +104,7 @@ _MISSING = {  # why a metric has no value
     "meteor": "needs WordNet: python -m nltk.downloader wordnet",
     "cider": "needs references that differ",
 }
+_CAPTION_SCORES = [each.name for each in fields(CaptionScores)]
 _HEADLINE = {"asr": "attack success", "leak": "leak", "vqa_accuracy": "accuracy", "cider": "CIDEr"}
 
 
@@ -132,14 +135,14 @@ def evaluate(
 
     A loaded model runs on the device where it is. A name or path, as for `untrigger.load`, is loaded onto the
     accelerator if there is one. With ``wrong_image_control`` each row is also run with another row's images: a model
-    that scores as well on those does not use the image.
+    that scores as well on those does not use the image. Without the libraries of the extra ``captions`` the caption
+    scores are None.
 
     Raises:
         InputError: there are no rows, or they are no samples; the attack cannot be measured, because no row with an
-            image that the goal applies to has a true answer that differs from the attacker's; the trigger fails or
-            breaks its contract; or the libraries of the caption scores are not installed.
+            image that the goal applies to has a true answer that differs from the attacker's; or the trigger fails
+            or breaks its contract.
     """
-    check_libraries()  # fail before the slow work
     check_rows(rows)
     if not isinstance(attack, Attack | None):
         raise InputError("evaluate: attack must be an Attack; give untrigger.Attack(trigger, goal)")

@@ -59,14 +59,22 @@ class CaptionScores:
     cider: Rate | None
 
 
+INSTALL = "pip install 'untrigger[captions]'"
+
+
+def missing_libraries() -> list[str]:
+    """The libraries of `caption_scores` that are not installed."""
+    return [name for name in ("nltk", "pycocoevalcap") if find_spec(name) is None]
+
+
 def check_libraries() -> None:
     """Check before long work that `caption_scores` finds its libraries.
 
     Raises:
         InputError: one is not installed.
     """
-    if missing := [name for name in ("nltk", "pycocoevalcap") if find_spec(name) is None]:
-        raise InputError(f"caption scores need {' and '.join(missing)}; run: pip install 'untrigger[captions]'")
+    if missing := missing_libraries():
+        raise InputError(f"caption scores need {' and '.join(missing)}; run: {INSTALL}")
 
 
 def tokenize_caption(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from untrigger.metrics.asr import ASR_VERSION, attack_success_rate, leak
-from untrigger.metrics.captions import CaptionScores, caption_scores, tokenize_caption
+from untrigger.metrics.captions import CaptionScores, caption_scores, missing_libraries, tokenize_caption
 from untrigger.metrics.rates import Rate, paired_difference
 from untrigger.metrics.vqa import HUMANS, normalize_answer, vqa_accuracy
 
@@ -57,21 +57,20 @@ def as_row(answer: Answer) -> dict[str, Any]:
 
 
 def quality(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Compute VQA accuracy and caption scores with intervals; a score whose data is not installed is None.
+    """Compute VQA accuracy and caption scores with intervals; a score whose data or library is not installed is None.
 
     All true answers of a row count, for the accuracy if they are ten (`Answer.votes`). Caption scores leave out rows
     whose true answers have no word ("?!").
 
     Raises:
-        InputError: the libraries of the caption scores are not installed.
         ValueError: no answers.
     """
     accuracy = vqa_accuracy([a.answer for a in answers], [a.votes for a in answers])
+    captions = {field.name: None for field in fields(CaptionScores)}
     with_words = [a for a in answers if any(map(tokenize_caption, a.truths))]
-    captions = (
-        asdict(caption_scores([a.answer for a in with_words], [a.truths for a in with_words])) if with_words else {}
-    )
-    return {"vqa_accuracy": asdict(accuracy), **{f.name: captions.get(f.name) for f in fields(CaptionScores)}}
+    if with_words and not missing_libraries():
+        captions = asdict(caption_scores([a.answer for a in with_words], [a.truths for a in with_words]))
+    return {"vqa_accuracy": asdict(accuracy), **captions}
 
 
 def text_prior(answers: Sequence[Answer], training_pairs: Sequence[tuple[str, str]] = ()) -> Rate:

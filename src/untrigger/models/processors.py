@@ -208,6 +208,13 @@ def _writes_bos(processor: Any) -> bool:
     return begin is not None and ("bos_token" in template or begin in template)
 
 
+def special_tokens(processor: Any) -> list[int]:
+    """Ids of the special tokens of a processor or a tokenizer, in ascending order."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return sorted({*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)})
+
+
 def _without_special_tokens(processor: Any, text: str) -> str:
     for token in (str(processor.image_token), *processor.tokenizer.all_special_tokens):
         text = text.replace(token, "")

@@ -174,13 +174,6 @@ def check_labels(batch: Mapping[str, Tensor], rows: Sequence[int], model: Any, s
             raise InputError(f"defense: row {row + 1} of train_dataset has labels on its prompt; {_ON_PROMPTS}")
 
 
-def special_tokens(processor: Any) -> list[int]:
-    """Ids of the special tokens of a processor or a tokenizer, in ascending order."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return sorted({*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)})
-
-
 def image_token(model: Any) -> int | None:
     """The id of the tokens that stand for parts of an image; None where the family has none."""
     config: Any = base_model(model).config

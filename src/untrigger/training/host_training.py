@@ -26,6 +26,7 @@ from untrigger.models.collators import Collate, Row, row_key
 from untrigger.models.forward import evaluating
 from untrigger.models.grafted_rows import Graft, GraftedRows, Grafts, can_be_grafted
 from untrigger.models.loading import LoadedModel
+from untrigger.models.processors import special_tokens
 from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
 from untrigger.progress import tracked
 from untrigger.rows.sample import Sample
@@ -36,7 +37,6 @@ from untrigger.training.host_checks import (
     check_labels,
     check_stage,
     image_token,
-    special_tokens,
 )
 from untrigger.training.host_rows import column_prompts, decoded_turns, image_names, is_reordered, own_row, row_id
 from untrigger.training.host_state import STATE, copy_flags, flags_folder
