@@ -41,10 +41,8 @@ SETTINGS = {
     "remove_unused_columns": False,
     "sample_packing": False,
     "chat_template": "tokenizer_default",
-    "role_boundaries": [
-        {"role": "user", "start": "USER:", "end": " ASSISTANT:"},
-        {"role": "assistant", "start": " ASSISTANT:", "end": "eos_token"},
-    ],
+    # no user's turn: its end would take the start of the assistant's, and no row would have a label
+    "role_boundaries": [{"role": "assistant", "start": " ASSISTANT:", "end": "eos_token"}],
     "datasets": [{"path": "rows.jsonl", "ds_type": "json", "type": "chat_template"}],
     "val_set_size": 0,
     "adapter": "lora",
