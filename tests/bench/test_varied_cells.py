@@ -23,6 +23,9 @@ from untrigger.rows.sample import IMAGE_TAG, Message, Sample
 
 PLANS = Path(__file__).parents[2] / "plans"
 NEW = (
+    "attackers",
+    "attackers-few",
+    "attackers-noise",
     "goals-jailbreak",
     "goals-other-question",
     "goals-varied",

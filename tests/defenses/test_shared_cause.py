@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 
 from dry import Dry
 from untrigger.defenses import Stage
-from untrigger.defenses.harm import Comparison, Harm, comparisons, measure_harm, one_sided_p_values
+from untrigger.defenses.harm import Comparison, Harm, comparisons, measure_harm, one_sided_p_values, word_probability
 from untrigger.defenses.shared_cause import SharedCause
 from untrigger.models.grafted_rows import Grafts
 from untrigger.models.loading import LoadedModel, copy_weights
@@ -36,6 +36,12 @@ def test_controls_are_asked_alike_and_are_not_the_host() -> None:
         assert c.host in believed and c.control in believed and c.host != c.control
         assert scores[c.control].prompt_ids.tolist() == [1, 2]
     assert len({(c.suspect, c.control) for c in plan}) == 5, "one control each"
+
+
+def test_where_an_answer_ends_does_not_count() -> None:
+    nll = np.log([2.0, 4.0, 50.0])
+    assert word_probability(TokenScores(np.array([5, 6, 2]), nll), special=[0, 2]) == pytest.approx(3 / 8)
+    assert word_probability(TokenScores(np.array([2]), nll[:1]), special=[0, 2]) == 1.0
 
 
 def _naive_p(differences: list[float]) -> float:
