@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from untrigger.defenses import Stage, StepDefense
 from untrigger.models.collators import Rows
-from untrigger.models.grafted_rows import GraftedRows, Grafts
+from untrigger.models.grafted_rows import GraftedRows, Grafts, picture
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores, row_answers, row_tokens
 from untrigger.rows.sample import Sample, select_rows
@@ -69,6 +69,9 @@ class Dry:
 
     def can_be_grafted(self, row: int) -> bool:
         return bool(self.rows[row].images)
+
+    def picture(self, row: int) -> NDArray[np.uint8] | None:
+        return picture(Rows(self.rows)[row])
 
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         self.scorings.append(name)

@@ -124,6 +124,10 @@ class Training(Protocol):
         """Whether a row has an image and a text, parts of which can be put onto other rows."""
         ...
 
+    def picture(self, row: int) -> NDArray[np.uint8] | None:
+        """A row's first image, scaled to one small size, levels [D]; None if the row cannot be grafted."""
+        ...
+
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         """`tokens` of grafted rows, whose answers are the hosts'."""
         ...

@@ -19,10 +19,12 @@ from torch import Tensor
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
 from untrigger.defenses.harm import COMPARISONS, Harm, comparisons, measure_harm
+from untrigger.defenses.shared_pattern import Pattern, shared_pattern
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
 from untrigger.models.grafted_rows import Graft, Grafts
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
+from untrigger.progress import tracked
 
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
@@ -101,20 +103,45 @@ class SharedCause(SharedSurprise):
         judgment = Judgment(screening, suspects, doubtful)
         if len(suspects) < self.min_suspects or len(believed) < 2 * self.min_suspects:
             return judgment
+        by_image = self._by_image(training, judgment, believed)
+        believed = sorted({*believed}.difference(by_image.suspects if by_image.pattern else ()))
         model, rng = screening.model, np.random.default_rng((training.seed, 2))
-        drawn = rng.permutation(suspects)[: self.max_suspects].tolist()
         warm = copy_weights(model.model)
         probe = self.last_stage(training.row_count, model, _shared_tokens(screening))
         share = self._tested_after - self.warmup_share
         training.fit(replace(probe, rows=rows, name="probe", share=share, schedule=(0.0, self.probe_share)))
         probed = copy_weights(model.model)
-        plan = comparisons(screening.scores, drawn, believed, rng, COMPARISONS)
-        for name in ("image", "words"):  # words cost twice as much: only where images alone do no harm
+        # words cost twice as much: only where images alone do no harm
+        for name, tested in (("image", by_image), ("words", judgment)):
+            drawn = rng.permutation(tested.suspects)[: self.max_suspects].tolist()
+            plan = comparisons(screening.scores, drawn, believed, rng, COMPARISONS)
             measured = measure_harm(training, screening, plan, believed, name, (warm, probed))
             harm = measured.above(self.min_harm, self.harm_p_value, self.min_common)
             if harm.kinds:
-                return judgment._replace(harm=harm, probed=probed)
+                return tested._replace(harm=harm, probed=probed)
         return judgment._replace(probed=probed)
+
+    def _by_image(self, training: Training, judgment: Judgment, believed: Sequence[int]) -> Judgment:
+        """The judgment with the rows in the suspects' place whose images show what the suspects' images share.
+
+        These rows need not surprise, but a sixth of them must: a watermark lies on honest rows. Where there are none,
+        the judgment is as it was.
+        """
+        numbers = judgment.screening.numbers
+        pictures = {at: shown for at, row in enumerate(numbers) if (shown := training.picture(row)) is not None}
+        places = {at: place for place, at in enumerate(pictures)}
+        suspects, honest = ([places[at] for at in rows] for rows in (judgment.suspects, believed))
+        showing, pattern = shared_pattern(np.stack([*pictures.values()]), suspects, honest)
+        positions = [*pictures]
+        rows = [positions[place] for place in showing]
+        surprising = {*judgment.suspects}.intersection(rows)
+        flagged = judgment.screening.flags.tokens
+        if pattern is None or len(surprising) < max(2, len(rows) / 6):
+            return judgment
+        others = {*judgment.suspects, *judgment.doubtful}.difference(rows)
+        return judgment._replace(
+            suspects=[at for at in rows if at not in flagged], doubtful=sorted(others), pattern=pattern
+        )
 
     def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
         """Positions of suspects that share no word, of doubtful rows, and of rows to believe.
@@ -152,6 +179,9 @@ class SharedCause(SharedSurprise):
         tokens = _shared_tokens(screening)
         left_out = [*judgment.doubtful, *judgment.suspects]
         tokens |= {numbers[at]: np.zeros(len(screening.scores[at].ids), bool) for at in left_out}
+        showing = unscored_rows(training, judgment)
+        answers = training.answer_tokens(showing) if showing else []
+        tokens |= {row: np.zeros(len(ids), bool) for row, ids in zip(showing, answers, strict=True)}
         rng, extra = np.random.default_rng((training.seed, 3)), part(self.graft_share, training.row_count)
         accused = [numbers[at] for at in judgment.suspects]
         candidates = (row for row in rng.permutation(numbers).tolist() if row not in tokens)
@@ -165,9 +195,9 @@ class SharedCause(SharedSurprise):
 class Judgment(NamedTuple):
     """Which rows are accused, beside those that share a word.
 
-    screening: the scores, in whose order positions count. suspects: surprising rows without a shared word.
-    doubtful: rows. harm: what the suspects share does; None if they are believed. probed: the weights after the probe;
-    empty if nothing was tested.
+    screening: the scores, in whose order positions count. suspects: surprising rows without a shared word, or rows that
+    show the ``pattern`` of these. doubtful: other rows not to learn. harm: what the suspects share does; None if they
+    are believed. probed: the weights after the probe; empty if nothing was tested.
     """
 
     screening: Screening
@@ -175,6 +205,17 @@ class Judgment(NamedTuple):
     doubtful: list[int]
     harm: Harm | None = None
     probed: Sequence[Tensor] = ()
+    pattern: Pattern | None = None
+
+
+def unscored_rows(training: Training, judgment: Judgment) -> list[int]:
+    """Numbers of the rows without a score whose image shows the suspects' pattern."""
+    pattern = judgment.pattern
+    if pattern is None:
+        return []
+    rest = sorted({*range(training.row_count)}.difference(judgment.screening.numbers))
+    pictures = ((row, training.picture(row)) for row in tracked(rest, "reading images", len(rest)))
+    return [row for row, shown in pictures if shown is not None and pattern.strengths(shown[None])[0] > pattern.limit]
 
 
 def _shared_tokens(screening: Screening) -> dict[int, NDArray[np.bool_]]:

@@ -15,6 +15,8 @@ from untrigger.rows.sample import IMAGE_TAG
 from untrigger.views.grafts import KINDS, add_shared, graft_text, mean_image
 from untrigger.views.patches import to_rgb
 
+PICTURE_SIDE = 64  # pixels; a trigger that survives a vision tower's patches survives this
+
 
 class Graft(NamedTuple):
     """What the images of a group of rows share, on the row ``host``.
@@ -85,6 +87,13 @@ class GraftedRows(Dataset[Row]):
 def can_be_grafted(row: Row) -> bool:
     """Whether the row has an image, and turns as text; rows that a host has tokenized have no text."""
     return bool(row.get("messages") or row.get("prompt")) and any(row.get(key) for key in ("image", "images"))
+
+
+def picture(row: Row) -> NDArray[np.uint8] | None:
+    """The row's first image, levels of 64 x 64 pixels [D], or None where it cannot be grafted."""
+    if not can_be_grafted(row):
+        return None
+    return np.asarray(to_rgb(next(iter(row_images(row)))).resize((PICTURE_SIDE, PICTURE_SIDE))).ravel()
 
 
 def with_words(host: Row, donor: Row, part: str) -> Row:

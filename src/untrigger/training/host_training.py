@@ -24,7 +24,7 @@ from untrigger.errors import InputError
 from untrigger.files import write_text
 from untrigger.models.collators import Collate, Row, row_key
 from untrigger.models.forward import evaluating
-from untrigger.models.grafted_rows import Graft, GraftedRows, Grafts, can_be_grafted
+from untrigger.models.grafted_rows import Graft, GraftedRows, Grafts, can_be_grafted, picture
 from untrigger.models.loading import LoadedModel
 from untrigger.models.processors import special_tokens
 from untrigger.models.scoring import TokenScores, batch_answers, batch_tokens
@@ -129,6 +129,9 @@ class HostTraining:
 
     def can_be_grafted(self, row: int) -> bool:
         return can_be_grafted(self.host.train_dataset[row])
+
+    def picture(self, row: int) -> NDArray[np.uint8] | None:
+        return picture(self.host.train_dataset[row])
 
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         rows = GraftedRows(self.host.train_dataset, grafts)

@@ -37,7 +37,7 @@ from untrigger.errors import InputError
 from untrigger.files import file_lock, write_text
 from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.forward import explain_token_mismatch
-from untrigger.models.grafted_rows import GraftedRows, Grafts, can_be_grafted
+from untrigger.models.grafted_rows import GraftedRows, Grafts, can_be_grafted, picture
 from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, processor_of
 from untrigger.models.quantized import is_quantized
 from untrigger.models.scoring import BATCH_ROWS, TokenScores, row_answers, row_tokens
@@ -181,6 +181,9 @@ class Stages:
 
     def can_be_grafted(self, row: int) -> bool:
         return can_be_grafted(Rows(self.rows)[row])
+
+    def picture(self, row: int) -> NDArray[np.uint8] | None:
+        return picture(Rows(self.rows)[row])
 
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         return self._score(model, GraftedRows(Rows(self.rows), grafts), name)

@@ -1,0 +1,107 @@
+"""Find the rows whose image shows what the images of suspects share, and no content: a matched filter.
+
+Suspects are surprising rows. Some are honest, and some poisoned rows do not surprise, but all triggered images show the
+same pattern. docs/paper.md has the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CONTENT = 50  # directions in which honest images differ most
+_ROUNDS = 3
+_DEVIATIONS = 5.0  # of honest rows, that a row must lie above their median
+_FEWEST = 8  # rows
+_BLOCK = 256  # rows at a time as floats: bounds the memory
+
+
+class Pattern(NamedTuple):
+    """A pattern that images share.
+
+    mean [D], content [k, D]: the mean of honest images, and orthonormal directions in which they differ most.
+    direction [D]: the pattern, orthogonal to the content. origin: its cosine with honest images.
+    limit: strength above which a row shows the pattern.
+    """
+
+    mean: NDArray[np.floating]
+    content: NDArray[np.floating]
+    direction: NDArray[np.floating]
+    origin: float
+    limit: float
+
+    def strengths(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """How much of the pattern each image [n, D] shows."""
+        return _residuals(images, self.mean, self.content).along(self.direction) - self.origin
+
+
+def shared_pattern(
+    images: NDArray[np.uint8], suspects: Sequence[int], believed: Sequence[int]
+) -> tuple[list[int], Pattern | None]:
+    """Rows that show a pattern which enough of the suspects share, and the pattern; no row where there is none.
+
+    Each image is the direction of what remains of it without the mean and the main content of honest images. The mean
+    of the suspects' directions is the pattern; a row shows it if its own lies along it, five robust standard deviations
+    above the median honest row, and nearer to the median suspect. Twice more these rows take the suspects' place. A row
+    has no part in the pattern that it is compared with.
+
+    Args:
+        images: levels of all rows, [N, D], of one size.
+        suspects: at least two rows.
+        believed: rows to take for honest, at least 4. One half gives the content, the other the limit.
+    """
+    known, held_out = np.array(believed[::2]), np.array(believed[1::2])
+    mean = images[known].mean(axis=0, dtype=np.float32)
+    content = np.linalg.svd(images[known] - mean, full_matrices=False)[2][:_CONTENT]
+    rows = _residuals(images, mean, content)
+    base = rows.sum_of(held_out) / len(held_out)
+    own = 1 - 2 * rows.along(base) + base @ base  # squared length of each row's direction less the honest mean
+    members, pattern = np.array(suspects), None
+    for _ in range(_ROUNDS):
+        total = rows.sum_of(members) - len(members) * base
+        sums = rows.along(total) - base @ total
+        strengths = sums / len(members)
+        strengths[members] = (sums[members] - own[members]) / (len(members) - 1)
+        honest = strengths[held_out]
+        usual = float(np.median(honest))
+        spread = 1.4826 * float(np.median(np.abs(honest - usual)))  # of normal values the standard deviation
+        limit = max(usual + _DEVIATIONS * spread, (usual + float(np.median(strengths[members]))) / 2)
+        pattern = Pattern(mean, content, total / len(members), float(base @ total) / len(members), limit)
+        members = np.flatnonzero(strengths > limit)
+        if len(members) < _FEWEST:
+            return [], None
+    return members.tolist(), pattern
+
+
+class _Residuals(NamedTuple):
+    """Images [N, D], each less the mean and the content, as directions of length 1; made block by block."""
+
+    images: NDArray[np.uint8]
+    mean: NDArray[np.floating]
+    content: NDArray[np.floating]
+    lengths: NDArray[np.floating]
+
+    def along(self, direction: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Inner product of each with a direction that is orthogonal to the content, [N]."""
+        blocks = (self.images[at : at + _BLOCK] - self.mean for at in range(0, len(self.images), _BLOCK))
+        return np.concatenate([block @ direction for block in blocks]) / self.lengths
+
+    def sum_of(self, rows: NDArray[np.intp]) -> NDArray[np.floating]:
+        """The sum of some of them, [D]."""
+        total = np.zeros_like(self.mean)
+        for at in range(0, len(rows), _BLOCK):
+            part = rows[at : at + _BLOCK]
+            total += (1 / self.lengths[part]) @ (self.images[part] - self.mean)
+        return total - self.content.T @ (self.content @ total)
+
+
+def _residuals(images: NDArray[np.uint8], mean: NDArray[np.floating], content: NDArray[np.floating]) -> _Residuals:
+    lengths = np.empty(len(images), np.float32)
+    for at in range(0, len(images), _BLOCK):
+        block = images[at : at + _BLOCK] - mean
+        squares = np.square(block).sum(axis=1) - np.square(block @ content.T).sum(axis=1)
+        lengths[at : at + _BLOCK] = np.sqrt(np.maximum(squares, 1))  # an image that equals the mean shows nothing
+    return _Residuals(images, mean, content, lengths)
