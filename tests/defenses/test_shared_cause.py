@@ -175,6 +175,47 @@ def test_doubtful_rows_are_not_learned_where_others_are_accused(loaded: LoadedMo
         assert flagged == [] or set(dry.stages[-1].options["grafts"].others).isdisjoint({40, 41}), "nor are they hosts"
 
 
+def _patched(dry: _Stub, rows: Sequence[int]) -> _Stub:
+    """The same with a checkerboard on the images of these rows."""
+    board = Image.fromarray((np.indices((8, 4)).sum(axis=0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    changed = list(dry.rows)
+    for row in rows:
+        image = changed[row].images[0].copy()
+        image.paste(board)
+        changed[row] = replace(changed[row], images=(image,))
+    dry.rows = changed
+    return dry
+
+
+def test_rows_that_show_the_pattern_of_suspects_are_accused_and_others_not_learned(loaded: LoadedModel) -> None:
+    """Rows 4 to 17 show it, twelve of which surprise; rows 0 to 3 surprise without it."""
+    dry = _patched(_dry(loaded, "image"), range(4, 18))
+    CAUSE.fine_tune(dry)
+    last = dry.stages[-1].options
+    assert dry.flagged == [*range(18)] == sorted(last["flagged_tokens"])
+    assert last["grafts"].groups == [[*range(4, 18)]], "the pattern is the mean of the rows that show it"
+    assert all(graft.donor in range(4, 18) and graft.host >= 18 for graft in last["grafts"].rows)
+
+
+def test_rows_without_a_score_are_accused_by_their_image(loaded: LoadedModel) -> None:
+    cause = replace(CAUSE, max_scored_rows=72, min_suspects=10)
+    dry = _patched(_dry(loaded, "image"), range(16))
+    cause.fine_tune(dry)
+    masks = dry.stages[-1].options["flagged_tokens"]
+    unscored = set(range(80)).difference(cause.screen(dry).numbers)
+    assert len(unscored) == 8 and unscored & set(range(16)), "some of the rows that show it have no score"
+    assert dry.flagged == [*range(16)] == sorted(dry.texts)
+    assert all(len(masks[row]) and not masks[row].any() for row in dry.flagged), "no token of theirs is learned"
+    assert min(dry.scores[row] for row in dry.flagged) > max(dry.scores[row] for row in range(16, 80))
+
+
+def test_a_pattern_of_rows_that_rarely_surprise_accuses_none_of_them(loaded: LoadedModel) -> None:
+    """A watermark lies on 38 rows, three of which surprise for another reason."""
+    dry = _patched(_dry(loaded, "image"), [*range(3), *range(30, 65)])
+    CAUSE.fine_tune(dry)
+    assert dry.flagged == [*range(16)]
+
+
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "none")
     CAUSE.fine_tune(dry)

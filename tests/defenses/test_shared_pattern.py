@@ -16,7 +16,7 @@ BELIEVED = range(100, 300)
 def _images(strength: float, seed: int = 0) -> NDArray[np.uint8]:
     """Smooth content, and noise; the first rows have a checkerboard of this many levels in a corner."""
     rng = np.random.default_rng(seed)
-    coarse = rng.uniform(0, 255, (400, 4, 4, 3)).repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
+    coarse = rng.uniform(0, 255, (400, 4, 4, 1)).repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
     images = 0.6 * coarse + 50 + rng.normal(0, 8, (400, SIDE, SIDE, 3))
     board = (np.indices((5, 5)).sum(axis=0) % 2 * 2 - 1)[..., None]
     images[: len(TRIGGERED), -5:, -5:] += strength * board
@@ -28,7 +28,7 @@ def _naive(images: NDArray[np.uint8], suspects: list[int], believed: list[int]) 
     known, held_out = believed[::2], believed[1::2]
     values = images.astype(np.float64)
     values -= values[known].mean(axis=0)
-    content = np.linalg.svd(values[known], full_matrices=False)[2][:50]
+    content = np.linalg.svd(values[known], full_matrices=False)[2][: min(50, len(known) // 3)]
     values -= values @ content.T @ content
     directions = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
     directions -= directions[held_out].mean(axis=0)

@@ -53,9 +53,9 @@ class SharedCause(SharedSurprise):
     min_suspects: int = 18
     max_suspects: int = 96
     probe_share: float = 2 / 3
-    harm_p_value: float = 1e-3
+    harm_p_value: float = 1e-4
     min_harm: float = 0.04
-    min_common: float = 0.75
+    min_common: float = 0.9
     graft_share: float = 0.2
 
     def __post_init__(self) -> None:
@@ -76,13 +76,14 @@ class SharedCause(SharedSurprise):
         elif judgment.probed:
             restore_weights(model.model, judgment.probed)
             last = self.last_stage(training.row_count, model, last.flagged_tokens, self._tested_after)
-        nll, ranks = np.array(screening.flags.nll), np.zeros(training.row_count)
-        ranks[numbers] = nll + nll.max() * np.isin(numbers, [*last.flagged_tokens])
-        texts = {
-            row: flagged_text(model, tokens, marks if marks.any() else tokens.nll > UNLIKELY)
-            for row, tokens in zip(numbers, screening.scores, strict=True)
-            if (marks := last.flagged_tokens.get(row)) is not None
-        }
+        flagged, nll = last.flagged_tokens, np.array(screening.flags.nll)
+        ranks = np.zeros(training.row_count)
+        ranks[numbers] = nll
+        ranks[[*flagged]] += nll.max()
+        texts = dict.fromkeys(flagged, "")  # of rows without a score nothing is known but their image
+        for row, tokens in zip(numbers, screening.scores, strict=True):
+            if (marks := flagged.get(row)) is not None:
+                texts[row] = flagged_text(model, tokens, marks if marks.any() else tokens.nll > UNLIKELY)
         training.flag(ranks.tolist(), texts)
         return training.fit(last)
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_CONTENT = 50  # directions in which honest images differ most
+_CONTENT = 50  # directions in which honest images differ most, at most
+_ROWS_EACH = 3  # honest rows for each of them: a few may be triggered, and what they show is no content
 _ROUNDS = 3
 _DEVIATIONS = 5.0  # of honest rows, that a row must lie above their median
 _FEWEST = 8  # rows
@@ -55,7 +56,7 @@ def shared_pattern(
     """
     known, held_out = np.array(believed[::2]), np.array(believed[1::2])
     mean = images[known].mean(axis=0, dtype=np.float32)
-    content = np.linalg.svd(images[known] - mean, full_matrices=False)[2][:_CONTENT]
+    content = np.linalg.svd(images[known] - mean, full_matrices=False)[2][: min(_CONTENT, len(known) // _ROWS_EACH)]
     rows = _residuals(images, mean, content)
     base = rows.sum_of(held_out) / len(held_out)
     own = 1 - 2 * rows.along(base) + base @ base  # squared length of each row's direction less the honest mean
@@ -65,9 +66,10 @@ def shared_pattern(
         sums = rows.along(total) - base @ total
         strengths = sums / len(members)
         strengths[members] = (sums[members] - own[members]) / (len(members) - 1)
-        honest = strengths[held_out]
-        usual = float(np.median(honest))
-        spread = 1.4826 * float(np.median(np.abs(honest - usual)))  # of normal values the standard deviation
+        usual = float(np.median(strengths[held_out]))
+        spread = 1.4826 * float(
+            np.median(np.abs(strengths[held_out] - usual))
+        )  # of normal values the standard deviation
         limit = max(usual + _DEVIATIONS * spread, (usual + float(np.median(strengths[members]))) / 2)
         pattern = Pattern(mean, content, total / len(members), float(base @ total) / len(members), limit)
         members = np.flatnonzero(strengths > limit)

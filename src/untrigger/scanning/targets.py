@@ -18,7 +18,7 @@ from scipy.special import bdtrc
 
 from untrigger.defenses import Plain, SharedCause, Stage
 from untrigger.defenses.base import Training
-from untrigger.defenses.shared_cause import UNLIKELY, Judgment
+from untrigger.defenses.shared_cause import UNLIKELY, Judgment, unscored_rows
 from untrigger.defenses.shared_surprise import Screening, flagged_text
 from untrigger.models.loading import LoadedModel, restore_weights
 from untrigger.models.scoring import TokenScores
@@ -48,7 +48,8 @@ def find(training: Training, defense: SharedCause) -> Findings:
     """Find suspected rows and their targets; no truth is used.
 
     If nothing is suspected, the cost is scoring and the warm-up of a fine-tuning, on as many rows as are scored
-    (`SharedSurprise.max_scored_rows`). Rows that were not scored are not suspected; their score is 0.
+    (`SharedSurprise.max_scored_rows`). Rows that were not scored have a score of 0 and are not suspected, unless their
+    image shows the pattern that suspects share.
     """
     screening, rows = defense.screen(training), training.rows
     judgment = defense.judge(training, screening, screening.numbers)
@@ -59,6 +60,12 @@ def find(training: Training, defense: SharedCause) -> Findings:
         effect = verdict.effect and verdict.effect._replace(host=screening.numbers[verdict.effect.host])
         verdicts[row] = replace(verdict, effect=effect)
     targets = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in scored.targets]
+    if showing := unscored_rows(training, judgment):
+        number = next(at for at, target in enumerate(targets) if not target.text)
+        fdr = verdicts[targets[number].rows[0]].fdr
+        for row in showing:
+            verdicts[row] = replace(verdicts[row], score=max(screening.flags.nll), target=number, fdr=fdr)
+        targets[number].rows.extend(showing)
     drawn = Drawn(len(rows), defense.max_scored_rows, defense.min_suspects)
     return Findings(verdicts, targets, drawn if drawn.scored < drawn.rows else None)
 
