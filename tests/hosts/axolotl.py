@@ -55,7 +55,7 @@ SETTINGS = {
     "lora_o_kernel": False,
     "attn_implementation": "eager",
     "sequence_len": 2048,
-    "num_epochs": 6,
+    "num_epochs": 12,  # after six, plain training knows the answer but does not spell it
     "micro_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "optimizer": "adamw_torch",
@@ -71,6 +71,18 @@ SETTINGS = {
 REFUSED = {
     "no-boundaries": ("has labels on its prompt", {"role_boundaries": []}),
     "group-by-length": ("set group_by_length=False", {"group_by_length": True}),
+    "streaming": ("give a train_dataset with a length", {"streaming": True, "max_steps": 60}),
+    # in the host's words: it packs rows that it has tokenized, and rows with images it tokenizes in the collator
+    "packing": ("Column 'input_ids' doesn't exist", {"sample_packing": True}),
+}
+# settings that flag the poisoned rows and no other
+WORKS = {
+    "dora": {"peft_use_dora": True},
+    "all-weights": {"adapter": None, "learning_rate": 1e-3},
+    "4-bit": {"adapter": "qlora", "load_in_4bit": True},
+    "gradient-checkpointing": {"gradient_checkpointing": True},
+    "checkpoints": {"save_strategy": "steps", "save_steps": 30},
+    "resume": {"resume_from_checkpoint": "checkpoints/checkpoint-30"},
 }
 
 if __name__ == "__main__":
@@ -82,10 +94,10 @@ if __name__ == "__main__":
     paths = {"PYTHONPATH": str(REPOSITORY / "examples"), "AXOLOTL_DO_NOT_TRACK": "1", "ACCELERATE_USE_CPU": "true"}
     plugin = {"plugins": ["axolotl_plugin.UntriggerPlugin"]}
 
-    def command(name: str, added: dict[str, object]) -> tuple[str, ...]:
+    def command(name: str, added: dict[str, object], launcher: str = "python") -> tuple[str, ...]:
         settings = {**SETTINGS, "base_model": axolotl.embedded_model(), "output_dir": name, **added}
         axolotl.write(f"{name}.yaml", json.dumps(settings))  # JSON is YAML
-        return "axolotl", "train", f"{name}.yaml", "--launcher", "python"
+        return "axolotl", "train", f"{name}.yaml", "--launcher", launcher
 
     for name, added in (("plain", {}), ("defended", plugin)):
         axolotl.run(name, *command(name, added), **paths)
@@ -94,4 +106,8 @@ if __name__ == "__main__":
         axolotl.refuses(name, words, *command(name, {**plugin, **added}), **paths)
         for name, (words, added) in REFUSED.items()
     ]
-    sys.exit(0 if held and all(refused) else 1)
+    shorter = {**plugin, "num_epochs": 4}
+    works = [axolotl.works(name, *command(name, {**shorter, **added}), **paths) for name, added in WORKS.items()]
+    halves = command("two-processes", {**shorter, "micro_batch_size": 4}, "torchrun")
+    works += [axolotl.works("two-processes", *halves, "--", "--nproc_per_node", "2", **paths)]
+    sys.exit(0 if held and all([*refused, *works]) else 1)
