@@ -81,8 +81,9 @@ WORKS = {
     "all-weights": {"adapter": None, "learning_rate": 1e-3},
     "4-bit": {"adapter": "qlora", "load_in_4bit": True},
     "gradient-checkpointing": {"gradient_checkpointing": True},
-    "checkpoints": {"save_strategy": "steps", "save_steps": 30},
-    "resume": {"resume_from_checkpoint": "checkpoints/checkpoint-30"},
+    # without a seed the host shuffles the rows anew in each run, and to resume is refused
+    "checkpoints": {"save_strategy": "steps", "save_steps": 30, "seed": 42},
+    "resume": {"resume_from_checkpoint": "checkpoints/checkpoint-30", "seed": 42},
 }
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ class Host:
     def _run(self, name: str, command: Sequence[str], environment: dict[str, str]) -> tuple[int, Path]:
         log = self.folder / f"{name}.log"
         shutil.rmtree(self.folder / name, ignore_errors=True)  # of a run that was killed
-        return _run((str(self.bin / command[0]), *command[1:]), log, self.folder, environment), log
+        path = {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}"}  # where launchers look for each other
+        return _run((str(self.bin / command[0]), *command[1:]), log, self.folder, path | environment), log
 
     def make_rows(self, count: int) -> None:
         """Write ``count`` rows, some of them poisoned, and questions held out."""
