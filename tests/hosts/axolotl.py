@@ -75,7 +75,7 @@ REFUSED = {
     # in the host's words: it packs rows that it has tokenized, and rows with images it tokenizes in the collator
     "packing": ("Column 'input_ids' doesn't exist", {"sample_packing": True}),
 }
-# settings that flag the poisoned rows and no other
+# settings that flag the poisoned rows and no other; several processes want an accelerator each in this host
 WORKS = {
     "dora": {"peft_use_dora": True},
     "all-weights": {"adapter": None, "learning_rate": 1e-3},
@@ -95,10 +95,10 @@ if __name__ == "__main__":
     paths = {"PYTHONPATH": str(REPOSITORY / "examples"), "AXOLOTL_DO_NOT_TRACK": "1", "ACCELERATE_USE_CPU": "true"}
     plugin = {"plugins": ["axolotl_plugin.UntriggerPlugin"]}
 
-    def command(name: str, added: dict[str, object], launcher: str = "python") -> tuple[str, ...]:
+    def command(name: str, added: dict[str, object]) -> tuple[str, ...]:
         settings = {**SETTINGS, "base_model": axolotl.embedded_model(), "output_dir": name, **added}
         axolotl.write(f"{name}.yaml", json.dumps(settings))  # JSON is YAML
-        return "axolotl", "train", f"{name}.yaml", "--launcher", launcher
+        return "axolotl", "train", f"{name}.yaml", "--launcher", "python"
 
     for name, added in (("plain", {}), ("defended", plugin)):
         axolotl.run(name, *command(name, added), **paths)
@@ -109,6 +109,4 @@ if __name__ == "__main__":
     ]
     shorter = {**plugin, "num_epochs": 4}
     works = [axolotl.works(name, *command(name, {**shorter, **added}), **paths) for name, added in WORKS.items()]
-    halves = command("two-processes", {**shorter, "micro_batch_size": 4}, "torchrun")
-    works += [axolotl.works("two-processes", *halves, "--", "--nproc_per_node", "2", **paths)]
     sys.exit(0 if held and all([*refused, *works]) else 1)
