@@ -56,7 +56,12 @@ WORKS = {
     "dora": {"use_dora": True},
     "all-weights": {"finetuning_type": "full", "learning_rate": 1e-3},
     "4-bit": {"quantization_bit": 4},
-    "group-by-length": {"train_sampling_strategy": "group_by_length"},  # its rows are tokenized, so they have lengths
+    # its rows are tokenized, so they have lengths; with fewer rows a step the warm-up teaches too little
+    "group-by-length": {
+        "train_sampling_strategy": "group_by_length",
+        "num_train_epochs": 6,
+        "per_device_train_batch_size": 8,
+    },
     "checkpoints": {"save_strategy": "steps", "save_steps": 30},
     "resume": {"resume_from_checkpoint": "checkpoints/checkpoint-30"},
 }
