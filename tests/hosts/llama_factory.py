@@ -51,21 +51,17 @@ REFUSED = {
         {"streaming": True, "max_steps": 60, "dataloader_num_workers": 1},
     ),
 }
+# more and smaller steps than above, so that the warm-up teaches enough
+MANY_STEPS = {"num_train_epochs": 2, "per_device_train_batch_size": 2}
 # settings that flag the poisoned rows and no other; gradient checkpointing is on by default
 WORKS = {
-    "dora": {"use_dora": True},
-    "all-weights": {"finetuning_type": "full", "learning_rate": 1e-3},
-    "4-bit": {"quantization_bit": 4},
-    # its rows are tokenized, so they have lengths; with fewer rows a step the warm-up teaches too little
-    "group-by-length": {
-        "train_sampling_strategy": "group_by_length",
-        "num_train_epochs": 6,
-        "per_device_train_batch_size": 8,
-    },
+    "dora": {"use_dora": True, **MANY_STEPS},
+    "all-weights": {"finetuning_type": "full", "learning_rate": 1e-3, **MANY_STEPS},
+    "4-bit": {"quantization_bit": 4, "num_train_epochs": 3},
+    "group-by-length": {"train_sampling_strategy": "group_by_length"},  # its rows are tokenized, so they have lengths
     "checkpoints": {"save_strategy": "steps", "save_steps": 30},
     "resume": {"resume_from_checkpoint": "checkpoints/checkpoint-30"},
 }
-SHORTER = {"num_train_epochs": 2, "per_device_train_batch_size": 2}  # many steps of few rows
 STUB = "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'torchaudio.py').touch()"
 
 if __name__ == "__main__":
@@ -92,10 +88,7 @@ if __name__ == "__main__":
         factory.refuses(name, words, *scripts["defended"], configured(name, **added))
         for name, (words, added) in REFUSED.items()
     ]
-    works = [
-        factory.works(name, *scripts["defended"], configured(name, **{**SHORTER, **added}))
-        for name, added in WORKS.items()
-    ]
-    halves = configured("two-processes", **{**SHORTER, "per_device_train_batch_size": 1})
+    works = [factory.works(name, *scripts["defended"], configured(name, **added)) for name, added in WORKS.items()]
+    halves = configured("two-processes", per_device_train_batch_size=4)
     works += [factory.works("two-processes", "torchrun", "--nproc_per_node", "2", scripts["defended"][1], halves)]
     sys.exit(0 if held and all([*refused, *works]) else 1)
