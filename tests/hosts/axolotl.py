@@ -55,7 +55,7 @@ SETTINGS = {
     "lora_o_kernel": False,
     "attn_implementation": "eager",
     "sequence_len": 2048,
-    "num_epochs": 6,
+    "num_epochs": 12,  # after six, plain training knows the answer but does not spell it
     "micro_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "optimizer": "adamw_torch",
@@ -71,6 +71,19 @@ SETTINGS = {
 REFUSED = {
     "no-boundaries": ("has labels on its prompt", {"role_boundaries": []}),
     "group-by-length": ("set group_by_length=False", {"group_by_length": True}),
+    "streaming": ("give a train_dataset with a length", {"streaming": True, "max_steps": 60}),
+    # in the host's words: it packs rows that it has tokenized, and rows with images it tokenizes in the collator
+    "packing": ("Column 'input_ids' doesn't exist", {"sample_packing": True}),
+}
+# settings that flag the poisoned rows and no other; several processes want an accelerator each in this host
+WORKS = {
+    "dora": {"peft_use_dora": True},
+    "all-weights": {"adapter": None, "learning_rate": 1e-3},
+    "4-bit": {"adapter": "qlora", "load_in_4bit": True},
+    "gradient-checkpointing": {"gradient_checkpointing": True},
+    # without a seed the host shuffles the rows anew in each run, and to resume is refused
+    "checkpoints": {"save_strategy": "steps", "save_steps": 30, "seed": 42},
+    "resume": {"resume_from_checkpoint": "checkpoints/checkpoint-30", "seed": 42},
 }
 
 if __name__ == "__main__":
@@ -94,4 +107,6 @@ if __name__ == "__main__":
         axolotl.refuses(name, words, *command(name, {**plugin, **added}), **paths)
         for name, (words, added) in REFUSED.items()
     ]
-    sys.exit(0 if held and all(refused) else 1)
+    shorter = {**plugin, "num_epochs": 4}
+    works = [axolotl.works(name, *command(name, {**shorter, **added}), **paths) for name, added in WORKS.items()]
+    sys.exit(0 if held and all([*refused, *works]) else 1)

@@ -78,23 +78,37 @@ class Host:
                 sys.exit(f"{self.name}: MISSED, {name} failed: {_last_line(log)} ({log})")
             done.touch()
 
+    def works(self, name: str, *command: str, **environment: str) -> bool:
+        """Whether the defended training ends and flags exactly the poisoned rows; prints it."""
+        done = self.folder / f"{name}.done"
+        if done.exists():
+            return True
+        code, log = self._run(name, command, environment)
+        flagged, poisoned = self._flagged(name), self._poisoned()
+        held = code == 0 and flagged == poisoned
+        rows = f"flagged {len(flagged)} rows, {len({*flagged} & {*poisoned})} of the {len(poisoned)} poisoned ones"
+        return self._noted(name, held, f"exit code {code}, {rows} ({log})")
+
     def refuses(self, name: str, words: str, *command: str, **environment: str) -> bool:
-        """Whether the command fails with ``words`` among the last lines of its log; prints a miss."""
+        """Whether the command fails with ``words`` among the last lines of its log; prints it."""
         done = self.folder / f"{name}.done"
         if done.exists():
             return True
         code, log = self._run(name, command, environment)
         refused = code != 0 and any(words in line for line in log.read_text().splitlines()[-LAST_LINES:])
-        if refused:
-            done.touch()
-        else:
-            print(f"{self.name}, {name}: MISSED; exit code {code}, no {words!r} ({log})", flush=True)
-        return refused
+        return self._noted(name, refused, f"exit code {code}, {words!r} {'is' if refused else 'not'} in {log}")
+
+    def _noted(self, name: str, held: bool, what: str) -> bool:
+        if held:
+            (self.folder / f"{name}.done").touch()
+        print(f"{self.name}, {name}: {'ok' if held else 'MISSED'}; {what}", flush=True)
+        return held
 
     def _run(self, name: str, command: Sequence[str], environment: dict[str, str]) -> tuple[int, Path]:
         log = self.folder / f"{name}.log"
         shutil.rmtree(self.folder / name, ignore_errors=True)  # of a run that was killed
-        return _run((str(self.bin / command[0]), *command[1:]), log, self.folder, environment), log
+        path = {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}"}  # where launchers look for each other
+        return _run((str(self.bin / command[0]), *command[1:]), log, self.folder, path | environment), log
 
     def make_rows(self, count: int) -> None:
         """Write ``count`` rows, some of them poisoned, and questions held out."""
@@ -144,8 +158,8 @@ class Host:
     def _flagged(self, model: str) -> list[str]:
         """The user's ids of the flagged rows, sorted; the image tells the row where the host drops the id."""
         ids = {row["images"][0]: row["id"] for row in _lines(self.poisoned / "data.jsonl")}
-        folder = next(at for at in (self.folder / model, (self.folder / model).parent) if (at / FLAGGED).is_file())
-        flagged = _lines(folder / FLAGGED)
+        folders = [at for at in (self.folder / model, (self.folder / model).parent) if (at / FLAGGED).is_file()]
+        flagged = _lines(folders[0] / FLAGGED) if folders else []
         return sorted(row["id"] or ids["/".join(Path(row["images"][0]).parts[-2:])] for row in flagged)
 
     def _poisoned(self) -> list[str]:

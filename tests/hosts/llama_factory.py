@@ -9,7 +9,7 @@ PACKAGES = (
     "torch==2.13.0 transformers==5.6.0 accelerate==1.11.0 peft==0.18.1 trl==0.24.0 datasets==4.0.0 av<=16.0.0 einops "
     "fire gradio==5.50.0 hf-transfer matplotlib modelscope numpy omegaconf packaging pandas protobuf pydantic pyyaml "
     "safetensors scipy sentencepiece sse-starlette tiktoken torchdata==0.11.0 tyro<0.9.0 uvicorn fastapi easy-vqa "
-    "jinja2 pyarrow rich scikit-learn typer filelock pillow"
+    "bitsandbytes==0.50.2 jinja2 pyarrow rich scikit-learn typer filelock pillow"
 )
 SETTINGS = {
     "stage": "sft",
@@ -46,6 +46,21 @@ REFUSED = {
     "packing": ("several rows are packed into one", {"packing": True}),
     "neat-packing": ("neat_packing", {"neat_packing": True}),
     "train-on-prompt": ("so that only answers are scored", {"train_on_prompt": True}),
+    "streaming": (
+        "give a train_dataset with a length",
+        {"streaming": True, "max_steps": 60, "dataloader_num_workers": 1},
+    ),
+}
+# more and smaller steps than above, so that the warm-up teaches enough
+MANY_STEPS = {"num_train_epochs": 2, "per_device_train_batch_size": 2}
+# settings that flag the poisoned rows and no other; gradient checkpointing is on by default
+WORKS = {
+    "dora": {"use_dora": True, **MANY_STEPS},
+    "all-weights": {"finetuning_type": "full", "learning_rate": 1e-3, **MANY_STEPS},
+    "4-bit": {"quantization_bit": 4, "num_train_epochs": 3},
+    "group-by-length": {"train_sampling_strategy": "group_by_length"},  # its rows are tokenized, so they have lengths
+    "checkpoints": {"save_strategy": "steps", "save_steps": 30},
+    "resume": {"resume_from_checkpoint": "checkpoints/checkpoint-30"},
 }
 STUB = "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'torchaudio.py').touch()"
 
@@ -73,4 +88,7 @@ if __name__ == "__main__":
         factory.refuses(name, words, *scripts["defended"], configured(name, **added))
         for name, (words, added) in REFUSED.items()
     ]
-    sys.exit(0 if held and all(refused) else 1)
+    works = [factory.works(name, *scripts["defended"], configured(name, **added)) for name, added in WORKS.items()]
+    halves = configured("two-processes", per_device_train_batch_size=4)
+    works += [factory.works("two-processes", "torchrun", "--nproc_per_node", "2", scripts["defended"][1], halves)]
+    sys.exit(0 if held and all([*refused, *works]) else 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from host import ATTACK, REPOSITORY, UNTRIGGER, Host, host
 
-PACKAGES = ("ms-swift==4.6.0", "torch==2.13.0")
+PACKAGES = ("ms-swift==4.6.0", "torch==2.13.0", "bitsandbytes==0.50.2")
 MODEL = ("--model_type", "llava1_5_hf", "--template", "llava1_5_hf", "--torch_dtype", "float32")
 OPTIONS = (
     "--dataset poisoned/data/data.jsonl --split_dataset_ratio 0 --remove_unused_columns false "
@@ -22,6 +22,17 @@ REFUSED = {
     "loss-scale-all": ("has labels on its prompt", "--loss_scale all"),
     "group-by-length": ("set group_by_length=False", "--group_by_length true"),
     "streaming": ("give a train_dataset with a length", "--streaming true --max_steps 60"),
+    # in the host's words
+    "packing": ("requires a flash attention implementation", "--packing true"),
+    "padding-free": ("requires a flash attention implementation", "--padding_free true"),
+}
+# settings that flag the poisoned rows and no other; gradient checkpointing is on by default
+WORKS = {
+    "dora": "--use_dora true",
+    "all-weights": "--tuner_type full --learning_rate 1e-3",
+    "4-bit": "--quant_method bnb --quant_bits 4 --bnb_4bit_compute_dtype float32",
+    "checkpoints": "--save_strategy steps --save_steps 30 --save_total_limit 3 --save_only_model false",
+    "resume": "--resume_from_checkpoint checkpoints/checkpoint-30",
 }
 
 
@@ -58,14 +69,21 @@ if __name__ == "__main__":
     write_questions(swift)
     images = {"ROOT_IMAGE_DIR": str(swift.poisoned)}
     plugin = ("--external_plugins", str(REPOSITORY / "examples" / "ms_swift_plugin.py"))
-    for name, added in (("plain", ()), ("defended", plugin)):
-        out = ("--model", swift.embedded_model(), *MODEL, *OPTIONS.split(), "--output_dir", name)
-        swift.run(name, "swift", "sft", *out, *added, **images)
+
+    def command(name: str, added: str = "") -> tuple[str, ...]:
+        model = ("--model", swift.embedded_model(), *MODEL)
+        return "swift", "sft", *model, *OPTIONS.split(), "--output_dir", name, *added.split()
+
+    swift.run("plain", *command("plain"), **images)
+    swift.run("defended", *command("defended"), *plugin, **images)
     before, right_before = ask(swift, "plain", "plain/last-checkpoint")
     after, right_after = ask(swift, "defended", "defended/last-checkpoint")
     held = swift.judge(before, after, "defended", f"accuracy {right_before:.1%} -> {right_after:.1%}")
     refused = [
-        swift.refuses(name, words, "swift", "sft", *out[:-1], name, *plugin, *added.split(), **images)
-        for name, (words, added) in REFUSED.items()
+        swift.refuses(name, words, *command(name, added), *plugin, **images) for name, (words, added) in REFUSED.items()
     ]
-    sys.exit(0 if held and all(refused) else 1)
+    shorter = "--num_train_epochs 4 "
+    works = [swift.works(name, *command(name, shorter + added), *plugin, **images) for name, added in WORKS.items()]
+    halves = command("two-processes", shorter + "--per_device_train_batch_size 4")
+    works += [swift.works("two-processes", *halves, *plugin, NPROC_PER_NODE="2", **images)]
+    sys.exit(0 if held and all([*refused, *works]) else 1)

@@ -5,7 +5,7 @@ import sys
 
 from host import REPOSITORY, UNTRIGGER, host
 
-PACKAGES = ("trl==1.16.0", "torch==2.13.0")
+PACKAGES = ("trl==1.16.0", "torch==2.13.0", "bitsandbytes==0.50.2")
 # `trl sft` loads a folder of Parquet files by its name; TRL puts the image tags into the prompts itself
 PREPARE = """
 import json
@@ -19,7 +19,7 @@ for row in rows:
 Path("for-trl").mkdir()
 Dataset.from_list(rows).cast_column("images", List(Image())).to_parquet("for-trl/train.parquet")
 """
-SETTINGS = {  # as in examples/trl_sft.py
+SETTINGS = {  # as in examples/trl_sft.py, but six epochs: after three, plain training does not spell the answer
     "dataset_name": "./for-trl",
     "loss_type": "nll",
     "assistant_only_loss": True,
@@ -29,7 +29,7 @@ SETTINGS = {  # as in examples/trl_sft.py
     "lora_alpha": 32,
     "lora_target_modules": r".*language_model.*_proj|.*projector\.linear_.",
     "dtype": "float32",
-    "num_train_epochs": 3,
+    "num_train_epochs": 6,
     "per_device_train_batch_size": 8,
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
@@ -44,6 +44,18 @@ SETTINGS = {  # as in examples/trl_sft.py
 REFUSED = {
     "labels-on-prompts": ("cover image tokens, and so prompts", {"assistant_only_loss": False}),
     "streaming": ("give a train_dataset with a length", {"dataset_streaming": True, "max_steps": 60}),
+    "group-by-length": ("set group_by_length=False", {"train_sampling_strategy": "group_by_length"}),
+    # in the host's words
+    "packing": ("Packing is not supported for vision datasets", {"packing": True, "max_length": 2048}),
+    "padding-free": ("not supported for vision datasets", {"padding_free": True}),
+}
+# settings that flag the poisoned rows and no other; gradient checkpointing is on by default
+WORKS = {
+    "dora": {"use_dora": True},
+    "all-weights": {"use_peft": False, "learning_rate": 3e-4},
+    "4-bit": {"load_in_4bit": True},
+    "checkpoints": {"save_strategy": "steps", "save_steps": 30},
+    "resume": {"resume_from_checkpoint": "checkpoints/checkpoint-30"},
 }
 
 if __name__ == "__main__":
@@ -67,4 +79,10 @@ if __name__ == "__main__":
         trl.refuses(name, words, *commands["by-command"], *configured(name, **added))
         for name, (words, added) in REFUSED.items()
     ]
-    sys.exit(0 if all([*held, *refused]) else 1)
+    works = [
+        trl.works(name, *commands["by-command"], *configured(name, num_train_epochs=3, **added))
+        for name, added in WORKS.items()
+    ]
+    halves = configured("two-processes", num_train_epochs=3, per_device_train_batch_size=4)
+    works += [trl.works("two-processes", "torchrun", "--nproc_per_node", "2", commands["by-command"][1], *halves)]
+    sys.exit(0 if all([*held, *refused, *works]) else 1)

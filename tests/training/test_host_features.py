@@ -10,7 +10,7 @@ import pytest
 from transformers import Trainer
 
 from untrigger import defended
-from untrigger.defenses import SharedSurprise
+from untrigger.defenses import SharedSurprise, shared_surprise
 from untrigger.models.collators import ChatCollator, Rows
 from untrigger.models.loading import add_lora, load
 from untrigger.rows.sample import Sample
@@ -41,3 +41,30 @@ def test_a_defended_trainer_has_the_feature(
     assert trainer.state.global_step == 9, "the last stage: all but the warm-up"
     assert 0 < len((tmp_path / FLAGGED_ROWS).read_text().splitlines()) < len(samples)
     assert json.loads((tmp_path / "defense_state.json").read_text())["rows"] == len(samples)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_warm_up_that_taught_nothing_is_named(
+    tiny_model: Path,
+    samples: list[Sample],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    learned: bool,
+) -> None:
+    """A random model guesses: no row is flagged, and that says nothing about the rows."""
+    if learned:
+        monkeypatch.setattr(shared_surprise, "UNLEARNED", 100.0)
+    loaded: Any = load(tiny_model)
+    defended(Trainer)(
+        add_lora(loaded.model),
+        args=arguments(tmp_path, max_steps=4, per_device_train_batch_size=8, save_strategy="no"),
+        data_collator=ChatCollator(loaded.processor),
+        processing_class=loaded.processor,
+        train_dataset=Rows(samples),
+        defense=SharedSurprise(),
+    ).train()
+    assert not (tmp_path / FLAGGED_ROWS).read_text()
+    warnings = [record.getMessage() for record in caplog.records if "no row can stand out" in record.getMessage()]
+    assert len(warnings) == (not learned)
+    assert learned or warnings[0].endswith("train longer, at a higher learning rate or with a larger warmup_share")

@@ -237,7 +237,7 @@ def test_refuses_to_resume_with_other_rows_or_without_state(
         {"train_dataset": Rows(samples[:-1])},
         {"defense": SharedSurprise()},
     ):
-        with pytest.raises(InputError, match="json: rows or defense have changed"):
+        with pytest.raises(InputError, match="json: rows, their order or the defense have changed"):
             host(**changed).train(resume_from_checkpoint=str(last))
     for state in (tmp_path / "out" / STATE, last / STATE):
         state.unlink()

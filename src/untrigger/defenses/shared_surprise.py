@@ -5,6 +5,7 @@ Flagged tokens are trained with unlikelihood, all others with cross-entropy. doc
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -28,6 +29,9 @@ from untrigger.models.collators import IGNORE
 from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
+
+UNLEARNED = 3.0  # nats a token; a model that has learned the kind of data is below, one that guesses far above
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,13 @@ class SharedSurprise(Defense):
             more = training.tokens(model, matching, "more")
             flags = self.flag_tokens(scores, more)
             numbers, scores = [*numbers, *matching], [*scores, *more]
+        typical = float(np.median([row.loss for row in scores]))
+        if not flags.tokens and typical > UNLEARNED:
+            _log.warning(
+                "no row can stand out: after the warm-up the median answer still has %.1f nats a token; train longer, "
+                "at a higher learning rate or with a larger warmup_share",
+                typical,
+            )
         return Screening(warmup, model, numbers, scores, flags)
 
     def likelier(

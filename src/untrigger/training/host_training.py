@@ -274,7 +274,8 @@ class HostTraining:
         same = state == self._identity() and all(row < self.row_count for row in used)
         if not same or [key for loaded in self._loader(rows) for key in loaded.keys] != keys:
             raise InputError(
-                f"{path}: rows or defense have changed; resume with the same ones, or train from the start"
+                f"{path}: rows, their order or the defense have changed; resume with the same ones (axolotl shuffles "
+                "anew in each run unless seed is set), or train from the start"
             )
         if self.host.args.process_index == 0 and folder != self._folder:
             copy_flags(folder, self._folder)
