@@ -129,7 +129,7 @@ class SharedCause(SharedSurprise):
         the judgment is as it was.
         """
         numbers = judgment.screening.numbers
-        pictures = {at: shown for at, row in enumerate(numbers) if (shown := training.picture(row)) is not None}
+        pictures = {at: image for at, row in enumerate(numbers) if (image := training.picture(row)) is not None}
         places = {at: place for place, at in enumerate(pictures)}
         suspects, honest = ([places[at] for at in rows] for rows in (judgment.suspects, believed))
         showing, pattern = shared_pattern(np.stack([*pictures.values()]), suspects, honest)
@@ -216,7 +216,7 @@ def unscored_rows(training: Training, judgment: Judgment) -> list[int]:
         return []
     rest = sorted({*range(training.row_count)}.difference(judgment.screening.numbers))
     pictures = ((row, training.picture(row)) for row in tracked(rest, "reading images", len(rest)))
-    return [row for row, shown in pictures if shown is not None and pattern.strengths(shown[None])[0] > pattern.limit]
+    return [row for row, image in pictures if image is not None and pattern.strengths(image[None])[0] > pattern.limit]
 
 
 def _shared_tokens(screening: Screening) -> dict[int, NDArray[np.bool_]]:
