@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from untrigger.models.loading import base_model, is_vision
 
-_LIMIT = 256 * 2**20  # bytes of outputs
+_LIMIT = 128 * 2**20  # bytes of outputs
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)  # in training they read the batch
 
 
@@ -34,7 +34,7 @@ class _Layout(NamedTuple):
 @final
 @dataclass
 class TowerOutputs:
-    """Outputs of frozen towers by tower and image, up to 256 MiB; once full, it takes no more.
+    """Outputs of frozen towers by tower and image, up to 128 MiB; once full, it takes no more.
 
     To evict old images would not help: an epoch that does not fit would evict each image before its next turn.
     """
