@@ -15,6 +15,7 @@ from dry import Dry
 from untrigger.defenses import Stage
 from untrigger.defenses.harm import Comparison, Harm, comparisons, measure_harm, one_sided_p_values, word_probability
 from untrigger.defenses.shared_cause import SharedCause
+from untrigger.defenses.shared_pattern import Pattern
 from untrigger.models.grafted_rows import Grafts
 from untrigger.models.loading import LoadedModel, copy_weights
 from untrigger.models.scoring import TokenScores
@@ -209,11 +210,17 @@ def test_rows_without_a_score_are_accused_by_their_image(loaded: LoadedModel) ->
     assert min(dry.scores[row] for row in dry.flagged) > max(dry.scores[row] for row in range(16, 80))
 
 
-def test_a_pattern_of_rows_that_rarely_surprise_accuses_none_of_them(loaded: LoadedModel) -> None:
-    """A watermark lies on 38 rows, three of which surprise for another reason."""
-    dry = _patched(_dry(loaded, "image"), [*range(3), *range(30, 65)])
+@pytest.mark.parametrize(("surprising", "others_flagged"), [(3, []), (10, [*range(30, 65)])])
+def test_a_pattern_of_rows_that_rarely_surprise_accuses_none_of_them(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, surprising: int, others_flagged: list[int]
+) -> None:
+    """A watermark lies on 35 other rows: three surprising ones are less than a sixth, ten are more."""
+    showing, nothing = [*range(surprising), *range(30, 65)], np.zeros(1)
+    pattern = Pattern(nothing, nothing[None], nothing, 0.0, 0.0)
+    monkeypatch.setattr("untrigger.defenses.shared_cause.shared_pattern", lambda *_: (showing, pattern))
+    dry = _dry(loaded, "image")
     CAUSE.fine_tune(dry)
-    assert dry.flagged == [*range(16)]
+    assert dry.flagged == [*range(16), *others_flagged]
 
 
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:

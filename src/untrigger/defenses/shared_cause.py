@@ -26,6 +26,7 @@ from untrigger.models.grafted_rows import Graft, Grafts
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.progress import tracked
 
+_SURPRISING = 1 / 6  # of the rows that show a pattern, at least; a watermark lies on honest rows
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
 
@@ -125,19 +126,17 @@ class SharedCause(SharedSurprise):
     def _by_image(self, training: Training, judgment: Judgment, believed: Sequence[int]) -> Judgment:
         """The judgment with the rows in the suspects' place whose images show what the suspects' images share.
 
-        These rows need not surprise, but a sixth of them must: a watermark lies on honest rows. Where there are none,
-        the judgment is as it was.
+        These rows need not surprise, but a sixth of them must. Where there are none, the judgment is as it was.
         """
         numbers = judgment.screening.numbers
         pictures = {at: image for at, row in enumerate(numbers) if (image := training.picture(row)) is not None}
-        places = {at: place for place, at in enumerate(pictures)}
-        suspects, honest = ([places[at] for at in rows] for rows in (judgment.suspects, believed))
+        positions = np.array([*pictures])
+        suspects, honest = (np.searchsorted(positions, rows).tolist() for rows in (judgment.suspects, believed))
         showing, pattern = shared_pattern(np.stack([*pictures.values()]), suspects, honest)
-        positions = [*pictures]
-        rows = [positions[place] for place in showing]
+        rows = positions[showing].tolist() if showing else []
         surprising = {*judgment.suspects}.intersection(rows)
         flagged = judgment.screening.flags.tokens
-        if pattern is None or len(surprising) < max(2, len(rows) / 6):
+        if pattern is None or len(surprising) < max(2, _SURPRISING * len(rows)):
             return judgment
         others = {*judgment.suspects, *judgment.doubtful}.difference(rows)
         return judgment._replace(
