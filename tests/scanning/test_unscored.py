@@ -29,9 +29,9 @@ def test_rows_without_a_score_that_show_the_pattern_join_its_target(monkeypatch:
     verdicts = [Verdict(at + 1, str(at), 1.0, 0 if at == 1 else None, 0.25 if at == 1 else None) for at in range(3)]
     scored = Findings(verdicts, [Target("", 1e-9, [1], 1e-9, None)], None)
     monkeypatch.setattr(targets, "findings_of", lambda *_: scored)
-    found = targets.find(training, cast(Any, defense))
-    assert found.targets[0].rows == [1, 3, 5]
-    assert [(v.target, v.fdr, v.score) for v in found.verdicts[3:]] == [
+    findings = targets.find(training, cast(Any, defense))
+    assert findings.targets[0].rows == [1, 3, 5]
+    assert [(v.target, v.fdr, v.score) for v in findings.verdicts[3:]] == [
         (0, 0.25, 7.0),
         (None, None, 0.0),
         (0, 0.25, 7.0),
