@@ -26,6 +26,7 @@ from untrigger.rows.sample import Sample, without_images
 
 BATCH_ROWS = 32  # rows a forward pass
 _SHARD = 32  # batches whose scores lie in one file
+_GIVEN_BACK = 8  # batches after which freed memory is returned: more often takes time, less often memory
 
 
 class TokenScores(NamedTuple):
@@ -75,8 +76,8 @@ def row_tokens(
             if batch.start < len(scores):
                 continue
             scores += batch_tokens(network, collate([dataset[i] for i in batch]))
-            if batch.stop == start + per_file:
-                _give_memory_back()
+            if (batch.start // batch_size + 1) % _GIVEN_BACK == 0:
+                give_memory_back()
             if file and batch.stop in (start + per_file, len(dataset)):
                 _write_shard(file, scores[start:])
     return scores
@@ -107,8 +108,8 @@ def batch_tokens(model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -
     ]
 
 
-def _give_memory_back() -> None:
-    """Return freed memory to the system: glibc keeps what lies between scores that live on, 40 KB for each."""
+def give_memory_back() -> None:
+    """Return freed memory to the system: glibc keeps what lies between small things that live on, such as scores."""
     with suppress(OSError, AttributeError):  # other systems have another library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -6,7 +6,7 @@ An output depends on the tower's weights and the pixels only, so training ends i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -43,16 +43,18 @@ class TowerOutputs:
     images: dict[bytes, list[Tensor]] = field(default_factory=dict[bytes, list[Tensor]])
     layouts: dict[bytes, _Layout] = field(default_factory=dict[bytes, _Layout])
 
-    def store(self, key: bytes, tensors: list[Tensor]) -> None:
-        """Store a copy of one image's tensors, if there is room, and if they belong to no graph.
+    def store(self, keys: Sequence[bytes], tensors: Sequence[Tensor]) -> None:
+        """Store a copy of the images' tensors [N, ...], if there is room, and if they belong to no graph.
 
         With gradient checkpointing the host lets the inputs of a frozen tower require gradients too. A stored graph
-        would be passed through backwards twice.
+        would be passed through backwards twice. The images are copied as one block: small ones would lie scattered
+        among the activations, and keep the memory between them from being used again.
         """
         size = sum(tensor.nbytes for tensor in tensors)
         if size <= self.free and not any(tensor.requires_grad for tensor in tensors):
             self.free -= size
-            self.images[key] = [tensor.clone() for tensor in tensors]
+            blocks = [tensor.clone() for tensor in tensors]
+            self.images |= {key: [block[at] for block in blocks] for at, key in enumerate(keys)}
 
 
 _shared: TowerOutputs | None = None
@@ -124,9 +126,8 @@ class _Reused:
         if new:
             output = self._compute(pixels[list(new.values())], **kwargs)
             tensors, layouts[call] = _taken_apart(output)
-            for at, key in enumerate(new):
-                rows[key] = [tensor[at] for tensor in tensors]
-                self._outputs.store(key, rows[key])
+            rows |= {key: [tensor[at] for tensor in tensors] for at, key in enumerate(new)}
+            self._outputs.store(list(new), tensors)
         joined = [torch.stack(parts) for parts in zip(*(rows[key] for key in keys), strict=True)]
         layout = layouts[call]
         return tree_unflatten([None if at is None else joined[at] for at in layout.leaves], layout.spec)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 BATCH_ROWS = 16  # rows of a batch that is read in passes: few, for images may be large
-_KEPT = 128 * 2**20  # bytes of such batches in memory
+_KEPT = 64 * 2**20  # bytes of such batches in memory
 _LARGE = 64 * 2**20  # bytes of a part that is costly to read again for a single row
 _PASSES = 8  # beginnings of a large part before it is copied: a scan's own passes are fewer
 
@@ -92,7 +92,7 @@ class Part(NamedTuple):
 class PassedBatches(Batches):
     """Batches of parts that have to be read from their beginning, such as row groups of parquet.
 
-    A pass over all rows in order reads each part once; the batches read last stay in memory, up to 128 MiB. A part
+    A pass over all rows in order reads each part once; the batches read last stay in memory, up to 64 MiB. A part
     of more than 64 MiB that is begun again and again, as by a training that shuffles rows, is copied to an unnamed
     temporary file (in TMPDIR).
 

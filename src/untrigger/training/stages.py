@@ -40,7 +40,7 @@ from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.grafted_rows import GraftedRows, Grafts, can_be_grafted, picture
 from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, processor_of
 from untrigger.models.quantized import is_quantized
-from untrigger.models.scoring import BATCH_ROWS, TokenScores, row_answers, row_tokens
+from untrigger.models.scoring import BATCH_ROWS, TokenScores, give_memory_back, row_answers, row_tokens
 from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, select_rows
@@ -160,6 +160,7 @@ class Stages:
         else:
             folder = self._out
             self.seconds += train(folder)
+        give_memory_back()
         self._folders[loaded.model] = folder
         self.waited += clock() - started
         return loaded
