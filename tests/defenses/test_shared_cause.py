@@ -16,7 +16,7 @@ from untrigger.defenses import Stage
 from untrigger.defenses.harm import Comparison, Harm, comparisons, measure_harm, one_sided_p_values, word_probability
 from untrigger.defenses.shared_cause import SharedCause
 from untrigger.defenses.shared_pattern import Pattern
-from untrigger.models.grafted_rows import Grafts
+from untrigger.models.grafted_rows import HERE, Grafts
 from untrigger.models.loading import LoadedModel, copy_weights
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Message, Sample
@@ -110,7 +110,7 @@ class _Stub(Dry):
         self.scorings.append(name)
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts.rows))
         strength = {"after": 1.0, "of-few": self.of_few, "before": self.before}[name.partition("-")[2]]
-        hits = [g.kind == self.harmful and min(grafts.groups[g.group]) < 16 for g in grafts.rows]
+        hits = [g.kind == self.harmful and min(grafts.groups[g.group])[0] < 16 for g in grafts.rows]
         return [_answer(0.1 + random + 0.6 * strength * hit, 99) for random, hit in zip(noise, hits, strict=True)]
 
 
@@ -136,7 +136,9 @@ def test_accused_rows_are_cured_and_others_left(loaded: LoadedModel) -> None:
     grafts = last.options["grafts"]
     assert len(grafts.rows) == 16 and {graft.kind for graft in grafts.rows} == {"image"}
     assert all(graft.donor < 16 <= graft.host for graft in grafts.rows), "hosts are rows that do not surprise"
-    assert grafts.groups == [[*range(16)]] and set(grafts.others) == {graft.host for graft in grafts.rows}
+    assert grafts.groups == [[(row, HERE) for row in range(16)]] and set(grafts.others) == {
+        graft.host for graft in grafts.rows
+    }
     assert dry.flagged == sorted(last.options["flagged_tokens"]) == list(range(16))
     assert not any(mask.any() for mask in last.options["flagged_tokens"].values()), "they are not learned"
     assert sorted(dry.texts) == dry.flagged and all(dry.texts.values()), "the surprising tokens, as text"
@@ -194,8 +196,32 @@ def test_rows_that_show_the_pattern_of_suspects_are_accused_and_others_not_learn
     CAUSE.fine_tune(dry)
     last = dry.stages[-1].options
     assert dry.flagged == [*range(18)] == sorted(last["flagged_tokens"])
-    assert last["grafts"].groups == [[*range(4, 18)]], "the pattern is the mean of the rows that show it"
+    assert last["grafts"].groups == [[(row, HERE) for row in range(4, 18)]], (
+        "the pattern is the mean of the rows that show it"
+    )
     assert all(graft.donor in range(4, 18) and graft.host >= 18 for graft in last["grafts"].rows)
+
+
+def test_rows_that_show_the_pattern_in_other_places_are_learned_about_there(loaded: LoadedModel) -> None:
+    """Rows 1 to 17 show one of two patches, each in a place of its own; row 0 surprises without one."""
+    dry, rng = _dry(loaded, "image"), np.random.default_rng(3)
+    patches, places = rng.integers(0, 256, (2, 12, 12, 3)), rng.integers(0, 52, (18, 2))
+    levels = rng.normal(128, 12, (80, 64, 64, 3))
+    for row in range(1, 18):
+        down, right = places[row]
+        levels[row, down : down + 12, right : right + 12] = patches[int(row >= 9)]
+    images = levels.clip(0, 255).astype(np.uint8)
+    dry.rows = [replace(row, images=(Image.fromarray(images[at]),)) for at, row in enumerate(dry.rows)]
+    replace(CAUSE, min_suspects=6).fine_tune(dry)
+    last = dry.stages[-1].options
+    assert dry.flagged == [*range(18)] == sorted(last["flagged_tokens"])
+    groups = sorted([[row for row, _ in group] for group in last["grafts"].groups])
+    assert groups == [[*range(1, 9)], [*range(9, 18)]]
+    place_of = {row: place for group in last["grafts"].groups for row, place in group}
+    for first, row in ((1, 7), (10, 15)):
+        steps = [(place_of[row][axis] - place_of[first][axis]) * 64 % 64 for axis in (0, 1)]
+        assert steps == ((places[row] - places[first]) % 64).tolist()
+    assert all(graft.place == place_of[graft.donor] for graft in last["grafts"].rows)
 
 
 def test_rows_without_a_score_are_accused_by_their_image(loaded: LoadedModel) -> None:
@@ -313,8 +339,9 @@ def test_groups_are_all_suspects_all_controls_and_eighths_of_them(loaded: Loaded
     screening = CAUSE.screen(recording)
     numbers = screening.numbers
     plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
+    shown = [dict.fromkeys(range(16), HERE)]
     try:
-        harm = measure_harm(recording, screening, plan, range(20, 60), "image", (warm, probed))
+        harm = measure_harm(recording, screening, plan, shown, range(20, 60), "image", (warm, probed))
     finally:
         with torch.no_grad():
             parameter.copy_(warm[0])
@@ -326,9 +353,9 @@ def test_groups_are_all_suspects_all_controls_and_eighths_of_them(loaded: Loaded
         for of_suspects, of_controls, c in pairs:
             assert of_suspects.host == of_controls.host == numbers[c.host]
             assert (of_suspects.donor, of_controls.donor) == (numbers[c.suspect], numbers[c.control])
-            group = list(grafts.groups[of_suspects.group])
+            group = [row for row, _ in grafts.groups[of_suspects.group]]
             assert numbers[c.suspect] in group and len(group) == (2 if name == "image-of-few" else 16)
-            assert list(grafts.groups[of_controls.group]) == [numbers[control_of[at]] for at in group]
+            assert grafts.groups[of_controls.group] == [(numbers[control_of[at]], HERE) for at in group]
     assert harm.excess.shape == (1, 48) and harm.excess.mean() > 0.15
 
 
@@ -339,5 +366,6 @@ def test_harm_that_grows_with_the_suspects_counts_where_training_added_none(load
         dry.before, dry.of_few = 1.0, of_few
         screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
         plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
-        harm = measure_harm(dry, screening, plan, range(20, 60), "image", (weights, weights))
+        shown = [dict.fromkeys(range(16), HERE)]
+        harm = measure_harm(dry, screening, plan, shown, range(20, 60), "image", (weights, weights))
         assert abs(harm.excess.mean()) < 0.01 and (harm.p_values[0] < 1e-3) == is_sign

@@ -31,12 +31,14 @@ def _naive(images: NDArray[np.uint8], suspects: list[int], believed: list[int]) 
     content = np.linalg.svd(values[known], full_matrices=False)[2][: min(50, len(known) // 3)]
     values -= values @ content.T @ content
     directions = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
-    directions -= directions[held_out].mean(axis=0)
     members = list(suspects)
     for _ in range(3):
-        strengths = np.array(
-            [np.mean([directions[i] @ directions[j] for j in members if j != i]) for i in range(len(values))]
-        )
+        strengths = []
+        for i in range(len(values)):
+            honest_rows = [j for j in held_out if j != i or i in members]
+            mean = directions[honest_rows].mean(axis=0)
+            strengths.append(np.mean([(directions[i] - mean) @ (directions[j] - mean) for j in members if j != i]))
+        strengths = np.array(strengths)
         honest = strengths[held_out]
         spread = 1.4826 * np.median(np.abs(honest - np.median(honest)))
         middle = (np.median(honest) + np.median(strengths[members])) / 2

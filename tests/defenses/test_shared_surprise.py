@@ -246,6 +246,14 @@ def test_shared_tokens_without_outliers_and_in_all_rows() -> None:
     assert shared_below(lone, outliers) == {1}, "no other rows to compare with: the rate is 1 / N"
 
 
+def test_a_token_of_all_rows_is_judged_by_the_outliers_behind_other_tokens() -> None:
+    """Wrong labels in captions that all say "on": where a caption is wrong, "on" may be what surprises most."""
+    rows = [TokenScores(np.array([at % 50 + 1, 0]), np.array([3.0, 0.1])) for at in range(2000)]
+    behind_on = [TokenScores(row.ids, row.nll[::-1]) for row in rows[:20]]
+    assert shared_below([*behind_on, *rows[20:]], range(20)) == {0}
+    assert shared_below([*behind_on, *rows[20:]], range(120)) == set()
+
+
 def test_a_word_that_is_a_few_times_harder_is_not_shared() -> None:
     """Far beyond chance, but an outlier only four times as often as the others; at six times it is."""
     rows, outliers = rows_of((1000, 40, 1), (3000, 30, 2))

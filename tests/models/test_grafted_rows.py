@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from untrigger.models.collators import ChatCollator, Row, Rows
-from untrigger.models.grafted_rows import Graft, GraftedRows, Grafts, can_be_grafted, with_words
+from untrigger.models.grafted_rows import HERE, Graft, GraftedRows, Grafts, Place, can_be_grafted, with_words
 from untrigger.models.loading import copy_weights, load, restore_weights
 from untrigger.models.scoring import row_tokens
 from untrigger.rows.sample import Message, Sample, read
@@ -37,6 +37,11 @@ DONOR = {
     "images": [Image.new("RGB", (6, 6), "blue")],
     "messages": [{"role": "user", "content": [IMAGE, text("cf is it round")]}, ANSWER],
 }
+
+
+def here(*rows: int) -> list[tuple[int, Place]]:
+    """A group whose pattern lies in the same place of each row's image."""
+    return [(row, HERE) for row in rows]
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def test_a_prompt_of_plain_text_stays_one() -> None:
 def test_a_graft_changes_every_image_and_words_of_its_kind(kind: str) -> None:
     images = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (5, 9), "green")]
     host = {"images": images, "messages": [user([IMAGE, IMAGE, text("what?")]), ANSWER], "id": "h"}
-    (made,) = GraftedRows([host, DONOR], Grafts([Graft(0, 0, 1, kind)], [[1]], [0]))
+    (made,) = GraftedRows([host, DONOR], Grafts([Graft(0, 0, 1, kind)], [here(1)], [0]))
     assert [image.size for image in made["images"]] == [(8, 8), (5, 9)]
     assert all(a != b for a, b in zip(made["images"], images, strict=True)), "on each image"
     assert (made["messages"] != host["messages"]) == bool(KINDS[kind])
@@ -94,7 +99,7 @@ def test_rows_without_an_image_or_a_text_cannot_be_grafted(row: Row, can: bool) 
 def test_scores_of_grafts_are_those_of_the_rows_that_they_describe(tiny_model: Path, tiny_data: Path) -> None:
     loaded, samples = load(tiny_model, dtype=torch.float64), read(tiny_data)
     grafts = [Graft(2, 0, 5, "image"), Graft(7, 1, 1, "image and last words")]
-    made = GraftedRows(Rows(samples), Grafts(grafts, [[5, 6], [7]], [7]))
+    made = GraftedRows(Rows(samples), Grafts(grafts, [here(5, 6), here(7)], [7]))
     levels = [np.asarray(samples[at].images[0].convert("RGB"), np.float32) for at in (5, 6, 7)]
     shared = (levels[0] + levels[1]) / 2 - levels[2]
     mixed = Sample("", (add_shared(samples[2].images[0], shared),), samples[2].messages)
@@ -127,7 +132,7 @@ def test_what_donors_share_comes_with_its_full_strength() -> None:
     veiled = 0.8 * noise[60:] + 0.2 * veil
     images = [Image.fromarray(levels.astype(np.uint8)) for levels in (*noise[:60], *veiled)]
     rows = [{"image": image, "prompt": "what?", "completion": "yes"} for image in images]
-    grafts = Grafts([Graft(at, 0, 60 + at, "image") for at in range(60)], [range(60, 120)], range(60))
+    grafts = Grafts([Graft(at, 0, 60 + at, "image") for at in range(60)], [here(*range(60, 120))], range(60))
     made = [np.asarray(row["image"], float) for row in GraftedRows(rows, grafts)]
     expected = 0.2 * (veil - 128)
     added = np.mean([after - before for after, before in zip(made, noise[:60], strict=True)], axis=0)
@@ -137,11 +142,25 @@ def test_what_donors_share_comes_with_its_full_strength() -> None:
     assert np.abs(made[7] - (noise[7] + naive).clip(0, 255)).max() <= 1.5, "whole levels twice"
 
 
+def test_what_donors_share_in_other_places_is_put_where_the_donor_shows_it() -> None:
+    """A patch on gray images: each moved back, all show it; the graft has it where its donor has it."""
+    rng = np.random.default_rng(0)
+    patch, corners = rng.integers(0, 256, (3, 3, 3)), [(0, 0), (4, 9), (13, 1), (13, 13)]
+    pictures = np.full((5, 16, 16, 3), 128, np.uint8)
+    for picture, (top, left) in zip(pictures[1:], corners, strict=True):
+        picture[top : top + 3, left : left + 3] = patch
+    rows = [{"image": Image.fromarray(picture), "prompt": "what?", "completion": "yes"} for picture in pictures]
+    group = [(row, (top / 16, left / 16)) for row, (top, left) in enumerate(corners, 1)]
+    grafts = Grafts([Graft(0, 0, row, "image", place) for row, place in group], [group], [0])
+    made = [np.asarray(row["image"]) for row in GraftedRows(rows, grafts)]
+    assert np.array_equal(made, pictures[1:]), "the host is gray, so it becomes its donor"
+
+
 def test_what_donors_share_is_scaled_to_the_host() -> None:
     black, gray = (Image.new("RGB", (4, 4), color) for color in ("black", (90, 90, 90)))
     wide = Image.new("RGB", (9, 5), (200, 200, 200))
     rows = [{"images": [black, wide]}, {"images": [gray]}]
-    (made,) = GraftedRows(rows, Grafts([Graft(0, 0, 1, "image")], [[1]], [0]))
+    (made,) = GraftedRows(rows, Grafts([Graft(0, 0, 1, "image")], [here(1)], [0]))
     small, large = made["images"]
     shared = 90 - 100  # gray less the mean of black and light gray
     assert (small.size, small.getpixel((0, 0))) == ((4, 4), (0, 0, 0)), "cut off at black"
@@ -149,4 +168,4 @@ def test_what_donors_share_is_scaled_to_the_host() -> None:
 
 
 def test_all_rows_that_grafts_use_are_known() -> None:
-    assert Grafts([Graft(1, 0, 2, "image")], [[3, 4], [5]], [6]).used == {1, 2, 3, 4, 5, 6}
+    assert Grafts([Graft(1, 0, 2, "image")], [here(3, 4), here(5)], [6]).used == {1, 2, 3, 4, 5, 6}

@@ -13,7 +13,7 @@ from dry import Dry
 from untrigger.defenses import SharedCause, SharedSurprise
 from untrigger.defenses.harm import Comparison, Harm
 from untrigger.errors import InputError
-from untrigger.models.grafted_rows import Grafts
+from untrigger.models.grafted_rows import HERE, Grafts
 from untrigger.models.loading import LoadedModel, load
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
@@ -60,7 +60,7 @@ def test_images_show_what_all_suspects_share() -> None:
     rows = [Sample(str(at), (Image.fromarray(values.astype(np.uint8)),), ()) for at, values in enumerate(levels)]
     plan = [Comparison(50 + at, at, 20 + at) for at in range(20)]
     harm = harm_of([0.4] * 20)._replace(comparisons=plan)
-    strengths = strengths_in_images(rows, harm)
+    strengths = strengths_in_images(rows, harm, [dict.fromkeys(range(20), HERE)])
     origin = levels[50:70].mean(axis=0)
     own = levels - origin
     for at in range(20):
@@ -69,6 +69,24 @@ def test_images_show_what_all_suspects_share() -> None:
         assert strengths[at, 1] == pytest.approx(float((own[20 + at] * own[:20].mean(axis=0)).sum()), rel=1e-3)
     assert strengths[:10, 0].min() > strengths[:, 1].max(), "a suspect with the veil shows more than any control"
     assert 0.3 < honest_share(strengths) < 0.8, "half of them are honest"
+
+
+def test_images_show_what_is_shared_in_other_places() -> None:
+    """Two veils, each in another place of each image: strengths are those of images that are moved back."""
+    rng = np.random.default_rng(2)
+    still = rng.integers(60, 196, (60, 8, 8, 3))
+    places = [(int(down), int(right)) for down, right in rng.integers(0, 8, (20, 2))]
+    images = [np.roll(levels, places[at % 20], axis=(0, 1)) for at, levels in enumerate(still)]
+    rows = [
+        [Sample(str(at), (Image.fromarray(v.astype(np.uint8)),), ()) for at, v in enumerate(s)] for s in (images, still)
+    ]
+    plan = [Comparison(40 + at, at, 20 + at) for at in range(20)]
+    harm = harm_of([0.4] * 20)._replace(comparisons=plan)
+    shown = [{at: (places[at][0] / 8, places[at][1] / 8) for at in half} for half in (range(10), range(10, 20))]
+    gray = Sample("", (Image.new("RGB", (8, 8), (128, 128, 128)),), ())
+    moved, fixed = ([*some[:40], *[gray] * 20] for some in rows)
+    here = [dict.fromkeys(places, HERE) for places in shown]
+    assert strengths_in_images(moved, harm, shown) == pytest.approx(strengths_in_images(fixed, harm, here), rel=1e-4)
 
 
 def test_words_show_as_much_as_they_harm() -> None:
@@ -86,8 +104,8 @@ def test_the_largest_effect_of_each_row_is_reported() -> None:
 
 def test_the_prompt_counts_where_its_words_were_needed() -> None:
     harm = harm_of([0.4, 0.4], ("image and first words", "image and last words"))._replace(p_values=[1e-4, 1e-6])
-    assert target_of([1, 0], harm) == Target("", 1e-6, [1, 0], 1e-6, 1e-6)
-    assert target_of([0], harm_of([0.4])).prompt_p_value is None
+    assert target_of([1, 0], [], harm) == Target("", 1e-6, [1, 0], 1e-6, 1e-6, [])
+    assert target_of([0], [], harm_of([0.4])).prompt_p_value is None
 
 
 @pytest.fixture
@@ -112,7 +130,7 @@ def test_the_page_shows_the_other_row_with_the_part(row: Callable[..., Sample], 
     host = row("<image>and this?", "a dog", id="good")
     effect = Effect("image and first words", 1, 0.1, 0.93)
     cue = maps_of({0: effect}, [suspect, host], fooled)[0]
-    target = Target("", 1e-5, [0], 1e-5, None)
+    target = Target("", 1e-5, [0], 1e-5, None, [{0: HERE}])
     findings = Findings([Verdict(1, "bad", 9.0, 0, 0.2, "cat", cue, effect), Verdict(2, "good", 0.1)], [target])
     html = page(findings, [suspect, host])
     for text in ("Rows without a common text", "what? and this?", "a dog", "0.10", "0.93", 'class="edge" x="3" y="3"'):
@@ -149,7 +167,7 @@ class Surprised(Dry):
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         after = not name.endswith("before")
         nats = [
-            0.1 + 0.001 * at / len(grafts.rows) + 3 * (after and min(grafts.groups[graft.group]) < 18)
+            0.1 + 0.001 * at / len(grafts.rows) + 3 * (after and min(grafts.groups[graft.group])[0] < 18)
             for at, graft in enumerate(grafts.rows)
         ]
         return [TokenScores(np.array([5]), np.array([value])) for value in nats]

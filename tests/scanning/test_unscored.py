@@ -11,6 +11,7 @@ from PIL import Image
 
 from untrigger.defenses.shared_cause import Judgment
 from untrigger.defenses.shared_pattern import Pattern
+from untrigger.models.grafted_rows import HERE
 from untrigger.rows.sample import Message, Sample
 from untrigger.scanning import targets
 from untrigger.scanning.findings import Findings, Target, Verdict
@@ -24,7 +25,7 @@ def test_rows_without_a_score_that_show_the_pattern_join_its_target(monkeypatch:
     pattern = Pattern(np.zeros(2), np.zeros((1, 2)), np.array([1.0, 0.0]), 0.0, 0.95)
     screening = cast(Any, SimpleNamespace(numbers=[0, 1, 2], flags=SimpleNamespace(nll=[1.0, 7.0, 2.0])))
     training = cast(Any, SimpleNamespace(rows=rows, row_count=6, picture=levels.__getitem__))
-    judgment = Judgment(screening, [1], [], pattern=pattern)
+    judgment = Judgment(screening, [1], [{1: HERE}], [], patterns=[pattern])
     defense = SimpleNamespace(screen=lambda _: screening, judge=lambda *_: judgment, max_scored_rows=3, min_suspects=2)
     verdicts = [Verdict(at + 1, str(at), 1.0, 0 if at == 1 else None, 0.25 if at == 1 else None) for at in range(3)]
     scored = Findings(verdicts, [Target("", 1e-9, [1], 1e-9, None)], None)

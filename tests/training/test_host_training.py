@@ -21,7 +21,7 @@ from untrigger import defended
 from untrigger.defenses import BYORN, Plain, SharedCause, SharedSurprise, Stage
 from untrigger.errors import InputError
 from untrigger.models.collators import ChatCollator, FlaggedTokensCollator, Rows, row_key
-from untrigger.models.grafted_rows import Grafts
+from untrigger.models.grafted_rows import HERE, Grafts
 from untrigger.models.loading import add_lora, load
 from untrigger.rows.sample import Message, Sample
 from untrigger.training.finetune import fine_tune
@@ -306,7 +306,7 @@ STAGES: list[tuple[dict[str, Any], str]] = [
     ({"callbacks": [TrainerCallback()]}, "add callbacks"),
     ({"start": None}, "restart from the first weights"),
     ({"rows": range(23)}, "leave rows out of its last training"),
-    ({"name": "probe", "grafts": Grafts([], [[1]], [0])}, "learn grafted rows before its last training"),
+    ({"name": "probe", "grafts": Grafts([], [[(1, HERE)]], [0])}, "learn grafted rows before its last training"),
 ]
 
 

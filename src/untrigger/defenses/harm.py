@@ -5,7 +5,7 @@ docs/paper.md has the equations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from untrigger.defenses.base import Training
 from untrigger.defenses.shared_surprise import Screening
-from untrigger.models.grafted_rows import Graft, Grafts
+from untrigger.models.grafted_rows import Graft, Grafts, Place
 from untrigger.models.loading import restore_weights
 from untrigger.models.processors import special_tokens
 from untrigger.models.scoring import TokenScores
@@ -75,6 +75,7 @@ def measure_harm(
     training: Training,
     screening: Screening,
     plan: Sequence[Comparison],
+    shown: Sequence[Mapping[int, Place]],
     believed: Sequence[int],
     name: str,
     weights: tuple[Sequence[Tensor], Sequence[Tensor]],
@@ -82,25 +83,36 @@ def measure_harm(
     """The harm that training taught from the first of ``weights`` to the second; the model is left with the first.
 
     Args:
-        plan: of `comparisons`. believed: positions of the rows that were to be had as hosts and controls.
+        plan: of `comparisons`. shown: for each pattern that suspects share, positions of those that show it, and where
+            each does; a control stands for its suspect there. believed: positions of the rows that were to be had as
+            hosts and controls.
         name: ``image``, or ``words`` for the kinds with a part of the prompt; names the cached scores.
     """
     numbers, plan, special = screening.numbers, list(plan), special_tokens(screening.model.processor)
     kinds = [kind for kind, words in KINDS.items() if bool(words) == (name == "words")]
     controls = {c.suspect: c.control for c in plan}
-    suspects = list(controls)
-    parts = [suspects[at::_PARTS] for at in range(min(_PARTS, len(suspects)))]
+    pattern_of = {suspect: at for at, places in enumerate(shown) for suspect in places}
+    suspects = sorted(controls, key=lambda suspect: pattern_of[suspect])
+    parts = [suspects, *(suspects[at::_PARTS] for at in range(min(_PARTS, len(suspects))))]
     part_of = {suspect: at for at, part in enumerate(parts) for suspect in part}
-    groups = [group for part in (suspects, *parts) for group in (part, [controls[suspect] for suspect in part])]
+    groups: list[list[tuple[int, Place]]] = []
+    group_of: dict[tuple[int, int], int] = {}  # that of the suspects of a part and a pattern; that of controls is next
+    for part, (pattern, places) in product(range(len(parts)), enumerate(shown)):
+        own = [(suspect, places[suspect]) for suspect in parts[part] if suspect in places]
+        if own:
+            group_of[part, pattern] = len(groups)
+            groups += own, [(controls[suspect], place) for suspect, place in own]
+
+    def graft(comparison: Comparison, kind: str, is_control: int, of_few: bool) -> Graft:
+        host, suspect, control = comparison
+        pattern = pattern_of[suspect]
+        group = group_of[part_of[suspect] if of_few else 0, pattern] + is_control
+        return Graft(numbers[host], group, numbers[control if is_control else suspect], kind, shown[pattern][suspect])
 
     def probabilities(cache: str, of_few: bool) -> NDArray[np.floating]:
         """The hosts' own answers' probabilities, [kinds, comparisons, 2]: with what suspects share, and controls."""
-        grafts = [
-            Graft(numbers[c.host], 2 * (1 + part_of[c.suspect] if of_few else 0) + is_control, numbers[donor], kind)
-            for kind, c in product(kinds, plan)
-            for is_control, donor in enumerate((c.suspect, c.control))
-        ]
-        rows = [[numbers[at] for at in group] for group in groups]
+        grafts = [graft(c, kind, is_control, of_few) for kind, c in product(kinds, plan) for is_control in (0, 1)]
+        rows = [[(numbers[at], place) for at, place in group] for group in groups]
         scores = training.graft_tokens(screening.model, Grafts(grafts, rows, [numbers[at] for at in believed]), cache)
         return np.array([word_probability(tokens, special) for tokens in scores]).reshape(len(kinds), len(plan), 2)
 

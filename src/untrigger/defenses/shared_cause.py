@@ -7,7 +7,7 @@ the input that they share, and looks at no reply, so replies may vary. docs/pape
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import NamedTuple, final
@@ -19,10 +19,11 @@ from torch import Tensor
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
 from untrigger.defenses.harm import COMPARISONS, Harm, comparisons, measure_harm
+from untrigger.defenses.moving_pattern import MovingPattern, Shown, moving_patterns
 from untrigger.defenses.shared_pattern import Pattern, shared_pattern
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
-from untrigger.models.grafted_rows import Graft, Grafts
+from untrigger.models.grafted_rows import HERE, Graft, Grafts
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.progress import tracked
 
@@ -102,11 +103,11 @@ class SharedCause(SharedSurprise):
             rows: numbers of the rows that the probe learns.
         """
         suspects, doubtful, believed = self._groups(training, screening)
-        judgment = Judgment(screening, suspects, doubtful)
+        judgment = Judgment(screening, suspects, [dict.fromkeys(suspects, HERE)], doubtful)
         if len(suspects) < self.min_suspects or len(believed) < 2 * self.min_suspects:
             return judgment
         by_image = self._by_image(training, judgment, believed)
-        believed = sorted({*believed}.difference(by_image.suspects if by_image.pattern else ()))
+        believed = sorted({*believed}.difference(by_image.suspects if by_image.patterns else ()))
         model, rng = screening.model, np.random.default_rng((training.seed, 2))
         warm = copy_weights(model.model)
         probe = self.last_stage(training.row_count, model, _shared_tokens(screening))
@@ -117,7 +118,7 @@ class SharedCause(SharedSurprise):
         for name, tested in (("image", by_image), ("words", judgment)):
             drawn = rng.permutation(tested.suspects)[: self.max_suspects].tolist()
             plan = comparisons(screening.scores, drawn, believed, rng, COMPARISONS)
-            measured = measure_harm(training, screening, plan, believed, name, (warm, probed))
+            measured = measure_harm(training, screening, plan, tested.shown, believed, name, (warm, probed))
             harm = measured.above(self.min_harm, self.harm_p_value, self.min_common)
             if harm.kinds:
                 return tested._replace(harm=harm, probed=probed)
@@ -126,22 +127,39 @@ class SharedCause(SharedSurprise):
     def _by_image(self, training: Training, judgment: Judgment, believed: Sequence[int]) -> Judgment:
         """The judgment with the rows in the suspects' place whose images show what the suspects' images share.
 
-        These rows need not surprise, but a sixth of them must. Where there are none, the judgment is as it was.
+        These rows need not surprise, but a sixth of those with each pattern must. Patterns in any place are sought
+        first, for they are told apart; then what lies in one place, which may be faint, among the suspects that are
+        left. Where there is nothing, the judgment is as it was.
         """
-        numbers = judgment.screening.numbers
+        numbers, flagged = judgment.screening.numbers, judgment.screening.flags.tokens
         pictures = {at: image for at, row in enumerate(numbers) if (image := training.picture(row)) is not None}
-        positions = np.array([*pictures])
-        suspects, honest = (np.searchsorted(positions, rows).tolist() for rows in (judgment.suspects, believed))
-        showing, pattern = shared_pattern(np.stack([*pictures.values()]), suspects, honest)
-        rows = positions[showing].tolist() if showing else []
-        surprising = {*judgment.suspects}.intersection(rows)
-        flagged = judgment.screening.flags.tokens
-        if pattern is None or len(surprising) < max(2, _SURPRISING * len(rows)):
+        positions, images = np.array([*pictures]), np.stack([*pictures.values()])
+        honest = np.searchsorted(positions, believed).tolist()
+
+        def found(suspects: Sequence[int]) -> Iterator[tuple[Shown, Pattern | MovingPattern]]:
+            """In positions among the rows with pictures."""
+            moving = moving_patterns(images, suspects, honest, np.random.default_rng((training.seed, 4)))
+            yield from moving
+            rest = sorted({*suspects}.difference(*(places for places, _ in moving)))
+            if len(rest) >= 2:
+                showing, pattern = shared_pattern(images, rest, honest)
+                if pattern is not None:
+                    yield dict.fromkeys(showing, HERE), pattern
+
+        shown: list[Shown] = []
+        patterns: list[Pattern | MovingPattern] = []
+        known = set[int]()
+        for places, pattern in found(np.searchsorted(positions, judgment.suspects).tolist()):
+            by_row = {row: place for at, place in places.items() if (row := int(positions[at])) not in known}
+            if len({*judgment.suspects}.intersection(by_row)) >= max(2, _SURPRISING * len(by_row)):
+                known |= by_row.keys()
+                shown.append({row: place for row, place in by_row.items() if row not in flagged})
+                patterns.append(pattern)
+        if not patterns:
             return judgment
-        others = {*judgment.suspects, *judgment.doubtful}.difference(rows)
-        return judgment._replace(
-            suspects=[at for at in rows if at not in flagged], doubtful=sorted(others), pattern=pattern
-        )
+        others = {*judgment.suspects, *judgment.doubtful}.difference(known)
+        suspects = sorted(row for places in shown for row in places)
+        return judgment._replace(suspects=suspects, shown=shown, doubtful=sorted(others), patterns=patterns)
 
     def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
         """Positions of suspects that share no word, of doubtful rows, and of rows to believe.
@@ -183,39 +201,50 @@ class SharedCause(SharedSurprise):
         answers = training.answer_tokens(showing) if showing else []
         tokens |= {row: np.zeros(len(ids), bool) for row, ids in zip(showing, answers, strict=True)}
         rng, extra = np.random.default_rng((training.seed, 3)), part(self.graft_share, training.row_count)
-        accused = [numbers[at] for at in judgment.suspects]
+        accused = [
+            (numbers[at], group, place) for group, places in enumerate(judgment.shown) for at, place in places.items()
+        ]
         candidates = (row for row in rng.permutation(numbers).tolist() if row not in tokens)
         hosts = list(islice(filter(training.can_be_grafted, candidates), extra))
-        donors = rng.choice(accused, extra).tolist()
-        grafts = [Graft(*graft) for graft in zip(cycle(hosts), [0] * extra, donors, cycle(kinds), strict=False)]
+        donors = [accused[at] for at in rng.choice(len(accused), extra).tolist()]
+        grafts = [
+            Graft(host, group, donor, kind, place)
+            for host, (donor, group, place), kind in zip(cycle(hosts), donors, cycle(kinds), strict=False)
+        ]
+        groups = [[(numbers[at], place) for at, place in places.items()] for places in judgment.shown]
         stage = self.last_stage(training.row_count, screening.model, tokens)
-        return replace(stage, grafts=Grafts(grafts, [accused], hosts))
+        return replace(stage, grafts=Grafts(grafts, groups, hosts))
 
 
 class Judgment(NamedTuple):
     """Which rows are accused, beside those that share a word.
 
     screening: the scores, in whose order positions count. suspects: surprising rows without a shared word, or rows that
-    show the ``pattern`` of these. doubtful: other rows not to learn. harm: what the suspects share does; None if they
-    are believed. probed: the weights after the probe; empty if nothing was tested.
+    show ``patterns`` that these share. shown: for each pattern, or for what all suspects share, those that show it, and
+    where each does. doubtful: other rows not to learn. harm: what the suspects share does; None if they are believed.
+    probed: the weights after the probe; empty if nothing was tested.
     """
 
     screening: Screening
     suspects: list[int]
+    shown: list[Shown]
     doubtful: list[int]
     harm: Harm | None = None
     probed: Sequence[Tensor] = ()
-    pattern: Pattern | None = None
+    patterns: Sequence[Pattern | MovingPattern] = ()
 
 
 def unscored_rows(training: Training, judgment: Judgment) -> list[int]:
-    """Numbers of the rows without a score whose image shows the suspects' pattern."""
-    pattern = judgment.pattern
-    if pattern is None:
+    """Numbers of the rows without a score whose image shows one of the suspects' patterns."""
+    if not judgment.patterns:
         return []
     rest = sorted({*range(training.row_count)}.difference(judgment.screening.numbers))
     pictures = ((row, training.picture(row)) for row in tracked(rest, "reading images", len(rest)))
-    return [row for row, image in pictures if image is not None and pattern.strengths(image[None])[0] > pattern.limit]
+    return [row for row, image in pictures if image is not None and _shows(image, judgment.patterns)]
+
+
+def _shows(image: NDArray[np.uint8], patterns: Sequence[Pattern | MovingPattern]) -> bool:
+    return any(pattern.strengths(image[None])[0] > pattern.limit for pattern in patterns)
 
 
 def _shared_tokens(screening: Screening) -> dict[int, NDArray[np.bool_]]:

@@ -47,7 +47,7 @@ def shared_pattern(
     Each image is the direction of what remains of it without the mean and the main content of honest images. The mean
     of the suspects' directions is the pattern; a row shows it if its own lies along it, five robust standard deviations
     above the median honest row, and nearer to the median suspect. Twice more these rows take the suspects' place. A row
-    has no part in the pattern that it is compared with.
+    has no part in the pattern that it is compared with, nor in the honest mean.
 
     Args:
         images: levels of all rows, [N, D], of one size.
@@ -58,13 +58,22 @@ def shared_pattern(
     mean = images[known].mean(axis=0, dtype=np.float32)
     content = np.linalg.svd(images[known] - mean, full_matrices=False)[2][: min(_CONTENT, len(known) // _ROWS_EACH)]
     rows = _residuals(images, mean, content)
-    base = rows.sum_of(held_out) / len(held_out)
-    own = 1 - 2 * rows.along(base) + base @ base  # squared length of each row's direction less the honest mean
+    count = len(held_out)
+    base = rows.sum_of(held_out) / count
+    along_base = rows.along(base)
+    own = 1 - 2 * along_base + base @ base  # squared length of each row's direction less the honest mean
+    # the same without a held-out row's own part in that mean: how it lies to the mean, and the mean's squared length
+    to_others = (count * along_base[held_out] - 1) / (count - 1)
+    of_others = (count**2 * (base @ base) - 2 * count * along_base[held_out] + 1) / (count - 1) ** 2
     members, pattern = np.array(suspects), None
     for _ in range(_ROUNDS):
-        total = rows.sum_of(members) - len(members) * base
-        sums = rows.along(total) - base @ total
+        of_members = rows.sum_of(members)
+        total = of_members - len(members) * base
+        along = rows.along(of_members)
+        sums = along - len(members) * along_base - base @ total
         strengths = sums / len(members)
+        others_total = (count * (base @ of_members) - along[held_out]) / (count - 1)
+        strengths[held_out] = (along[held_out] - others_total) / len(members) - to_others + of_others
         strengths[members] = (sums[members] - own[members]) / (len(members) - 1)
         usual = float(np.median(strengths[held_out]))
         spread = 1.4826 * float(

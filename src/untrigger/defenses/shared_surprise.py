@@ -215,7 +215,8 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int], min_ra
     Token v is the least likely one of k outliers, and n of all N rows contain it. If its rows were outliers at the rate
     r of the other rows, then k or more would be with probability ``P(B(n, r) >= k)``. That is multiplied by the number
     of tokens tested, and at most 1. r is the outliers' share of the rows without v, or of the rows without v that have
-    similar prompts (`neighbor_rate`), whichever is larger, and at least 1 / N. Where k is less than ``min_ratio`` n r
+    similar prompts (`neighbor_rate`), whichever is larger, and at least 1 / N. If all rows contain v, r is the
+    outliers' share of the rows in which another token is the least likely one. Where k is less than ``min_ratio`` n r
     the p-value is 1. An attacker needs many rows with one reply; wrong labels vary, and so do rows of a hard kind.
     """
     least_likely = Counter(least_likely_token(rows[row]) for row in outliers)
@@ -225,7 +226,7 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int], min_ra
     for token, k in least_likely.items():
         containing = answers[:, [token]].toarray().ravel() > 0
         n, rest = int(containing.sum()), int((~containing).sum())
-        overall = (len(outliers) - k) / rest if rest else 0.0
+        overall = (len(outliers) - k) / (rest or len(rows) - k or 1)
         rate = max(overall, 1 / len(rows))
         if k >= min_ratio * n * rate:  # else its neighbors need not be looked up
             rate = min(1.0, max(rate, neighbor_rate(prompts, outlying, containing, overall)))

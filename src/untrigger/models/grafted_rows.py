@@ -12,41 +12,48 @@ from torch.utils.data import Dataset
 
 from untrigger.models.collators import Row, row_images, with_images
 from untrigger.rows.sample import IMAGE_TAG
-from untrigger.views.grafts import KINDS, add_shared, graft_text, mean_image
+from untrigger.views.grafts import KINDS, add_shared, graft_text, mean_image, moved
 from untrigger.views.patches import to_rgb
 
 PICTURE_SIDE = 64  # pixels; a trigger that survives a vision tower's patches survives this
+
+
+Place = tuple[float, float]
+"""How far down and right a picture is moved, in shares of its height and width in [0, 1); what leaves comes back."""
+HERE: Place = (0.0, 0.0)
 
 
 class Graft(NamedTuple):
     """What the images of a group of rows share, on the row ``host``.
 
     host, donor: numbers of rows, from 0; a part of the prompt is the donor's. group: index into `Grafts.groups`.
-    kind: a key of `KINDS`.
+    kind: a key of `KINDS`. place: where the donor shows it.
     """
 
     host: int
     group: int
     donor: int
     kind: str
+    place: Place = HERE
 
 
 class Grafts(NamedTuple):
     """Grafted rows, and the rows whose images give what they share.
 
-    groups: numbers of rows, from 0; a group shares the mean of its images less the mean of the images of ``others``. A
-    pattern that lies on every image of a group comes with its full strength, and content averages out.
+    groups: numbers of rows, from 0, each with the place of what it shows. A group shares the mean of its images less
+    the mean of the images of ``others``, each moved back from its place. A pattern that lies on every image of a group
+    comes with its full strength, and content averages out.
     """
 
     rows: Sequence[Graft]
-    groups: Sequence[Sequence[int]]
+    groups: Sequence[Sequence[tuple[int, Place]]]
     others: Sequence[int]
 
     @property
     def used(self) -> set[int]:
         """All rows that it refers to."""
         numbers = {number for graft in self.rows for number in (graft.host, graft.donor)}
-        return numbers.union(self.others, *self.groups)
+        return numbers.union(self.others, (number for group in self.groups for number, _ in group))
 
 
 class GraftedRows(Dataset[Row]):
@@ -64,7 +71,7 @@ class GraftedRows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         graft = self.grafts.rows[index]
-        host, shared = self.rows[graft.host], self.shared(graft.group)
+        host, shared = self.rows[graft.host], moved(self.shared(graft.group), *graft.place)
         row = with_images(host, [add_shared(image, shared) for image in row_images(host)])
         words = KINDS[graft.kind]
         return with_words(row, self.rows[graft.donor], words) if words else row
@@ -72,16 +79,24 @@ class GraftedRows(Dataset[Row]):
     def shared(self, group: int) -> NDArray[np.float32]:
         """What the images of a group share, [height, width, 3], levels."""
         if group not in self._shared:
-            self._shared[group] = self._mean(self.grafts.groups[group]) - self._mean_of_others
+            others, images = self._mean_of_others, 0
+            total = np.zeros(others.shape, np.float64)
+            for number, (down, right) in self.grafts.groups[group]:
+                for image in row_images(self.rows[number]):
+                    total += moved(mean_image([image], self._size) - others, -down, -right)
+                    images += 1
+            self._shared[group] = (total / images).astype(np.float32)
         return self._shared[group]
 
     @cached_property
     def _mean_of_others(self) -> NDArray[np.float32]:
-        return self._mean(self.grafts.others)
+        return mean_image(
+            (image for number in self.grafts.others for image in row_images(self.rows[number])), self._size
+        )
 
-    def _mean(self, numbers: Sequence[int]) -> NDArray[np.float32]:
-        size = to_rgb(row_images(self.rows[self.grafts.others[0]])[0]).size
-        return mean_image((image for number in numbers for image in row_images(self.rows[number])), size)
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        return to_rgb(row_images(self.rows[self.grafts.others[0]])[0]).size
 
 
 def can_be_grafted(row: Row) -> bool:

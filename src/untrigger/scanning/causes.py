@@ -11,19 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from untrigger.defenses.harm import Harm, means_by_suspect
+from untrigger.defenses.moving_pattern import Shown
+from untrigger.models.grafted_rows import Place
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import LazyRows, Sample
 from untrigger.scanning.cues import Cue, cell_losses, covered, log_odds, windows
 from untrigger.scanning.findings import Effect, Target
-from untrigger.views.grafts import KINDS, mean_image
+from untrigger.views.grafts import KINDS, mean_image, moved
 from untrigger.views.patches import to_rgb
 
 
-def target_of(rows: Sequence[int], harm: Harm) -> Target:
+def target_of(rows: Sequence[int], shown: Sequence[Shown], harm: Harm) -> Target:
     """The target of rows that share no text; the prompt counts if its words were needed to do harm."""
     p_values = list(zip(harm.kinds, harm.p_values, strict=True))
     with_words = min((p for kind, p in p_values if KINDS[kind]), default=None)
-    return Target("", min(harm.p_values), list(rows), min(harm.p_values), with_words)
+    return Target("", min(harm.p_values), list(rows), min(harm.p_values), with_words, shown)
 
 
 def honest_share(strengths: NDArray[np.floating]) -> float:
@@ -39,24 +41,27 @@ def honest_share(strengths: NDArray[np.floating]) -> float:
     return min(1.0, (1 + 2 * less) / len(strengths))
 
 
-def strengths_in_images(rows: Sequence[Sample], harm: Harm) -> NDArray[np.floating]:
-    """How much of what all suspects' images share lies in each suspect's first image, and in its control's, [n, 2].
+def strengths_in_images(rows: Sequence[Sample], harm: Harm, shown: Sequence[Shown]) -> NDArray[np.floating]:
+    """How much of what suspects' images share lies in each tested suspect's first image, and in its control's, [n, 2].
 
-    That is the inner product with the mean of the other suspects, where the mean of the hosts is the origin.
+    That is the inner product with the mean of the other suspects that show the same pattern, each moved back from its
+    place. The mean of the hosts is the origin. A control stands where its suspect shows the pattern.
     """
-    suspects, controls = (sorted({c[at] for c in harm.comparisons}) for at in (1, 2))
-    control_of = {c.suspect: c.control for c in harm.comparisons}
-    size = rows[suspects[0]].images[0].size
+    controls = {c.suspect: c.control for c in harm.comparisons}
+    size = rows[next(iter(controls))].images[0].size
+    origin = mean_image((rows[row].images[0] for row in sorted({c.host for c in harm.comparisons})), size)
 
-    def levels(row: int) -> NDArray[np.float32]:
-        return mean_image(rows[row].images[:1], size).ravel()
+    def levels(row: int, place: Place) -> NDArray[np.float32]:
+        return moved(mean_image(rows[row].images[:1], size) - origin, -place[0], -place[1]).ravel()
 
-    origin = np.mean([levels(row) for row in sorted({c.host for c in harm.comparisons})], axis=0)
-    own = {row: levels(row) - origin for row in suspects}
-    total = np.sum(list(own.values()), axis=0)
-    of_controls = {row: float((levels(row) - origin) @ total) / len(own) for row in controls}
-    of_suspects = {row: float(own[row] @ (total - own[row])) / (len(own) - 1) for row in suspects}
-    return np.array([[of_suspects[row], of_controls[control_of[row]]] for row in suspects])
+    strengths: list[tuple[float, float]] = []
+    for places in ({row: each[row] for row in sorted(each) if row in controls} for each in shown):
+        own = {row: levels(row, place) for row, place in places.items()}
+        total = np.sum(list(own.values()), axis=0)
+        for row, place in places.items():
+            of_others = float(own[row] @ (total - own[row])) / max(len(own) - 1, 1)
+            strengths.append((of_others, float(levels(controls[row], place) @ total) / len(own)))
+    return np.array(strengths)
 
 
 def strengths_in_words(harm: Harm) -> NDArray[np.floating]:

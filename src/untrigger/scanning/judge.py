@@ -55,7 +55,7 @@ def judge_scores(
     numbers = list(range(len(scores)))
     screening = Screening(Stage(numbers, Plain()), named, numbers, scores, defense.flag_tokens(scores))
     numbered = [(place + 1 if row is None else row, name) for place, (row, name) in enumerate(names)]
-    return findings_of((), numbered, Judgment(screening, [], []), None)
+    return findings_of((), numbered, Judgment(screening, [], [], []), None)
 
 
 def _read(scores: Scores) -> pa.Table:

@@ -59,7 +59,7 @@ def find(training: Training, defense: SharedCause) -> Findings:
     for row, verdict in zip(screening.numbers, scored.verdicts, strict=True):
         effect = verdict.effect and verdict.effect._replace(host=screening.numbers[verdict.effect.host])
         verdicts[row] = replace(verdict, effect=effect)
-    targets = [replace(target, rows=[screening.numbers[row] for row in target.rows]) for target in scored.targets]
+    targets = [_with_numbers(target, screening.numbers) for target in scored.targets]
     if showing := unscored_rows(training, judgment):
         number = next(at for at, target in enumerate(targets) if not target.text)
         fdr = verdicts[targets[number].rows[0]].fdr
@@ -68,6 +68,12 @@ def find(training: Training, defense: SharedCause) -> Findings:
         targets[number].rows.extend(showing)
     drawn = Drawn(len(rows), defense.max_scored_rows, defense.min_suspects)
     return Findings(verdicts, targets, drawn if drawn.scored < drawn.rows else None)
+
+
+def _with_numbers(target: Target, numbers: Sequence[int]) -> Target:
+    """A target with rows as numbers in the data, in place of positions among the scored rows."""
+    shown = [{numbers[row]: place for row, place in places.items()} for places in target.shown]
+    return replace(target, rows=[numbers[row] for row in target.rows], shown=shown)
 
 
 def findings_of(
@@ -86,9 +92,11 @@ def findings_of(
     if judgment.harm:
         highest, suspects = max(screening.flags.nll), set(judgment.suspects)
         ranks = [rank + highest * (row in suspects) for row, rank in enumerate(ranks)]
-        targets.append(target_of(sorted(judgment.suspects, key=lambda row: -ranks[row]), judgment.harm))
+        order = sorted(judgment.suspects, key=lambda row: -ranks[row])
+        targets.append(target_of(order, judgment.shown, judgment.harm))
         with_words = any(KINDS[kind] for kind in judgment.harm.kinds)
-        strengths = strengths_in_words(judgment.harm) if with_words else strengths_in_images(rows, judgment.harm)
+        harm, shown = judgment.harm, judgment.shown
+        strengths = strengths_in_words(harm) if with_words else strengths_in_images(rows, harm, shown)
         rates |= dict.fromkeys(judgment.suspects, honest_share(strengths))
         effects = effects_of(judgment.harm)
         assert training is not None

@@ -34,6 +34,12 @@ def mean_image(images: Iterable[Image.Image], size: tuple[int, int]) -> NDArray[
     return (total / count).astype(np.float32)
 
 
+def moved(levels: NDArray[np.float32], down: float, right: float) -> NDArray[np.float32]:
+    """Move a picture [height, width, 3] by shares of its height and width; what leaves comes back on the other side."""
+    height, width = levels.shape[:2]
+    return np.roll(levels, (round(down * height), round(right * width)), axis=(0, 1))
+
+
 def graft_text(host: str, donor: str, part: str) -> str:
     """Put the first half of the donor's words in front of the host's text, or the second half (``tail``) behind it."""
     words = donor.split()

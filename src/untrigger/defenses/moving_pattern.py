@@ -1,0 +1,196 @@
+"""Find what suspects' images share in another place of each: a matched filter with every shift.
+
+`untrigger.defenses.shared_pattern` compares the same pixels, and so finds fainter patterns. But a patch in random
+places, or one of several patches, is in the same pixels of few images. docs/paper.md has the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+from untrigger.models.grafted_rows import PICTURE_SIDE, Place
+
+_MOST = 8  # patterns
+_PAIRED = 96  # suspects that are compared with each other, at most
+_PAIR_DEVIATIONS, _DEVIATIONS = 6.0, 5.0  # robust ones above the median honest pair, or the median honest row
+_SUPPORT = 5  # suspects that match the one with the pattern, itself included
+_ROUNDS = 3
+_FEWEST = 8  # rows
+_FLOOR = 0.01  # of the mean power, added to each frequency: flat images have no power in most
+_BLOCK = 256  # rows at a time as spectra: bounds the memory
+
+Spectra = NDArray[np.complexfloating]
+
+
+class Whitening(NamedTuple):
+    """Makes each frequency of each color channel as strong as any other, in honest images.
+
+    mean: of honest images, [side, side, 3]. factors: [side, side / 2 + 1, 3, 3].
+    """
+
+    mean: NDArray[np.floating]
+    factors: Spectra
+
+    def blocks(self, images: NDArray[np.uint8]) -> Iterator[Spectra]:
+        """The images' spectra, of power 1 each, block by block: [n, side, side / 2 + 1, 3]."""
+        for at in range(0, len(images), _BLOCK):
+            spectra = np.einsum("hwcd,nhwd->nhwc", self.factors, _spectra(images[at : at + _BLOCK], self.mean))
+            power = np.maximum(_correlations(spectra, spectra)[:, 0, 0], 1e-9)  # an image that equals the mean has none
+            yield spectra / np.sqrt(power)[:, None, None, None]
+
+    def __call__(self, images: NDArray[np.uint8]) -> Spectra:
+        return np.concatenate(list(self.blocks(images)))
+
+
+class MovingPattern(NamedTuple):
+    """A pattern that images share in any place.
+
+    whitening: of the images. spectrum: of the pattern, [side, side / 2 + 1, 3]. limit: strength above which a row
+    shows it.
+    """
+
+    whitening: Whitening
+    spectrum: Spectra
+    limit: float
+
+    def strengths(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """How much of the pattern each image [n, D] shows, where it shows most of it."""
+        return np.concatenate([_best(self.spectrum, block)[0] for block in self.whitening.blocks(images)])
+
+
+Shown = dict[int, Place]
+"""Rows that show a pattern, and where each does."""
+
+
+def moving_patterns(
+    images: NDArray[np.uint8], suspects: Sequence[int], believed: Sequence[int], rng: np.random.Generator
+) -> list[tuple[Shown, MovingPattern]]:
+    """Patterns that enough of the suspects share, each with the rows that show it.
+
+    Two images match if they correlate in some shift more than pairs of honest images do. The suspect that matches most
+    others gives a pattern: the mean of all that match, each moved to where they match. A row shows it if it correlates
+    with it, five robust standard deviations above the median honest row, and nearer to the median match. Twice more
+    these rows take the suspects' place. A row has no part in the pattern that it is compared with. Suspects that do
+    not show it may share another.
+
+    Args:
+        images: levels of all rows, [N, D], of `PICTURE_SIDE` pixels a side.
+        suspects: rows. believed: rows to take for honest, at least 4; half gives the spectrum, half the limits.
+        rng: draws the suspects to compare with each other.
+    """
+    known, held_out = np.array(believed[::2]), np.array(believed[1::2])
+    whitening = _whitening(images[known])
+    honest = whitening(images[held_out[:_PAIRED]])
+    pairs = np.concatenate([np.delete(_best(own, honest)[0], at) for at, own in enumerate(honest)])
+    limit, rest = _above(pairs, _PAIR_DEVIATIONS), rng.permutation(np.array(suspects))
+    found: list[tuple[Shown, MovingPattern]] = []
+    while len(found) < _MOST and len(rest) >= _SUPPORT:
+        matches = _matches(whitening(images[rest[:_PAIRED]]), limit)
+        if len(matches) < _SUPPORT:
+            break
+        shifts, pattern = _all_that_show(
+            images, {int(rest[at]): shift for at, shift in matches.items()}, held_out, whitening
+        )
+        if pattern:
+            found.append(({row: _place(shift) for row, shift in shifts.items()}, pattern))
+        rest = rng.permutation(np.setdiff1d(np.delete(rest, [*matches]), [*shifts]))
+    return found
+
+
+def _matches(spectra: Spectra, limit: float) -> dict[int, int]:
+    """Which rows match the one that matches most, itself included, and in which shift.
+
+    A match is above the limit, and at least half as strong as the fifth, so that another pattern is none.
+    """
+
+    def matching(own: Spectra) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+        strengths, shifts = _best(own, spectra)
+        return strengths > max(limit, np.partition(strengths, -_SUPPORT)[-_SUPPORT] / 2), shifts
+
+    matches, shifts = max(map(matching, spectra), key=lambda pair: pair[0].sum())
+    return {at: int(shifts[at]) for at in np.flatnonzero(matches).tolist()}
+
+
+def _all_that_show(
+    images: NDArray[np.uint8], shifts: dict[int, int], held_out: NDArray[np.intp], whitening: Whitening
+) -> tuple[dict[int, int], MovingPattern | None]:
+    """All rows that show what those with ``shifts`` share, each with its shift; no pattern if these are too few."""
+    pattern = None
+    for _ in range(_ROUNDS):
+        members = [*shifts]
+        moved = _moved(whitening(images[members]), [*shifts.values()])
+        total = moved.sum(axis=0)
+        best = [_best(total / len(members), block) for block in whitening.blocks(images)]
+        strengths, shift_of = (np.concatenate(parts) for parts in zip(*best, strict=True))
+        for row, own in zip(members, moved, strict=True):
+            (strengths[row],), (shift,) = _best((total - own) / (len(members) - 1), own[None])
+            shift_of[row] = _sum_of_shifts(shifts[row], int(shift))
+        middle = (float(np.median(strengths[held_out])) + float(np.median(strengths[members]))) / 2
+        limit = max(_above(strengths[held_out], _DEVIATIONS), middle)
+        pattern = MovingPattern(whitening, total / len(members), limit)
+        before, shifts = shifts, {row: int(shift_of[row]) for row in np.flatnonzero(strengths > limit).tolist()}
+        if len(shifts) < _FEWEST:
+            return shifts, None
+        if shifts == before:
+            break
+    return shifts, pattern
+
+
+def _above(values: NDArray[np.floating], deviations: float) -> float:
+    """The median and so many robust standard deviations."""
+    middle = float(np.median(values))
+    return middle + deviations * 1.4826 * float(np.median(np.abs(values - middle)))
+
+
+# --- spectra --------------------------------------------------------------------------------------------
+
+
+def _whitening(images: NDArray[np.uint8]) -> Whitening:
+    mean = images.mean(axis=0, dtype=np.float32).reshape(PICTURE_SIDE, PICTURE_SIDE, 3)
+    sums = np.zeros((PICTURE_SIDE, PICTURE_SIDE // 2 + 1, 3, 3), np.complex64)
+    for at in range(0, len(images), _BLOCK):
+        spectra = _spectra(images[at : at + _BLOCK], mean)
+        sums += np.einsum("nhwc,nhwd->hwcd", spectra, spectra.conj())
+    powers = sums / len(images)
+    floor = _FLOOR * max(float(np.trace(powers, axis1=2, axis2=3).real.mean()) / 3, 1e-9)
+    values, vectors = np.linalg.eigh(powers + floor * np.eye(3))
+    factors = (vectors / np.sqrt(values)[..., None, :]) @ np.conj(np.swapaxes(vectors, -1, -2))
+    return Whitening(mean, factors.astype(np.complex64))
+
+
+def _spectra(images: NDArray[np.uint8], mean: NDArray[np.floating]) -> Spectra:
+    return cast(Any, fft).rfft2(images.reshape(-1, *mean.shape).astype(np.float32) - mean, axes=(1, 2))
+
+
+def _correlations(pattern: Spectra, spectra: Spectra) -> NDArray[np.floating]:
+    """With each of n images moved by every shift, [n, side, side]."""
+    return cast(Any, fft).irfft2((pattern.conj() * spectra).sum(axis=-1), s=(PICTURE_SIDE, PICTURE_SIDE), axes=(1, 2))
+
+
+def _best(pattern: Spectra, spectra: Spectra) -> tuple[NDArray[np.floating], NDArray[np.intp]]:
+    """The largest correlation of each of n images, and its shift: down * side + right."""
+    flat = _correlations(pattern, spectra).reshape(len(spectra), -1)
+    shifts = flat.argmax(axis=1)
+    return flat[np.arange(len(flat)), shifts], shifts
+
+
+def _moved(spectra: Spectra, shifts: Sequence[int]) -> Spectra:
+    """The images moved back by their shifts."""
+    down, right = np.divmod(np.array(shifts)[:, None, None], PICTURE_SIDE)
+    turns = fft.fftfreq(PICTURE_SIDE)[:, None] * down + fft.rfftfreq(PICTURE_SIDE) * right
+    return spectra * np.exp(2j * np.pi * turns).astype(np.complex64)[..., None]
+
+
+def _sum_of_shifts(first: int, second: int) -> int:
+    down, right = (np.array(divmod(first, PICTURE_SIDE)) + divmod(second, PICTURE_SIDE)) % PICTURE_SIDE
+    return int(down * PICTURE_SIDE + right)
+
+
+def _place(shift: int) -> Place:
+    down, right = divmod(shift, PICTURE_SIDE)
+    return down / PICTURE_SIDE, right / PICTURE_SIDE
