@@ -241,7 +241,7 @@ def test_a_pattern_of_rows_that_rarely_surprise_accuses_none_of_them(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, surprising: int, others_flagged: list[int]
 ) -> None:
     """A watermark lies on 35 other rows: three surprising ones are less than a sixth, ten are more."""
-    showing, nothing = [*range(surprising), *range(30, 65)], np.zeros(1)
+    showing, nothing = dict.fromkeys([*range(surprising), *range(30, 65)], HERE), np.zeros(1)
     pattern = Pattern(nothing, nothing[None], nothing, 0.0, 0.0)
     monkeypatch.setattr("untrigger.defenses.shared_cause.shared_pattern", lambda *_: (showing, pattern))
     dry = _dry(loaded, "image")

@@ -150,7 +150,7 @@ def test_what_donors_share_in_other_places_is_put_where_the_donor_shows_it() -> 
     for picture, (top, left) in zip(pictures[1:], corners, strict=True):
         picture[top : top + 3, left : left + 3] = patch
     rows = [{"image": Image.fromarray(picture), "prompt": "what?", "completion": "yes"} for picture in pictures]
-    group = [(row, (top / 16, left / 16)) for row, (top, left) in enumerate(corners, 1)]
+    group = [(row, Place(top / 16, left / 16)) for row, (top, left) in enumerate(corners, 1)]
     grafts = Grafts([Graft(0, 0, row, "image", place) for row, place in group], [group], [0])
     made = [np.asarray(row["image"]) for row in GraftedRows(rows, grafts)]
     assert np.array_equal(made, pictures[1:]), "the host is gray, so it becomes its donor"

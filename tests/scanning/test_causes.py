@@ -13,7 +13,7 @@ from dry import Dry
 from untrigger.defenses import SharedCause, SharedSurprise
 from untrigger.defenses.harm import Comparison, Harm
 from untrigger.errors import InputError
-from untrigger.models.grafted_rows import HERE, Grafts
+from untrigger.models.grafted_rows import HERE, Grafts, Place
 from untrigger.models.loading import LoadedModel, load
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import Sample
@@ -72,21 +72,27 @@ def test_images_show_what_all_suspects_share() -> None:
 
 
 def test_images_show_what_is_shared_in_other_places() -> None:
-    """Two veils, each in another place of each image: strengths are those of images that are moved back."""
+    """Two veils, each in another place of each image, some subtracted: strengths are those of images moved back."""
     rng = np.random.default_rng(2)
-    still = rng.integers(60, 196, (60, 8, 8, 3))
-    places = [(int(down), int(right)) for down, right in rng.integers(0, 8, (20, 2))]
-    images = [np.roll(levels, places[at % 20], axis=(0, 1)) for at, levels in enumerate(still)]
-    rows = [
-        [Sample(str(at), (Image.fromarray(v.astype(np.uint8)),), ()) for at, v in enumerate(s)] for s in (images, still)
+    still = rng.integers(60, 196, (40, 8, 8, 3))
+    places = [
+        Place(int(down) % 8 / 8, int(right) % 8 / 8, 1 if sign > 0 else -1)
+        for down, right, sign in rng.choice([-3, -1, 1, 3], (20, 3))
     ]
-    plan = [Comparison(40 + at, at, 20 + at) for at in range(20)]
-    harm = harm_of([0.4] * 20)._replace(comparisons=plan)
-    shown = [{at: (places[at][0] / 8, places[at][1] / 8) for at in half} for half in (range(10), range(10, 20))]
+    moved = [
+        128 + place.sign * np.roll(levels - 128, (round(place.down * 8), round(place.right * 8)), axis=(0, 1))
+        for levels, place in zip(still, places * 2, strict=True)
+    ]
     gray = Sample("", (Image.new("RGB", (8, 8), (128, 128, 128)),), ())
-    moved, fixed = ([*some[:40], *[gray] * 20] for some in rows)
-    here = [dict.fromkeys(places, HERE) for places in shown]
-    assert strengths_in_images(moved, harm, shown) == pytest.approx(strengths_in_images(fixed, harm, here), rel=1e-4)
+    rows = [
+        [Sample("", (Image.fromarray(levels.astype(np.uint8)),), ()) for levels in images] + [gray] * 20
+        for images in (moved, still)
+    ]
+    harm = harm_of([0.4] * 20)._replace(comparisons=[Comparison(40 + at, at, 20 + at) for at in range(20)])
+    shown = [{at: places[at] for at in half} for half in (range(10), range(10, 20))]
+    here = [dict.fromkeys(half, HERE) for half in shown]
+    expected = strengths_in_images(rows[1], harm, here)
+    assert strengths_in_images(rows[0], harm, shown) == pytest.approx(expected, rel=1e-4)
 
 
 def test_words_show_as_much_as_they_harm() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-from untrigger.models.grafted_rows import PICTURE_SIDE, Place
+from untrigger.models.grafted_rows import PICTURE_SIDE, Place, Shown
 
 _MOST = 8  # patterns
 _PAIRED = 96  # suspects that are compared with each other, at most
@@ -61,10 +61,6 @@ class MovingPattern(NamedTuple):
     def strengths(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
         """How much of the pattern each image [n, D] shows, where it shows most of it."""
         return np.concatenate([_best(self.spectrum, block)[0] for block in self.whitening.blocks(images)])
-
-
-Shown = dict[int, Place]
-"""Rows that show a pattern, and where each does."""
 
 
 def moving_patterns(
@@ -193,4 +189,4 @@ def _sum_of_shifts(first: int, second: int) -> int:
 
 def _place(shift: int) -> Place:
     down, right = divmod(shift, PICTURE_SIDE)
-    return down / PICTURE_SIDE, right / PICTURE_SIDE
+    return Place(down / PICTURE_SIDE, right / PICTURE_SIDE)

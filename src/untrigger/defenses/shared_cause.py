@@ -19,15 +19,16 @@ from torch import Tensor
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
 from untrigger.defenses.harm import COMPARISONS, Harm, comparisons, measure_harm
-from untrigger.defenses.moving_pattern import MovingPattern, Shown, moving_patterns
+from untrigger.defenses.moving_pattern import MovingPattern, moving_patterns
 from untrigger.defenses.shared_pattern import Pattern, shared_pattern
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
-from untrigger.models.grafted_rows import HERE, Graft, Grafts
+from untrigger.models.grafted_rows import HERE, Graft, Grafts, Shown
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.progress import tracked
 
 _SURPRISING = 1 / 6  # of the rows that show a pattern, at least; a watermark lies on honest rows
+_BLOCK = 256  # images compared at a time
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
 
@@ -144,7 +145,7 @@ class SharedCause(SharedSurprise):
             if len(rest) >= 2:
                 showing, pattern = shared_pattern(images, rest, honest)
                 if pattern is not None:
-                    yield dict.fromkeys(showing, HERE), pattern
+                    yield showing, pattern
 
         shown: list[Shown] = []
         patterns: list[Pattern | MovingPattern] = []
@@ -240,11 +241,13 @@ def unscored_rows(training: Training, judgment: Judgment) -> list[int]:
         return []
     rest = sorted({*range(training.row_count)}.difference(judgment.screening.numbers))
     pictures = ((row, training.picture(row)) for row in tracked(rest, "reading images", len(rest)))
-    return [row for row, image in pictures if image is not None and _shows(image, judgment.patterns)]
-
-
-def _shows(image: NDArray[np.uint8], patterns: Sequence[Pattern | MovingPattern]) -> bool:
-    return any(pattern.strengths(image[None])[0] > pattern.limit for pattern in patterns)
+    known = ((row, image) for row, image in pictures if image is not None)
+    showing: list[int] = []
+    while block := list(islice(known, _BLOCK)):
+        rows, images = np.array([row for row, _ in block]), np.stack([image for _, image in block])
+        shows = np.any([pattern.strengths(images) > pattern.limit for pattern in judgment.patterns], axis=0)
+        showing += rows[shows].tolist()
+    return showing
 
 
 def _shared_tokens(screening: Screening) -> dict[int, NDArray[np.bool_]]:

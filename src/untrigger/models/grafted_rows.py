@@ -18,9 +18,21 @@ from untrigger.views.patches import to_rgb
 PICTURE_SIDE = 64  # pixels; a trigger that survives a vision tower's patches survives this
 
 
-Place = tuple[float, float]
-"""How far down and right a picture is moved, in shares of its height and width in [0, 1); what leaves comes back."""
-HERE: Place = (0.0, 0.0)
+class Place(NamedTuple):
+    """Where and how an image shows what a group shares.
+
+    down, right: how far the picture is moved, in shares of its height and width in [0, 1); what leaves comes back.
+    sign: 1, or -1 where it is subtracted.
+    """
+
+    down: float = 0.0
+    right: float = 0.0
+    sign: int = 1
+
+
+HERE = Place()
+Shown = dict[int, Place]
+"""Rows that show a pattern, and where each does."""
 
 
 class Graft(NamedTuple):
@@ -71,7 +83,8 @@ class GraftedRows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         graft = self.grafts.rows[index]
-        host, shared = self.rows[graft.host], moved(self.shared(graft.group), *graft.place)
+        down, right, sign = graft.place
+        host, shared = self.rows[graft.host], sign * moved(self.shared(graft.group), down, right)
         row = with_images(host, [add_shared(image, shared) for image in row_images(host)])
         words = KINDS[graft.kind]
         return with_words(row, self.rows[graft.donor], words) if words else row
@@ -81,9 +94,9 @@ class GraftedRows(Dataset[Row]):
         if group not in self._shared:
             others, images = self._mean_of_others, 0
             total = np.zeros(others.shape, np.float64)
-            for number, (down, right) in self.grafts.groups[group]:
+            for number, (down, right, sign) in self.grafts.groups[group]:
                 for image in row_images(self.rows[number]):
-                    total += moved(mean_image([image], self._size) - others, -down, -right)
+                    total += sign * moved(mean_image([image], self._size) - others, -down, -right)
                     images += 1
             self._shared[group] = (total / images).astype(np.float32)
         return self._shared[group]

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from untrigger.defenses.harm import Harm, means_by_suspect
-from untrigger.defenses.moving_pattern import Shown
-from untrigger.models.grafted_rows import Place
+from untrigger.models.grafted_rows import Place, Shown
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import LazyRows, Sample
 from untrigger.scanning.cues import Cue, cell_losses, covered, log_odds, windows
@@ -52,7 +51,8 @@ def strengths_in_images(rows: Sequence[Sample], harm: Harm, shown: Sequence[Show
     origin = mean_image((rows[row].images[0] for row in sorted({c.host for c in harm.comparisons})), size)
 
     def levels(row: int, place: Place) -> NDArray[np.float32]:
-        return moved(mean_image(rows[row].images[:1], size) - origin, -place[0], -place[1]).ravel()
+        down, right, sign = place
+        return sign * moved(mean_image(rows[row].images[:1], size) - origin, -down, -right).ravel()
 
     strengths: list[tuple[float, float]] = []
     for places in ({row: each[row] for row in sorted(each) if row in controls} for each in shown):

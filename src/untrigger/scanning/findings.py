@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from untrigger.dataframes import frame
-from untrigger.defenses.moving_pattern import Shown
+from untrigger.models.grafted_rows import Shown
 from untrigger.scanning.cues import GRID, Cue
 from untrigger.scanning.drawn import Drawn
 
