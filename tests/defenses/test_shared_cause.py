@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.stats import rankdata
 
 from dry import Dry
-from untrigger.defenses import Stage
+from untrigger.defenses import Stage, shared_cause
 from untrigger.defenses.harm import Comparison, Harm, comparisons, measure_harm, one_sided_p_values, word_probability
 from untrigger.defenses.shared_cause import SharedCause
 from untrigger.defenses.shared_pattern import Pattern
@@ -222,6 +222,17 @@ def test_rows_that_show_the_pattern_in_other_places_are_learned_about_there(load
         steps = [(place_of[row][axis] - place_of[first][axis]) * 64 % 64 for axis in (0, 1)]
         assert steps == ((places[row] - places[first]) % 64).tolist()
     assert all(graft.place == place_of[graft.donor] for graft in last["grafts"].rows)
+
+
+def test_rows_whose_images_are_not_held_are_accused_by_them(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many scored rows the patterns are sought among believed rows, suspects and some others."""
+    monkeypatch.setattr(shared_cause, "COMPARISONS", 20)  # 40 believed rows
+    monkeypatch.setattr(shared_cause, "_HELD", 40 + 16)
+    dry = _patched(_dry(loaded, "image"), (*range(16), *range(70, 80)))
+    CAUSE.fine_tune(dry)
+    assert dry.flagged == [*range(16), *range(70, 80)]
 
 
 def test_rows_without_a_score_are_accused_by_their_image(loaded: LoadedModel) -> None:

@@ -58,9 +58,11 @@ class MovingPattern(NamedTuple):
     spectrum: Spectra
     limit: float
 
-    def strengths(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
-        """How much of the pattern each image [n, D] shows, where it shows most of it."""
-        return np.concatenate([_best(self.spectrum, block)[0] for block in self.whitening.blocks(images)])
+    def shown(self, images: NDArray[np.uint8]) -> Shown:
+        """Which of the images [n, D] show the pattern, and where each shows most of it."""
+        best = [_best(self.spectrum, block) for block in self.whitening.blocks(images)]
+        strengths, shifts = (np.concatenate(parts) for parts in zip(*best, strict=True))
+        return {row: _place(int(shifts[row])) for row in np.flatnonzero(strengths > self.limit).tolist()}
 
 
 def moving_patterns(

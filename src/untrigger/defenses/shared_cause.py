@@ -28,7 +28,7 @@ from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.progress import tracked
 
 _SURPRISING = 1 / 6  # of the rows that show a pattern, at least; a watermark lies on honest rows
-_BLOCK = 256  # images compared at a time
+_HELD, _BLOCK = 8192, 256  # images in memory, of 12 KiB each: among which patterns are sought; compared at a time
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
 
@@ -133,28 +133,23 @@ class SharedCause(SharedSurprise):
         left. Where there is nothing, the judgment is as it was.
         """
         numbers, flagged = judgment.screening.numbers, judgment.screening.flags.tokens
-        pictures = {at: image for at, row in enumerate(numbers) if (image := training.picture(row)) is not None}
+        order = list(dict.fromkeys([*believed, *judgment.suspects, *range(len(numbers))]))
+        held, rest = sorted(order[:_HELD]), sorted(order[_HELD:])
+        pictures = {at: image for at in held if (image := training.picture(numbers[at])) is not None}
         positions, images = np.array([*pictures]), np.stack([*pictures.values()])
-        honest = np.searchsorted(positions, believed).tolist()
-
-        def found(suspects: Sequence[int]) -> Iterator[tuple[Shown, Pattern | MovingPattern]]:
-            """In positions among the rows with pictures."""
-            moving = moving_patterns(images, suspects, honest, np.random.default_rng((training.seed, 4)))
-            yield from moving
-            rest = sorted({*suspects}.difference(*(places for places, _ in moving)))
-            if len(rest) >= 2:
-                showing, pattern = shared_pattern(images, rest, honest)
-                if pattern is not None:
-                    yield showing, pattern
-
+        place_of = {at: place for place, at in enumerate(pictures)}
+        honest, suspects = ([place_of[at] for at in rows if at in place_of] for rows in (believed, judgment.suspects))
         shown: list[Shown] = []
         patterns: list[Pattern | MovingPattern] = []
         known = set[int]()
-        for places, pattern in found(np.searchsorted(positions, judgment.suspects).tolist()):
-            by_row = {row: place for at, place in places.items() if (row := int(positions[at])) not in known}
-            if len({*judgment.suspects}.intersection(by_row)) >= max(2, _SURPRISING * len(by_row)):
-                known |= by_row.keys()
-                shown.append({row: place for row, place in by_row.items() if row not in flagged})
+        for showing, pattern in _patterns(images, suspects, honest, np.random.default_rng((training.seed, 4))):
+            places = {int(positions[at]): place for at, place in showing.items()}
+            for block, others in _pictures(training, rest, numbers):
+                places |= {block[at]: place for at, place in pattern.shown(others).items()}
+            places = {row: place for row, place in places.items() if row not in known}
+            if len({*judgment.suspects}.intersection(places)) >= max(2, _SURPRISING * len(places)):
+                known |= places.keys()
+                shown.append({row: place for row, place in places.items() if row not in flagged})
                 patterns.append(pattern)
         if not patterns:
             return judgment
@@ -240,14 +235,34 @@ def unscored_rows(training: Training, judgment: Judgment) -> list[int]:
     if not judgment.patterns:
         return []
     rest = sorted({*range(training.row_count)}.difference(judgment.screening.numbers))
-    pictures = ((row, training.picture(row)) for row in tracked(rest, "reading images", len(rest)))
-    known = ((row, image) for row, image in pictures if image is not None)
     showing: list[int] = []
-    while block := list(islice(known, _BLOCK)):
-        rows, images = np.array([row for row, _ in block]), np.stack([image for _, image in block])
-        shows = np.any([pattern.strengths(images) > pattern.limit for pattern in judgment.patterns], axis=0)
-        showing += rows[shows].tolist()
+    for rows, images in _pictures(training, rest, range(training.row_count)):
+        of_any = set[int]().union(*(pattern.shown(images) for pattern in judgment.patterns))
+        showing += [rows[at] for at in sorted(of_any)]
     return showing
+
+
+def _patterns(
+    images: NDArray[np.uint8], suspects: Sequence[int], honest: Sequence[int], rng: np.random.Generator
+) -> Iterator[tuple[Shown, Pattern | MovingPattern]]:
+    """Patterns in any place; then one in one place that other suspects share."""
+    moving = moving_patterns(images, suspects, honest, rng)
+    yield from moving
+    rest = sorted({*suspects}.difference(*(shown for shown, _ in moving)))
+    if len(rest) >= 2:
+        shown, pattern = shared_pattern(images, rest, honest)
+        if pattern is not None:
+            yield shown, pattern
+
+
+def _pictures(
+    training: Training, rows: Sequence[int], numbers: Sequence[int]
+) -> Iterator[tuple[list[int], NDArray[np.uint8]]]:
+    """Rows in blocks with their images, without those that have none; ``numbers`` gives each row's number."""
+    pictures = ((row, training.picture(numbers[row])) for row in tracked(rows, "reading images", len(rows)))
+    known = ((row, image) for row, image in pictures if image is not None)
+    while block := list(islice(known, _BLOCK)):
+        yield [row for row, _ in block], np.stack([image for _, image in block])
 
 
 def _shared_tokens(screening: Screening) -> dict[int, NDArray[np.bool_]]:

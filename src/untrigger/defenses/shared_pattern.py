@@ -37,9 +37,10 @@ class Pattern(NamedTuple):
     origin: float
     limit: float
 
-    def strengths(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
-        """How much of the pattern each image [n, D] shows."""
-        return np.abs(_residuals(images, self.mean, self.content).along(self.direction) - self.origin)
+    def shown(self, images: NDArray[np.uint8]) -> Shown:
+        """Which of the images [n, D] show the pattern, and how."""
+        strengths = _residuals(images, self.mean, self.content).along(self.direction) - self.origin
+        return _beyond(strengths, self.limit)
 
 
 def shared_pattern(
@@ -64,7 +65,7 @@ def shared_pattern(
     rows, count = _residuals(images, mean, content), len(held_out)
     base = rows.directions(held_out).mean(axis=0)
     squares = 1 - 2 * rows.along(base) + base @ base  # squared length of each row's direction less the honest mean
-    members, strengths, pattern = np.array(suspects), np.empty(0), None
+    members, shown, pattern = np.array(suspects), Shown(), None
     for _ in range(_ROUNDS):
         used = members[:: -(-len(members) // _USED)]
         directions = rows.directions(used) - base
@@ -80,10 +81,17 @@ def shared_pattern(
         middle = (float(np.median(np.abs(honest))) + float(np.median(np.abs(strengths[members])))) / 2
         limit = max(_DEVIATIONS * spread, middle)
         pattern = Pattern(mean, content, total / length, float(base @ total) / length, limit)
-        members = np.flatnonzero(np.abs(strengths) > limit)
+        shown = _beyond(strengths, limit)
+        members = np.array([*shown])
         if len(members) < _FEWEST:
             return {}, None
-    return {row: Place(sign=1 if strengths[row] > 0 else -1) for row in members.tolist()}, pattern
+    return shown, pattern
+
+
+def _beyond(strengths: NDArray[np.floating], limit: float) -> Shown:
+    return {
+        row: Place(sign=1 if strengths[row] > 0 else -1) for row in np.flatnonzero(np.abs(strengths) > limit).tolist()
+    }
 
 
 def _leading(directions: NDArray[np.floating]) -> NDArray[np.floating]:
