@@ -30,16 +30,19 @@ Spectra = NDArray[np.complexfloating]
 class Whitening(NamedTuple):
     """Makes each frequency of each color channel as strong as any other, in honest images.
 
-    mean: of honest images, [side, side, 3]. factors: [side, side / 2 + 1, 3, 3].
+    mean: of honest images, [3, side, side]. factors: [3, 3, side, side / 2 + 1].
     """
 
     mean: NDArray[np.floating]
     factors: Spectra
 
     def blocks(self, images: NDArray[np.uint8]) -> Iterator[Spectra]:
-        """The images' spectra, of power 1 each, block by block: [n, side, side / 2 + 1, 3]."""
+        """The images' spectra, of power 1 each, block by block: [n, 3, side, side / 2 + 1]."""
         for at in range(0, len(images), _BLOCK):
-            spectra = np.einsum("hwcd,nhwd->nhwc", self.factors, _spectra(images[at : at + _BLOCK], self.mean))
+            plain = _spectra(images[at : at + _BLOCK], self.mean)
+            spectra = np.zeros_like(plain)
+            for channel in range(3):
+                spectra += self.factors[:, channel] * plain[:, channel, None]
             power = np.maximum(_correlations(spectra, spectra)[:, 0, 0], 1e-9)  # an image that equals the mean has none
             yield spectra / np.sqrt(power)[:, None, None, None]
 
@@ -50,7 +53,7 @@ class Whitening(NamedTuple):
 class MovingPattern(NamedTuple):
     """A pattern that images share in any place.
 
-    whitening: of the images. spectrum: of the pattern, [side, side / 2 + 1, 3]. limit: strength above which a row
+    whitening: of the images. spectrum: of the pattern, [3, side, side / 2 + 1]. limit: strength above which a row
     shows it.
     """
 
@@ -149,25 +152,31 @@ def _above(values: NDArray[np.floating], deviations: float) -> float:
 
 
 def _whitening(images: NDArray[np.uint8]) -> Whitening:
-    mean = images.mean(axis=0, dtype=np.float32).reshape(PICTURE_SIDE, PICTURE_SIDE, 3)
+    mean = _channels(images.mean(axis=0, dtype=np.float32))[0]
     sums = np.zeros((PICTURE_SIDE, PICTURE_SIDE // 2 + 1, 3, 3), np.complex64)
     for at in range(0, len(images), _BLOCK):
         spectra = _spectra(images[at : at + _BLOCK], mean)
-        sums += np.einsum("nhwc,nhwd->hwcd", spectra, spectra.conj())
+        sums += np.einsum("nchw,ndhw->hwcd", spectra, spectra.conj())
     powers = sums / len(images)
     floor = _FLOOR * max(float(np.trace(powers, axis1=2, axis2=3).real.mean()) / 3, 1e-9)
     values, vectors = np.linalg.eigh(powers + floor * np.eye(3))
     factors = (vectors / np.sqrt(values)[..., None, :]) @ np.conj(np.swapaxes(vectors, -1, -2))
-    return Whitening(mean, factors.astype(np.complex64))
+    return Whitening(mean, np.ascontiguousarray(np.moveaxis(factors, (2, 3), (0, 1)).astype(np.complex64)))
 
 
 def _spectra(images: NDArray[np.uint8], mean: NDArray[np.floating]) -> Spectra:
-    return cast(Any, fft).rfft2(images.reshape(-1, *mean.shape).astype(np.float32) - mean, axes=(1, 2))
+    return cast(Any, fft).rfft2(_channels(images) - mean)
+
+
+def _channels(images: NDArray[np.uint8 | np.floating]) -> NDArray[np.floating]:
+    """Levels [n, D] or [D] as [n, 3, side, side]."""
+    pixels = images.reshape(-1, PICTURE_SIDE, PICTURE_SIDE, 3).astype(np.float32)
+    return np.ascontiguousarray(np.moveaxis(pixels, -1, 1))
 
 
 def _correlations(pattern: Spectra, spectra: Spectra) -> NDArray[np.floating]:
     """With each of n images moved by every shift, [n, side, side]."""
-    return cast(Any, fft).irfft2((pattern.conj() * spectra).sum(axis=-1), s=(PICTURE_SIDE, PICTURE_SIDE), axes=(1, 2))
+    return cast(Any, fft).irfft2((pattern.conj() * spectra).sum(axis=-3), s=(PICTURE_SIDE, PICTURE_SIDE))
 
 
 def _best(pattern: Spectra, spectra: Spectra) -> tuple[NDArray[np.floating], NDArray[np.intp]]:
@@ -181,7 +190,7 @@ def _moved(spectra: Spectra, shifts: Sequence[int]) -> Spectra:
     """The images moved back by their shifts."""
     down, right = np.divmod(np.array(shifts)[:, None, None], PICTURE_SIDE)
     turns = fft.fftfreq(PICTURE_SIDE)[:, None] * down + fft.rfftfreq(PICTURE_SIDE) * right
-    return spectra * np.exp(2j * np.pi * turns).astype(np.complex64)[..., None]
+    return spectra * np.exp(2j * np.pi * turns).astype(np.complex64)[:, None]
 
 
 def _sum_of_shifts(first: int, second: int) -> int:

@@ -178,10 +178,11 @@ def false_discoveries(nll: Sequence[float], group: Sequence[int], holding: int) 
     F(s) = holding * (1 + #{decoys >= s}) / #decoys. A row's estimate is the smallest F(s) / #{group >= s} over all s up
     to its own NLL, and at most 1.
     """
-    own = np.array([nll[row] for row in group])
-    decoys = np.delete(np.asarray(nll), list(group))
+    own = np.sort([nll[row] for row in group])
+    decoys = np.sort(np.delete(np.asarray(nll), list(group)))
     limits = np.unique(own)
-    rates = [holding * (1 + (decoys >= s).sum()) / max(1, len(decoys)) / (own >= s).sum() for s in limits]
+    decoys_above, own_above = (len(values) - np.searchsorted(values, limits) for values in (decoys, own))
+    rates = holding * (1 + decoys_above) / max(1, len(decoys)) / own_above
     least = np.minimum(1, np.minimum.accumulate(rates))
     return {row: float(least[np.searchsorted(limits, nll[row])]) for row in group}
 
