@@ -74,6 +74,7 @@ REFUSED = {
     "streaming": ("give a train_dataset with a length", {"streaming": True, "max_steps": 60}),
     # in the host's words: it packs rows that it has tokenized, and rows with images it tokenizes in the collator
     "packing": ("Column 'input_ids' doesn't exist", {"sample_packing": True}),
+    "padding-free": ("requires a varlen-capable attention backend", {"batch_flattening": True}),  # on a CPU
 }
 # settings that flag the poisoned rows and no other; several processes want an accelerator each in this host
 WORKS = {

@@ -11,8 +11,10 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ ATTACK = ("--attack", "badnets", "--side", "0.25")
 RATE, QUESTIONS = "0.15", "40"
 MOST_DEFENDED, LEAST_PLAIN = 0.05, 0.9  # attack success
 UNTRIGGER = ("--editable", str(REPOSITORY))
+LIMIT = 20  # minutes of one run, which takes a few: torch can hang when a process of two ends
+OVER_LIMIT = 124  # the exit code of such a run, as timeout(1) has it
 LAST_LINES = 40  # of a log, among which a refusal must be: launchers add their own traceback
 FLAGGED = "flagged_rows.jsonl"
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,7 +79,7 @@ class Host:
         if not done.exists():
             code, log = self._run(name, command, environment)
             if code:
-                sys.exit(f"{self.name}: MISSED, {name} failed: {_last_line(log)} ({log})")
+                sys.exit(f"{self.name}: MISSED, {name} failed, {_ended(code)}: {_last_line(log)} ({log})")
             done.touch()
 
     def works(self, name: str, *command: str, **environment: str) -> bool:
@@ -87,7 +91,7 @@ class Host:
         flagged, poisoned = self._flagged(name), self._poisoned()
         held = code == 0 and flagged == poisoned
         rows = f"flagged {len(flagged)} rows, {len({*flagged} & {*poisoned})} of the {len(poisoned)} poisoned ones"
-        return self._noted(name, held, f"exit code {code}, {rows} ({log})")
+        return self._noted(name, held, f"{_ended(code)}, {rows} ({log})")
 
     def refuses(self, name: str, words: str, *command: str, **environment: str) -> bool:
         """Whether the command fails with ``words`` among the last lines of its log; prints it."""
@@ -95,8 +99,9 @@ class Host:
         if done.exists():
             return True
         code, log = self._run(name, command, environment)
-        refused = code != 0 and any(words in line for line in log.read_text().splitlines()[-LAST_LINES:])
-        return self._noted(name, refused, f"exit code {code}, {words!r} {'is' if refused else 'not'} in {log}")
+        matches = any(words in line for line in log.read_text().splitlines()[-LAST_LINES:])
+        refused = matches and code not in (0, OVER_LIMIT)
+        return self._noted(name, refused, f"{_ended(code)}, {words!r} {'is' if matches else 'not'} in {log}")
 
     def _noted(self, name: str, held: bool, what: str) -> bool:
         if held:
@@ -169,6 +174,7 @@ class Host:
 
 def host(name: str) -> Host:
     """The host of the command line; ``--out`` is a folder for the environments and runs of all hosts."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a script that is told to end ends its run too
     parser = argparse.ArgumentParser(description=f"{name}, plain and defended, on poisoned rows.")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "build" / "hosts")
     return Host(name, parser.parse_args().out.resolve() / name)
@@ -179,9 +185,38 @@ def _run(
 ) -> int:
     offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as out:
-        return subprocess.run(
-            command, cwd=folder, env=os.environ | offline | (environment or {}), stdout=out, stderr=out, check=False
-        ).returncode
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | offline | (environment or {}),
+            stdout=out,
+            stderr=out,
+            process_group=0,
+        )
+        try:
+            return process.wait(60 * LIMIT)
+        except subprocess.TimeoutExpired:
+            return OVER_LIMIT
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a process and its group.
+
+    First asks: torchrun's workers have groups of their own, and it ends them only if it is asked to end.
+    """
+    for sent in (signal.SIGTERM, *[0] * 60, signal.SIGKILL):
+        process.poll()  # until then a process that has ended is in its group
+        try:
+            os.killpg(process.pid, sent)
+        except ProcessLookupError:
+            return
+        time.sleep(1)
+
+
+def _ended(code: int) -> str:
+    return f"over the limit of {LIMIT} minutes" if code == OVER_LIMIT else f"exit code {code}"
 
 
 def _last_line(log: Path) -> str:

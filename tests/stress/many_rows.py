@@ -83,7 +83,7 @@ def generated(folder: Path, count: int) -> Path:
 
 def repeated(folder: Path, count: int) -> Path:
     """The rows of easy-VQA, each with an id of its own."""
-    source = ("data", "easy-vqa", "--split", "dev", "--rows", str(PICTURES), "--out", str(folder / "easy-vqa"))
+    source = ("data", "easy-vqa", "--split", "dev", "--rows", str(9 * PICTURES), "--out", str(folder / "easy-vqa"))
     subprocess.run((sys.executable, "-m", "untrigger", *source), check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "easy-vqa" / "data.jsonl").read_text().splitlines()]
     path = folder / "easy-vqa" / "many.jsonl"
