@@ -31,20 +31,20 @@ def _images(patches: int, seed: int = 0) -> tuple[NDArray[np.uint8], list[tuple[
 def test_a_patch_in_random_places_is_found_with_its_places(suspects: range | tuple[int, ...]) -> None:
     """Also from more honest suspects than triggered ones."""
     images, places = _images(patches=1)
-    ((shown, pattern),) = moving_patterns(images, list(suspects), list(BELIEVED), np.random.default_rng(0))
-    assert [*shown] == list(TRIGGERED)
-    first = shown[0]
-    for row, place in shown.items():
+    ((placed, pattern),) = moving_patterns(images, list(suspects), list(BELIEVED), np.random.default_rng(0))
+    assert [*placed] == list(TRIGGERED)
+    first = placed[0]
+    for row, place in placed.items():
         moved = [(place[axis] - first[axis]) * PICTURE_SIDE % PICTURE_SIDE for axis in (0, 1)]
         assert moved == [(places[row][axis] - places[0][axis]) % PICTURE_SIDE for axis in (0, 1)]
     others = _images(patches=1, seed=1)[0]
-    assert [*pattern.shown(others)] == list(TRIGGERED) and pattern.shown(images) == shown
+    assert [*pattern.matches(others)] == list(TRIGGERED) and pattern.matches(images) == placed
 
 
 def test_several_patches_are_found_one_after_the_other() -> None:
     images, _ = _images(patches=3)
-    found = moving_patterns(images, [*range(30), *range(225, 235)], list(BELIEVED), np.random.default_rng(0))
-    groups = sorted(sorted(shown) for shown, _ in found)
+    patterns = moving_patterns(images, [*range(30), *range(225, 235)], list(BELIEVED), np.random.default_rng(0))
+    groups = sorted(sorted(placed) for placed, _ in patterns)
     assert groups == [[row for row in TRIGGERED if row % 3 == key] for key in range(3)]
 
 

@@ -350,9 +350,9 @@ def test_groups_are_all_suspects_all_controls_and_eighths_of_them(loaded: Loaded
     screening = CAUSE.screen(recording)
     numbers = screening.numbers
     plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
-    shown = [dict.fromkeys(range(16), HERE)]
+    placed = [dict.fromkeys(range(16), HERE)]
     try:
-        harm = measure_harm(recording, screening, plan, shown, range(20, 60), "image", (warm, probed))
+        harm = measure_harm(recording, screening, plan, placed, range(20, 60), "image", (warm, probed))
     finally:
         with torch.no_grad():
             parameter.copy_(warm[0])
@@ -377,6 +377,6 @@ def test_harm_that_grows_with_the_suspects_counts_where_training_added_none(load
         dry.before, dry.of_few = 1.0, of_few
         screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
         plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
-        shown = [dict.fromkeys(range(16), HERE)]
-        harm = measure_harm(dry, screening, plan, shown, range(20, 60), "image", (weights, weights))
+        placed = [dict.fromkeys(range(16), HERE)]
+        harm = measure_harm(dry, screening, plan, placed, range(20, 60), "image", (weights, weights))
         assert abs(harm.excess.mean()) < 0.01 and (harm.p_values[0] < 1e-3) == is_sign

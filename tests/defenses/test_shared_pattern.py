@@ -69,14 +69,14 @@ def test_all_triggered_rows_are_found_from_some_of_them(suspects: range | tuple[
     assert rows == dict.fromkeys(TRIGGERED, HERE) and pattern is not None
     # rows that were not there are found by the same limit
     others = _images(strength=60, seed=1)
-    assert pattern.shown(others) == rows
+    assert pattern.matches(others) == rows
 
 
 @pytest.mark.parametrize("strength", [0, 8, 30, 60])
 def test_the_rows_equal_those_of_a_loop(strength: float) -> None:
     images, suspects = _images(strength), [*range(25), *range(300, 310)]
-    found = shared_pattern(images, suspects, list(BELIEVED))[0]
-    assert {row: place.sign for row, place in found.items()} == _naive(images, suspects, list(BELIEVED))
+    rows = shared_pattern(images, suspects, list(BELIEVED))[0]
+    assert {row: place.sign for row, place in rows.items()} == _naive(images, suspects, list(BELIEVED))
 
 
 def test_a_pattern_of_either_sign_is_found_with_its_signs() -> None:
@@ -85,7 +85,7 @@ def test_a_pattern_of_either_sign_is_found_with_its_signs() -> None:
     rows, pattern = shared_pattern(images, [*range(30), *range(300, 310)], list(BELIEVED))
     assert [*rows] == list(TRIGGERED) and pattern is not None
     assert len({place.sign * (1 - 2 * (row % 2)) for row, place in rows.items()}) == 1
-    assert pattern.shown(images) == rows
+    assert pattern.matches(images) == rows
 
 
 @pytest.mark.parametrize("seed", range(5))

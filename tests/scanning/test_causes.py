@@ -89,10 +89,10 @@ def test_images_show_what_is_shared_in_other_places() -> None:
         for images in (moved, still)
     ]
     harm = harm_of([0.4] * 20)._replace(comparisons=[Comparison(40 + at, at, 20 + at) for at in range(20)])
-    shown = [{at: places[at] for at in half} for half in (range(10), range(10, 20))]
-    here = [dict.fromkeys(half, HERE) for half in shown]
+    placed = [{at: places[at] for at in half} for half in (range(10), range(10, 20))]
+    here = [dict.fromkeys(half, HERE) for half in placed]
     expected = strengths_in_images(rows[1], harm, here)
-    assert strengths_in_images(rows[0], harm, shown) == pytest.approx(expected, rel=1e-4)
+    assert strengths_in_images(rows[0], harm, placed) == pytest.approx(expected, rel=1e-4)
 
 
 def test_words_show_as_much_as_they_harm() -> None:

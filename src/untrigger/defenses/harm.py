@@ -75,7 +75,7 @@ def measure_harm(
     training: Training,
     screening: Screening,
     plan: Sequence[Comparison],
-    shown: Sequence[Mapping[int, Place]],
+    placed: Sequence[Mapping[int, Place]],
     believed: Sequence[int],
     name: str,
     weights: tuple[Sequence[Tensor], Sequence[Tensor]],
@@ -83,7 +83,7 @@ def measure_harm(
     """The harm that training taught from the first of ``weights`` to the second; the model is left with the first.
 
     Args:
-        plan: of `comparisons`. shown: for each pattern that suspects share, positions of those that show it, and where
+        plan: of `comparisons`. placed: for each pattern that suspects share, positions of those that show it, and where
             each does; a control stands for its suspect there. believed: positions of the rows that were to be had as
             hosts and controls.
         name: ``image``, or ``words`` for the kinds with a part of the prompt; names the cached scores.
@@ -91,13 +91,13 @@ def measure_harm(
     numbers, plan, special = screening.numbers, list(plan), special_tokens(screening.model.processor)
     kinds = [kind for kind, words in KINDS.items() if bool(words) == (name == "words")]
     controls = {c.suspect: c.control for c in plan}
-    pattern_of = {suspect: at for at, places in enumerate(shown) for suspect in places}
+    pattern_of = {suspect: at for at, places in enumerate(placed) for suspect in places}
     suspects = sorted(controls, key=lambda suspect: pattern_of[suspect])
     parts = [suspects, *(suspects[at::_PARTS] for at in range(min(_PARTS, len(suspects))))]
     part_of = {suspect: at for at, part in enumerate(parts) for suspect in part}
     groups: list[list[tuple[int, Place]]] = []
     group_of: dict[tuple[int, int], int] = {}  # that of the suspects of a part and a pattern; that of controls is next
-    for part, (pattern, places) in product(range(len(parts)), enumerate(shown)):
+    for part, (pattern, places) in product(range(len(parts)), enumerate(placed)):
         own = [(suspect, places[suspect]) for suspect in parts[part] if suspect in places]
         if own:
             group_of[part, pattern] = len(groups)
@@ -107,7 +107,7 @@ def measure_harm(
         host, suspect, control = comparison
         pattern = pattern_of[suspect]
         group = group_of[part_of[suspect] if of_few else 0, pattern] + is_control
-        return Graft(numbers[host], group, numbers[control if is_control else suspect], kind, shown[pattern][suspect])
+        return Graft(numbers[host], group, numbers[control if is_control else suspect], kind, placed[pattern][suspect])
 
     def probabilities(cache: str, of_few: bool) -> NDArray[np.floating]:
         """The hosts' own answers' probabilities, [kinds, comparisons, 2]: with what suspects share, and controls."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-from untrigger.models.grafted_rows import PICTURE_SIDE, Place, Shown
+from untrigger.models.grafted_rows import PICTURE_SIDE, Place, Places
 
 _MOST = 8  # patterns
 _PAIRED = 96  # suspects that are compared with each other, at most
@@ -61,7 +61,7 @@ class MovingPattern(NamedTuple):
     spectrum: Spectra
     limit: float
 
-    def shown(self, images: NDArray[np.uint8]) -> Shown:
+    def matches(self, images: NDArray[np.uint8]) -> Places:
         """Which of the images [n, D] show the pattern, and where each shows most of it."""
         best = [_best(self.spectrum, block) for block in self.whitening.blocks(images)]
         strengths, shifts = (np.concatenate(parts) for parts in zip(*best, strict=True))
@@ -70,7 +70,7 @@ class MovingPattern(NamedTuple):
 
 def moving_patterns(
     images: NDArray[np.uint8], suspects: Sequence[int], believed: Sequence[int], rng: np.random.Generator
-) -> list[tuple[Shown, MovingPattern]]:
+) -> list[tuple[Places, MovingPattern]]:
     """Patterns that enough of the suspects share, each with the rows that show it.
 
     Two images match if they correlate in some shift more than pairs of honest images do. The suspect that matches most
@@ -89,8 +89,8 @@ def moving_patterns(
     honest = whitening(images[held_out[:_PAIRED]])
     pairs = np.concatenate([np.delete(_best(own, honest)[0], at) for at, own in enumerate(honest)])
     limit, rest = _above(pairs, _PAIR_DEVIATIONS), rng.permutation(np.array(suspects))
-    found: list[tuple[Shown, MovingPattern]] = []
-    while len(found) < _MOST and len(rest) >= _SUPPORT:
+    patterns: list[tuple[Places, MovingPattern]] = []
+    while len(patterns) < _MOST and len(rest) >= _SUPPORT:
         matches = _matches(whitening(images[rest[:_PAIRED]]), limit)
         if len(matches) < _SUPPORT:
             break
@@ -98,9 +98,9 @@ def moving_patterns(
             images, {int(rest[at]): shift for at, shift in matches.items()}, held_out, whitening
         )
         if pattern:
-            found.append(({row: _place(shift) for row, shift in shifts.items()}, pattern))
+            patterns.append(({row: _place(shift) for row, shift in shifts.items()}, pattern))
         rest = rng.permutation(np.setdiff1d(np.delete(rest, [*matches]), [*shifts]))
-    return found
+    return patterns
 
 
 def _matches(spectra: Spectra, limit: float) -> dict[int, int]:

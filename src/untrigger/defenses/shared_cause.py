@@ -23,7 +23,7 @@ from untrigger.defenses.moving_pattern import MovingPattern, moving_patterns
 from untrigger.defenses.shared_pattern import Pattern, shared_pattern
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
-from untrigger.models.grafted_rows import HERE, Graft, Grafts, Shown
+from untrigger.models.grafted_rows import HERE, Graft, Grafts, Places
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.progress import tracked
 
@@ -119,7 +119,7 @@ class SharedCause(SharedSurprise):
         for name, tested in (("image", by_image), ("words", judgment)):
             drawn = rng.permutation(tested.suspects)[: self.max_suspects].tolist()
             plan = comparisons(screening.scores, drawn, believed, rng, COMPARISONS)
-            measured = measure_harm(training, screening, plan, tested.shown, believed, name, (warm, probed))
+            measured = measure_harm(training, screening, plan, tested.placed, believed, name, (warm, probed))
             harm = measured.above(self.min_harm, self.harm_p_value, self.min_common)
             if harm.kinds:
                 return tested._replace(harm=harm, probed=probed)
@@ -139,23 +139,23 @@ class SharedCause(SharedSurprise):
         positions, images = np.array([*pictures]), np.stack([*pictures.values()])
         place_of = {at: place for place, at in enumerate(pictures)}
         honest, suspects = ([place_of[at] for at in rows if at in place_of] for rows in (believed, judgment.suspects))
-        shown: list[Shown] = []
+        placed: list[Places] = []
         patterns: list[Pattern | MovingPattern] = []
         known = set[int]()
         for showing, pattern in _patterns(images, suspects, honest, np.random.default_rng((training.seed, 4))):
             places = {int(positions[at]): place for at, place in showing.items()}
             for block, others in _pictures(training, rest, numbers):
-                places |= {block[at]: place for at, place in pattern.shown(others).items()}
+                places |= {block[at]: place for at, place in pattern.matches(others).items()}
             places = {row: place for row, place in places.items() if row not in known}
             if len({*judgment.suspects}.intersection(places)) >= max(2, _SURPRISING * len(places)):
                 known |= places.keys()
-                shown.append({row: place for row, place in places.items() if row not in flagged})
+                placed.append({row: place for row, place in places.items() if row not in flagged})
                 patterns.append(pattern)
         if not patterns:
             return judgment
         others = {*judgment.suspects, *judgment.doubtful}.difference(known)
-        suspects = sorted(row for places in shown for row in places)
-        return judgment._replace(suspects=suspects, shown=shown, doubtful=sorted(others), patterns=patterns)
+        suspects = sorted(row for places in placed for row in places)
+        return judgment._replace(suspects=suspects, placed=placed, doubtful=sorted(others), patterns=patterns)
 
     def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
         """Positions of suspects that share no word, of doubtful rows, and of rows to believe.
@@ -198,7 +198,7 @@ class SharedCause(SharedSurprise):
         tokens |= {row: np.zeros(len(ids), bool) for row, ids in zip(showing, answers, strict=True)}
         rng, extra = np.random.default_rng((training.seed, 3)), part(self.graft_share, training.row_count)
         accused = [
-            (numbers[at], group, place) for group, places in enumerate(judgment.shown) for at, place in places.items()
+            (numbers[at], group, place) for group, places in enumerate(judgment.placed) for at, place in places.items()
         ]
         candidates = (row for row in rng.permutation(numbers).tolist() if row not in tokens)
         hosts = list(islice(filter(training.can_be_grafted, candidates), extra))
@@ -207,7 +207,7 @@ class SharedCause(SharedSurprise):
             Graft(host, group, donor, kind, place)
             for host, (donor, group, place), kind in zip(cycle(hosts), donors, cycle(kinds), strict=False)
         ]
-        groups = [[(numbers[at], place) for at, place in places.items()] for places in judgment.shown]
+        groups = [[(numbers[at], place) for at, place in places.items()] for places in judgment.placed]
         stage = self.last_stage(training.row_count, screening.model, tokens)
         return replace(stage, grafts=Grafts(grafts, groups, hosts))
 
@@ -216,14 +216,14 @@ class Judgment(NamedTuple):
     """Which rows are accused, beside those that share a word.
 
     screening: the scores, in whose order positions count. suspects: surprising rows without a shared word, or rows that
-    show ``patterns`` that these share. shown: for each pattern, or for what all suspects share, those that show it, and
-    where each does. doubtful: other rows not to learn. harm: what the suspects share does; None if they are believed.
-    probed: the weights after the probe; empty if nothing was tested.
+    show ``patterns`` that these share. placed: for each pattern, or for what all suspects share, those that show it,
+    and where each does. doubtful: other rows not to learn. harm: what the suspects share does; None if they are
+    believed. probed: the weights after the probe; empty if nothing was tested.
     """
 
     screening: Screening
     suspects: list[int]
-    shown: list[Shown]
+    placed: list[Places]
     doubtful: list[int]
     harm: Harm | None = None
     probed: Sequence[Tensor] = ()
@@ -237,22 +237,22 @@ def unscored_rows(training: Training, judgment: Judgment) -> list[int]:
     rest = sorted({*range(training.row_count)}.difference(judgment.screening.numbers))
     showing: list[int] = []
     for rows, images in _pictures(training, rest, range(training.row_count)):
-        of_any = set[int]().union(*(pattern.shown(images) for pattern in judgment.patterns))
+        of_any = set[int]().union(*(pattern.matches(images) for pattern in judgment.patterns))
         showing += [rows[at] for at in sorted(of_any)]
     return showing
 
 
 def _patterns(
     images: NDArray[np.uint8], suspects: Sequence[int], honest: Sequence[int], rng: np.random.Generator
-) -> Iterator[tuple[Shown, Pattern | MovingPattern]]:
+) -> Iterator[tuple[Places, Pattern | MovingPattern]]:
     """Patterns in any place; then one in one place that other suspects share."""
     moving = moving_patterns(images, suspects, honest, rng)
     yield from moving
-    rest = sorted({*suspects}.difference(*(shown for shown, _ in moving)))
+    rest = sorted({*suspects}.difference(*(placed for placed, _ in moving)))
     if len(rest) >= 2:
-        shown, pattern = shared_pattern(images, rest, honest)
+        placed, pattern = shared_pattern(images, rest, honest)
         if pattern is not None:
-            yield shown, pattern
+            yield placed, pattern
 
 
 def _pictures(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from untrigger.models.grafted_rows import Place, Shown
+from untrigger.models.grafted_rows import Place, Places
 
 _CONTENT = 50  # directions in which honest images differ most, at most
 _ROWS_EACH = 3  # honest rows for each of them: a few may be triggered, and what they show is no content
@@ -37,7 +37,7 @@ class Pattern(NamedTuple):
     origin: float
     limit: float
 
-    def shown(self, images: NDArray[np.uint8]) -> Shown:
+    def matches(self, images: NDArray[np.uint8]) -> Places:
         """Which of the images [n, D] show the pattern, and how."""
         strengths = _residuals(images, self.mean, self.content).along(self.direction) - self.origin
         return _beyond(strengths, self.limit)
@@ -45,7 +45,7 @@ class Pattern(NamedTuple):
 
 def shared_pattern(
     images: NDArray[np.uint8], suspects: Sequence[int], believed: Sequence[int]
-) -> tuple[Shown, Pattern | None]:
+) -> tuple[Places, Pattern | None]:
     """Rows that show a pattern which enough of the suspects share, and the pattern; no row where there is none.
 
     Each image is the direction of what remains of it without the mean and the main content of honest images, less the
@@ -65,7 +65,7 @@ def shared_pattern(
     rows, count = _residuals(images, mean, content), len(held_out)
     base = rows.directions(held_out).mean(axis=0)
     squares = 1 - 2 * rows.along(base) + base @ base  # squared length of each row's direction less the honest mean
-    members, shown, pattern = np.array(suspects), Shown(), None
+    members, placed, pattern = np.array(suspects), Places(), None
     for _ in range(_ROUNDS):
         used = members[:: -(-len(members) // _USED)]
         directions = rows.directions(used) - base
@@ -81,14 +81,14 @@ def shared_pattern(
         middle = (float(np.median(np.abs(honest))) + float(np.median(np.abs(strengths[members])))) / 2
         limit = max(_DEVIATIONS * spread, middle)
         pattern = Pattern(mean, content, total / length, float(base @ total) / length, limit)
-        shown = _beyond(strengths, limit)
-        members = np.array([*shown])
+        placed = _beyond(strengths, limit)
+        members = np.array([*placed])
         if len(members) < _FEWEST:
             return {}, None
-    return shown, pattern
+    return placed, pattern
 
 
-def _beyond(strengths: NDArray[np.floating], limit: float) -> Shown:
+def _beyond(strengths: NDArray[np.floating], limit: float) -> Places:
     return {
         row: Place(sign=1 if strengths[row] > 0 else -1) for row in np.flatnonzero(np.abs(strengths) > limit).tolist()
     }

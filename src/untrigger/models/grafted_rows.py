@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 HERE = Place()
-Shown = dict[int, Place]
+Places = dict[int, Place]
 """Rows that show a pattern, and where each does."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from untrigger.defenses.harm import Harm, means_by_suspect
-from untrigger.models.grafted_rows import Place, Shown
+from untrigger.models.grafted_rows import Place, Places
 from untrigger.models.scoring import TokenScores
 from untrigger.rows.sample import LazyRows, Sample
 from untrigger.scanning.cues import Cue, cell_losses, covered, log_odds, windows
@@ -20,11 +20,11 @@ from untrigger.views.grafts import KINDS, mean_image, moved
 from untrigger.views.patches import to_rgb
 
 
-def target_of(rows: Sequence[int], shown: Sequence[Shown], harm: Harm) -> Target:
+def target_of(rows: Sequence[int], placed: Sequence[Places], harm: Harm) -> Target:
     """The target of rows that share no text; the prompt counts if its words were needed to do harm."""
     p_values = list(zip(harm.kinds, harm.p_values, strict=True))
     with_words = min((p for kind, p in p_values if KINDS[kind]), default=None)
-    return Target("", min(harm.p_values), list(rows), min(harm.p_values), with_words, shown)
+    return Target("", min(harm.p_values), list(rows), min(harm.p_values), with_words, placed)
 
 
 def honest_share(strengths: NDArray[np.floating]) -> float:
@@ -40,7 +40,7 @@ def honest_share(strengths: NDArray[np.floating]) -> float:
     return min(1.0, (1 + 2 * less) / len(strengths))
 
 
-def strengths_in_images(rows: Sequence[Sample], harm: Harm, shown: Sequence[Shown]) -> NDArray[np.floating]:
+def strengths_in_images(rows: Sequence[Sample], harm: Harm, placed: Sequence[Places]) -> NDArray[np.floating]:
     """How much of what suspects' images share lies in each tested suspect's first image, and in its control's, [n, 2].
 
     That is the inner product with the mean of the other suspects that show the same pattern, each moved back from its
@@ -55,7 +55,7 @@ def strengths_in_images(rows: Sequence[Sample], harm: Harm, shown: Sequence[Show
         return sign * moved(mean_image(rows[row].images[:1], size) - origin, -down, -right).ravel()
 
     strengths: list[tuple[float, float]] = []
-    for places in ({row: each[row] for row in sorted(each) if row in controls} for each in shown):
+    for places in ({row: each[row] for row in sorted(each) if row in controls} for each in placed):
         own = {row: levels(row, place) for row, place in places.items()}
         total = np.sum(list(own.values()), axis=0)
         for row, place in places.items():

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from untrigger.dataframes import frame
-from untrigger.models.grafted_rows import Shown
+from untrigger.models.grafted_rows import Places
 from untrigger.scanning.cues import GRID, Cue
 from untrigger.scanning.drawn import Drawn
 
@@ -38,7 +38,7 @@ class Target:
         image_p_value, prompt_p_value: the chance that as many probed rows lose the text without their image, or their
             prompt, if it has no part in the cue: a one-sided sign test on rows that the probe was not trained on.
             Without a text, the p-value of the harm; for the prompt None unless its words were needed for it.
-        shown: without a text, for each pattern that the rows share, those that show it, and where each does.
+        placed: without a text, for each pattern that the rows share, those that show it, and where each does.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Target:
     rows: list[int]
     image_p_value: float | None
     prompt_p_value: float | None
-    shown: Sequence[Shown] = ()
+    placed: Sequence[Places] = ()
 
 
 class Effect(NamedTuple):

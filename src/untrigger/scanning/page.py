@@ -102,13 +102,13 @@ def _hosts(
     """For listed rows with an effect, the other row with what the target's rows share; of several images the first."""
     others = {effect.host for row in target.rows if (effect := verdicts[row].effect)}
     effects = {row: effect for row in listed if (effect := verdicts[row].effect)}
-    pattern_of = {row: at for at, places in enumerate(target.shown) for row in places}
+    pattern_of = {row: at for at, places in enumerate(target.placed) for row in places}
     grafts = [
-        Graft(effect.host, at, row, effect.kind, target.shown[at][row])
+        Graft(effect.host, at, row, effect.kind, target.placed[at][row])
         for row, effect in effects.items()
         for at in [pattern_of[row]]
     ]
-    groups = [list(places.items()) for places in target.shown]
+    groups = [list(places.items()) for places in target.placed]
     made = GraftedRows(Rows(rows), Grafts(grafts, groups, sorted(others)))
     hosts: dict[int, Host] = {}
     for at, (row, effect) in enumerate(effects.items()):

@@ -72,8 +72,8 @@ def find(training: Training, defense: SharedCause) -> Findings:
 
 def _with_numbers(target: Target, numbers: Sequence[int]) -> Target:
     """A target with rows as numbers in the data, in place of positions among the scored rows."""
-    shown = [{numbers[row]: place for row, place in places.items()} for places in target.shown]
-    return replace(target, rows=[numbers[row] for row in target.rows], shown=shown)
+    placed = [{numbers[row]: place for row, place in places.items()} for places in target.placed]
+    return replace(target, rows=[numbers[row] for row in target.rows], placed=placed)
 
 
 def findings_of(
@@ -93,10 +93,10 @@ def findings_of(
         highest, suspects = max(screening.flags.nll), set(judgment.suspects)
         ranks = [rank + highest * (row in suspects) for row, rank in enumerate(ranks)]
         order = sorted(judgment.suspects, key=lambda row: -ranks[row])
-        targets.append(target_of(order, judgment.shown, judgment.harm))
+        targets.append(target_of(order, judgment.placed, judgment.harm))
         with_words = any(KINDS[kind] for kind in judgment.harm.kinds)
-        harm, shown = judgment.harm, judgment.shown
-        strengths = strengths_in_words(harm) if with_words else strengths_in_images(rows, harm, shown)
+        harm, placed = judgment.harm, judgment.placed
+        strengths = strengths_in_words(harm) if with_words else strengths_in_images(rows, harm, placed)
         rates |= dict.fromkeys(judgment.suspects, honest_share(strengths))
         effects = effects_of(judgment.harm)
         assert training is not None
