@@ -97,6 +97,7 @@ class _Stub(Dry):
     words: int = 0  # so many of them share the word 77
     of_few: float = 0.5
     before: float = 0.0  # of the harm of all that they do before the probe
+    nats: float = 0.6  # that a host's answer loses with all
 
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
@@ -111,7 +112,7 @@ class _Stub(Dry):
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts.rows))
         strength = {"after": 1.0, "of-few": self.of_few, "before": self.before}[name.partition("-")[2]]
         hits = [g.kind == self.harmful and min(grafts.groups[g.group])[0] < 16 for g in grafts.rows]
-        return [_answer(0.1 + random + 0.6 * strength * hit, 99) for random, hit in zip(noise, hits, strict=True)]
+        return [_answer(0.1 + random + self.nats * strength * hit, 99) for random, hit in zip(noise, hits, strict=True)]
 
 
 def _answer(nats: float, token: int) -> TokenScores:
@@ -311,6 +312,19 @@ def test_harm_counts_if_it_is_large_not_by_chance_and_of_what_all_share() -> Non
     assert harm.above(0.0, 1.0, 0.0).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0, 0.2])
 
 
+def test_harm_counts_where_it_is_clear_whatever_it_was_before(loaded: LoadedModel) -> None:
+    """The warm-up taught it already, so training adds nothing, and an eighth does as much."""
+    for nats, is_sign in ((0.6, True), (0.3, False)):
+        dry = _dry(loaded, "image")
+        dry.before, dry.of_few, dry.nats = 1.0, 1.0, nats
+        screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
+        plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
+        placed = [dict.fromkeys(range(16), HERE)]
+        harm = measure_harm(dry, screening, plan, placed, range(20, 60), "image", (weights, weights))
+        taken = float((harm.after[..., 1] - harm.after[..., 0]).mean())
+        assert (taken > 0.35, harm.p_values[0] < 1e-3) == (is_sign, is_sign), "0.41 and 0.23"
+
+
 def test_content_that_averages_out_accuses_nobody(loaded: LoadedModel) -> None:
     dry = _dry(loaded, "image")
     dry.of_few = 1.0
@@ -374,7 +388,7 @@ def test_harm_that_grows_with_the_suspects_counts_where_training_added_none(load
     """The pattern harms the early model as much; only the growth from an eighth to all is a sign."""
     for of_few, is_sign in ((0.2, True), (1.0, False)):
         dry = _dry(loaded, "image")
-        dry.before, dry.of_few = 1.0, of_few
+        dry.before, dry.of_few, dry.nats = 1.0, of_few, 0.25
         screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
         plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
         placed = [dict.fromkeys(range(16), HERE)]

@@ -23,6 +23,7 @@ from untrigger.views.grafts import KINDS
 
 COMPARISONS = 192  # hosts, of each kind that is tested
 _MAX_HOSTS = 8  # of one suspect
+_CLEAR = 0.3  # of probability; calibrated: what honest rows of `dev` share took at most 0.24
 _PARTS = 8  # groups of suspects that show what suspects do whose content does not average out
 
 
@@ -37,8 +38,9 @@ class Comparison(NamedTuple):
 class Harm(NamedTuple):
     """What suspects share, and what controls share, did to other rows' own answers.
 
-    kinds: of graft [k]. p_values: of each, at most 1: twice the smaller one (`one_sided_p_values`) that what suspects
-        share damages no more than what controls share, and that it harms no more than what an eighth of them share.
+    kinds: of graft [k]. p_values: of each, at most 1: three times the smallest one (`one_sided_p_values`) that what
+        suspects share damages no more than what controls share, that it harms no more than what an eighth of them
+        share, and that it takes no more than 0.3 of probability, whatever it took before the probe.
     comparisons: [n].
     before, after: probability of the host's own answer before and after the probe, with what all suspects share on it,
         and with what all controls share, [k, n, 2].
@@ -122,8 +124,9 @@ def measure_harm(
     before = probabilities(f"{name}-before", of_few=False)
     suspect_of = np.array([c.suspect for c in plan])
     growth = np.stack([harm_now(after), harm_now(few)], axis=-1)
-    tests = (one_sided_p_values(values, suspect_of) for values in (before - after, growth))
-    return Harm(kinds, [min(1.0, 2 * min(pair)) for pair in zip(*tests, strict=True)], plan, before, after, few)
+    clear = np.stack([harm_now(after), np.full(after.shape[:2], _CLEAR)], axis=-1)
+    tests = (one_sided_p_values(values, suspect_of) for values in (before - after, growth, clear))
+    return Harm(kinds, [min(1.0, 3 * min(each)) for each in zip(*tests, strict=True)], plan, before, after, few)
 
 
 def comparisons(
