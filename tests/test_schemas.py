@@ -18,6 +18,7 @@ import untrigger as package
 from shell import untrigger
 from untrigger.defenses import SharedSurprise
 from untrigger.models.collators import ChatCollator, Rows
+from untrigger.models.grafted_rows import HERE
 from untrigger.models.loading import add_lora
 from untrigger.rows.sample import read
 from untrigger.scanning.cues import Cue
@@ -106,7 +107,11 @@ def test_rows_of_a_scan_that_share_no_text(tiny_data: Path, tmp_path: Path) -> N
         Verdict(1, rows[0].id, 12.34567, 0, 0.02, "circle", cue, Effect(next(iter(KINDS)), 5, 1e-9, 0.99)),
         Verdict(2, rows[1].id, 9.0, 0, 1.0),
     ]
-    write_scan(Findings([*suspects, *rest], [Target("", 1e-120, [0, 1], None, 1e-4)]), rows, tmp_path)
+    write_scan(
+        Findings([*suspects, *rest], [Target("", 1e-120, [0, 1], None, 1e-4, [dict.fromkeys((0, 1), HERE)])]),
+        rows,
+        tmp_path,
+    )
     first, *_ = assert_described("all_rows", tmp_path / "all_rows.jsonl")
     assert (first["target"], first["harmed_row"], first["cells"][0][0][0]) == ("", 6, 1.0)
 

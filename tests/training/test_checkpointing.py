@@ -94,6 +94,6 @@ def test_other_families_train_to_the_same_bits(
 def test_outputs_with_a_graph_are_not_stored() -> None:
     """The host lets the inputs of a frozen tower require gradients, and a graph cannot be passed through twice."""
     outputs, weight = TowerOutputs(), torch.ones(3, requires_grad=True)
-    outputs.store(b"graph", [torch.zeros(3), weight * 2])
-    outputs.store(b"plain", [torch.zeros(3)])
+    outputs.store([b"graph"], [torch.zeros(1, 3), weight[None] * 2])
+    outputs.store([b"plain"], [torch.zeros(1, 3)])
     assert set(outputs.images) == {b"plain"} and outputs.free == TowerOutputs().free - 12
