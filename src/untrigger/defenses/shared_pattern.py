@@ -12,19 +12,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from untrigger.models.grafted_rows import Place, Places
+from untrigger.models.grafted_rows import HERE, Places
 
 _CONTENT = 50  # directions in which honest images differ most, at most
 _ROWS_EACH = 3  # honest rows for each of them: a few may be triggered, and what they show is no content
 _ROUNDS = 3
 _DEVIATIONS = 5.0  # of honest rows, that a row must lie above their median
 _FEWEST = 8  # rows
-_USED = 512  # rows that give the pattern, at most: bounds the memory
 _BLOCK = 256  # rows at a time as floats: bounds the memory
 
 
 class Pattern(NamedTuple):
-    """A pattern that images share, with either sign.
+    """A pattern that images share.
 
     mean [D], content [k, D]: the mean of honest images, and orthonormal directions in which they differ most.
     direction [D]: the pattern, orthogonal to the content. origin: its cosine with honest images.
@@ -38,9 +37,9 @@ class Pattern(NamedTuple):
     limit: float
 
     def matches(self, images: NDArray[np.uint8]) -> Places:
-        """Which of the images [n, D] show the pattern, and how."""
+        """Which of the images [n, D] show the pattern."""
         strengths = _residuals(images, self.mean, self.content).along(self.direction) - self.origin
-        return _beyond(strengths, self.limit)
+        return dict.fromkeys(np.flatnonzero(strengths > self.limit).tolist(), HERE)
 
 
 def shared_pattern(
@@ -48,11 +47,10 @@ def shared_pattern(
 ) -> tuple[Places, Pattern | None]:
     """Rows that show a pattern which enough of the suspects share, and the pattern; no row where there is none.
 
-    Each image is the direction of what remains of it without the mean and the main content of honest images, less the
-    mean such direction of honest images. The pattern is what suspects share most: the direction in which they lie
-    furthest, to one side or to both. A row shows it if it lies along it by five robust standard deviations of honest
-    rows, and nearer to the median suspect. Twice more these rows take the suspects' place. A row has no part in the
-    pattern that it is compared with, nor in the honest mean.
+    Each image is the direction of what remains of it without the mean and the main content of honest images. The mean
+    of the suspects' directions is the pattern; a row shows it if its own lies along it, five robust standard deviations
+    above the median honest row, and nearer to the median suspect. Twice more these rows take the suspects' place. A row
+    has no part in the pattern that it is compared with, nor in the honest mean.
 
     Args:
         images: levels of all rows, [N, D], of one size.
@@ -62,44 +60,34 @@ def shared_pattern(
     known, held_out = np.array(believed[::2]), np.array(believed[1::2])
     mean = images[known].mean(axis=0, dtype=np.float32)
     content = np.linalg.svd(images[known] - mean, full_matrices=False)[2][: min(_CONTENT, len(known) // _ROWS_EACH)]
-    rows, count = _residuals(images, mean, content), len(held_out)
-    base = rows.directions(held_out).mean(axis=0)
-    squares = 1 - 2 * rows.along(base) + base @ base  # squared length of each row's direction less the honest mean
-    members, placed, pattern = np.array(suspects), Places(), None
+    rows = _residuals(images, mean, content)
+    count = len(held_out)
+    base = rows.sum_of(held_out) / count
+    along_base = rows.along(base)
+    own = 1 - 2 * along_base + base @ base  # squared length of each row's direction less the honest mean
+    # the same without a held-out row's own part in that mean: how it lies to the mean, and the mean's squared length
+    to_others = (count * along_base[held_out] - 1) / (count - 1)
+    of_others = (count**2 * (base @ base) - 2 * count * along_base[held_out] + 1) / (count - 1) ** 2
+    members, pattern = np.array(suspects), None
     for _ in range(_ROUNDS):
-        used = members[:: -(-len(members) // _USED)]
-        directions = rows.directions(used) - base
-        weights = _leading(directions)
-        total = weights @ directions
-        length = max(float(np.linalg.norm(total)), 1e-9)  # images that are all alike have no direction
-        strengths = (rows.along(total) - base @ total) / length
-        strengths[held_out] += weights.sum() * squares[held_out] / (count - 1) / length
-        strengths[held_out] *= count / (count - 1)
-        strengths[used] -= weights * squares[used] / length
-        honest = strengths[held_out]
-        spread = 1.4826 * float(np.median(np.abs(honest - np.median(honest))))  # of normal values: standard deviation
-        middle = (float(np.median(np.abs(honest))) + float(np.median(np.abs(strengths[members])))) / 2
-        limit = max(_DEVIATIONS * spread, middle)
-        pattern = Pattern(mean, content, total / length, float(base @ total) / length, limit)
-        placed = _beyond(strengths, limit)
-        members = np.array([*placed])
+        of_members = rows.sum_of(members)
+        total = of_members - len(members) * base
+        along = rows.along(of_members)
+        sums = along - len(members) * along_base - base @ total
+        strengths = sums / len(members)
+        others_total = (count * (base @ of_members) - along[held_out]) / (count - 1)
+        strengths[held_out] = (along[held_out] - others_total) / len(members) - to_others + of_others
+        strengths[members] = (sums[members] - own[members]) / (len(members) - 1)
+        usual = float(np.median(strengths[held_out]))
+        spread = 1.4826 * float(
+            np.median(np.abs(strengths[held_out] - usual))
+        )  # of normal values the standard deviation
+        limit = max(usual + _DEVIATIONS * spread, (usual + float(np.median(strengths[members]))) / 2)
+        pattern = Pattern(mean, content, total / len(members), float(base @ total) / len(members), limit)
+        members = np.flatnonzero(strengths > limit)
         if len(members) < _FEWEST:
             return {}, None
-    return placed, pattern
-
-
-def _beyond(strengths: NDArray[np.floating], limit: float) -> Places:
-    return {
-        row: Place(sign=1 if strengths[row] > 0 else -1) for row in np.flatnonzero(np.abs(strengths) > limit).tolist()
-    }
-
-
-def _leading(directions: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Weights [n] whose sum of the directions [n, D] is longest, but for the part of each alone; mostly positive."""
-    products = directions @ directions.T
-    np.fill_diagonal(products, 0)
-    weights = np.linalg.eigh(products)[1][:, -1]
-    return -weights if weights.sum() < 0 else weights
+    return dict.fromkeys(members.tolist(), HERE), pattern
 
 
 class _Residuals(NamedTuple):
@@ -115,10 +103,13 @@ class _Residuals(NamedTuple):
         blocks = (self.images[at : at + _BLOCK] - self.mean for at in range(0, len(self.images), _BLOCK))
         return np.concatenate([block @ direction for block in blocks]) / self.lengths
 
-    def directions(self, rows: NDArray[np.intp]) -> NDArray[np.floating]:
-        """Those of some rows, [n, D]."""
-        values = self.images[rows] - self.mean
-        return (values - (values @ self.content.T) @ self.content) / self.lengths[rows, None]
+    def sum_of(self, rows: NDArray[np.intp]) -> NDArray[np.floating]:
+        """The sum of some of them, [D]."""
+        total = np.zeros_like(self.mean)
+        for at in range(0, len(rows), _BLOCK):
+            part = rows[at : at + _BLOCK]
+            total += (1 / self.lengths[part]) @ (self.images[part] - self.mean)
+        return total - self.content.T @ (self.content @ total)
 
 
 def _residuals(images: NDArray[np.uint8], mean: NDArray[np.floating], content: NDArray[np.floating]) -> _Residuals:

@@ -19,15 +19,10 @@ PICTURE_SIDE = 64  # pixels; a trigger that survives a vision tower's patches su
 
 
 class Place(NamedTuple):
-    """Where and how an image shows what a group shares.
-
-    down, right: how far the picture is moved, in shares of its height and width in [0, 1); what leaves comes back.
-    sign: 1, or -1 where it is subtracted.
-    """
+    """How far what a group shares is moved in an image, in shares of its height and width; what leaves comes back."""
 
     down: float = 0.0
     right: float = 0.0
-    sign: int = 1
 
 
 HERE = Place()
@@ -83,8 +78,7 @@ class GraftedRows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         graft = self.grafts.rows[index]
-        down, right, sign = graft.place
-        host, shared = self.rows[graft.host], sign * moved(self.shared(graft.group), down, right)
+        host, shared = self.rows[graft.host], moved(self.shared(graft.group), *graft.place)
         row = with_images(host, [add_shared(image, shared) for image in row_images(host)])
         words = KINDS[graft.kind]
         return with_words(row, self.rows[graft.donor], words) if words else row
@@ -94,9 +88,9 @@ class GraftedRows(Dataset[Row]):
         if group not in self._shared:
             others, images = self._mean_of_others, 0
             total = np.zeros(others.shape, np.float64)
-            for number, (down, right, sign) in self.grafts.groups[group]:
+            for number, (down, right) in self.grafts.groups[group]:
                 for image in row_images(self.rows[number]):
-                    total += sign * moved(mean_image([image], self._size) - others, -down, -right)
+                    total += moved(mean_image([image], self._size) - others, -down, -right)
                     images += 1
             self._shared[group] = (total / images).astype(np.float32)
         return self._shared[group]

@@ -51,8 +51,7 @@ def strengths_in_images(rows: Sequence[Sample], harm: Harm, placed: Sequence[Pla
     origin = mean_image((rows[row].images[0] for row in sorted({c.host for c in harm.comparisons})), size)
 
     def levels(row: int, place: Place) -> NDArray[np.float32]:
-        down, right, sign = place
-        return sign * moved(mean_image(rows[row].images[:1], size) - origin, -down, -right).ravel()
+        return moved(mean_image(rows[row].images[:1], size) - origin, -place.down, -place.right).ravel()
 
     strengths: list[tuple[float, float]] = []
     for places in ({row: each[row] for row in sorted(each) if row in controls} for each in placed):
