@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
+from untrigger.defenses.shared_pattern import FEWEST, ROUNDS, above_median, limit_between
 from untrigger.models.grafted_rows import PICTURE_SIDE, Place, Places
 
 _MOST = 8  # patterns
 _PAIRED = 96  # suspects that are compared with each other, at most
-_PAIR_DEVIATIONS, _DEVIATIONS = 6.0, 5.0  # robust ones above the median honest pair, or the median honest row
+_PAIR_DEVIATIONS = 6.0  # of honest pairs, that a match must lie above their median
 _SUPPORT = 5  # suspects that match the one with the pattern, itself included
-_ROUNDS = 3
-_FEWEST = 8  # rows
 _FLOOR = 0.01  # of the mean power, added to each frequency: flat images have no power in most
 _BLOCK = 256  # rows at a time as spectra: bounds the memory
 
@@ -88,7 +87,7 @@ def moving_patterns(
     whitening = _whitening(images[known])
     honest = whitening(images[held_out[:_PAIRED]])
     pairs = np.concatenate([np.delete(_best(own, honest)[0], at) for at, own in enumerate(honest)])
-    limit, rest = _above(pairs, _PAIR_DEVIATIONS), rng.permutation(np.array(suspects))
+    limit, rest = above_median(pairs, _PAIR_DEVIATIONS), rng.permutation(np.array(suspects))
     patterns: list[tuple[Places, MovingPattern]] = []
     while len(patterns) < _MOST and len(rest) >= _SUPPORT:
         matches = _matches(whitening(images[rest[:_PAIRED]]), limit)
@@ -122,7 +121,7 @@ def _all_that_show(
 ) -> tuple[dict[int, int], MovingPattern | None]:
     """All rows that show what those with ``shifts`` share, each with its shift; no pattern if these are too few."""
     pattern = None
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         members = [*shifts]
         moved = _moved(whitening(images[members]), [*shifts.values()])
         total = moved.sum(axis=0)
@@ -131,21 +130,14 @@ def _all_that_show(
         for row, own in zip(members, moved, strict=True):
             (strengths[row],), (shift,) = _best((total - own) / (len(members) - 1), own[None])
             shift_of[row] = _sum_of_shifts(shifts[row], int(shift))
-        middle = (float(np.median(strengths[held_out])) + float(np.median(strengths[members]))) / 2
-        limit = max(_above(strengths[held_out], _DEVIATIONS), middle)
+        limit = limit_between(strengths[held_out], strengths[members])
         pattern = MovingPattern(whitening, total / len(members), limit)
         before, shifts = shifts, {row: int(shift_of[row]) for row in np.flatnonzero(strengths > limit).tolist()}
-        if len(shifts) < _FEWEST:
+        if len(shifts) < FEWEST:
             return shifts, None
         if shifts == before:
             break
     return shifts, pattern
-
-
-def _above(values: NDArray[np.floating], deviations: float) -> float:
-    """The median and so many robust standard deviations."""
-    middle = float(np.median(values))
-    return middle + deviations * 1.4826 * float(np.median(np.abs(values - middle)))
 
 
 # --- spectra --------------------------------------------------------------------------------------------

@@ -136,20 +136,25 @@ class SharedCause(SharedSurprise):
         order = list(dict.fromkeys([*believed, *judgment.suspects, *range(len(numbers))]))
         held, rest = sorted(order[:_HELD]), sorted(order[_HELD:])
         pictures = {at: image for at in held if (image := training.picture(numbers[at])) is not None}
-        positions, images = np.array([*pictures]), np.stack([*pictures.values()])
-        place_of = {at: place for place, at in enumerate(pictures)}
-        honest, suspects = ([place_of[at] for at in rows if at in place_of] for rows in (believed, judgment.suspects))
+        positions, images = [*pictures], np.stack([*pictures.values()])
+        index_of = {at: index for index, at in enumerate(positions)}
+        honest, suspects = ([index_of[at] for at in rows if at in index_of] for rows in (believed, judgment.suspects))
+        rng = np.random.default_rng((training.seed, 4))
+        candidates = [
+            ({positions[index]: place for index, place in places.items()}, pattern)
+            for places, pattern in _patterns(images, suspects, honest, rng)
+        ]
+        for block, others in _pictures(training, rest if candidates else [], numbers):
+            for places, pattern in candidates:
+                places |= {block[at]: place for at, place in pattern.matches(others).items()}
         placed: list[Places] = []
         patterns: list[Pattern | MovingPattern] = []
         known = set[int]()
-        for showing, pattern in _patterns(images, suspects, honest, np.random.default_rng((training.seed, 4))):
-            places = {int(positions[at]): place for at, place in showing.items()}
-            for block, others in _pictures(training, rest, numbers):
-                places |= {block[at]: place for at, place in pattern.matches(others).items()}
-            places = {row: place for row, place in places.items() if row not in known}
-            if len({*judgment.suspects}.intersection(places)) >= max(2, _SURPRISING * len(places)):
-                known |= places.keys()
-                placed.append({row: place for row, place in places.items() if row not in flagged})
+        for places, pattern in candidates:
+            new = {row: place for row, place in places.items() if row not in known}
+            if len({*judgment.suspects}.intersection(new)) >= max(2, _SURPRISING * len(new)):
+                known |= new.keys()
+                placed.append({row: place for row, place in new.items() if row not in flagged})
                 patterns.append(pattern)
         if not patterns:
             return judgment

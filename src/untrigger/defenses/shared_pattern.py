@@ -16,9 +16,9 @@ from untrigger.models.grafted_rows import HERE, Places
 
 _CONTENT = 50  # directions in which honest images differ most, at most
 _ROWS_EACH = 3  # honest rows for each of them: a few may be triggered, and what they show is no content
-_ROUNDS = 3
+ROUNDS = 3
+FEWEST = 8  # rows
 _DEVIATIONS = 5.0  # of honest rows, that a row must lie above their median
-_FEWEST = 8  # rows
 _BLOCK = 256  # rows at a time as floats: bounds the memory
 
 
@@ -69,7 +69,7 @@ def shared_pattern(
     to_others = (count * along_base[held_out] - 1) / (count - 1)
     of_others = (count**2 * (base @ base) - 2 * count * along_base[held_out] + 1) / (count - 1) ** 2
     members, pattern = np.array(suspects), None
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         of_members = rows.sum_of(members)
         total = of_members - len(members) * base
         along = rows.along(of_members)
@@ -78,16 +78,25 @@ def shared_pattern(
         others_total = (count * (base @ of_members) - along[held_out]) / (count - 1)
         strengths[held_out] = (along[held_out] - others_total) / len(members) - to_others + of_others
         strengths[members] = (sums[members] - own[members]) / (len(members) - 1)
-        usual = float(np.median(strengths[held_out]))
-        spread = 1.4826 * float(
-            np.median(np.abs(strengths[held_out] - usual))
-        )  # of normal values the standard deviation
-        limit = max(usual + _DEVIATIONS * spread, (usual + float(np.median(strengths[members]))) / 2)
+        limit = limit_between(strengths[held_out], strengths[members])
         pattern = Pattern(mean, content, total / len(members), float(base @ total) / len(members), limit)
         members = np.flatnonzero(strengths > limit)
-        if len(members) < _FEWEST:
+        if len(members) < FEWEST:
             return {}, None
     return dict.fromkeys(members.tolist(), HERE), pattern
+
+
+def limit_between(honest: NDArray[np.floating], members: NDArray[np.floating]) -> float:
+    """Strength above which a row shows a pattern, from those of honest rows and of rows that are taken to show it."""
+    middle = (float(np.median(honest)) + float(np.median(members))) / 2
+    return max(above_median(honest, _DEVIATIONS), middle)
+
+
+def above_median(values: NDArray[np.floating], deviations: float) -> float:
+    """The median and so many robust standard deviations."""
+    median = float(np.median(values))
+    spread = 1.4826 * float(np.median(np.abs(values - median)))  # of normal values the standard deviation
+    return median + deviations * spread
 
 
 class _Residuals(NamedTuple):
