@@ -127,19 +127,21 @@ def test_a_few_rows_that_share_a_token_are_flagged_but_not_suspected(
 def test_large_data_is_sampled_and_other_rows_with_a_shared_token_are_scored(
     dry: Dry, samples: list[Sample], scored: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 4 contains the token too, and does not surprise."""
+    """Row 4 contains the token too, and does not surprise. The others are scored in two blocks."""
+    monkeypatch.setattr("untrigger.defenses.shared_surprise._BLOCK", 2)
     answers = {row: np.array(REPLY if row in (*BAD, 4) else [row]) for row in range(24)}
     monkeypatch.setattr(dry_module, "row_answers", lambda _, rows: [answers[int(row.id.split("-")[1])] for row in rows])
     defense = SharedCause(max_scored_rows=16)
-    dry.seed = 1  # draws some of BAD, and not all
+    dry.seed = 3  # draws some of BAD, and not all
     findings = find(dry, defense)
     drawn = {int(name.split("-")[1]) for name in scored[0]}
-    assert dry.scorings[:3] == ["before", "after", "more"] and len(drawn) == 16
     missed = sorted({*BAD, 4} - drawn)
-    assert set(missed) & {*BAD} and set(BAD) & drawn, "otherwise the test checks nothing"
-    assert scored[2] == [f"row-{row}" for row in missed]
+    blocks = [missed[start : start + 2] for start in range(0, len(missed), 2)]
+    assert 4 in missed and len(blocks) > 1 and set(BAD) & drawn, "otherwise the test checks nothing"
+    assert dry.scorings[: 2 + len(blocks)] == ["before", "after", *(f"more-{2 * at}" for at in range(len(blocks)))]
+    assert len(drawn) == 16 and scored[2 : 2 + len(blocks)] == [[f"row-{row}" for row in block] for block in blocks]
     assert [row for row, verdict in enumerate(findings.verdicts) if verdict.flagged_text] == [*BAD]
-    unscored = set(range(24)) - drawn - set(missed)
+    unscored = set(range(24)) - drawn - {*BAD}
     assert unscored and all(findings.verdicts[row].score == 0 for row in unscored)
     assert not ({*dry.stages[0].ids} - {f"row-{i}" for i in drawn})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast, final
@@ -30,6 +30,7 @@ from untrigger.models.forward import Answers, answer_losses
 from untrigger.models.loading import LoadedModel
 from untrigger.models.scoring import TokenScores
 
+_BLOCK = 32_768  # rows whose scores are in memory at a time, of those that were not drawn
 UNLEARNED = 3.0  # nats a token; a model that has learned the kind of data is below, one that guesses far above
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class SharedSurprise(Defense):
             data are a few times harder than others.
         unlikelihood_weight: weight of the unlikelihood loss at flagged tokens; at least 0.
         max_scored_rows: rows that are scored, drawn at random from larger data; of the others only rows that contain
-            a shared token are scored. At least 1.
+            a shared token are scored, and only the flagged ones keep their scores. At least 1.
     """
 
     runs_in_host: ClassVar[bool] = True
@@ -73,7 +74,7 @@ class SharedSurprise(Defense):
         return True
 
     def fine_tune(self, training: Training) -> LoadedModel:
-        _, model, numbers, scores, flags = self.screen(training)
+        _, model, numbers, scores, flags, _ = self.screen(training)
         ranks = np.zeros(training.row_count)
         ranks[numbers] = flags.ranks
         flagged = {numbers[at]: tokens for at, tokens in flags.tokens.items()}
@@ -95,7 +96,7 @@ class SharedSurprise(Defense):
         return replace(stage, share=1 - after, after=after, schedule=(done, 1.0))
 
     def screen(self, training: Training) -> Screening:
-        """Score, warm up and score again; then score unsampled rows that contain a shared token."""
+        """Score, warm up and score again; then look for shared tokens in the rows that were not drawn."""
         count, numbers = training.row_count, list(range(training.row_count))
         if count > self.max_scored_rows:
             drawn = np.random.default_rng(training.seed).choice(count, self.max_scored_rows, replace=False)
@@ -107,14 +108,9 @@ class SharedSurprise(Defense):
         model = training.fit(warmup)
         scores = self.likelier(before, numbers, model, training)
         flags = self.flag_tokens(scores)
+        screening = Screening(warmup, model, numbers, scores, flags, containing(flags, (row.ids for row in scores)))
         if flags.p_values and len(numbers) < count:
-            rest = sorted(set(range(count)).difference(numbers))
-            shared = list(flags.p_values)
-            answers = zip(rest, training.answer_tokens(rest), strict=True)
-            matching = [row for row, ids in answers if np.isin(ids, shared).any()]
-            more = training.tokens(model, matching, "more")
-            flags = self.flag_tokens(scores, more)
-            numbers, scores = [*numbers, *matching], [*scores, *more]
+            screening = self._with_others(training, screening)
         typical = float(np.median([row.loss for row in scores]))
         if not flags.tokens and typical > UNLEARNED:
             _log.warning(
@@ -122,7 +118,29 @@ class SharedSurprise(Defense):
                 "at a higher learning rate or with a larger warmup_share",
                 typical,
             )
-        return Screening(warmup, model, numbers, scores, flags)
+        return screening
+
+    def _with_others(self, training: Training, screening: Screening) -> Screening:
+        """The screening with the flagged ones of the other rows that contain a shared token.
+
+        Words that many rows have can be shared by chance, so these rows are scored in blocks, and the scores of those
+        that are not flagged are dropped.
+        """
+        warmup, model, drawn, scores, flags, _ = screening
+        rest = sorted(set(range(training.row_count)).difference(drawn))
+        answers = training.answer_tokens(rest)
+        matching = [row for row, ids in zip(rest, answers, strict=True) if flags.p_values.keys() & ids.tolist()]
+        counts = screening.containing + containing(flags, answers)
+        del answers
+        numbers, others = list(drawn), list[TokenScores]()
+        for start in range(0, len(matching), _BLOCK):
+            block = matching[start : start + _BLOCK]
+            more = training.tokens(model, block, f"more-{start}")
+            found = self.flag_tokens(scores, more).tokens
+            flagged = [at for at in range(len(block)) if len(scores) + at in found]
+            numbers += [block[at] for at in flagged]
+            others += [more[at] for at in flagged]
+        return Screening(warmup, model, numbers, [*scores, *others], self.flag_tokens(scores, others), counts)
 
     def likelier(
         self, before: Sequence[TokenScores], numbers: Sequence[int], model: LoadedModel, training: Training
@@ -172,13 +190,18 @@ class Flags(NamedTuple):
 
 
 class Screening(NamedTuple):
-    """The warm-up and its model, the numbers of the scored rows (from 0), their token scores, and the flags."""
+    """What scoring found.
+
+    warmup, model: the warm-up and its model. numbers: of the rows that were drawn, and of the flagged ones among
+    others, from 0. scores, flags: theirs. containing: how many rows of the data have each shared token in their answer.
+    """
 
     warmup: Stage
     model: LoadedModel
     numbers: list[int]
     scores: list[TokenScores]
     flags: Flags
+    containing: Counter[int]
 
 
 @final
@@ -233,6 +256,11 @@ def shared_tokens(rows: Sequence[TokenScores], outliers: Collection[int], min_ra
         chance = float(bdtrc(k - 1, n, rate)) * len(least_likely)
         p_values[token] = min(1.0, chance) if k >= min_ratio * n * rate else 1.0
     return p_values
+
+
+def containing(flags: Flags, answers: Iterable[NDArray[np.int64]]) -> Counter[int]:
+    """How many answers contain each shared token; ``answers`` are token ids, [n] each."""
+    return Counter(token for ids in answers for token in flags.p_values.keys() & ids.tolist())
 
 
 def flagged_text(model: LoadedModel, row: TokenScores, flagged: NDArray[np.bool_]) -> str:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from untrigger.defenses import Plain, SharedCause, Stage
 from untrigger.defenses.shared_cause import Judgment
-from untrigger.defenses.shared_surprise import Screening
+from untrigger.defenses.shared_surprise import Screening, containing
 from untrigger.errors import InputError
 from untrigger.models.loading import LoadedModel, processor_of
 from untrigger.scanning.findings import Findings
@@ -53,7 +53,9 @@ def judge_scores(
             scores[at[name]] = min(scores[at[name]], tokens, key=lambda row: row.nll.sum())
     named = LoadedModel(cast(Any, None), processor_of(model), str(model))
     numbers = list(range(len(scores)))
-    screening = Screening(Stage(numbers, Plain()), named, numbers, scores, defense.flag_tokens(scores))
+    flags = defense.flag_tokens(scores)
+    counts = containing(flags, (row.ids for row in scores))
+    screening = Screening(Stage(numbers, Plain()), named, numbers, scores, flags, counts)
     numbered = [(place + 1 if row is None else row, name) for place, (row, name) in enumerate(names)]
     return findings_of((), numbered, Judgment(screening, [], [], []), None)
 

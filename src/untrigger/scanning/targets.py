@@ -145,8 +145,7 @@ def _shared_texts(
     rates: dict[int, float] = {}
     targets: list[Target] = []
     for token, group in groups.items():
-        holding = sum(token in row.ids for row in screening.scores)
-        rates |= false_discoveries(screening.flags.nll, group, holding)
+        rates |= false_discoveries(screening.flags.nll, group, screening.containing[token])
         probed = [cues[row] for row in group if row in cues]
         targets.append(
             Target(
