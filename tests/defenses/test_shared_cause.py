@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,15 @@ from scipy.stats import rankdata
 
 from dry import Dry
 from untrigger.defenses import Stage, shared_cause
-from untrigger.defenses.harm import Comparison, Harm, comparisons, measure_harm, one_sided_p_values, word_probability
+from untrigger.defenses.harm import (
+    Comparison,
+    Harm,
+    comparisons,
+    measure_harm,
+    most_harmed,
+    one_sided_p_values,
+    word_probability,
+)
 from untrigger.defenses.shared_cause import SharedCause
 from untrigger.defenses.shared_pattern import Pattern
 from untrigger.models.grafted_rows import HERE, Grafts
@@ -31,7 +40,7 @@ def _scores(prompts: list[list[int]]) -> list[TokenScores]:
 def test_controls_are_asked_alike_and_are_not_the_host() -> None:
     scores = _scores([[1, 2]] * 5 + [[1, 2], [1, 2], [1, 3], [7]] * 5)
     suspects, believed = range(5), range(5, 25)
-    plan = comparisons(scores, suspects, believed, np.random.default_rng(0), 40)
+    plan = comparisons(scores, suspects, believed, believed, np.random.default_rng(0), 40)
     assert {c.suspect for c in plan} == set(suspects) and len(plan) == 5 * 8
     for c in plan:
         assert c.host in believed and c.control in believed and c.host != c.control
@@ -39,8 +48,30 @@ def test_controls_are_asked_alike_and_are_not_the_host() -> None:
     assert len({(c.suspect, c.control) for c in plan}) == 5, "one control each"
 
 
+def test_no_host_has_two_suspects_until_all_have_one() -> None:
+    plan = comparisons(_scores([[1, 2]] * 40), range(5), range(5, 20), range(20, 40), np.random.default_rng(0), 25)
+    hosts = Counter(c.host for c in plan)
+    assert len(plan) == 25 and set(hosts) == {*range(20, 40)} and max(hosts.values()) == 2
+
+
+def test_the_most_harmed_token() -> None:
+    def scores(token: int, of_suspects: float, of_controls: float, count: int) -> list[TokenScores]:
+        """The token's probability with what suspects share and with what controls share; token 5 loses nothing."""
+        both = [TokenScores(np.array([5, token]), -np.log([0.9, p])) for p in (of_suspects, of_controls)]
+        return both * count
+
+    small, few, large = scores(6, 0.65, 0.9, 9), scores(7, 0.1, 0.9, 7), scores(8, 0.4, 0.9, 8)
+    assert most_harmed([[*small, *few], few], special=[]) is None
+    assert most_harmed([small, [*few, *large]], special=[]) == 8
+    assert most_harmed([[*small, *few, *large]], special=[8]) is None
+    assert most_harmed([[*large, *scores(7, 0.1, 0.9, 1), *few]], special=[]) == 7, "now eight say it"
+
+
 def test_where_an_answer_ends_does_not_count() -> None:
     nll = np.log([2.0, 4.0, 50.0])
+    assert word_probability(TokenScores(np.array([5, 6, 6, 2]), -np.log([0.3, 0.5, 0.1, 0.9])), [2], 6) == (
+        pytest.approx(0.3)
+    ), "of one word alone"
     assert word_probability(TokenScores(np.array([5, 6, 2]), nll), special=[0, 2]) == pytest.approx(3 / 8)
     assert word_probability(TokenScores(np.array([2]), nll[:1]), special=[0, 2]) == 1.0
 
@@ -98,6 +129,7 @@ class _Stub(Dry):
     of_few: float = 0.5
     before: float = 0.0  # of the harm of all that they do before the probe
     nats: float = 0.6  # that a host's answer loses with all
+    saying: int = 0  # every so many rows say the word 98, and those alone are harmed
 
     def tokens(
         self, model: LoadedModel, rows: Sequence[int], name: str, source: Sequence[Sample] | None = None
@@ -105,24 +137,33 @@ class _Stub(Dry):
         self.scorings.append(name)
         words = [77 if row < self.words else row for row in rows]
         nats = [9.0 + row / 10 if row < 16 else 0.1 + row / 1000 + (row in self.doubtful) for row in rows]
-        return list(map(_answer, nats, words))
+        return [_answer(each, word, *self._said(row)) for each, word, row in zip(nats, words, rows, strict=True)]
+
+    def _said(self, row: int) -> list[int]:
+        return [98] if self.saying and row % self.saying == 0 else []
 
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
         self.scorings.append(name)
         noise = np.random.default_rng(len(self.scorings)).uniform(0, 0.01, len(grafts.rows))
-        strength = {"after": 1.0, "of-few": self.of_few, "before": self.before}[name.partition("-")[2]]
-        hits = [g.kind == self.harmful and min(grafts.groups[g.group])[0] < 16 for g in grafts.rows]
-        return [_answer(0.1 + random + self.nats * strength * hit, 99) for random, hit in zip(noise, hits, strict=True)]
+        strength = {"after": 1.0, "of-few": self.of_few, "before": self.before}[
+            name.partition("-")[2].removeprefix("token-")
+        ]
+        answers: list[TokenScores] = []
+        for g, random in zip(grafts.rows, noise, strict=True):
+            said = self._said(g.host)
+            hit = bool(said) == bool(self.saying) and g.kind == self.harmful and min(grafts.groups[g.group])[0] < 16
+            answers.append(_answer(0.1 + random + self.nats * strength * hit, *(said or [99])))
+        return answers
 
 
-def _answer(nats: float, token: int) -> TokenScores:
-    return TokenScores(np.array([token, 1]), np.array([nats, 0.0]), np.array([5, 6]))
+def _answer(nats: float, token: int, *others: int) -> TokenScores:
+    return TokenScores(np.array([token, *others, 1]), np.array([nats, *np.zeros(len(others) + 1)]), np.array([5, 6]))
 
 
-def _dry(loaded: LoadedModel, harmful: str, words: int = 0) -> _Stub:
-    noise = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
+def _dry(loaded: LoadedModel, harmful: str, words: int = 0, count: int = 80) -> _Stub:
+    noise = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     turns = (Message("user", "<image>\nis it?"), Message("assistant", "yes"))
-    rows = [Sample(str(k), (Image.fromarray(noise[k]),), turns) for k in range(80)]
+    rows = [Sample(str(k), (Image.fromarray(noise[k]),), turns) for k in range(count)]
     return _Stub(loaded, rows, (), harmful=harmful, words=words)
 
 
@@ -248,11 +289,13 @@ def test_rows_without_a_score_are_accused_by_their_image(loaded: LoadedModel) ->
     assert min(dry.scores[row] for row in dry.flagged) > max(dry.scores[row] for row in range(16, 80))
 
 
-@pytest.mark.parametrize(("surprising", "others_flagged"), [(3, []), (10, [*range(30, 65)])])
+@pytest.mark.parametrize(("surprising", "others_flagged"), [(3, []), (10, []), (13, [*range(30, 65)])])
 def test_a_pattern_of_rows_that_rarely_surprise_accuses_none_of_them(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, surprising: int, others_flagged: list[int]
 ) -> None:
-    """A watermark lies on 35 other rows: three surprising ones are less than a sixth, ten are more."""
+    """A watermark lies on 35 other rows. Three surprising ones are less than a sixth; ten are more, but of the rows
+    without it nearly as many surprise; thirteen are more than twice as many as there.
+    """
     showing, nothing = dict.fromkeys([*range(surprising), *range(30, 65)], HERE), np.zeros(1)
     pattern = Pattern(nothing, nothing[None], nothing, 0.0, 0.0)
     monkeypatch.setattr("untrigger.defenses.shared_cause.shared_pattern", lambda *_: (showing, pattern))
@@ -318,7 +361,7 @@ def test_harm_counts_where_it_is_clear_whatever_it_was_before(loaded: LoadedMode
         dry = _dry(loaded, "image")
         dry.before, dry.of_few, dry.nats = 1.0, 1.0, nats
         screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
-        plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
+        plan = comparisons(screening.scores, range(16), range(20, 60), range(20, 60), np.random.default_rng(0), 48)
         placed = [dict.fromkeys(range(16), HERE)]
         harm = measure_harm(dry, screening, plan, placed, range(20, 60), "image", (weights, weights))
         taken = float((harm.after[..., 1] - harm.after[..., 0]).mean())
@@ -346,6 +389,24 @@ def test_words_are_tested_where_images_do_no_harm(loaded: LoadedModel) -> None:
         assert {graft.kind for graft in dry.stages[-1].options["grafts"].rows} == {harmful}
 
 
+@pytest.mark.parametrize("harmful", ["image", "image and last words"])
+def test_a_word_that_few_hosts_say_is_tested_alone(loaded: LoadedModel, harmful: str) -> None:
+    """Every eighth row says it, and nothing else is harmed: too little in the mean over all hosts."""
+    dry = _dry(loaded, harmful, count=400)
+    dry.saying, dry.nats = 8, 0.7
+    cause = replace(CAUSE, min_harm=0.1)
+    cause.fine_tune(dry)
+    assert dry.flagged == list(range(16))
+    name = "image" if harmful == "image" else "words"
+    assert dry.scorings[-6:] == [
+        f"{look}-{at}" for look in (name, f"{name}-token") for at in ("after", "of-few", "before")
+    ]
+    dry = _dry(loaded, harmful, count=400)
+    dry.saying, dry.nats = 8, 0.4
+    cause.fine_tune(dry)
+    assert dry.flagged == [] and not any("token" in name for name in dry.scorings), "it loses 0.3 of probability"
+
+
 def test_groups_are_all_suspects_all_controls_and_eighths_of_them(loaded: LoadedModel) -> None:
     """Each comparison is scored with the groups of its suspect and control, under the weights of before and after."""
     parameter = next(p for p in loaded.model.parameters() if p.requires_grad)
@@ -363,7 +424,7 @@ def test_groups_are_all_suspects_all_controls_and_eighths_of_them(loaded: Loaded
     recording = Recording(loaded, dry.rows, (), harmful="image")
     screening = CAUSE.screen(recording)
     numbers = screening.numbers
-    plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
+    plan = comparisons(screening.scores, range(16), range(20, 60), range(20, 60), np.random.default_rng(0), 48)
     placed = [dict.fromkeys(range(16), HERE)]
     try:
         harm = measure_harm(recording, screening, plan, placed, range(20, 60), "image", (warm, probed))
@@ -390,7 +451,7 @@ def test_harm_that_grows_with_the_suspects_counts_where_training_added_none(load
         dry = _dry(loaded, "image")
         dry.before, dry.of_few, dry.nats = 1.0, of_few, 0.25
         screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
-        plan = comparisons(screening.scores, range(16), range(20, 60), np.random.default_rng(0), 48)
+        plan = comparisons(screening.scores, range(16), range(20, 60), range(20, 60), np.random.default_rng(0), 48)
         placed = [dict.fromkeys(range(16), HERE)]
         harm = measure_harm(dry, screening, plan, placed, range(20, 60), "image", (weights, weights))
         assert abs(harm.excess.mean()) < 0.01 and (harm.p_values[0] < 1e-3) == is_sign

@@ -5,8 +5,9 @@ docs/paper.md has the equations.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import cycle, islice, product
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -23,7 +24,10 @@ from untrigger.views.grafts import KINDS
 
 COMPARISONS = 192  # hosts, of each kind that is tested
 _MAX_HOSTS = 8  # of one suspect
-_CLEAR = 0.3  # of probability; calibrated: what honest rows of `dev` share took at most 0.24
+CLEAR = (
+    0.3  # of probability; calibrated: of `dev`, what honest rows share took at most 0.24 from answers, 0.14 from a word
+)
+_SAYING = 8  # hosts that say a word, at least, to look at it alone
 _PARTS = 8  # groups of suspects that show what suspects do whose content does not average out
 
 
@@ -45,6 +49,7 @@ class Harm(NamedTuple):
     before, after: probability of the host's own answer before and after the probe, with what all suspects share on it,
         and with what all controls share, [k, n, 2].
     of_few: the same after the probe with an eighth of the suspects, and of the controls, [k, n, 2].
+    most_harmed: the answer token that loses most to what all suspects share; None if no token loses much.
     """
 
     kinds: list[str]
@@ -53,6 +58,7 @@ class Harm(NamedTuple):
     before: NDArray[np.floating]
     after: NDArray[np.floating]
     of_few: NDArray[np.floating]
+    most_harmed: int | None = None
 
     @property
     def excess(self) -> NDArray[np.floating]:
@@ -81,6 +87,7 @@ def measure_harm(
     believed: Sequence[int],
     name: str,
     weights: tuple[Sequence[Tensor], Sequence[Tensor]],
+    token: int | None = None,
 ) -> Harm:
     """The harm that training taught from the first of ``weights`` to the second; the model is left with the first.
 
@@ -88,10 +95,11 @@ def measure_harm(
         plan: of `comparisons`. placed: for each pattern that suspects share, positions of those that show it, and where
             each does; a control stands for its suspect there. believed: positions of the rows that were to be had as
             hosts and controls.
-        name: ``image``, or ``words`` for the kinds with a part of the prompt; names the cached scores.
+        name: begins with ``image``, or ``words`` for the kinds with a part of the prompt; names the cached scores.
+        token: whose probability counts, in the place of the whole answer's; every host's answer contains it.
     """
     numbers, plan, special = screening.numbers, list(plan), special_tokens(screening.model.processor)
-    kinds = [kind for kind, words in KINDS.items() if bool(words) == (name == "words")]
+    kinds = [kind for kind, words in KINDS.items() if bool(words) == name.startswith("words")]
     controls = {c.suspect: c.control for c in plan}
     pattern_of = {suspect: at for at, places in enumerate(placed) for suspect in places}
     suspects = sorted(controls, key=lambda suspect: pattern_of[suspect])
@@ -111,57 +119,86 @@ def measure_harm(
         group = group_of[part_of[suspect] if of_few else 0, pattern] + is_control
         return Graft(numbers[host], group, numbers[control if is_control else suspect], kind, placed[pattern][suspect])
 
-    def probabilities(cache: str, of_few: bool) -> NDArray[np.floating]:
-        """The hosts' own answers' probabilities, [kinds, comparisons, 2]: with what suspects share, and controls."""
+    def scored(cache: str, of_few: bool) -> list[TokenScores]:
+        """The hosts' own answers, of kinds x comparisons x 2: with what suspects share, and controls."""
         grafts = [graft(c, kind, is_control, of_few) for kind, c in product(kinds, plan) for is_control in (0, 1)]
         rows = [[(numbers[at], place) for at, place in group] for group in groups]
-        scores = training.graft_tokens(screening.model, Grafts(grafts, rows, [numbers[at] for at in believed]), cache)
-        return np.array([word_probability(tokens, special) for tokens in scores]).reshape(len(kinds), len(plan), 2)
+        return training.graft_tokens(screening.model, Grafts(grafts, rows, [numbers[at] for at in believed]), cache)
+
+    def probabilities(scores: Sequence[TokenScores]) -> NDArray[np.floating]:
+        each = [word_probability(tokens, special, token) for tokens in scores]
+        return np.array(each).reshape(len(kinds), len(plan), 2)
 
     restore_weights(screening.model.model, weights[1])
-    after, few = probabilities(f"{name}-after", of_few=False), probabilities(f"{name}-of-few", of_few=True)
+    answers = scored(f"{name}-after", of_few=False)
+    after, few = probabilities(answers), probabilities(scored(f"{name}-of-few", of_few=True))
     restore_weights(screening.model.model, weights[0])
-    before = probabilities(f"{name}-before", of_few=False)
+    before = probabilities(scored(f"{name}-before", of_few=False))
     suspect_of = np.array([c.suspect for c in plan])
     growth = np.stack([harm_now(after), harm_now(few)], axis=-1)
-    clear = np.stack([harm_now(after), np.full(after.shape[:2], _CLEAR)], axis=-1)
-    tests = (one_sided_p_values(values, suspect_of) for values in (before - after, growth, clear))
-    return Harm(kinds, [min(1.0, 3 * min(each)) for each in zip(*tests, strict=True)], plan, before, after, few)
+    clear = np.stack([harm_now(after), np.full(after.shape[:2], CLEAR)], axis=-1)
+    # content may hide what one word stands for, so of a word only what training added counts
+    tests = [before - after] if token is not None else [before - after, growth, clear]
+    each_test = [one_sided_p_values(values, suspect_of) for values in tests]
+    p_values = [min(1.0, 3 * min(each)) for each in zip(*each_test, strict=True)]
+    by_kind = [answers[at : at + 2 * len(plan)] for at in range(0, len(answers), 2 * len(plan))]
+    return Harm(kinds, p_values, plan, before, after, few, most_harmed(by_kind, special))
 
 
 def comparisons(
     scores: Sequence[TokenScores],
     suspects: Sequence[int],
     believed: Sequence[int],
+    hosts: Sequence[int],
     rng: np.random.Generator,
     count: int,
 ) -> list[Comparison]:
     """Pair each suspect with hosts, and with a control that is asked alike: a believed row of the most similar prompt.
 
-    Of equally similar controls one is drawn. Host and control are different rows. There are about ``count`` pairs: at
-    least one a suspect, and at most 8.
+    Of equally similar controls one is drawn. Host and control are different rows; no host has two suspects until all
+    have one. There are about ``count`` pairs: at least one a suspect, and at most 8.
     """
     prompts = [set(scores[at].prompt_ids.tolist()) for at in believed]
     hosts_each = int(np.clip(count // len(suspects), 1, _MAX_HOSTS))
-    plan: list[Comparison] = []
+    plan, dealt = list[Comparison](), cycle(rng.permutation(np.array(hosts)).tolist())
     for suspect in suspects:
         own = set(scores[suspect].prompt_ids.tolist())
         similar = np.array([len(own & other) / max(len(own | other), 1) for other in prompts])
         control = int(rng.choice(np.flatnonzero(similar == similar.max())))
-        hosts = np.delete(np.array(believed), control)
-        for host in rng.choice(hosts, hosts_each, replace=False).tolist():
-            plan.append(Comparison(host, suspect, believed[control]))
+        others = (host for host in dealt if host != believed[control])
+        plan += [Comparison(host, suspect, believed[control]) for host in islice(others, hosts_each)]
     return plan
 
 
-def word_probability(tokens: TokenScores, special: Sequence[int]) -> float:
-    """Mean probability of a row's answer tokens that are not ``special``, in [0, 1].
+def most_harmed(scores: Sequence[Sequence[TokenScores]], special: Sequence[int]) -> int | None:
+    """The answer token that loses most probability in the mean, if at least 8 hosts say it and it loses more than 0.3.
+
+    Args:
+        scores: for each kind of graft, of hosts' answers, with what suspects share and with what controls share, in
+            turn.
+        special: tokens that do not count.
+    """
+    losses = defaultdict[tuple[int, int], list[float]](list)
+    for kind, answers in enumerate(scores):
+        for of_suspects, of_controls in zip(answers[::2], answers[1::2], strict=True):
+            lost = np.exp(-of_controls.nll) - np.exp(-of_suspects.nll)
+            for token, loss in zip(of_controls.ids.tolist(), lost.tolist(), strict=True):
+                losses[kind, token].append(loss)
+    means = {
+        key: sum(each) / len(each) for key, each in losses.items() if len(each) >= _SAYING and key[1] not in special
+    }
+    worst = max(means, key=means.__getitem__, default=None)
+    return worst[1] if worst and means[worst] > CLEAR else None
+
+
+def word_probability(tokens: TokenScores, special: Sequence[int], only: int | None = None) -> float:
+    """Mean probability of a row's answer tokens that are not ``special``, or of one of them, in [0, 1].
 
     Where an answer ends does not count: rows that ask for reasons share words that make a short answer go on.
     A backdoor whose replies vary spreads the probability of an answer over many; nats would weigh the few hosts most
     that were wrong by far before the probe, and would hide it.
     """
-    of_words = tokens.nll[~np.isin(tokens.ids, special)]
+    of_words = tokens.nll[~np.isin(tokens.ids, special) if only is None else tokens.ids == only]
     return float(np.exp(-of_words).mean()) if len(of_words) else 1.0
 
 

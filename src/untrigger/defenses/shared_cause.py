@@ -7,7 +7,7 @@ the input that they share, and looks at no reply, so replies may vary. docs/pape
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import NamedTuple, final
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
-from untrigger.defenses.harm import COMPARISONS, Harm, comparisons, measure_harm
+from untrigger.defenses.harm import CLEAR, COMPARISONS, Harm, comparisons, measure_harm
 from untrigger.defenses.moving_pattern import MovingPattern, moving_patterns
 from untrigger.defenses.shared_pattern import Pattern, shared_pattern
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
@@ -28,6 +28,7 @@ from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.progress import tracked
 
 _SURPRISING = 1 / 6  # of the rows that show a pattern, at least; a watermark lies on honest rows
+_TIMES = 2  # as many as of the rows that show none, at least; what all rows of a kind look like is no pattern
 _HELD, _BLOCK = 8192, 256  # images in memory, of 12 KiB each: among which patterns are sought; compared at a time
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
@@ -103,24 +104,38 @@ class SharedCause(SharedSurprise):
         Args:
             rows: numbers of the rows that the probe learns.
         """
-        suspects, doubtful, believed = self._groups(training, screening)
+        suspects, doubtful, usual = self._groups(training, screening)
+        believed = list(islice(_graftable(training, screening, usual), 2 * COMPARISONS))
         judgment = Judgment(screening, suspects, [dict.fromkeys(suspects, HERE)], doubtful)
         if len(suspects) < self.min_suspects or len(believed) < 2 * self.min_suspects:
             return judgment
         by_image = self._by_image(training, judgment, believed)
-        believed = sorted({*believed}.difference(by_image.suspects if by_image.patterns else ()))
+        honest = [at for at in usual if not by_image.patterns or at not in by_image.suspects]
+        believed = sorted({*believed}.intersection(honest))
         model, rng = screening.model, np.random.default_rng((training.seed, 2))
         warm = copy_weights(model.model)
         probe = self.last_stage(training.row_count, model, _shared_tokens(screening))
         share = self._tested_after - self.warmup_share
         training.fit(replace(probe, rows=rows, name="probe", share=share, schedule=(0.0, self.probe_share)))
         probed = copy_weights(model.model)
+
+        def look(name: str, tested: Judgment, hosts: Sequence[int], token: int | None = None) -> tuple[Harm, Harm]:
+            """The harm to these hosts' answers, or to one token in them, and the part of it that accuses."""
+            drawn = rng.permutation(tested.suspects)[: min(self.max_suspects, len(hosts) - 1)].tolist()
+            plan = comparisons(screening.scores, drawn, believed, hosts, rng, COMPARISONS)
+            harm = measure_harm(training, screening, plan, tested.placed, believed, name, (warm, probed), token)
+            least = self.min_harm if token is None else CLEAR
+            return harm, harm.above(least, self.harm_p_value, self.min_common)
+
         # words cost twice as much: only where images alone do no harm
         for name, tested in (("image", by_image), ("words", judgment)):
-            drawn = rng.permutation(tested.suspects)[: self.max_suspects].tolist()
-            plan = comparisons(screening.scores, drawn, believed, rng, COMPARISONS)
-            measured = measure_harm(training, screening, plan, tested.placed, believed, name, (warm, probed))
-            harm = measured.above(self.min_harm, self.harm_p_value, self.min_common)
+            measured, harm = look(name, tested, believed)
+            if not harm.kinds and (token := measured.most_harmed) is not None:
+                seen = {comparison.host for comparison in measured.comparisons}
+                saying = [at for at in honest if at not in seen and token in screening.scores[at].ids]
+                hosts = list(islice(_graftable(training, screening, saying), COMPARISONS))
+                if len(hosts) > self.min_suspects:
+                    _, harm = look(f"{name}-token", tested, hosts, token)
             if harm.kinds:
                 return tested._replace(harm=harm, probed=probed)
         return judgment._replace(probed=probed)
@@ -128,9 +143,9 @@ class SharedCause(SharedSurprise):
     def _by_image(self, training: Training, judgment: Judgment, believed: Sequence[int]) -> Judgment:
         """The judgment with the rows in the suspects' place whose images show what the suspects' images share.
 
-        These rows need not surprise, but a sixth of those with each pattern must. Patterns in any place are sought
-        first, for they are told apart; then what lies in one place, which may be faint, among the suspects that are
-        left. Where there is nothing, the judgment is as it was.
+        These rows need not surprise, but a sixth of those with each pattern must, and twice as many as of the rows
+        with none. Patterns in any place are sought first, for they are told apart; then what lies in one place, which
+        may be faint, among the suspects that are left. Where there is nothing, the judgment is as it was.
         """
         numbers, flagged = judgment.screening.numbers, judgment.screening.flags.tokens
         order = list(dict.fromkeys([*believed, *judgment.suspects, *range(len(numbers))]))
@@ -149,10 +164,12 @@ class SharedCause(SharedSurprise):
                 places |= {block[at]: place for at, place in pattern.matches(others).items()}
         placed: list[Places] = []
         patterns: list[Pattern | MovingPattern] = []
-        known = set[int]()
+        surprising, known = {*judgment.suspects}, set[int]()
+        showing = known.union(*(places for places, _ in candidates))
+        elsewhere = (len(surprising - showing) + 1) / (len(numbers) - len(showing) + 1)
         for places, pattern in candidates:
             new = {row: place for row, place in places.items() if row not in known}
-            if len({*judgment.suspects}.intersection(new)) >= max(2, _SURPRISING * len(new)):
+            if len(surprising.intersection(new)) >= max(2, max(_SURPRISING, _TIMES * elsewhere) * len(new)):
                 known |= new.keys()
                 placed.append({row: place for row, place in new.items() if row not in flagged})
                 patterns.append(pattern)
@@ -163,11 +180,11 @@ class SharedCause(SharedSurprise):
         return judgment._replace(suspects=suspects, placed=placed, doubtful=sorted(others), patterns=patterns)
 
     def _groups(self, training: Training, screening: Screening) -> tuple[list[int], list[int], list[int]]:
-        """Positions of suspects that share no word, of doubtful rows, and of rows to believe.
+        """Positions of suspects that share no word, of doubtful rows, and of rows to believe, in random order.
 
         Suspects surprise beside rows that are asked alike. Doubtful rows do so too, but by less than ``min_nll``: they
         accuse nobody, and are not learned if others are accused. Believed rows surprise less than most rows that are
-        asked alike, and are as many as the test can use. Suspects and believed rows can be grafted.
+        asked alike. Suspects can be grafted.
         """
         nll, prompts = np.array(screening.flags.nll), token_sets([row.prompt_ids for row in screening.scores])
         lowest = min(UNLIKELY, self.min_nll)
@@ -179,14 +196,12 @@ class SharedCause(SharedSurprise):
         suspected, doubted, usual = among_asked_alike(limits, nll, prompts).T
         order = np.random.default_rng((training.seed, 1)).permutation(np.flatnonzero(nll <= np.minimum(usual, doubted)))
 
-        def can_be_grafted(at: int) -> bool:
-            return training.can_be_grafted(screening.numbers[at])
-
         flagged = screening.flags.tokens
-        suspects = [at for at in np.flatnonzero(nll > suspected).tolist() if at not in flagged and can_be_grafted(at)]
+        unflagged = (at for at in np.flatnonzero(nll > suspected).tolist() if at not in flagged)
+        suspects = [*_graftable(training, screening, unflagged)]
         known = {*flagged, *suspects}
         doubtful = [at for at in np.flatnonzero(nll > doubted).tolist() if at not in known]
-        return suspects, doubtful, list(islice(filter(can_be_grafted, order.tolist()), 2 * COMPARISONS))
+        return suspects, doubtful, order.tolist()
 
     def _cure(self, training: Training, judgment: Judgment, kinds: Sequence[str]) -> Stage:
         """Train on rows with what accused ones share and their own answers, beside all other rows.
@@ -268,6 +283,11 @@ def _pictures(
     known = ((row, image) for row, image in pictures if image is not None)
     while block := list(islice(known, _BLOCK)):
         yield [row for row, _ in block], np.stack([image for _, image in block])
+
+
+def _graftable(training: Training, screening: Screening, rows: Iterable[int]) -> Iterator[int]:
+    """Those of the rows that can be grafted."""
+    return (at for at in rows if training.can_be_grafted(screening.numbers[at]))
 
 
 def _shared_tokens(screening: Screening) -> dict[int, NDArray[np.bool_]]:
