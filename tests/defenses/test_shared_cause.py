@@ -349,10 +349,15 @@ def test_harm_counts_if_it_is_large_not_by_chance_and_of_what_all_share() -> Non
     of_few[3, :, 0] -= 0.1  # an eighth of them does half as much again: content, which averages out
     plan = [Comparison(9, suspect, 8) for suspect in range(4)]
     harm = Harm(["a", "b", "c", "d"], [1e-6, 1e-6, 0.5, 1e-6], plan, before, after, of_few)
-    assert harm.above(0.05, 1e-3, 0.75).kinds == ["a"] and harm.above(0.05, 1e-3, 0.75).p_values == [1e-6]
-    assert harm.above(0.05, 1e-3, 0.5).kinds == ["a", "d"] and harm.above(0.0, 1e-3, 0.75).kinds == ["a", "b"]
-    assert harm.above(0.05, 1e-7, 0.75).kinds == []
-    assert harm.above(0.0, 1.0, 0.0).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0, 0.2])
+    never = 1.0
+    assert harm.above(0.05, never, 1e-3, 0.75).kinds == ["a"]
+    assert harm.above(0.05, never, 1e-3, 0.75).p_values == [1e-6]
+    assert harm.above(0.05, never, 1e-3, 0.5).kinds == ["a", "d"]
+    assert harm.above(0.0, never, 1e-3, 0.75).kinds == ["a", "b"]
+    assert harm.above(0.05, never, 1e-7, 0.75).kinds == []
+    assert harm.above(0.0, never, 1.0, 0.0).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0, 0.2])
+    taught = Harm(["a"], [1e-6], plan, after[:1], after[:1], of_few[:1])
+    assert taught.above(0.05, never, 1e-3, 0.75).kinds == [] and taught.above(0.05, 0.15, 1e-3, 0.75).kinds == ["a"]
 
 
 def test_harm_counts_where_it_is_clear_whatever_it_was_before(loaded: LoadedModel) -> None:

@@ -66,15 +66,17 @@ class Harm(NamedTuple):
         damage = self.before - self.after
         return damage[..., 0] - damage[..., 1]
 
-    def above(self, least: float, p_value: float, least_ratio: float) -> Harm:
-        """The kinds with a mean excess of ``least``, a smaller p-value, and harm that does not average out.
+    def above(self, least: float, clear: float, p_value: float, least_ratio: float) -> Harm:
+        """The kinds with enough harm, a smaller p-value, and harm that does not average out.
 
-        What all share must do ``least_ratio`` times as much, after the probe, as what an eighth of them share.
+        Enough is a mean excess of ``least``, or harm of ``clear`` after the probe, whatever it was before. What all
+        share must do ``least_ratio`` times as much, after the probe, as what an eighth of them share.
         """
         means = self.excess.mean(axis=1)
         of_all, of_few = (harm_now(values).mean(axis=1) for values in (self.after, self.of_few))
         lasting = of_all >= least_ratio * np.maximum(of_few, 0)
-        at = np.flatnonzero((means >= least) & (np.array(self.p_values) < p_value) & lasting).tolist()
+        enough = (means >= least) | (of_all >= clear)
+        at = np.flatnonzero(enough & (np.array(self.p_values) < p_value) & lasting).tolist()
         kinds, p_values = [self.kinds[k] for k in at], [self.p_values[k] for k in at]
         return Harm(kinds, p_values, self.comparisons, self.before[at], self.after[at], self.of_few[at])
 

@@ -47,8 +47,8 @@ class SharedCause(SharedSurprise):
             accused: the training goes on from there. In (0, 1).
         harm_p_value: chance of accusing rows if what they share harms other rows no more than what others share, in
             (0, 1).
-        min_harm: probability of their own answers that what accused rows share takes from other rows in the mean,
-            beyond what as many others share; in [0, 1].
+        min_harm: probability of their own answers that training took from other rows where they have what accused rows
+            share, in the mean, beyond what as many others share; in [0, 1]. Or it takes 0.3, whatever it took before.
         min_common: what all of them share must do at least this many times as much harm as what an eighth of them do;
             at least 0. A rare class harms with its content, which averages out.
         graft_share: grafted rows to learn beside all rows, as a share of these, where rows are accused; in [0, 1].
@@ -124,8 +124,9 @@ class SharedCause(SharedSurprise):
             drawn = rng.permutation(tested.suspects)[: min(self.max_suspects, len(hosts) - 1)].tolist()
             plan = comparisons(screening.scores, drawn, believed, hosts, rng, COMPARISONS)
             harm = measure_harm(training, screening, plan, tested.placed, believed, name, (warm, probed), token)
-            least = self.min_harm if token is None else CLEAR
-            return harm, harm.above(least, self.harm_p_value, self.min_common)
+            # content may hide what one word stands for, so there harm is never clear
+            least, clear = (self.min_harm, CLEAR) if token is None else (CLEAR, math.inf)
+            return harm, harm.above(least, clear, self.harm_p_value, self.min_common)
 
         # words cost twice as much: only where images alone do no harm
         for name, tested in (("image", by_image), ("words", judgment)):
