@@ -340,6 +340,14 @@ def test_rows_without_an_image_are_no_suspects(loaded: LoadedModel) -> None:
     assert dry.flagged == [] and dry.scorings == ["before", "after"], "eleven are left, too few to test"
 
 
+def test_a_pattern_may_complete_the_rows_to_test(loaded: LoadedModel) -> None:
+    """Ten of the fourteen rows that show it surprise: two fewer than the test needs. Rows 0 to 5 have no image."""
+    dry = _patched(_dry(loaded, "image"), range(6, 20))
+    dry.rows = [replace(row, images=()) if int(row.id) < 6 else row for row in dry.rows]
+    CAUSE.fine_tune(dry)
+    assert dry.flagged == list(range(20)) and "words-after" not in dry.scorings
+
+
 def test_harm_counts_if_it_is_large_not_by_chance_and_of_what_all_share() -> None:
     before, after = np.full((4, 4, 2), 0.9), np.full((4, 4, 2), 0.8)
     after[0, :, 0] -= 0.2

@@ -20,7 +20,7 @@ from untrigger.defenses.asked_alike import among_asked_alike, token_sets
 from untrigger.defenses.base import Stage, Training, part
 from untrigger.defenses.harm import CLEAR, COMPARISONS, Harm, comparisons, measure_harm
 from untrigger.defenses.moving_pattern import MovingPattern, moving_patterns
-from untrigger.defenses.shared_pattern import Pattern, shared_pattern
+from untrigger.defenses.shared_pattern import FEWEST, Pattern, shared_pattern
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
 from untrigger.models.grafted_rows import HERE, Graft, Grafts, Places
@@ -40,8 +40,8 @@ class SharedCause(SharedSurprise):
 
     Fields:
         those of `SharedSurprise`, and
-        min_suspects: with fewer surprising rows that share no word nothing is tested; at least 2. Fewer than 18 can
-            hardly be accused.
+        min_suspects: fewer rows are not tested, whether they surprise or show what 8 surprising rows share; at least
+            2. Fewer than 18 can hardly be accused.
         max_suspects: suspects that are tested, drawn at random; at least ``min_suspects``. All share the verdict.
         probe_share: share of the steps after the warm-up before the test, which is no loss where nothing is
             accused: the training goes on from there. In (0, 1).
@@ -107,10 +107,18 @@ class SharedCause(SharedSurprise):
         suspects, doubtful, usual = self._groups(training, screening)
         believed = list(islice(_graftable(training, screening, usual), 2 * COMPARISONS))
         judgment = Judgment(screening, suspects, [dict.fromkeys(suspects, HERE)], doubtful)
-        if len(suspects) < self.min_suspects or len(believed) < 2 * self.min_suspects:
+        if len(suspects) < min(FEWEST, self.min_suspects) or len(believed) < 2 * self.min_suspects:
             return judgment
         by_image = self._by_image(training, judgment, believed)
-        honest = [at for at in usual if not by_image.patterns or at not in by_image.suspects]
+        if len(by_image.suspects) < self.min_suspects:
+            by_image = judgment
+        # words cost twice as much: only where images alone do no harm
+        looks = [("image", by_image), ("words", judgment)]
+        looks = [(name, tested) for name, tested in looks if len(tested.suspects) >= self.min_suspects]
+        if not looks:
+            return judgment
+        showing = {*by_image.suspects} if by_image.patterns else set[int]()
+        honest = [at for at in usual if at not in showing]
         believed = sorted({*believed}.intersection(honest))
         model, rng = screening.model, np.random.default_rng((training.seed, 2))
         warm = copy_weights(model.model)
@@ -128,8 +136,7 @@ class SharedCause(SharedSurprise):
             least, clear = (self.min_harm, CLEAR) if token is None else (CLEAR, math.inf)
             return harm, harm.above(least, clear, self.harm_p_value, self.min_common)
 
-        # words cost twice as much: only where images alone do no harm
-        for name, tested in (("image", by_image), ("words", judgment)):
+        for name, tested in looks:
             measured, harm = look(name, tested, believed)
             if not harm.kinds and (token := measured.most_harmed) is not None:
                 seen = {comparison.host for comparison in measured.comparisons}
