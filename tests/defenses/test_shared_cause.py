@@ -137,9 +137,9 @@ class _Stub(Dry):
         self.scorings.append(name)
         words = [77 if row < self.words else row for row in rows]
         nats = [9.0 + row / 10 if row < 16 else 0.1 + row / 1000 + (row in self.doubtful) for row in rows]
-        return [_answer(each, word, *self._said(row)) for each, word, row in zip(nats, words, rows, strict=True)]
+        return [_answer(each, word, *self._word_98(row)) for each, word, row in zip(nats, words, rows, strict=True)]
 
-    def _said(self, row: int) -> list[int]:
+    def _word_98(self, row: int) -> list[int]:
         return [98] if self.saying and row % self.saying == 0 else []
 
     def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
@@ -150,9 +150,9 @@ class _Stub(Dry):
         ]
         answers: list[TokenScores] = []
         for g, random in zip(grafts.rows, noise, strict=True):
-            said = self._said(g.host)
-            hit = bool(said) == bool(self.saying) and g.kind == self.harmful and min(grafts.groups[g.group])[0] < 16
-            answers.append(_answer(0.1 + random + self.nats * strength * hit, *(said or [99])))
+            word = self._word_98(g.host)
+            hit = bool(word) == bool(self.saying) and g.kind == self.harmful and min(grafts.groups[g.group])[0] < 16
+            answers.append(_answer(0.1 + random + self.nats * strength * hit, *(word or [99])))
         return answers
 
 

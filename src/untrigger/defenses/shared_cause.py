@@ -139,8 +139,8 @@ class SharedCause(SharedSurprise):
         for name, tested in looks:
             measured, harm = look(name, tested, believed)
             if not harm.kinds and (token := measured.most_harmed) is not None:
-                seen = {comparison.host for comparison in measured.comparisons}
-                saying = [at for at in honest if at not in seen and token in screening.scores[at].ids]
+                before = {comparison.host for comparison in measured.comparisons}
+                saying = [at for at in honest if at not in before and token in screening.scores[at].ids]
                 hosts = list(islice(_graftable(training, screening, saying), COMPARISONS))
                 if len(hosts) > self.min_suspects:
                     _, harm = look(f"{name}-token", tested, hosts, token)

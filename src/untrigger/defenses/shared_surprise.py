@@ -136,8 +136,8 @@ class SharedSurprise(Defense):
         for start in range(0, len(matching), _BLOCK):
             block = matching[start : start + _BLOCK]
             more = training.tokens(model, block, f"more-{start}")
-            found = self.flag_tokens(scores, more).tokens
-            flagged = [at for at in range(len(block)) if len(scores) + at in found]
+            flags_of = self.flag_tokens(scores, more).tokens
+            flagged = [at for at in range(len(block)) if len(scores) + at in flags_of]
             numbers += [block[at] for at in flagged]
             others += [more[at] for at in flagged]
         return Screening(warmup, model, numbers, [*scores, *others], self.flag_tokens(scores, others), counts)
