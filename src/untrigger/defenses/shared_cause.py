@@ -23,7 +23,7 @@ from untrigger.defenses.moving_pattern import MovingPattern, moving_patterns
 from untrigger.defenses.shared_pattern import FEWEST, Pattern, shared_pattern
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
 from untrigger.metrics.outliers import forward_fence
-from untrigger.models.grafted_rows import HERE, Graft, Grafts, Places
+from untrigger.models.grafted_rows import HERE, PICTURE_SIDE, Graft, Grafts, Places
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.progress import tracked
 
@@ -158,8 +158,12 @@ class SharedCause(SharedSurprise):
         numbers, flagged = judgment.screening.numbers, judgment.screening.flags.tokens
         order = list(dict.fromkeys([*believed, *judgment.suspects, *range(len(numbers))]))
         held, rest = sorted(order[:_HELD]), sorted(order[_HELD:])
-        pictures = {at: image for at in held if (image := training.picture(numbers[at])) is not None}
-        positions, images = [*pictures], np.stack([*pictures.values()])
+        positions, images = list[int](), np.empty((len(held), 3 * PICTURE_SIDE**2), np.uint8)
+        for at in held:
+            if (image := training.picture(numbers[at])) is not None:
+                images[len(positions)] = image
+                positions.append(at)
+        images = images[: len(positions)]
         index_of = {at: index for index, at in enumerate(positions)}
         honest, suspects = ([index_of[at] for at in rows if at in index_of] for rows in (believed, judgment.suspects))
         rng = np.random.default_rng((training.seed, 4))

@@ -26,7 +26,7 @@ from untrigger.rows.sample import Sample, without_images
 
 BATCH_ROWS = 32  # rows a forward pass
 _SHARD = 32  # batches whose scores lie in one file
-_GIVEN_BACK = 8  # batches after which freed memory is returned: more often takes time, less often memory
+_GIVEN_BACK = 3  # batches after which freed memory is returned: more often takes time, less often memory
 
 
 class TokenScores(NamedTuple):

@@ -150,6 +150,7 @@ class Stages:
         if stage.grafts:
             dataset = ConcatDataset([dataset, GraftedRows(Rows(self.rows), stage.grafts)])
         train = partial(self._train, loaded, dataset, stage, args)
+        give_memory_back()
         if self._shelf and not (stage.start or stage.callbacks or stage.grafts or flagged):
             folder = self._shelf / self._key(rows, stage.defense, args)
             with file_lock(folder.with_suffix(".lock")):
