@@ -24,9 +24,7 @@ from untrigger.views.grafts import KINDS
 
 COMPARISONS = 192  # hosts, of each kind that is tested
 _MAX_HOSTS = 8  # of one suspect
-CLEAR = (
-    0.3  # of probability; calibrated: of `dev`, what honest rows share took at most 0.24 from answers, 0.14 from a word
-)
+CLEAR = 0.3  # of probability; on `dev`, honest rows took at most 0.24 from answers, and training added 0.14 at a word
 _SAYING = 8  # hosts that say a word, at least, to look at it alone
 _PARTS = 8  # groups of suspects that show what suspects do whose content does not average out
 
