@@ -80,6 +80,7 @@ def row_tokens(
                 give_memory_back()
             if file and batch.stop in (start + per_file, len(dataset)):
                 _write_shard(file, scores[start:])
+    give_memory_back()
     return scores
 
 
