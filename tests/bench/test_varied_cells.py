@@ -33,6 +33,7 @@ NEW = (
     "goals-varied-captions-more",
     "goals-varied-triggers",
     "mixtures",
+    "mixtures-known",
     "mixtures-varied",
     "rates-high",
     "trouble",

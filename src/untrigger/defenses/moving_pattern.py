@@ -6,7 +6,7 @@ places, or one of several patches, is in the same pixels of few images. docs/pap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -123,13 +123,13 @@ def _all_that_show(
     pattern = None
     for _ in range(ROUNDS):
         members = [*shifts]
-        moved = _moved(whitening(images[members]), [*shifts.values()])
-        total = moved.sum(axis=0)
+        total = np.sum([moved.sum(axis=0) for _, moved in _moved_back(images, shifts, whitening)], axis=0)
         best = [_best(total / len(members), block) for block in whitening.blocks(images)]
         strengths, shift_of = (np.concatenate(parts) for parts in zip(*best, strict=True))
-        for row, own in zip(members, moved, strict=True):
-            (strengths[row],), (shift,) = _best((total - own) / (len(members) - 1), own[None])
-            shift_of[row] = _sum_of_shifts(shifts[row], int(shift))
+        for rows, moved in _moved_back(images, shifts, whitening):
+            for row, own in zip(rows, moved, strict=True):
+                (strengths[row],), (shift,) = _best((total - own) / (len(members) - 1), own[None])
+                shift_of[row] = _sum_of_shifts(shifts[row], int(shift))
         limit = limit_between(strengths[held_out], strengths[members])
         pattern = MovingPattern(whitening, total / len(members), limit)
         before, shifts = shifts, {row: int(shift_of[row]) for row in np.flatnonzero(strengths > limit).tolist()}
@@ -138,6 +138,16 @@ def _all_that_show(
         if shifts == before:
             break
     return shifts, pattern
+
+
+def _moved_back(
+    images: NDArray[np.uint8], shifts: Mapping[int, int], whitening: Whitening
+) -> Iterator[tuple[list[int], Spectra]]:
+    """Blocks of the rows with shifts, and their spectra moved back by these."""
+    members = [*shifts]
+    for at in range(0, len(members), _BLOCK):
+        rows = members[at : at + _BLOCK]
+        yield rows, _moved(whitening(images[rows]), [shifts[row] for row in rows])
 
 
 # --- spectra --------------------------------------------------------------------------------------------
