@@ -52,7 +52,8 @@ def ssim(image: npt.ArrayLike, reference: npt.ArrayLike) -> float:
     covariance = _blur(a * b) - mean_a * mean_b
     c1, c2 = (_K1 * _PEAK) ** 2, (_K2 * _PEAK) ** 2
     likeness = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return float(np.mean(likeness / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))))
+    mean = np.mean(likeness / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
+    return float(np.clip(mean, -1, 1))  # rounding may leave the range
 
 
 def _pair(image: npt.ArrayLike, reference: npt.ArrayLike) -> tuple[Floats, Floats]:
