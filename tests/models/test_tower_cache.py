@@ -81,6 +81,22 @@ def test_what_has_no_room_is_computed_again(model: LoadedModel) -> None:
     assert passes == [4, 4, 1, 1, 4, 4] and not outputs.images
 
 
+@pytest.mark.parametrize(("times_served", "is_kept"), [(0, False), (2, True)])
+def test_memory_goes_back_where_nearly_all_images_are_refused(times_served: int, is_kept: bool) -> None:
+    outputs, blocks = TowerOutputs(free=16), [torch.full((2, 2), float(at)) for at in range(6)]
+    keys = [[bytes([at, row]) for row in range(2)] for at in range(6)]
+    outputs.store(keys[0], [blocks[0]])
+    for _ in range(times_served):
+        assert [*outputs.find(keys[0])] == keys[0]
+    for own, block in zip(keys[1:], blocks[1:], strict=True):
+        assert outputs.images, "refused as often as four times what is stored"
+        outputs.store(own, [block])
+    assert bool(outputs.images) == is_kept
+    if not is_kept:
+        outputs.store(keys[0], [blocks[0]])
+    assert bool(outputs.images) == is_kept, "and it stays empty"
+
+
 def dropout(tower: Any) -> None:
     tower.config.attention_dropout = 0.1
 

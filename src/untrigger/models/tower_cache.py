@@ -21,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 from untrigger.models.loading import base_model, is_vision
 
 _LIMIT = 128 * 2**20  # bytes of outputs
+_MOST_REFUSED = 4  # times as many images as were stored or served
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)  # in training they read the batch
 
 
@@ -36,12 +37,21 @@ class _Layout(NamedTuple):
 class TowerOutputs:
     """Outputs of frozen towers by tower and image, up to 128 MiB; once full, it takes no more.
 
-    To evict old images would not help: an epoch that does not fit would evict each image before its next turn.
+    To evict old images would not help: an epoch that does not fit would evict each image before its next turn. Where
+    far more images are refused than served, it gives its memory back, and stays empty.
     """
 
     free: int = _LIMIT
     images: dict[bytes, list[Tensor]] = field(default_factory=dict[bytes, list[Tensor]])
     layouts: dict[bytes, _Layout] = field(default_factory=dict[bytes, _Layout])
+    served: int = 0
+    refused: int = 0
+
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, list[Tensor]]:
+        """The tensors of those images that are stored."""
+        stored = {key: self.images[key] for key in keys if key in self.images}
+        self.served += len(stored)
+        return stored
 
     def store(self, keys: Sequence[bytes], tensors: Sequence[Tensor]) -> None:
         """Store a copy of the images' tensors [N, ...], if there is room, and if they belong to no graph.
@@ -50,11 +60,18 @@ class TowerOutputs:
         would be passed through backwards twice. The images are copied as one block: small ones would lie scattered
         among the activations, and keep the memory between them from being used again.
         """
+        if any(tensor.requires_grad for tensor in tensors):
+            return
         size = sum(tensor.nbytes for tensor in tensors)
-        if size <= self.free and not any(tensor.requires_grad for tensor in tensors):
+        if size <= self.free:
             self.free -= size
             blocks = [tensor.clone() for tensor in tensors]
             self.images |= {key: [block[at] for block in blocks] for at, key in enumerate(keys)}
+            return
+        self.refused += len(keys)
+        if self.refused > _MOST_REFUSED * (self.served + len(self.images)):
+            self.images.clear()
+            self.free = 0
 
 
 _shared: TowerOutputs | None = None
@@ -117,12 +134,12 @@ class _Reused:
         autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
         situation = repr((sorted(kwargs.items()), pixels.dtype, pixels.shape[1:], autocast))
         call = sha256(self._weights + situation.encode()).digest()
-        images, layouts = self._outputs.images, self._outputs.layouts
+        layouts = self._outputs.layouts
         keys = [
             call + sha256(image.contiguous().view(torch.uint8).numpy().tobytes()).digest() for image in pixels.detach()
         ]
-        new = {key: at for at, key in enumerate(keys) if key not in images}
-        rows = {key: images[key] for key in keys if key in images}
+        rows = self._outputs.find(keys)
+        new = {key: at for at, key in enumerate(keys) if key not in rows}
         if new:
             output = self._compute(pixels[list(new.values())], **kwargs)
             tensors, layouts[call] = _taken_apart(output)
