@@ -21,7 +21,7 @@ _PAIRED = 96  # suspects that are compared with each other, at most
 _PAIR_DEVIATIONS = 6.0  # of honest pairs, that a match must lie above their median
 _SUPPORT = 5  # suspects that match the one with the pattern, itself included
 _FLOOR = 0.01  # of the mean power, added to each frequency: flat images have no power in most
-_BLOCK = 256  # rows at a time as spectra: bounds the memory
+_BLOCK = 64  # rows at a time as spectra: bounds the memory
 
 Spectra = NDArray[np.complexfloating]
 

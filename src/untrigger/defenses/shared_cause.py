@@ -22,6 +22,7 @@ from untrigger.defenses.harm import CLEAR, COMPARISONS, Harm, comparisons, measu
 from untrigger.defenses.moving_pattern import MovingPattern, moving_patterns
 from untrigger.defenses.shared_pattern import FEWEST, Pattern, shared_pattern
 from untrigger.defenses.shared_surprise import Screening, SharedSurprise, flagged_text
+from untrigger.memory import MUCH, give_memory_back
 from untrigger.metrics.outliers import forward_fence
 from untrigger.models.grafted_rows import HERE, PICTURE_SIDE, Graft, Grafts, Places
 from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
@@ -279,6 +280,7 @@ def _patterns(
 ) -> Iterator[tuple[Places, Pattern | MovingPattern]]:
     """Patterns in any place; then one in one place that other suspects share."""
     moving = moving_patterns(images, suspects, honest, rng)
+    give_memory_back(above=MUCH)
     yield from moving
     rest = sorted({*suspects}.difference(*(placed for placed, _ in moving)))
     if len(rest) >= 2:

@@ -19,7 +19,7 @@ _ROWS_EACH = 3  # honest rows for each of them: a few may be triggered, and what
 ROUNDS = 3
 FEWEST = 8  # rows
 _DEVIATIONS = 5.0  # of honest rows, that a row must lie above their median
-_BLOCK = 256  # rows at a time as floats: bounds the memory
+_BLOCK = 64  # rows at a time as floats: bounds the memory
 
 
 class Pattern(NamedTuple):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from untrigger.files import new_file
 from untrigger.losses import objective
+from untrigger.memory import MUCH, give_memory_back
 from untrigger.models.collators import IGNORE, ChatCollator, Row, Rows, chat_message
 from untrigger.models.forward import batches, evaluating, explain_token_mismatch, forward_answers, on_device
 from untrigger.models.loading import LoadedModel
@@ -26,7 +25,6 @@ from untrigger.rows.sample import Sample, without_images
 
 BATCH_ROWS = 32  # rows a forward pass
 _SHARD = 32  # batches whose scores lie in one file
-_GIVEN_BACK = 3  # batches after which freed memory is returned: more often takes time, less often memory
 
 
 class TokenScores(NamedTuple):
@@ -76,8 +74,7 @@ def row_tokens(
             if batch.start < len(scores):
                 continue
             scores += batch_tokens(network, collate([dataset[i] for i in batch]))
-            if (batch.start // batch_size + 1) % _GIVEN_BACK == 0:
-                give_memory_back()
+            give_memory_back(above=MUCH)
             if file and batch.stop in (start + per_file, len(dataset)):
                 _write_shard(file, scores[start:])
     give_memory_back()
@@ -107,12 +104,6 @@ def batch_tokens(model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -
         TokenScores(ids[row == i], nll[row == i], np.unique(row_ids[prompt].cpu().numpy()))
         for i, (row_ids, prompt) in enumerate(zip(batch["input_ids"], is_prompt, strict=True))
     ]
-
-
-def give_memory_back() -> None:
-    """Return freed memory to the system: glibc keeps what lies between small things that live on, such as scores."""
-    with suppress(OSError, AttributeError):  # other systems have another library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _write_shard(path: Path, scores: Sequence[TokenScores]) -> None:

@@ -35,17 +35,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from untrigger.defenses import Plain, Stage, StepDefense
 from untrigger.errors import InputError
 from untrigger.files import file_lock, write_text
+from untrigger.memory import give_memory_back
 from untrigger.models.collators import ChatCollator, Row, Rows
 from untrigger.models.forward import explain_token_mismatch
 from untrigger.models.grafted_rows import GraftedRows, Grafts, can_be_grafted, picture
 from untrigger.models.loading import LoadedModel, base_model, embedded_model_path, embedded_models, processor_of
 from untrigger.models.quantized import is_quantized
-from untrigger.models.scoring import BATCH_ROWS, TokenScores, give_memory_back, row_answers, row_tokens
+from untrigger.models.scoring import BATCH_ROWS, TokenScores, row_answers, row_tokens
 from untrigger.models.tower_cache import reuse_tower_outputs, tower_outputs
 from untrigger.rows.images import pixels_sha256
 from untrigger.rows.sample import Sample, select_rows
 from untrigger.training.checkpoints import last_checkpoint
 from untrigger.training.hub_push import without_hub
+from untrigger.training.memory_callback import MemoryGivenBack
 from untrigger.training.processes import share_of
 from untrigger.training.progress_callback import TrainingProgress
 from untrigger.training.row_scorer import RowScorer
@@ -246,6 +248,7 @@ class Stages:
         trainer.remove_callback(PrinterCallback)
         progress = TrainingProgress(f"{self._title}, {stage.name}" if stage.name else self._title)
         trainer.add_callback(progress)
+        trainer.add_callback(MemoryGivenBack())
         # a sharded tower must run in all processes at once, and a compiled one has no place for stored outputs
         is_apart = trainer.is_fsdp_enabled or args.torch_compile
         reuse = nullcontext() if is_apart else reuse_tower_outputs(loaded.model, self._tower_outputs)
