@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from untrigger.defenses.moving_pattern import _best, moving_patterns
+from untrigger.defenses.moving_pattern import _best, _pair_limit, moving_patterns
+from untrigger.defenses.shared_pattern import above_median
 from untrigger.models.grafted_rows import PICTURE_SIDE
 
 TRIGGERED = range(40)  # of 240 rows
@@ -14,14 +15,16 @@ BELIEVED = range(100, 220)
 PATCH = 10  # pixels
 
 
-def _images(patches: int, seed: int = 0) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
+def _images(
+    patches: int, seed: int = 0, triggered: range = TRIGGERED
+) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
     """Smooth content and noise; the first rows have one of so many patches in a random place. Images, and places."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 255, (240, 8, 8, 1)).repeat(PICTURE_SIDE // 8, axis=1).repeat(PICTURE_SIDE // 8, axis=2)
     images = 0.6 * coarse + 50 + rng.normal(0, 8, (240, PICTURE_SIDE, PICTURE_SIDE, 3))
     keys = np.random.default_rng(7).uniform(0, 255, (max(patches, 1), PATCH, PATCH, 3))
     places = [(int(down), int(right)) for down, right in rng.integers(0, PICTURE_SIDE - PATCH, (240, 2))]
-    for row in TRIGGERED if patches else ():
+    for row in triggered if patches else ():
         down, right = places[row]
         images[row, down : down + PATCH, right : right + PATCH] = keys[row % patches]
     return images.clip(0, 255).astype(np.uint8).reshape(240, -1), places
@@ -39,6 +42,24 @@ def test_a_patch_in_random_places_is_found_with_its_places(suspects: range | tup
         assert moved == [(places[row][axis] - places[0][axis]) % PICTURE_SIDE for axis in (0, 1)]
     others = _images(patches=1, seed=1)[0]
     assert [*pattern.matches(others)] == list(TRIGGERED) and pattern.matches(images) == placed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_patch_is_found_where_a_third_of_the_believed_rows_show_it(seed: int) -> None:
+    images, _ = _images(patches=1, seed=seed, triggered=range(100))
+    believed = [*range(60, 100), *range(120, 200)]
+    ((placed, _),) = moving_patterns(images, list(range(30)), believed, np.random.default_rng(0))
+    assert [*placed] == list(range(100))
+
+
+def test_the_limit_of_a_match_holds_where_a_ninth_of_the_pairs_is_triggered() -> None:
+    """As measured: the trigger has part in the whitening, so what else images share is more of what is left."""
+    rng = np.random.default_rng(0)
+    clean = np.concatenate([rng.normal(0.05, 0.015, 700), rng.uniform(0.1, 0.5, 300)])
+    spoiled = np.concatenate([rng.normal(0.07, 0.015, 450), rng.uniform(0.15, 0.45, 440), rng.uniform(0.5, 0.8, 110)])
+    assert above_median(spoiled, 6.0) > 1, "no two images match"
+    assert 0.3 < _pair_limit(spoiled) < 0.6
+    assert _pair_limit(clean) == above_median(clean, 6.0) < 0.6
 
 
 def test_several_patches_are_found_one_after_the_other() -> None:

@@ -206,19 +206,49 @@ def test_rows_without_a_score_are_accused_by_their_image(loaded: LoadedModel) ->
     assert min(dry.scores[row] for row in dry.flagged) > max(dry.scores[row] for row in range(16, 80))
 
 
-@pytest.mark.parametrize(("surprising", "others_flagged"), [(3, []), (10, []), (13, [*range(30, 65)])])
-def test_a_pattern_of_rows_that_rarely_surprise_accuses_none_of_them(
+@pytest.mark.parametrize(("surprising", "others_flagged"), [(10, []), (13, [*range(30, 65)])])
+def test_a_pattern_of_rows_that_surprise_no_more_often_than_others_accuses_none_of_them(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, surprising: int, others_flagged: list[int]
 ) -> None:
-    """A watermark lies on 35 other rows. Three surprising ones are less than a sixth; ten are more, but of the rows
-    without it nearly as many surprise; thirteen are more than twice as many as there.
+    """A watermark lies on 35 other rows. Of the rows without it nearly as many surprise as ten of 45; thirteen are more
+    than twice as many.
     """
-    showing, nothing = dict.fromkeys([*range(surprising), *range(30, 65)], HERE), np.zeros(1)
-    pattern = Pattern(nothing, nothing[None], nothing, 0.0, 0.0)
-    monkeypatch.setattr("untrigger.defenses.shared_cause.shared_pattern", lambda *_: (showing, pattern))
+    _say_that_these_show_a_pattern(monkeypatch, [*range(surprising), *range(30, 65)])
     dry = _dry(loaded, "image")
     CAUSE.fine_tune(dry)
     assert dry.flagged == [*range(16), *others_flagged]
+
+
+@pytest.mark.parametrize(("showing", "is_accused"), [(206, True), (210, False)])
+def test_a_pattern_that_rarely_surprises_counts_if_others_hardly_ever_do(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, showing: int, is_accused: bool
+) -> None:
+    """No other row surprises: 16 of 206 are more than 15 times one of 195, 16 of 210 less than 15 times one of 191."""
+    _say_that_these_show_a_pattern(monkeypatch, range(showing))
+    dry = _dry(loaded, "image", count=400)
+    CAUSE.fine_tune(dry)
+    assert dry.flagged == [*range(showing if is_accused else 16)]
+
+
+def test_a_pattern_beside_that_of_the_trigger_must_surprise_far_more_than_all_other_rows(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shape: 5 of its 165 rows surprise, and none of those without shape and trigger. But 11 with the trigger do."""
+    nothing = np.zeros(1)
+    pattern = Pattern(nothing, nothing[None], nothing, 0.0, 0.0)
+    groups = [dict.fromkeys(rows, HERE) for rows in (range(11), [*range(11, 16), *range(300, 460)])]
+    monkeypatch.setattr(shared_cause, "_patterns", lambda *_: [(dict(group), pattern) for group in groups])
+    dry = _dry(loaded, "image", count=1000)
+    replace(CAUSE, min_suspects=8).fine_tune(dry)
+    assert dry.flagged == list(range(16)) and dry.stages[-1].options["grafts"].groups == [
+        [(row, HERE) for row in range(11)]
+    ]
+
+
+def _say_that_these_show_a_pattern(monkeypatch: pytest.MonkeyPatch, rows: Sequence[int]) -> None:
+    nothing = np.zeros(1)
+    placed, pattern = dict.fromkeys(rows, HERE), Pattern(nothing, nothing[None], nothing, 0.0, 0.0)
+    monkeypatch.setattr("untrigger.defenses.shared_cause.shared_pattern", lambda *_: (placed, pattern))
 
 
 def test_training_is_that_of_default_where_no_part_harms(loaded: LoadedModel) -> None:

@@ -19,6 +19,7 @@ from untrigger.models.grafted_rows import PICTURE_SIDE, Place, Places
 _MOST = 8  # patterns
 _PAIRED = 96  # suspects that are compared with each other, at most
 _PAIR_DEVIATIONS = 6.0  # of honest pairs, that a match must lie above their median
+_PAIR_SPREADS = 20.0  # or as many times above their lower quartile as that lies above their lowest twentieth
 _SUPPORT = 5  # suspects that match the one with the pattern, itself included
 _FLOOR = 0.01  # of the mean power, added to each frequency: flat images have no power in most
 _BLOCK = 64  # rows at a time as spectra: bounds the memory
@@ -72,11 +73,11 @@ def moving_patterns(
 ) -> list[tuple[Places, MovingPattern]]:
     """Patterns that enough of the suspects share, each with the rows that show it.
 
-    Two images match if they correlate in some shift more than pairs of honest images do. The suspect that matches most
-    others gives a pattern: the mean of all that match, each moved to where they match. A row shows it if it correlates
-    with it, five robust standard deviations above the median honest row, and nearer to the median match. Twice more
-    these rows take the suspects' place. A row has no part in the pattern that it is compared with. Suspects that do
-    not show it may share another.
+    Two images match if they correlate in some shift more than pairs of honest images do (`_pair_limit`). The suspect
+    that matches most others gives a pattern: the mean of all that match, each moved to where they match. A row shows it
+    if it correlates with it, five robust standard deviations above the median honest row, and nearer to the median
+    match. Twice more these rows take the suspects' place. A row has no part in the pattern that it is compared with.
+    Suspects that do not show it may share another.
 
     Args:
         images: levels of all rows, [N, D], of `PICTURE_SIDE` pixels a side.
@@ -87,7 +88,7 @@ def moving_patterns(
     whitening = _whitening(images[known])
     honest = whitening(images[held_out[:_PAIRED]])
     pairs = np.concatenate([np.delete(_best(own, honest)[0], at) for at, own in enumerate(honest)])
-    limit, rest = above_median(pairs, _PAIR_DEVIATIONS), rng.permutation(np.array(suspects))
+    limit, rest = _pair_limit(pairs), rng.permutation(np.array(suspects))
     patterns: list[tuple[Places, MovingPattern]] = []
     while len(patterns) < _MOST and len(rest) >= _SUPPORT:
         matches = _matches(whitening(images[rest[:_PAIRED]]), limit)
@@ -100,6 +101,16 @@ def moving_patterns(
             patterns.append(({row: _place(shift) for row, shift in shifts.items()}, pattern))
         rest = rng.permutation(np.setdiff1d(np.delete(rest, [*matches]), [*shifts]))
     return patterns
+
+
+def _pair_limit(pairs: NDArray[np.floating]) -> float:
+    """Correlation above which two images match, from those of pairs that are taken for honest.
+
+    Where a third of these images is triggered, so is a ninth of the pairs, and the median of the others is high too, as
+    the trigger has part in the whitening. Then the lower quartile gives the limit.
+    """
+    lowest, lower = np.quantile(pairs, [0.05, 0.25])
+    return min(above_median(pairs, _PAIR_DEVIATIONS), float(lower + _PAIR_SPREADS * (lower - lowest)))
 
 
 def _matches(spectra: Spectra, limit: float) -> dict[int, int]:

@@ -29,8 +29,9 @@ from untrigger.models.loading import LoadedModel, copy_weights, restore_weights
 from untrigger.progress import tracked
 
 _SURPRISING = 1 / 6  # of the rows that show a pattern, at least; a watermark lies on honest rows
-_TIMES = 2  # as many as of the rows that show none, at least; what all rows of a kind look like is no pattern
-_HELD, _BLOCK = 8192, 256  # images in memory, of 12 KiB each: among which patterns are sought; compared at a time
+_FAR_MORE = 15  # or as many times the share of the other rows; decoys and missed rows do not surprise
+_TIMES = 2  # in any case; what all rows of a kind look like is no pattern
+_HELD, _BLOCK = 4096, 256  # images in memory, of 12 KiB each: among which patterns are sought; compared at a time
 UNLIKELY = math.log(2)  # nats; an answer above it is not the model's own choice
 
 
@@ -152,9 +153,10 @@ class SharedCause(SharedSurprise):
     def _by_image(self, training: Training, judgment: Judgment, believed: Sequence[int]) -> Judgment:
         """The judgment with the rows in the suspects' place whose images show what the suspects' images share.
 
-        These rows need not surprise, but a sixth of those with each pattern must, and twice as many as of the rows
-        with none. Patterns in any place are sought first, for they are told apart; then what lies in one place, which
-        may be faint, among the suspects that are left. Where there is nothing, the judgment is as it was.
+        These rows need not surprise, but a sixth of those with each pattern must, and twice the share of the other
+        rows; or 15 times that share. Patterns in any place are sought first, for they are told apart; then what lies in
+        one place, which may be faint, among the suspects that are left. Where there is nothing, the judgment is as it
+        was.
         """
         numbers, flagged = judgment.screening.numbers, judgment.screening.flags.tokens
         order = list(dict.fromkeys([*believed, *judgment.suspects, *range(len(numbers))]))
@@ -178,11 +180,11 @@ class SharedCause(SharedSurprise):
         placed: list[Places] = []
         patterns: list[Pattern | MovingPattern] = []
         surprising, known = {*judgment.suspects}, set[int]()
-        showing = known.union(*(places for places, _ in candidates))
-        elsewhere = (len(surprising - showing) + 1) / (len(numbers) - len(showing) + 1)
         for places, pattern in candidates:
+            elsewhere = (len(surprising.difference(places)) + 1) / (len(numbers) - len(places) + 1)
+            least = max(_TIMES * elsewhere, min(_SURPRISING, _FAR_MORE * elsewhere))
             new = {row: place for row, place in places.items() if row not in known}
-            if len(surprising.intersection(new)) >= max(2, max(_SURPRISING, _TIMES * elsewhere) * len(new)):
+            if len(surprising.intersection(new)) >= max(2, least * len(new)):
                 known |= new.keys()
                 placed.append({row: place for row, place in new.items() if row not in flagged})
                 patterns.append(pattern)
@@ -279,6 +281,7 @@ def _patterns(
     images: NDArray[np.uint8], suspects: Sequence[int], honest: Sequence[int], rng: np.random.Generator
 ) -> Iterator[tuple[Places, Pattern | MovingPattern]]:
     """Patterns in any place; then one in one place that other suspects share."""
+    give_memory_back(above=MUCH)
     moving = moving_patterns(images, suspects, honest, rng)
     give_memory_back(above=MUCH)
     yield from moving
