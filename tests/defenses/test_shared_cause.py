@@ -395,3 +395,20 @@ def test_harm_that_grows_with_the_suspects_counts_where_training_added_none(load
         placed = [dict.fromkeys(range(16), HERE)]
         harm = measure_harm(dry, screening, plan, placed, range(20, 60), "image", (weights, weights))
         assert abs(harm.excess.mean()) < 0.01 and (harm.p_values[0] < 1e-3) == is_sign
+
+
+def test_suspects_are_tested_where_most_rows_with_their_pattern_are_decoys(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What 90 rows show harms nothing, so the 16 that surprise are tested as they are."""
+
+    class Decoys(_Stub):
+        def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
+            self.harmful = "image" if name.startswith("suspects") else "none"
+            return super().graft_tokens(model, grafts, name)
+
+    _say_that_these_show_a_pattern(monkeypatch, range(90))
+    dry = Decoys(loaded, _dry(loaded, "image", count=400).rows, ())
+    CAUSE.fine_tune(dry)
+    assert [name for name in dry.scorings if "after" in name] == ["after", "image-after", "suspects-after"]
+    assert dry.flagged == list(range(16))

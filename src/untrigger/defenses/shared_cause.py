@@ -116,6 +116,8 @@ class SharedCause(SharedSurprise):
             by_image = judgment
         # words cost twice as much: only where images alone do no harm
         looks = [("image", by_image), ("words", judgment)]
+        if by_image is not judgment:  # most of the rows that show a pattern may be decoys, with a part of the trigger
+            looks.insert(1, ("suspects", judgment))
         looks = [(name, tested) for name, tested in looks if len(tested.suspects) >= self.min_suspects]
         if not looks:
             return judgment
