@@ -17,7 +17,7 @@ def give_memory_back(above: int = 0) -> None:
         above: bytes of resident memory below which nothing is done.
     """
     with suppress(OSError, AttributeError):  # other systems have another library, and no such file
-        if above == 0 or _resident() > above:
+        if _resident() > above:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 

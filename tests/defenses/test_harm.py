@@ -6,16 +6,21 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import rankdata
 
+from dry_cause import CAUSE, CauseStub, dry_of
 from untrigger.defenses.harm import (
     Comparison,
     Harm,
     comparisons,
+    measure_harm,
     most_harmed,
     one_sided_p_values,
     word_probability,
 )
+from untrigger.models.grafted_rows import HERE, Grafts
+from untrigger.models.loading import LoadedModel, copy_weights
 from untrigger.models.scoring import TokenScores
 from untrigger.views.grafts import KINDS
 
@@ -113,3 +118,66 @@ def test_harm_counts_if_it_is_large_not_by_chance_and_of_what_all_share() -> Non
     assert harm.above(0.0, never, 1.0, 0.0).excess.mean(axis=1) == pytest.approx([0.2, 0.01, 0.0, 0.2])
     taught = Harm(["a"], [1e-6], plan, after[:1], after[:1], of_few[:1])
     assert taught.above(0.05, never, 1e-3, 0.75).kinds == [] and taught.above(0.05, 0.15, 1e-3, 0.75).kinds == ["a"]
+
+
+def test_harm_counts_where_it_is_clear_whatever_it_was_before(loaded: LoadedModel) -> None:
+    """The warm-up taught it already, so training adds nothing, and an eighth does as much."""
+    for nats, is_sign in ((0.6, True), (0.3, False)):
+        dry = dry_of(loaded, "image")
+        dry.before, dry.of_few, dry.nats = 1.0, 1.0, nats
+        screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
+        plan = comparisons(screening.scores, range(16), range(20, 60), range(20, 60), np.random.default_rng(0), 48)
+        placed = [dict.fromkeys(range(16), HERE)]
+        harm = measure_harm(dry, screening, plan, placed, range(20, 60), "image", (weights, weights))
+        taken = float((harm.after[..., 1] - harm.after[..., 0]).mean())
+        assert (taken > 0.35, harm.p_values[0] < 1e-3) == (is_sign, is_sign), "0.41 and 0.23"
+
+
+def test_groups_are_all_suspects_all_controls_and_eighths_of_them(loaded: LoadedModel) -> None:
+    """Each comparison is scored with the groups of its suspect and control, under the weights of before and after."""
+    parameter = next(p for p in loaded.model.parameters() if p.requires_grad)
+    warm = [p.detach().clone() for p in loaded.model.parameters() if p.requires_grad]
+    warm += [b.detach().clone() for b in loaded.model.buffers()]
+    probed = [values + 1 if at == 0 else values for at, values in enumerate(warm)]
+    calls: dict[str, tuple[Grafts, bool]] = {}
+
+    class Recording(CauseStub):
+        def graft_tokens(self, model: LoadedModel, grafts: Grafts, name: str) -> list[TokenScores]:
+            calls[name] = grafts, bool(torch.equal(parameter, probed[0]))
+            return super().graft_tokens(model, grafts, name)
+
+    dry = dry_of(loaded, "image")
+    recording = Recording(loaded, dry.rows, (), harmful="image")
+    screening = CAUSE.screen(recording)
+    numbers = screening.numbers
+    plan = comparisons(screening.scores, range(16), range(20, 60), range(20, 60), np.random.default_rng(0), 48)
+    placed = [dict.fromkeys(range(16), HERE)]
+    try:
+        harm = measure_harm(recording, screening, plan, placed, range(20, 60), "image", (warm, probed))
+    finally:
+        with torch.no_grad():
+            parameter.copy_(warm[0])
+    assert [probed for _, probed in calls.values()] == [True, True, False]
+    control_of = {c.suspect: c.control for c in plan}
+    for name, (grafts, _) in calls.items():
+        assert list(grafts.others) == [numbers[at] for at in range(20, 60)]
+        pairs = zip(grafts.rows[::2], grafts.rows[1::2], plan, strict=True)
+        for of_suspects, of_controls, c in pairs:
+            assert of_suspects.host == of_controls.host == numbers[c.host]
+            assert (of_suspects.donor, of_controls.donor) == (numbers[c.suspect], numbers[c.control])
+            group = [row for row, _ in grafts.groups[of_suspects.group]]
+            assert numbers[c.suspect] in group and len(group) == (2 if name == "image-of-few" else 16)
+            assert grafts.groups[of_controls.group] == [(numbers[control_of[at]], HERE) for at in group]
+    assert harm.excess.shape == (1, 48) and harm.excess.mean() > 0.15
+
+
+def test_harm_that_grows_with_the_suspects_counts_where_training_added_none(loaded: LoadedModel) -> None:
+    """The pattern harms the early model as much; only the growth from an eighth to all is a sign."""
+    for of_few, is_sign in ((0.2, True), (1.0, False)):
+        dry = dry_of(loaded, "image")
+        dry.before, dry.of_few, dry.nats = 1.0, of_few, 0.25
+        screening, weights = CAUSE.screen(dry), copy_weights(loaded.model)
+        plan = comparisons(screening.scores, range(16), range(20, 60), range(20, 60), np.random.default_rng(0), 48)
+        placed = [dict.fromkeys(range(16), HERE)]
+        harm = measure_harm(dry, screening, plan, placed, range(20, 60), "image", (weights, weights))
+        assert abs(harm.excess.mean()) < 0.01 and (harm.p_values[0] < 1e-3) == is_sign
